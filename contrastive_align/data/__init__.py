@@ -1,0 +1,17 @@
+"""Row -> Group -> token ids -> GroupBatch."""
+
+from contrastive_align.data.collate import GroupCollator
+from contrastive_align.data.formats import BadRow, Group, detect_spelling, read_group
+from contrastive_align.data.tokenise import DataReport, prepare_groups, tokenise_group
+
+
+__all__ = [
+    "BadRow",
+    "DataReport",
+    "Group",
+    "GroupCollator",
+    "detect_spelling",
+    "prepare_groups",
+    "read_group",
+    "tokenise_group",
+]

@@ -1,0 +1,320 @@
+"""Rows as people have them -> Group. The only place that knows how a dataset may be spelt."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import numbers
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import extract_prompt
+
+
+Message = dict[str, Any]
+Text = str | list[Message]
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on: where it is, what was found, what was expected, how to fix it."""
+
+
+@dataclass
+class Group:
+    """One prompt, K completions, one score each.
+
+    Args:
+        prompt: plain text, or a list of messages (then the completions are lists of messages too).
+        completions: K >= 2 of them.
+        scores: K finite numbers; higher is better.
+        template_kwargs: what the row brings for the chat template (``tools`` and ``chat_template_kwargs``).
+    """
+
+    prompt: Text
+    completions: list[Text]
+    scores: list[float]
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_conversational(self) -> bool:
+        return not isinstance(self.prompt, str)
+
+
+# ---------------------------------------------------------------------------------------------------- spellings
+
+PROMPT_COLUMNS = ("prompt", "instruction")
+COMPLETIONS_COLUMNS = ("completions", "responses")
+SCORES_COLUMNS = ("scores", "rewards")
+_LETTERED = re.compile(r"A(\d+)$")
+
+WHAT_IS_UNDERSTOOD = (
+    "prompt + completions + scores (lists of K), the same with responses and rewards, prompt + A0.. + score_A0.., "
+    "UltraFeedback's completions with response and overall_score, or chosen + rejected with or without prompt"
+)
+
+
+def detect_spelling(columns: list[str], first_row: Mapping[str, Any] | None = None) -> str:
+    """How a dataset with these columns spells its groups.
+
+    Returns one of ``"canonical"``, ``"ultrafeedback"``, ``"lettered"``, ``"preference"``. Explicit scores go before
+    preferences where a dataset has both.
+
+    Raises:
+        ValueError: none fits; names the columns found and the spellings understood.
+
+    >>> detect_spelling(["prompt", "responses", "rewards"])
+    'canonical'
+    >>> detect_spelling(["prompt", "A0", "A1", "score_A0", "score_A1"])
+    'lettered'
+    """
+    completions = next((c for c in COMPLETIONS_COLUMNS if c in columns), None)
+    if completions and any(c in columns for c in SCORES_COLUMNS):
+        return "canonical"
+    if completions and first_row is not None:
+        items = first_row[completions]
+        if isinstance(items, list) and items and isinstance(items[0], Mapping) and "response" in items[0]:
+            return "ultrafeedback"
+    if "A0" in columns and "score_A0" in columns:
+        return "lettered"
+    if "chosen" in columns and "rejected" in columns:
+        return "preference"
+    raise ValueError(
+        f"No groups found: the dataset has the columns {sorted(columns)}, expected {WHAT_IS_UNDERSTOOD}. "
+        "Rename the columns, for instance with dataset.rename_column(old, new)."
+    )
+
+
+def read_group(row: Mapping[str, Any], number: int, spelling: str, *, source: str = "") -> Group:
+    """One row of a dataset as a checked :class:`Group`.
+
+    Args:
+        row: the row.
+        number: its number in the dataset, from 0, for the error.
+        spelling: see :func:`detect_spelling`.
+        source: the file or split, for the error.
+
+    Raises:
+        BadRow: fewer than 2 completions, another number of scores than completions, a score that is missing, not a
+            number, NaN or infinite, an empty prompt or completion, or roles in an order no chat template takes.
+
+    >>> read_group({"prompt": "Hi", "chosen": " there", "rejected": " you"}, 0, "preference")
+    Group(prompt='Hi', completions=[' there', ' you'], scores=[1.0, 0.0], template_kwargs={})
+    """
+    where = f"{source + ', ' if source else ''}row {number}"
+    prompt, completions, scores, columns = _SPELLINGS[spelling](row, where)
+    prompt, completions = _same_form(prompt, completions, where, columns)
+    if len(completions) < 2:
+        raise BadRow(
+            f"{where}: '{columns.completions}' has {len(completions)} completion{'s' * (len(completions) != 1)}, "
+            "expected at least 2 per prompt. Add completions or drop the row (on_bad_row='drop')."
+        )
+    if len(scores) != len(completions):
+        raise BadRow(
+            f"{where}: '{columns.scores}' has {len(scores)} numbers for {len(completions)} completions, expected one "
+            "each. Correct the row or drop it (on_bad_row='drop')."
+        )
+    scores = [_number(score, f"{where}: '{columns.scores}'[{i}]") for i, score in enumerate(scores)]
+    _check_prompt(prompt, f"{where}: '{columns.prompt}'")
+    for i, completion in enumerate(completions):
+        _check_completion(completion, f"{where}: '{columns.completions}'[{i}]")
+    return Group(prompt, completions, scores, _template_kwargs(row, where))
+
+
+@dataclass
+class _Columns:
+    prompt: str
+    completions: str
+    scores: str
+
+
+_Parts = tuple[Text, list[Text], list[Any], _Columns]
+
+
+def _read_canonical(row: Mapping[str, Any], where: str) -> _Parts:
+    columns = _Columns(*(_first(row, names) for names in (PROMPT_COLUMNS, COMPLETIONS_COLUMNS, SCORES_COLUMNS)))
+    completions = _list(row, columns.completions, where)
+    scores = _list(row, columns.scores, where)
+    return _present(row, columns.prompt, where), completions, scores, columns
+
+
+def _read_ultrafeedback(row: Mapping[str, Any], where: str) -> _Parts:
+    columns = _Columns(_first(row, PROMPT_COLUMNS), _first(row, COMPLETIONS_COLUMNS), "overall_score")
+    items = _list(row, columns.completions, where)
+    for i, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise BadRow(
+                f"{where}: '{columns.completions}'[{i}] is {_short(item)}, expected a response with its score."
+            )
+    responses = [item.get("response") for item in items]
+    return _present(row, columns.prompt, where), responses, [item.get("overall_score") for item in items], columns
+
+
+def _read_lettered(row: Mapping[str, Any], where: str) -> _Parts:
+    letters = sorted(int(m.group(1)) for m in map(_LETTERED.match, row) if m)
+    # A ragged table pads its short rows with None in both columns.
+    present = [i for i in letters if row[f"A{i}"] is not None or row.get(f"score_A{i}") is not None]
+    completions = [row[f"A{i}"] for i in present]
+    scores = [row.get(f"score_A{i}") for i in present]
+    prompt_column = _first(row, PROMPT_COLUMNS)
+    prompt = row.get(prompt_column)
+    return prompt, completions, scores, _Columns(prompt_column, "A0..", "score_A0..")
+
+
+def _read_preference(row: Mapping[str, Any], where: str) -> _Parts:
+    chosen, rejected = _present(row, "chosen", where), _present(row, "rejected", where)
+    prompt = row.get("prompt")
+    if prompt is None:
+        shorter, longer = sorted((chosen, rejected), key=len)
+        if longer[: len(shorter)] == shorter:
+            raise BadRow(
+                f"{where}: one of 'chosen' and 'rejected' is the beginning of the other, so that no prompt can be told "
+                "from them. Give a 'prompt' column, or drop the row (on_bad_row='drop')."
+            )
+        split = extract_prompt({"chosen": chosen, "rejected": rejected})
+        prompt, chosen, rejected = split["prompt"], split["chosen"], split["rejected"]
+    elif chosen == rejected:
+        raise BadRow(f"{where}: 'chosen' and 'rejected' are the same. Drop the row (on_bad_row='drop').")
+    return prompt, [chosen, rejected], [1.0, 0.0], _Columns("prompt", "chosen, rejected", "(1, 0)")
+
+
+_SPELLINGS = {
+    "canonical": _read_canonical,
+    "ultrafeedback": _read_ultrafeedback,
+    "lettered": _read_lettered,
+    "preference": _read_preference,
+}
+
+
+# ------------------------------------------------------------------------------------------------ form and checks
+
+
+def _same_form(prompt: Any, completions: list[Any], where: str, columns: _Columns) -> tuple[Text, list[Text]]:
+    """Plain text throughout, or messages throughout; a prompt repeated inside the completions is taken out."""
+    completions = [_messages(c) for c in completions]
+    prompt = _messages(prompt)
+    conversational = [isinstance(c, list) for c in completions]
+    if not any(conversational) and not isinstance(prompt, list):
+        return prompt, completions
+    completions = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
+    whole = [isinstance(c, list) and bool(c) and c[0].get("role") != "assistant" for c in completions]
+    if any(whole):  # each completion is the whole dialogue: what they share, up to the last answer, is the prompt
+        shared = 0
+        while all(len(c) > shared + 1 and c[shared] == completions[0][shared] for c in completions):
+            shared += 1
+        while shared and completions[0][shared - 1].get("role") == "assistant":
+            shared -= 1
+        told = completions[0][:shared]
+        if not told or (isinstance(prompt, list) and prompt and prompt != told):
+            odd = completions[whole.index(True)]
+            raise BadRow(
+                f"{where}: '{columns.completions}' begin with the role '{odd[0].get('role')}', expected assistant, or "
+                f"whole dialogues that all begin with the '{columns.prompt}'."
+            )
+        return told, [c[shared:] for c in completions]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}] if prompt else []
+    return prompt, completions
+
+
+def _messages(value: Any) -> Any:
+    """Messages without the None that Arrow fills in for keys that only other rows have."""
+    if isinstance(value, Mapping) and "role" in value:
+        value = [value]
+    if isinstance(value, list) and all(isinstance(m, Mapping) for m in value):
+        return [{k: v for k, v in m.items() if v is not None} for m in value]
+    return value
+
+
+def _check_prompt(prompt: Any, what: str) -> None:
+    if prompt is None or prompt == [] or (isinstance(prompt, str) and not prompt.strip()):
+        raise BadRow(f"{what} is empty, expected text or messages. Fill it in or drop the row (on_bad_row='drop').")
+    if isinstance(prompt, str):
+        return
+    roles = _check_messages(prompt, what)
+    if roles[-1] not in ("user", "tool"):
+        raise BadRow(f"{what} ends with the role '{roles[-1]}', expected the user's turn last (roles: {roles}).")
+    rest = roles[1:] if roles[0] in ("system", "developer") else roles
+    if rest[0] != "user":
+        raise BadRow(f"{what} has the roles {roles}, expected user first, or system then user.")
+    for before, after in itertools.pairwise(rest):
+        if after in ("system", "developer") or (before == after and after != "tool"):
+            raise BadRow(f"{what} has the roles {roles}, expected user and assistant in turn.")
+
+
+def _check_completion(completion: Any, what: str) -> None:
+    if completion is None or completion == [] or (isinstance(completion, str) and not completion.strip()):
+        raise BadRow(f"{what} is empty, expected text or messages. Fill it in or drop the row (on_bad_row='drop').")
+    if isinstance(completion, str):
+        return
+    roles = _check_messages(completion, what)
+    if roles[0] != "assistant":
+        raise BadRow(f"{what} begins with the role '{roles[0]}', expected 'assistant' (roles: {roles}).")
+    if roles[-1] != "assistant":
+        raise BadRow(f"{what} ends with the role '{roles[-1]}', expected 'assistant' (roles: {roles}).")
+
+
+def _check_messages(messages: Any, what: str) -> list[str]:
+    if not isinstance(messages, list):
+        raise BadRow(f"{what} is {_short(messages)}, expected text or a list of messages.")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+            raise BadRow(
+                f"{what}[{i}] is {_short(message)}, expected a message with 'content' and a 'role' among {ROLES}."
+            )
+        content = message.get("content")
+        if not message.get("tool_calls") and (not content or (isinstance(content, str) and not content.strip())):
+            raise BadRow(f"{what}[{i}] has an empty 'content' (role '{message['role']}'), expected text.")
+    return [message["role"] for message in messages]
+
+
+def _number(score: Any, what: str) -> float:
+    if score is None:
+        raise BadRow(f"{what} is missing, expected a finite number. Fill it in or drop the row (on_bad_row='drop').")
+    if not isinstance(score, numbers.Real):
+        raise BadRow(f"{what} is {_short(score)}, expected a finite number, not a {type(score).__name__}.")
+    if not math.isfinite(score):
+        raise BadRow(f"{what} is {float(score)}, expected a finite number. Correct it or drop the row.")
+    return float(score)
+
+
+def _template_kwargs(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise BadRow(f"{where}: 'tools' is not JSON: {error}.") from error
+    kwargs = {"tools": tools} if tools else {}
+    return {**kwargs, **(row.get("chat_template_kwargs") or {})}
+
+
+def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    return next((name for name in names if name in row), names[0])
+
+
+def _present(row: Mapping[str, Any], column: str, where: str) -> Any:
+    if row.get(column) is None:
+        raise BadRow(f"{where}: '{column}' is missing. Fill it in or drop the row (on_bad_row='drop').")
+    return row[column]
+
+
+def _list(row: Mapping[str, Any], column: str, where: str) -> list[Any]:
+    value = _present(row, column, where)
+    if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise BadRow(f"{where}: '{column}' is text that is not a JSON list: {error}.") from error
+    if not isinstance(value, list):
+        raise BadRow(f"{where}: '{column}' is {_short(value)}, expected a list with one entry per completion.")
+    return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,315 @@
+"""Group -> token ids, for a whole dataset: checked, cut, counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from contrastive_align.data.formats import BadRow, Group, detect_spelling, read_group
+
+
+logger = logging.get_logger(__name__)
+
+TOKEN_COLUMNS = ["prompt_ids", "completion_ids", "scores"]
+FIRST_ROWS = 5
+
+
+class NoRoom(BadRow):
+    """The prompt alone fills ``max_length``: dropped and counted, whatever ``on_bad_row`` says, as TRL does."""
+
+
+@dataclass
+class TokenisedGroup:
+    """Token ids of one group.
+
+    Args:
+        prompt_ids: the tokens all completions share, BOS included where the tokenizer has one.
+        completion_ids: K lists; each ends with one EOS unless it was cut.
+        cut_completions: how many of the K were cut to fit ``max_length``.
+        cut_prompt_tokens: how many tokens the prompt lost at its start.
+        moved_boundary: how many of the prompt's last tokens differ once a completion follows; they are scored as
+            part of the completions.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[list[int]]
+    cut_completions: int = 0
+    cut_prompt_tokens: int = 0
+    moved_boundary: int = 0
+
+
+def tokenise_group(
+    group: Group,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+) -> TokenisedGroup:
+    """Tokenise prompt and completions together and split where they part.
+
+    As TRL's DPO does for pairs: prompt alone and prompt + completion are tokenised, and the completion starts where
+    they diverge, for all K at the same place. BOS at most once, at the front. EOS once, at the end of every completion;
+    a chat template that closes the turn with EOS has done it already.
+
+    ``max_prompt_length`` keeps the end of the prompt; then every completion is cut to ``max_length`` less the prompt
+    and loses its EOS with its end.
+
+    Raises:
+        NoRoom: the prompt leaves no room for a completion token.
+        BadRow: prompt and completion share no token to start from, or a completion has no token of its own.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The tokenizer of {tokenizer.name_or_path!r} has no eos_token, without which no completion can end. Set "
+            "one, for instance tokenizer.eos_token = '</s>'."
+        )
+    prompt_ids, full_ids = _encode(group, tokenizer)
+    start = min(_common_prefix(prompt_ids, ids) for ids in full_ids)
+    completion_ids = [_one_eos(ids[start:], tokenizer.eos_token_id, group.is_conversational) for ids in full_ids]
+    for i, ids in enumerate(completion_ids):
+        if not [t for t in ids if t != tokenizer.eos_token_id]:
+            raise BadRow(
+                f"completion {i} has no token of its own after the prompt's {start} tokens {prompt_ids[start - 3 :]}. "
+                "The chat template may drop its content; drop the row (on_bad_row='drop')."
+            )
+    if not start:
+        raise BadRow(
+            f"the prompt's tokens {prompt_ids[:8]} and those of prompt + completion {full_ids[0][:8]} differ from the "
+            "first on, so that nothing is left to condition on. End the prompt on a token boundary, for instance with "
+            "a newline, or drop the row (on_bad_row='drop')."
+        )
+    moved, prompt_ids = len(prompt_ids) - start, prompt_ids[:start]
+
+    cut_prompt = 0
+    if max_prompt_length is not None and len(prompt_ids) > max_prompt_length:
+        cut_prompt = len(prompt_ids) - max_prompt_length
+        prompt_ids = prompt_ids[cut_prompt:]
+    cut = 0
+    if max_length is not None:
+        room = max_length - len(prompt_ids)
+        if room < 1:
+            raise NoRoom(
+                f"the prompt has {len(prompt_ids)} tokens and max_length is {max_length}: no room for a completion "
+                "token. Raise max_length, or set max_prompt_length (the prompt keeps its end)."
+            )
+        cut = sum(len(ids) > room for ids in completion_ids)
+        completion_ids = [ids[:room] for ids in completion_ids]
+    return TokenisedGroup(prompt_ids, completion_ids, cut, cut_prompt, moved)
+
+
+def _encode(group: Group, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
+    if group.is_conversational:
+        if not tokenizer.chat_template:
+            raise ValueError(
+                f"The dataset holds conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
+                "template. Set tokenizer.chat_template, or give prompts and completions as plain text."
+            )
+        render = tokenizer.apply_chat_template
+        prompt_ids = render(
+            group.prompt, tokenize=True, add_generation_prompt=True, return_dict=True, **group.template_kwargs
+        )["input_ids"]
+        full_ids = [
+            render(group.prompt + completion, tokenize=True, return_dict=True, **group.template_kwargs)["input_ids"]
+            for completion in group.completions
+        ]
+    else:
+        prompt_ids = tokenizer(text=group.prompt)["input_ids"]
+        eos = tokenizer.eos_token
+        full_ids = [
+            tokenizer(text=group.prompt + c + ("" if c.endswith(eos) else eos))["input_ids"] for c in group.completions
+        ]
+    bos = tokenizer.bos_token_id
+    return _one_bos(prompt_ids, bos), [_one_bos(ids, bos) for ids in full_ids]
+
+
+def _one_bos(ids: list[int], bos: int | None) -> list[int]:
+    while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:
+        ids = ids[1:]
+    return ids
+
+
+def _one_eos(ids: list[int], eos: int, conversational: bool) -> list[int]:
+    if conversational and eos in ids:  # the template closes the turn itself, perhaps with a newline after it
+        return ids
+    while ids and ids[-1] == eos:
+        ids = ids[:-1]
+    return [*ids, eos]
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# ------------------------------------------------------------------------------------------------- a whole dataset
+
+
+@dataclass
+class DataReport:
+    """What a dataset turned out to hold. Row numbers are the dataset's own, from 0.
+
+    Counts are known for a map-style dataset; a stream is read as it is trained on, so that only ``spelling`` is.
+    """
+
+    spelling: str
+    rows: int | None = None
+    groups: int | None = None
+    groups_by_k: dict[int, int] = field(default_factory=dict)
+    dropped: int = 0
+    dropped_because: dict[str, str] = field(default_factory=dict)
+    no_signal: int = 0
+    no_signal_rows: list[int] = field(default_factory=list)
+    cut_completions: int = 0
+    cut_prompts: int = 0
+    moved_boundaries: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def losses(self) -> list[str]:
+        """What was lost or weighs nothing, a line each, with the first rows."""
+        lines = []
+        if self.dropped:
+            first = "; ".join(self.dropped_because.values())
+            lines.append(f"{self.dropped} of {self.rows} rows dropped. The first: {first}")
+        if self.cut_completions:
+            lines.append(f"{self.cut_completions} completions cut to fit max_length (they train no EOS).")
+        if self.cut_prompts:
+            lines.append(f"{self.cut_prompts} prompts cut to max_prompt_length (their end is kept).")
+        if self.moved_boundaries:
+            lines.append(
+                f"in {self.moved_boundaries} groups the prompt's last token merges with the completion's first; the "
+                "completions are scored from there on."
+            )
+        if self.no_signal:
+            lines.append(
+                f"{self.no_signal} of {self.groups} groups have equal scores only (first rows {self.no_signal_rows})."
+            )
+        return lines
+
+
+def prepare_groups(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    max_prompt_length: int | None,
+    on_bad_row: str,
+    num_proc: int | None = None,
+    name: str = "train",
+) -> tuple[Dataset | IterableDataset, DataReport]:
+    """A dataset in any known spelling -> one with ``prompt_ids``, ``completion_ids`` and ``scores``.
+
+    A dataset that already has these columns is returned as it is.
+
+    Args:
+        on_bad_row: ``"raise"`` at the first bad row, or ``"drop"`` and count. Groups whose prompt leaves no room under
+            ``max_length`` are dropped and counted in either case, as TRL does.
+
+    Raises:
+        BadRow: with file, row and column.
+        ValueError: no known spelling, or no group left.
+    """
+    if isinstance(dataset, Dataset) and not len(dataset):
+        raise ValueError(f"The {name} dataset has no rows, expected at least one group.")
+    first_row = next(iter(dataset), None)
+    if first_row is None:
+        raise ValueError(f"The {name} dataset has no rows, expected at least one group.")
+    columns = list(dataset.column_names or first_row)
+    if all(column in columns for column in TOKEN_COLUMNS):
+        return dataset, _count(dataset, "token ids")
+    if "image" in columns or "images" in columns:
+        raise ValueError(
+            f"The {name} dataset has images (columns {columns}). Vision data is not supported here; for pairs use "
+            "trl.DPOTrainer, or remove the column."
+        )
+    spelling = detect_spelling(columns, first_row)
+    reader = _RowReader(spelling, tokenizer, max_length, max_prompt_length, on_bad_row, name)
+    if isinstance(dataset, IterableDataset):
+        dataset = dataset.map(reader, with_indices=True, remove_columns=columns)
+        return dataset.filter(_is_good), DataReport(spelling)
+
+    mapped = dataset.map(
+        reader,
+        with_indices=True,
+        remove_columns=columns,
+        num_proc=num_proc,
+        desc=f"Reading and tokenising the {name} groups",
+    )
+    problems = mapped["problem"]
+    good = [i for i, problem in enumerate(problems) if not problem]
+    report = _count(mapped.select(good), spelling, rows=good)
+    report.rows, report.dropped = len(mapped), len(mapped) - len(good)
+    report.dropped_because = {str(i): p for i, p in enumerate(problems) if p}
+    report.dropped_because = dict(list(report.dropped_because.items())[:FIRST_ROWS])
+    if not good:
+        reasons = "\n  ".join(report.dropped_because.values())
+        raise ValueError(
+            f"No group is left of the {name} dataset's {len(mapped)} rows. The first reasons:\n  {reasons}"
+        )
+    return (mapped if len(good) == len(mapped) else mapped.select(good)).remove_columns(_COUNTED), report
+
+
+_COUNTED = ["problem", "cut_completions", "cut_prompt_tokens", "moved_boundary"]
+
+
+@dataclass
+class _RowReader:
+    """A picklable function of (row, number), so that ``datasets`` can cache and parallelise it."""
+
+    spelling: str
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int | None
+    max_prompt_length: int | None
+    on_bad_row: str
+    name: str
+
+    def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        try:
+            group = read_group(row, number, self.spelling, source=self.name)
+        except BadRow as error:
+            if self.on_bad_row == "raise":
+                raise
+            return self._dropped(str(error))
+        try:
+            ids = tokenise_group(
+                group, self.tokenizer, max_length=self.max_length, max_prompt_length=self.max_prompt_length
+            )
+        except BadRow as error:
+            where = f"{self.name}, row {number}: "
+            if self.on_bad_row == "raise" and not isinstance(error, NoRoom):
+                raise BadRow(where + str(error)) from error
+            return self._dropped(where + str(error))
+        return {**asdict(ids), "scores": group.scores, "problem": ""}
+
+    def _dropped(self, problem: str) -> dict[str, Any]:
+        return {**asdict(TokenisedGroup([], [[]])), "scores": [0.0], "problem": problem}
+
+
+def _is_good(row: Mapping[str, Any]) -> bool:
+    if row["problem"]:
+        logger.warning_once(f"Rows of the stream are dropped; the first: {row['problem']}")
+    return not row["problem"]
+
+
+def _count(dataset: Dataset | IterableDataset, spelling: str, rows: list[int] | None = None) -> DataReport:
+    if isinstance(dataset, IterableDataset):
+        return DataReport(spelling)
+    scores = dataset["scores"]
+    flat = [i for i, s in enumerate(scores) if len(set(s)) == 1]
+    return DataReport(
+        spelling=spelling,
+        rows=len(dataset),
+        groups=len(dataset),
+        groups_by_k=dict(sorted(Counter(len(s) for s in scores).items())),
+        no_signal=len(flat),
+        no_signal_rows=[rows[i] if rows else i for i in flat[:FIRST_ROWS]],
+        cut_completions=sum(dataset["cut_completions"]) if rows is not None else 0,
+        cut_prompts=sum(n > 0 for n in dataset["cut_prompt_tokens"]) if rows is not None else 0,
+        moved_boundaries=sum(n > 0 for n in dataset["moved_boundary"]) if rows is not None else 0,
+    )

@@ -1,0 +1,260 @@
+"""``run_reward.py`` and ``run_preference.py``: parse -> data -> trainer -> train -> measure -> save."""
+
+from __future__ import annotations
+
+import logging as std_logging
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from trl import get_peft_config, get_quantization_config
+from trl.models import unwrap_model_for_generation
+
+from contrastive_align import demo
+from contrastive_align.data import DataReport, detect_spelling
+from contrastive_align.launch.arguments import Arguments, UsageError, parse
+from contrastive_align.launch.datasets import load_splits, take
+from contrastive_align.report import Change, Summary
+from contrastive_align.sampling import sample_completions
+from contrastive_align.trainers import ContrastiveTrainer
+from contrastive_align.versions import SUPPORTED
+
+
+DEMO_NAME = "the bundled demo data"
+# What the bundled model and the bundled data are trained with, where nothing else is said.
+DEMO_MODEL = {"learning_rate": 1e-3, "gradient_checkpointing": False}
+DEMO_DATA = {
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 10,
+    "save_strategy": "no",
+}
+DEMO_SAMPLES = {"per_prompt": 4, "max_new_tokens": 48}
+MEASURED_TRAIN_GROUPS = 256
+
+
+def main(argv: Sequence[str] | None = None, *, preference: bool = False) -> Summary:
+    """Align a model on scored completions (or pairs) as the command line says; see ``README.md``."""
+    prog = "run_preference.py" if preference else "run_reward.py"
+    args = _parse(argv, prog, preference)
+    try:
+        train, test, data_name = _load_data(args, preference)
+        trainer = _build_trainer(args, train, test)
+    except (ValueError, FileNotFoundError) as error:
+        if std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
+            raise
+        raise UsageError(f"{error}\n(--log_level=debug shows where)") from error
+    say = _print_on_main
+    summary = _describe(args, trainer, data_name)
+    say(summary.opening())
+    for note in args.notes:
+        say(f"note: {note}")
+
+    is_demo_data = data_name == DEMO_NAME
+    before = _demo_rewards(trainer, test) if is_demo_data else []
+    started = time.perf_counter()
+    resume = args.training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
+
+    _measure(summary, trainer, test)
+    if is_demo_data:
+        after = _demo_rewards(trainer, test)
+        summary.metrics = {"mean_reward": Change.paired(before, after), **summary.metrics}
+    _save(args, trainer, summary, data_name)
+    say(summary.closing())
+    return summary
+
+
+def _parse(argv: Sequence[str] | None, prog: str, preference: bool) -> Arguments:
+    args = parse(argv, prog=prog)
+    defaults: dict[str, Any] = {"output_dir": "runs/preference" if preference else "runs/reward"}
+    if args.model.model_name_or_path is None:
+        defaults |= {"model_name_or_path": demo.MODEL_PATH, **DEMO_MODEL}
+    if args.script.dataset_name is None and not args.datasets.datasets:
+        defaults |= DEMO_DATA
+    return parse(argv, prog=prog, defaults=defaults)
+
+
+def _load_data(args: Arguments, preference: bool) -> tuple[Any, Any, str]:
+    if args.script.dataset_name is None and not args.datasets.datasets:
+        splits = demo.load_preference_dataset() if preference else demo.load_reward_dataset()
+        train, test, name = take(splits["train"], args.script.max_train_samples), splits["test"], DEMO_NAME
+        test = take(test, args.script.max_eval_samples)
+    else:
+        train, test = load_splits(
+            args.script,
+            args.datasets,
+            want_eval=args.training.eval_strategy != "no" or args.training.do_eval,
+            seed=args.training.seed,
+            on_bad_row=args.training.on_bad_row,
+        )
+        name = args.script.dataset_name or ", ".join(d.path for d in args.datasets.datasets)
+    if preference:
+        first = next(iter(train))
+        spelling = detect_spelling(list(first), first)
+        if spelling != "preference":
+            raise UsageError(
+                f"{name} has scored completions (columns {sorted(first)}), expected 'chosen' and 'rejected'. Use "
+                "run_reward.py, which takes any number of them."
+            )
+    return train, test, name
+
+
+def _build_trainer(args: Arguments, train: Any, test: Any) -> ContrastiveTrainer:
+    model, training = args.model, args.training
+    init = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    if model.model_name_or_path == demo.MODEL_PATH:
+        init.pop("revision")
+    training.model_init_kwargs = init
+    trainer = ContrastiveTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=train,
+        eval_dataset=test,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    if args.script.ignore_bias_buffers:  # as TRL's script: DDP trips over boolean buffers of some models
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+        ]
+    return trainer
+
+
+# ----------------------------------------------------------------------------------------------------- what is told
+
+
+def _describe(args: Arguments, trainer: ContrastiveTrainer, data_name: str) -> Summary:
+    training, model = args.training, args.model
+    weights = training.loss_weights or [1.0] * len(training.loss_type)
+    named = zip(training.loss_type, weights, strict=True)
+    losses = " + ".join(f"{weight:g} {loss}" if len(weights) > 1 else loss for loss, weight in named)
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    size = f"{_millions(parameters)} parameters, {_millions(trained)} trained"
+    bits = "4-bit " if model.load_in_4bit else "8-bit " if model.load_in_8bit else ""
+    adapted = f", LoRA r={model.lora_r}" if is_peft_model(trainer.model) else ""
+    name = "the bundled demo model" if model.model_name_or_path == demo.MODEL_PATH else trainer.start_description
+    return Summary(
+        method={
+            "line": f"{losses}, beta={training.beta:g}, temperature_alpha={training.temperature_alpha:g}",
+            "trainer": type(trainer).__name__,
+            "loss_type": training.loss_type,
+            "loss_weights": weights,
+            "beta": training.beta,
+            "temperature_alpha": training.temperature_alpha,
+            "learning_rate": training.learning_rate,
+            "seed": training.seed,
+        },
+        model={
+            "line": f"{name} ({size}{adapted}, {bits}{str(trainer.model.dtype).removeprefix('torch.')})",
+            "name_or_path": model.model_name_or_path,
+            "revision": model.model_revision,
+            "start": trainer.start_description,
+            "quantisation": bits.strip() or None,
+            "peft": is_peft_model(trainer.model),
+            "parameters": parameters,
+            "trained_parameters": trained,
+        },
+        reference=_reference_line(trainer, name),
+        data={split: _data_entry(data_name, report) for split, report in trainer.data_reports.items()},
+        versions={package: version(package) for package in [*SUPPORTED, "contrastive_align"]},
+    )
+
+
+def _reference_line(trainer: ContrastiveTrainer, name: str) -> str:
+    if trainer.args.sync_ref_model:
+        return f"{name} at the start, then following the policy (sync_ref_model)"
+    if is_peft_model(trainer.model):
+        if "ref" in trainer.model.peft_config:
+            return f"{name}: a frozen copy of the adapter"
+        return f"{name}, with the new adapter off"
+    return f"{name}, its log-probs cached" if trainer.args.precompute_ref_log_probs else f"{name}, a frozen copy"
+
+
+def _data_entry(name: str, report: DataReport) -> dict[str, Any]:
+    if report.groups is None:
+        line = f"{name}, a stream ({report.spelling} columns)"
+    else:
+        ks = ", ".join(f"{k}: {n}" for k, n in report.groups_by_k.items())
+        line = f"{name}: {report.groups} groups of {report.rows} rows ({report.spelling} columns; groups by K {ks})"
+    return {"line": line, "notes": report.losses(), "name": name, **report.as_dict()}
+
+
+def _millions(n: int) -> str:
+    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
+
+
+def _print_on_main(text: str) -> None:
+    if PartialState().is_main_process:
+        print(f"\n{text}" if "\n" in text else text, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- what is measured
+
+
+def _measure(summary: Summary, trainer: ContrastiveTrainer, test: Any) -> None:
+    """Log-probs of the reference (before) and the policy (after) on the same groups."""
+    if test is not None:
+        trainer.evaluate()
+        summary.metrics_on = "the evaluation split"
+    elif isinstance(trainer.train_dataset, Dataset):
+        n = min(MEASURED_TRAIN_GROUPS, len(trainer.train_dataset))
+        trainer.evaluate(trainer.train_dataset.select(range(n)), metric_key_prefix="train_sample")
+        summary.metrics_on = f"the first {n} training groups"
+    else:
+        return
+    means = trainer.last_evaluation
+    for name in ("logps/best", "logps/rest"):
+        value, delta = means[name], means[f"{name}_delta"]
+        summary.metrics[name] = Change(value.mean - delta.mean, value.mean, delta.se, round(value.n))
+    for name in ("rewards/margins", "rewards/accuracies"):
+        if name in means:  # both are 0 where policy = reference
+            summary.metrics[name] = Change(0.0, means[name].mean, means[name].se, round(means[name].n))
+    best, margin = means["logps/best_delta"], means.get("rewards/margins")
+    summary.state = f"In words: the best completion's likelihood {_direction(best.mean, best.se)}"
+    if margin is not None:
+        summary.state += f", its margin over the others {_direction(margin.mean, margin.se)}"
+    summary.state += "."
+
+
+def _direction(mean: float, se: float) -> str:
+    return "did not move" if abs(mean) <= 2 * se else "rose" if mean > 0 else "fell"
+
+
+def _demo_rewards(trainer: ContrastiveTrainer, test: Dataset) -> list[float]:
+    """Mean reward of samples, for each held-out prompt."""
+    prompts = test["prompt"]
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        samples = sample_completions(model, trainer.processing_class, prompts, seed=trainer.args.seed, **DEMO_SAMPLES)
+    return [sum(demo.reward([p] * len(s), s)) / len(s) for p, s in zip(prompts, samples, strict=True)]
+
+
+def _save(args: Arguments, trainer: ContrastiveTrainer, summary: Summary, data_name: str) -> None:
+    output_dir = args.training.output_dir
+    trainer.save_model(output_dir)
+    trainer.create_model_card(dataset_name=None if data_name == DEMO_NAME else data_name)
+    auto = "peft.AutoPeftModelForCausalLM" if is_peft_model(trainer.model) else "transformers.AutoModelForCausalLM"
+    summary.saved = {
+        "saved": output_dir,
+        "summary": f"{output_dir}/summary.json",
+        "load with": f'{auto}.from_pretrained("{output_dir}")',
+    }
+    if trainer.args.should_save:
+        summary.write(output_dir)
+    if args.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=data_name)
+    trainer.end()

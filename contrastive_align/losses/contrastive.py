@@ -1,0 +1,344 @@
+"""Losses on groups: one prompt, K completions, one score each.
+
+Every loss here is a pure function with one signature::
+
+    loss(log_ratios, scores, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None) -> (B,)
+
+====================  ============  ================================================================================
+argument              shape         meaning
+====================  ============  ================================================================================
+``log_ratios``        (B, K) nats   sum over the completion's tokens of log pi(y|x) - log ref(y|x)
+``scores``            (B, K)        the explicit rewards; higher is better
+``beta``              float         implied reward r = beta * log_ratio
+``temperature_alpha`` float > 0     labels p = softmax(scores / temperature_alpha); see :func:`target_labels`
+``valid``             (B, K) bool   False marks a column that is not there (ragged K); default: all True
+``policy_logps``      (B, K) nats   log pi(y|x), summed over tokens; only ``sft`` reads it
+``lengths``           (B, K) int    tokens per completion; only ``sft`` reads it
+====================  ============  ================================================================================
+
+All accept the same keywords, also those they do not need, so that a trainer calls any of them alike. None averages
+over the batch. A masked column is as good as removed, in value and in gradient; a row without any valid column gives
+0 and a finite gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def target_labels(scores: Tensor, *, temperature_alpha: float, valid: Tensor | None = None) -> Tensor:
+    r"""Soft labels over the K completions of a group.
+
+    .. math:: p_i = \mathrm{softmax}(s / \alpha)_i
+
+    Noise Contrastive Alignment, arXiv:2402.05369, section 3 (alpha is the temperature of the explicit rewards).
+    A preference, that is a group of two valid completions with scores 1 and 0, is always hard: p = (1, 0) whatever
+    ``temperature_alpha``. Equal scores share their label equally.
+
+    Args:
+        scores: (B, K).
+        temperature_alpha: > 0. Small values give one-hot labels, large ones uniform labels.
+        valid: (B, K) bool.
+
+    Returns:
+        (B, K), each row summing to 1, or to 0 where no column is valid.
+
+    Raises:
+        ValueError: ``temperature_alpha`` is not positive.
+
+    >>> target_labels(torch.tensor([[3.0, 2.0, 2.0]]), temperature_alpha=1.0)
+    tensor([[0.5761, 0.2119, 0.2119]])
+    >>> target_labels(torch.tensor([[1.0, 0.0]]), temperature_alpha=1.0)
+    tensor([[1., 0.]])
+    """
+    if not temperature_alpha > 0:
+        raise ValueError(
+            f"temperature_alpha is {temperature_alpha}, expected a number above 0. For one-hot labels use a small one "
+            "such as 1e-4."
+        )
+    valid = _all_valid(scores) if valid is None else valid
+    s = scores.masked_fill(~valid, -torch.inf)
+    best = s.amax(-1, keepdim=True)
+    # Subtract the best score before dividing: scores of 1e4 over 1e-4 would leave no digits for the differences.
+    gaps = torch.where(valid, scores - best, 0.0)
+    p = torch.softmax((gaps / temperature_alpha).masked_fill(~valid & valid.any(-1, keepdim=True), -torch.inf), -1)
+    preference = (
+        (valid.sum(-1, keepdim=True) == 2)
+        & (valid & (scores == 1)).any(-1, keepdim=True)
+        & (valid & (scores == 0)).any(-1, keepdim=True)
+    )
+    return torch.where(preference, (scores == 1).to(p.dtype), p).masked_fill(~valid, 0.0)
+
+
+def nca(
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    r"""Noise contrastive alignment: each completion is classified on its own, data against noise.
+
+    .. math:: -\sum_i p_i \log\sigma(r_i) - \frac{1}{K} \sum_i \log\sigma(-r_i), \qquad r_i = \beta \cdot
+        \text{log\_ratio}_i
+
+    Noise Contrastive Alignment, arXiv:2402.05369, section 4. The optimum pins absolute levels, r_i = ln(K p_i), so the
+    likelihood of the best completion need not fall. At policy = reference the loss is 2 ln 2 for every K. On a
+    preference it is TRL's ``nca_pair``.
+
+    >>> nca(torch.zeros(1, 4), torch.tensor([[3.0, 1.0, 1.0, 0.0]]), beta=0.1, temperature_alpha=1e-4)
+    tensor([1.3863])
+    """
+    r, p, valid = _rewards_and_labels(log_ratios, scores, beta, temperature_alpha, valid)
+    k = valid.sum(-1).clamp(min=1)
+    return -(p * F.logsigmoid(r)).sum(-1) - (F.logsigmoid(-r) * valid).sum(-1) / k
+
+
+def info_nca(
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    r"""InfoNCA: cross-entropy between the labels and the softmax of the implied rewards.
+
+    .. math:: -\sum_i p_i \log \mathrm{softmax}(r)_i
+
+    Noise Contrastive Alignment, arXiv:2402.05369, section 3. The optimum is softmax(r) = p with loss H(p); only
+    differences are pinned. At policy = reference the loss is ln K. On a preference it is DPO; with soft labels on a
+    pair it is conservative DPO.
+
+    >>> info_nca(torch.zeros(1, 4), torch.tensor([[3.0, 1.0, 1.0, 0.0]]), beta=0.1, temperature_alpha=1e-4)
+    tensor([1.3863])
+    """
+    r, p, valid = _rewards_and_labels(log_ratios, scores, beta, temperature_alpha, valid)
+    log_softmax = r - _masked_logsumexp(r, valid).unsqueeze(-1)
+    return -(p * log_softmax).sum(-1)
+
+
+def biased_nca(
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    r"""Biased NCA on pairs: the winner is data, the loser is noise.
+
+    .. math:: -\log\sigma(r_w) - \log\sigma(-r_l)
+
+    The variant of the authors' code for arXiv:2402.05369; TRL calls it ``bco_pair``. Winner and loser are told apart by
+    the order of the scores; a tie is the mean of both orders.
+
+    Raises:
+        ValueError: a group does not hold exactly two valid completions.
+
+    >>> biased_nca(torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 0.0]]), beta=1.0, temperature_alpha=1e-4)
+    tensor([0.6265])
+    """
+    valid = _all_valid(scores) if valid is None else valid
+    k = valid.sum(-1)
+    if bool(((k != 2) & (k != 0)).any()):
+        found = sorted(set(k.tolist()))
+        raise ValueError(
+            f"biased_nca is defined on pairs, found groups with K in {found}. Use 'nca', which is the same idea for "
+            "any K, or keep two completions per group."
+        )
+    r = beta * log_ratios.masked_fill(~valid, 0.0)
+    s = scores.masked_fill(~valid, -torch.inf)
+    wins = (valid & (s == s.amax(-1, keepdim=True))).to(r.dtype)
+    wins = wins / wins.sum(-1, keepdim=True).clamp(min=1)
+    losses = valid.to(r.dtype) - wins
+    return -(wins * F.logsigmoid(r)).sum(-1) - (losses * F.logsigmoid(-r)).sum(-1)
+
+
+def dpo(
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
+    pairs: str = "all",
+) -> Tensor:
+    r"""Direct preference optimisation on the pairs that the order of the scores makes.
+
+    .. math:: \frac{1}{|P|} \sum_{(i, j) \in P} -\log\sigma(r_i - r_j), \qquad P \subseteq \{(i, j): s_i > s_j\}
+
+    DPO, arXiv:2305.18290, eq. 7. ``pairs="all"`` takes every pair with different scores, ``"best_vs_rest"`` only those
+    whose winner has the group's highest score. Ties make no pair; a group without a pair gives 0 (and still counts
+    when the caller averages over the batch).
+
+    Raises:
+        ValueError: ``pairs`` is neither ``"all"`` nor ``"best_vs_rest"``.
+
+    >>> dpo(torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[2.0, 1.0, 1.0]]), beta=1.0, temperature_alpha=1e-4)
+    tensor([0.3133])
+    """
+    if pairs not in ("all", "best_vs_rest"):
+        raise ValueError(f"pairs is {pairs!r}, expected 'all' or 'best_vs_rest'.")
+    valid = _all_valid(scores) if valid is None else valid
+    r = beta * log_ratios.masked_fill(~valid, 0.0)
+    s = scores.masked_fill(~valid, -torch.inf)
+    beats = valid.unsqueeze(-1) & valid.unsqueeze(-2) & (s.unsqueeze(-1) > s.unsqueeze(-2))
+    if pairs == "best_vs_rest":
+        beats = beats & (s == s.amax(-1, keepdim=True)).unsqueeze(-1)
+    pair_losses = -F.logsigmoid(r.unsqueeze(-1) - r.unsqueeze(-2)) * beats
+    return pair_losses.sum((-1, -2)) / beats.sum((-1, -2)).clamp(min=1)
+
+
+def dpo_best_vs_rest(
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """:func:`dpo` with ``pairs="best_vs_rest"``: the baseline of arXiv:2402.05369 on explicit rewards.
+
+    >>> dpo_best_vs_rest(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]]), beta=0.1, temperature_alpha=1e-4)
+    tensor([0.6931])
+    """
+    return dpo(log_ratios, scores, beta=beta, temperature_alpha=temperature_alpha, valid=valid, pairs="best_vs_rest")
+
+
+def plackett_luce(
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    r"""Listwise DPO: the Plackett-Luce likelihood of the ranking by score.
+
+    .. math:: -\sum_i \Big( r_i - \log \sum_{j: s_j \le s_i} e^{r_j} \Big)
+
+    DPO, arXiv:2305.18290, appendix A.3. Ties take Breslow's form: tied completions share one denominator,
+    which holds all of them. A group whose scores are all equal gives 0. On a pair it is DPO.
+
+    >>> plackett_luce(torch.zeros(1, 3), torch.tensor([[3.0, 2.0, 1.0]]), beta=0.1, temperature_alpha=1e-4)
+    tensor([1.7918])
+    """
+    valid = _all_valid(scores) if valid is None else valid
+    r = beta * log_ratios.masked_fill(~valid, 0.0)
+    s = scores.masked_fill(~valid, -torch.inf)
+    not_above = valid.unsqueeze(-2) & (s.unsqueeze(-2) <= s.unsqueeze(-1))  # [b, i, j]: j is still in i's choice set
+    denominators = _masked_logsumexp(r.unsqueeze(-2).expand_as(not_above), not_above & valid.unsqueeze(-1))
+    lowest = scores.masked_fill(~valid, torch.inf).amin(-1)
+    ranked = (s.amax(-1) > lowest) & valid.any(-1)
+    return ((denominators - r) * valid).sum(-1) * ranked
+
+
+def sft(
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    r"""Negative log-likelihood per token of the best-scored completion, for mixtures such as NCA + 0.1 SFT.
+
+    .. math:: -\log \pi(y_{best} | x) / |y_{best}|
+
+    As ``sft`` in TRL's loss mixtures (there averaged over the tokens of the batch, here per group). Completions tied at
+    the top count equally.
+
+    Raises:
+        ValueError: ``policy_logps`` or ``lengths`` is missing.
+
+    >>> sft(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), beta=0.1, temperature_alpha=1e-4,
+    ...     policy_logps=torch.tensor([[-6.0, -1.0]]), lengths=torch.tensor([[3, 1]]))
+    tensor([2.])
+    """
+    if policy_logps is None or lengths is None:
+        raise ValueError("sft needs policy_logps (B, K) and lengths (B, K) beside the log-ratios.")
+    valid = _all_valid(scores) if valid is None else valid
+    nll = -policy_logps.masked_fill(~valid, 0.0) / lengths.clamp(min=1)
+    s = scores.masked_fill(~valid, -torch.inf)
+    best = valid & (s == s.amax(-1, keepdim=True))
+    return (nll * best).sum(-1) / best.sum(-1).clamp(min=1)
+
+
+def temperature_for_entropy(scores: Tensor, *, valid: Tensor | None = None, fraction: float = 0.5) -> float | None:
+    r"""The ``temperature_alpha`` at which the mean entropy of the labels is a given share of its maximum.
+
+    .. math:: \text{mean}_b\, H(p_b(\alpha)) = \text{fraction} \cdot \text{mean}_b \ln K_b
+
+    Solved by bisection on log alpha, in float64, over the groups whose scores differ. Tied best completions put a floor
+    under the entropy; where the floor is above the wish, or no group has a signal, there is no answer and ``None`` is
+    returned.
+
+    >>> round(temperature_for_entropy(torch.tensor([[2.0, 1.0, 0.0]])), 3)
+    0.593
+    """
+    valid = _all_valid(scores) if valid is None else valid
+    s = scores.double()
+    signal = s.masked_fill(~valid, -torch.inf).amax(-1) > s.masked_fill(~valid, torch.inf).amin(-1)
+    s, valid = s[signal], valid[signal]
+    if not len(s):
+        return None
+    wish = fraction * valid.sum(-1).double().log().mean()
+
+    def entropy(alpha: float) -> Tensor:
+        return label_entropy(target_labels(s, temperature_alpha=alpha, valid=valid)).mean()
+
+    spread = float((s.masked_fill(~valid, -torch.inf).amax(-1) - s.masked_fill(~valid, torch.inf).amin(-1)).max())
+    low, high = spread * 1e-9, spread * 1e9
+    if entropy(low) > wish or entropy(high) < wish:
+        return None
+    for _ in range(100):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if entropy(middle) < wish else (low, middle)
+    return (low * high) ** 0.5
+
+
+def label_entropy(p: Tensor) -> Tensor:
+    """Entropy in nats of labels (..., K), with 0 log 0 = 0.
+
+    >>> label_entropy(torch.tensor([[0.5, 0.5, 0.0]]))
+    tensor([0.6931])
+    """
+    return torch.special.entr(p).sum(-1)
+
+
+def _all_valid(scores: Tensor) -> Tensor:
+    return torch.ones_like(scores, dtype=torch.bool)
+
+
+def _rewards_and_labels(
+    log_ratios: Tensor, scores: Tensor, beta: float, temperature_alpha: float, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    valid = _all_valid(scores) if valid is None else valid
+    r = beta * log_ratios.masked_fill(~valid, 0.0)
+    p = target_labels(scores.to(r.dtype), temperature_alpha=temperature_alpha, valid=valid)
+    return r, p, valid
+
+
+def _masked_logsumexp(x: Tensor, mask: Tensor) -> Tensor:
+    """logsumexp over the last dimension where ``mask``; 0 with zero gradient where nothing is masked in."""
+    empty = ~mask.any(-1, keepdim=True)
+    x = x.masked_fill(~mask & ~empty, -torch.inf)
+    return torch.logsumexp(x, -1).masked_fill(empty.squeeze(-1), 0.0)

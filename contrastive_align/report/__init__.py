@@ -1,0 +1,6 @@
+"""What a run was and what it did, on the screen and in ``summary.json``."""
+
+from contrastive_align.report.summary import Change, Summary, table
+
+
+__all__ = ["Change", "Summary", "table"]

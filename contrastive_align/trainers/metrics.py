@@ -1,0 +1,116 @@
+"""What is logged about a batch of groups: pure functions, and exact averages over steps and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+
+Metric = tuple[Tensor, Tensor]  # a value and a weight for each group
+
+
+def group_metrics(
+    *, log_ratios: Tensor, policy_logps: Tensor, scores: Tensor, labels: Tensor, valid: Tensor, beta: float
+) -> dict[str, Metric]:
+    """Metrics of (B, K) groups: name -> (values (B,), weights (B,)). A weight of 0 leaves the group out.
+
+    Implied rewards are r = beta * log_ratio. ``rewards/rank_j`` is r of the completion with the j-th highest score,
+    ``rewards/margins`` r of the best less the mean r of the others, ``rewards/accuracies`` whether the best-scored
+    completion (any of them, where tied) has the highest r of all, ``rewards/kendall_tau`` tau-b between scores and r.
+    Groups whose scores are all equal have no accuracy, margin or tau. Pairs also carry the names TRL gives them.
+    """
+    r = beta * log_ratios.masked_fill(~valid, 0.0)
+    s = scores.masked_fill(~valid, -torch.inf)
+    order = s.argsort(dim=-1, descending=True, stable=True)
+    by_rank = {name: t.gather(-1, order) for name, t in (("r", r), ("logps", policy_logps), ("ratios", log_ratios))}
+    present = valid.gather(-1, order).to(r.dtype)
+    k = valid.sum(-1)
+    best = valid & (s == s.amax(-1, keepdim=True))
+    signal = (valid & ~best).any(-1)
+    everyone = torch.ones_like(r[:, 0])
+    with_signal = signal.to(r.dtype)
+
+    highest_best = r.masked_fill(~best, -torch.inf).amax(-1)
+    highest_rest = r.masked_fill(~valid | best, -torch.inf).amax(-1)
+    tau, has_tau = _kendall_tau_b(s, r, valid)
+
+    metrics = {f"rewards/rank_{j}": (by_rank["r"][:, j], present[:, j]) for j in range(r.size(1))}
+    metrics |= {
+        "rewards/margins": (by_rank["r"][:, 0] - _mean_of_others(r, by_rank["r"], valid), with_signal),
+        "rewards/accuracies": ((highest_best > highest_rest).to(r.dtype), with_signal),
+        "rewards/kendall_tau": (tau, has_tau),
+        "logps/best": (by_rank["logps"][:, 0], everyone),
+        "logps/best_delta": (by_rank["ratios"][:, 0], everyone),
+        "logps/rest": (_mean_of_others(policy_logps, by_rank["logps"], valid), (k > 1).to(r.dtype)),
+        "logps/rest_delta": (_mean_of_others(log_ratios, by_rank["ratios"], valid), (k > 1).to(r.dtype)),
+        "labels/entropy": (torch.special.entr(labels).sum(-1), everyone),
+        "groups/no_signal": (1 - with_signal, everyone),
+    }
+    if r.size(1) >= 2:
+        pair = with_signal * (k == 2)
+        metrics |= {
+            "rewards/chosen": (by_rank["r"][:, 0], pair),
+            "rewards/rejected": (by_rank["r"][:, 1], pair),
+            "logps/chosen": (by_rank["logps"][:, 0], pair),
+            "logps/rejected": (by_rank["logps"][:, 1], pair),
+        }
+    return metrics
+
+
+def _mean_of_others(values: Tensor, by_rank: Tensor, valid: Tensor) -> Tensor:
+    return ((values * valid).sum(-1) - by_rank[:, 0]) / (valid.sum(-1) - 1).clamp(min=1)
+
+
+def _kendall_tau_b(s: Tensor, r: Tensor, valid: Tensor) -> Metric:
+    both = valid.unsqueeze(-1) & valid.unsqueeze(-2)
+    ds = torch.where(
+        both, (s.unsqueeze(-1) > s.unsqueeze(-2)).to(r.dtype) - (s.unsqueeze(-1) < s.unsqueeze(-2)).to(r.dtype), 0.0
+    )
+    dr = torch.where(both, torch.sign(r.unsqueeze(-1) - r.unsqueeze(-2)), 0.0)
+    norm = (ds.abs().sum((-1, -2)) * dr.abs().sum((-1, -2))).sqrt()
+    return (ds * dr).sum((-1, -2)) / norm.clamp(min=1), (norm > 0).to(r.dtype)
+
+
+class Averages:
+    """Weighted means over everything added since the last call of :meth:`compute`, over all processes.
+
+    Means do not depend on how the groups were spread over batches, steps and processes.
+
+    >>> averages = Averages()
+    >>> averages.add({"x": (torch.tensor([1.0, 2.0, 9.0]), torch.tensor([1.0, 1.0, 0.0]))})
+    >>> averages.compute()["x"].mean
+    1.5
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: Mapping[str, Metric]) -> None:
+        for name, (values, weights) in metrics.items():
+            values, weights = values.detach(), weights.detach()
+            values = torch.where(weights > 0, values, 0.0)
+            sums = torch.stack([weights.sum(), (weights * values).sum(), (weights * values.square()).sum()])
+            sums = sums.to(torch.float32 if sums.device.type == "mps" else torch.float64)
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+    def compute(self) -> dict[str, Mean]:
+        """Name -> mean over all processes, and start anew. To be called on every process."""
+        totals: dict[str, list[float]] = {}
+        for sums in gather_object([{name: t.tolist() for name, t in self._sums.items()}]):
+            for name, parts in sums.items():
+                totals[name] = [a + b for a, b in zip(totals.get(name, [0.0, 0.0, 0.0]), parts, strict=True)]
+        self._sums.clear()
+        return {name: Mean(*parts) for name, parts in sorted(totals.items()) if parts[0] > 0}
+
+
+class Mean:
+    """A weighted mean with its standard error."""
+
+    def __init__(self, n: float, total: float, squares: float) -> None:
+        self.n = n
+        self.mean = total / n
+        variance = max(squares / n - self.mean**2, 0.0)
+        self.se = (variance / (n - 1)) ** 0.5 if n > 1 else float("nan")
