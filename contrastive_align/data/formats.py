@@ -17,6 +17,7 @@ from trl import extract_prompt
 Message = dict[str, Any]
 Text = str | list[Message]
 
+LARGEST_SCORE = 3.4028234663852886e38  # scores are float32 on their way to the loss
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -50,7 +51,7 @@ class Group:
 PROMPT_COLUMNS = ("prompt", "instruction")
 COMPLETIONS_COLUMNS = ("completions", "responses")
 SCORES_COLUMNS = ("scores", "rewards")
-_LETTERED = re.compile(r"A(\d+)$")
+_LETTERED = re.compile(r"(?:score_)?A(\d+)$")
 
 WHAT_IS_UNDERSTOOD = (
     "prompt + completions + scores (lists of K), the same with responses and rewards, prompt + A0.. + score_A0.., "
@@ -76,8 +77,10 @@ def detect_spelling(columns: list[str], first_row: Mapping[str, Any] | None = No
     if completions and any(c in columns for c in SCORES_COLUMNS):
         return "canonical"
     if completions and first_row is not None:
-        items = first_row[completions]
-        if isinstance(items, list) and items and isinstance(items[0], Mapping) and "response" in items[0]:
+        items = first_row.get(completions)
+        if not items and items != "":  # a bad first row: this spelling is the only one without a column of scores
+            return "ultrafeedback"
+        if isinstance(items, list) and isinstance(items[0], Mapping) and "response" in items[0]:
             return "ultrafeedback"
     if "A0" in columns and "score_A0" in columns:
         return "lettered"
@@ -118,18 +121,27 @@ def read_group(row: Mapping[str, Any], number: int, spelling: str, *, source: st
             f"{where}: '{columns.scores}' has {len(scores)} numbers for {len(completions)} completions, expected one "
             "each. Correct the row or drop it (on_bad_row='drop')."
         )
-    scores = [_number(score, f"{where}: '{columns.scores}'[{i}]") for i, score in enumerate(scores)]
+    scores = [_number(score, f"{where}: {columns.score(i)}") for i, score in enumerate(scores)]
     _check_prompt(prompt, f"{where}: '{columns.prompt}'")
     for i, completion in enumerate(completions):
-        _check_completion(completion, f"{where}: '{columns.completions}'[{i}]")
+        _check_completion(completion, f"{where}: {columns.completion(i)}")
     return Group(prompt, completions, scores, _template_kwargs(row, where))
 
 
 @dataclass
 class _Columns:
+    """What a row calls its parts, for errors; ``own`` where each completion has a column (and a score column)."""
+
     prompt: str
     completions: str
     scores: str
+    own: list[tuple[str, str]] | None = None
+
+    def completion(self, i: int) -> str:
+        return f"'{self.own[i][0]}'" if self.own else f"'{self.completions}'[{i}]"
+
+    def score(self, i: int) -> str:
+        return f"'{self.own[i][1]}'" if self.own else f"'{self.scores}'[{i}]"
 
 
 _Parts = tuple[Text, list[Text], list[Any], _Columns]
@@ -155,20 +167,20 @@ def _read_ultrafeedback(row: Mapping[str, Any], where: str) -> _Parts:
 
 
 def _read_lettered(row: Mapping[str, Any], where: str) -> _Parts:
-    letters = sorted(int(m.group(1)) for m in map(_LETTERED.match, row) if m)
+    letters = sorted({int(m.group(1)) for m in map(_LETTERED.match, row) if m})
+    own = [(f"A{i}", f"score_A{i}") for i in letters]
     # A ragged table pads its short rows with None in both columns.
-    present = [i for i in letters if row[f"A{i}"] is not None or row.get(f"score_A{i}") is not None]
-    completions = [row[f"A{i}"] for i in present]
-    scores = [row.get(f"score_A{i}") for i in present]
+    own = [(a, score) for a, score in own if row.get(a) is not None or row.get(score) is not None]
+    completions, scores = [row.get(a) for a, _ in own], [row.get(score) for _, score in own]
     prompt_column = _first(row, PROMPT_COLUMNS)
-    prompt = row.get(prompt_column)
-    return prompt, completions, scores, _Columns(prompt_column, "A0..", "score_A0..")
+    return row.get(prompt_column), completions, scores, _Columns(prompt_column, "A0..", "score_A0..", own)
 
 
 def _read_preference(row: Mapping[str, Any], where: str) -> _Parts:
     chosen, rejected = _present(row, "chosen", where), _present(row, "rejected", where)
-    prompt = row.get("prompt")
-    if prompt is None:
+    prompt_column = _first(row, PROMPT_COLUMNS)
+    prompt = row.get(prompt_column)
+    if prompt_column not in row:
         shorter, longer = sorted((chosen, rejected), key=len)
         if longer[: len(shorter)] == shorter:
             raise BadRow(
@@ -179,7 +191,8 @@ def _read_preference(row: Mapping[str, Any], where: str) -> _Parts:
         prompt, chosen, rejected = split["prompt"], split["chosen"], split["rejected"]
     elif chosen == rejected:
         raise BadRow(f"{where}: 'chosen' and 'rejected' are the same. Drop the row (on_bad_row='drop').")
-    return prompt, [chosen, rejected], [1.0, 0.0], _Columns("prompt", "chosen, rejected", "(1, 0)")
+    own = [("chosen", "chosen"), ("rejected", "rejected")]
+    return prompt, [chosen, rejected], [1.0, 0.0], _Columns(prompt_column, "chosen, rejected", "(1, 0)", own)
 
 
 _SPELLINGS = {
@@ -201,19 +214,24 @@ def _same_form(prompt: Any, completions: list[Any], where: str, columns: _Column
     if not any(conversational) and not isinstance(prompt, list):
         return prompt, completions
     completions = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
-    whole = [isinstance(c, list) and bool(c) and c[0].get("role") != "assistant" for c in completions]
-    if any(whole):  # each completion is the whole dialogue: what they share, up to the last answer, is the prompt
+    whole = [_is_messages(c) and c[0].get("role") != "assistant" for c in completions]
+    if any(whole) and all(
+        map(_is_messages, completions)
+    ):  # each completion is the whole dialogue: what they share, up to the last answer, is the prompt
+        if isinstance(prompt, list) and prompt and all(c[: len(prompt)] == prompt for c in completions):
+            return prompt, [c[len(prompt) :] for c in completions]
         shared = 0
         while all(len(c) > shared + 1 and c[shared] == completions[0][shared] for c in completions):
             shared += 1
         while shared and completions[0][shared - 1].get("role") == "assistant":
             shared -= 1
         told = completions[0][:shared]
-        if not told or (isinstance(prompt, list) and prompt and prompt != told):
+        if not told or (isinstance(prompt, list) and prompt):
             odd = completions[whole.index(True)]
             raise BadRow(
-                f"{where}: '{columns.completions}' begin with the role '{odd[0].get('role')}', expected assistant, or "
-                f"whole dialogues that all begin with the '{columns.prompt}'."
+                f"{where}: {columns.completion(whole.index(True))} begins with the role '{odd[0].get('role')}', "
+                f"expected 'assistant', or whole dialogues that all begin with the '{columns.prompt}'. Correct the row "
+                "or drop it (on_bad_row='drop')."
             )
         return told, [c[shared:] for c in completions]
     if isinstance(prompt, str):
@@ -228,6 +246,10 @@ def _messages(value: Any) -> Any:
     if isinstance(value, list) and all(isinstance(m, Mapping) for m in value):
         return [{k: v for k, v in m.items() if v is not None} for m in value]
     return value
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(m, Mapping) for m in value)
 
 
 def _check_prompt(prompt: Any, what: str) -> None:
@@ -277,9 +299,16 @@ def _number(score: Any, what: str) -> float:
         raise BadRow(f"{what} is missing, expected a finite number. Fill it in or drop the row (on_bad_row='drop').")
     if not isinstance(score, numbers.Real):
         raise BadRow(f"{what} is {_short(score)}, expected a finite number, not a {type(score).__name__}.")
-    if not math.isfinite(score):
-        raise BadRow(f"{what} is {float(score)}, expected a finite number. Correct it or drop the row.")
-    return float(score)
+    try:
+        number = float(score)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= LARGEST_SCORE:
+        raise BadRow(
+            f"{what} is {number}, expected a finite number (at most {LARGEST_SCORE:.2g} in float32). Correct it or "
+            "drop the row (on_bad_row='drop')."
+        )
+    return number
 
 
 def _template_kwargs(row: Mapping[str, Any], where: str) -> dict[str, Any]:

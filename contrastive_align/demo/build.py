@@ -235,10 +235,6 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, model_dir
     (model_dir / "model.safetensors").chmod(0o644)
     # The chat template is kept inside the configuration so that the folder holds nothing but JSON and the weights.
     tokenizer.save_pretrained(model_dir, save_jinja_files=False)
-    # The class goes by two names, and this is the one that both older and newer releases of transformers know.
-    path = model_dir / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_lines(path: Path, rows: Iterable[dict]) -> None:

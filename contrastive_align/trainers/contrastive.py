@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import textwrap
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model, tqdm
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
@@ -358,7 +360,8 @@ class ContrastiveTrainer(DPOTrainer):
         else:
             adapter = contextlib.nullcontext()
         was_training = model.training
-        model.eval()  # the reference is one function: no dropout in it, also where it is the policy without its adapter
+        if not self.args.disable_dropout:  # the reference is one function, also where it is the policy without adapter
+            model.eval()
         try:
             with (
                 torch.no_grad(),
@@ -371,7 +374,7 @@ class ContrastiveTrainer(DPOTrainer):
             model.train(was_training)
 
     def _precompute_ref_logps(self, dataset: AnyDataset, name: str, batch_size: int) -> AnyDataset:
-        """Add the column ``ref_logps``, kept beside the dataset's cache under a key of data and weights."""
+        """Add the column ``ref_logps``, cached on disk under a key of token ids, weights and precision."""
         if isinstance(dataset, IterableDataset):
             raise ValueError(
                 "precompute_ref_log_probs=True needs a dataset with a length, found a stream. Load it whole, or set "
@@ -379,23 +382,19 @@ class ContrastiveTrainer(DPOTrainer):
             )
         if "ref_logps" in dataset.column_names:
             return dataset
-        key = [Hasher.hash((dataset._fingerprint, self._precompute_model_hash, "contrastive_align ref_logps"))]
+        precision = (self.args.bf16, self.args.fp16, str(self.model.dtype))
+        key = [Hasher.hash((_hash_of_tokens(dataset), self._precompute_model_hash, precision))]
         key = broadcast_object_list(key, from_process=0)[0]
-        cache_file = dataset._get_cache_file_path(key)
-        if not os.path.exists(cache_file):
+        file = Path(datasets.config.HF_DATASETS_CACHE) / "contrastive_align" / f"ref_logps_{key}.parquet"
+        if not file.is_file():
             ref_logps = self._ref_logps_of(dataset, name, batch_size)
             if self.accelerator.is_main_process:
-                dataset.map(
-                    lambda rows, indices: {"ref_logps": [ref_logps[i] for i in indices]},
-                    with_indices=True,
-                    batched=True,
-                    remove_columns=dataset.column_names,
-                    new_fingerprint=key,
-                    cache_file_name=cache_file,
-                    desc=f"Caching the reference log-probs of the {name} dataset",
-                )
-            self.accelerator.wait_for_everyone()
-        return concatenate_datasets([dataset, Dataset.from_file(cache_file)], axis=1)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                aside = file.with_suffix(f".{os.getpid()}.incomplete")
+                Dataset.from_dict({"ref_logps": ref_logps}).to_parquet(aside)
+                aside.replace(file)
+        self.accelerator.wait_for_everyone()
+        return concatenate_datasets([dataset, Dataset.from_parquet(str(file))], axis=1)
 
     def _ref_logps_of(self, dataset: Dataset, name: str, batch_size: int) -> list[list[float]]:
         model = self._reference
@@ -405,11 +404,15 @@ class ContrastiveTrainer(DPOTrainer):
             model = self._precompute_engine
         loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))
         rows: list[list[float]] = []
+        # In the mode the policy will be in: 4-bit layers on CPU take another kernel in evaluation mode.
+        was_training = model.training
+        model.train(self.args.disable_dropout)
         for batch in tqdm(loader, desc=f"Reference log-probs of the {name} dataset"):
             logps = self.compute_ref_log_probs(model, batch)
             rows += self.accelerator.gather_for_metrics(
                 [row[ok].tolist() for row, ok in zip(logps, batch["valid"], strict=True)], use_gather_object=True
             )
+        model.train(was_training)
         return rows
 
     # -------------------------------------------------------------------------------- the reference is an identity
@@ -542,6 +545,15 @@ class ContrastiveTrainer(DPOTrainer):
 
 class ReferenceMismatch(RuntimeError):
     """Policy and reference are not what they should be."""
+
+
+def _hash_of_tokens(dataset: Dataset) -> str:
+    """A hash of what the log-probs depend on: the token ids, not the object or file they came in."""
+    digest = hashlib.sha256()
+    for batch in dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow").iter(1000):
+        for column in ("prompt_ids", "completion_ids"):
+            digest.update(json.dumps(batch[column].to_pylist()).encode())
+    return digest.hexdigest()
 
 
 def _reads_labels(loss_name: str) -> bool:

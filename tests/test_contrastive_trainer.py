@@ -1,0 +1,463 @@
+"""ContrastiveTrainer against TRL, against itself under other batchings, and its promises about the reference."""
+
+import json
+import logging
+import math
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+import contrastive_align.trainers.contrastive as module
+from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
+from contrastive_align.losses import LOSSES
+from contrastive_align.trainers.contrastive import REFERENCE_FILE, ReferenceMismatch
+
+
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+    "optim": "sgd",
+    "per_device_train_batch_size": 4,
+    "per_device_eval_batch_size": 3,
+    "beta": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def groups():
+    return demo.load_reward_dataset()["train"].select(range(26))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return demo.load_preference_dataset()["train"].select(range(8))
+
+
+@pytest.fixture
+def make(tiny_llama, tmp_path, groups):
+    """A trainer on a tiny random Llama; keywords of the config, or of the trainer where they are its own."""
+    path = tiny_llama()
+
+    def build(trainer=ContrastiveTrainer, config=ContrastiveConfig, **kwargs):
+        own = ("model", "ref_model", "train_dataset", "eval_dataset", "peft_config", "callbacks", "data_collator")
+        mine = {k: kwargs.pop(k) for k in own if k in kwargs}
+        mine = {"model": path, "train_dataset": groups, **mine}
+        return trainer(args=config(**{"output_dir": str(tmp_path / "out"), **COMMON, **kwargs}), **mine)
+
+    return build
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def largest_gap(a, b):
+    assert a.keys() == b.keys()
+    return max((a[name] - b[name]).abs().max().item() for name in a)
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# ------------------------------------------------------------------------------------------------------- against TRL
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("sigmoid", "DPO"), ("nca_pair", "NCA"), ("bco_pair", "biasedNCA")])
+def test_pairs_equal_trl(make, pairs, theirs, ours):
+    """Loss and every gradient of one step, and the weights after several, through the two trainers."""
+    seen = []
+    for trainer, config, name in ((DPOTrainer, DPOConfig, theirs), (ContrastiveTrainer, ContrastiveConfig, ours)):
+        t = make(trainer, config, loss_type=[name], train_dataset=pairs, max_steps=4, gradient_accumulation_steps=2)
+        t.model.train()
+        with torch.no_grad():  # away from policy = reference, where many losses look alike
+            for p in t.model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        batch = t.data_collator([t.train_dataset[i] for i in range(4)])
+        t._reference_checked = True
+        loss = t.compute_loss(t.model, t._prepare_inputs(batch))
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in t.model.named_parameters()}
+        t.model.zero_grad()
+        t.train = lambda t=t: None
+        seen.append((loss.item(), gradients))
+        fresh = make(trainer, config, loss_type=[name], train_dataset=pairs, max_steps=4, gradient_accumulation_steps=2)
+        fresh.train()
+        seen[-1] += (weights(fresh), fresh.state.log_history)
+    (loss_a, grad_a, weights_a, log_a), (loss_b, grad_b, weights_b, log_b) = seen
+    assert loss_a == pytest.approx(loss_b, abs=1e-5)
+    assert largest_gap(grad_a, grad_b) < 1e-5
+    assert largest_gap(weights_a, weights_b) < 1e-5
+    for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+        assert [e[name] for e in log_a if name in e] == pytest.approx([e[name] for e in log_b if name in e], abs=1e-4)
+
+
+def test_it_is_trls_class_and_signature():
+    import inspect
+
+    assert issubclass(ContrastiveTrainer, DPOTrainer) and issubclass(ContrastiveConfig, DPOConfig)
+    theirs = list(inspect.signature(DPOTrainer.__init__).parameters)
+    assert list(inspect.signature(ContrastiveTrainer.__init__).parameters) == theirs
+
+
+PRIVATE_HOOKS = [
+    "_prepare_dataset",
+    "_set_signature_columns_if_needed",
+    "_precompute_ref_logps",
+    "_prepare_inputs",
+    "_save_checkpoint",
+    "get_batch_samples",
+    "compute_loss",
+    "compute_ref_log_probs",
+    "prediction_step",
+    "evaluation_loop",
+    "log",
+]
+
+
+def test_trl_still_calls_every_override(make, groups, monkeypatch):
+    """An override that is no longer called raises nothing by itself; this does."""
+    called = set()
+    for name in PRIVATE_HOOKS:
+        assert name in vars(ContrastiveTrainer), f"{name} is not an override any more"
+        assert hasattr(DPOTrainer, name), f"TRL has no {name} any more"
+        original = getattr(ContrastiveTrainer, name)
+
+        def spy(self, *args, _name=name, _original=original, **kwargs):
+            called.add(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(ContrastiveTrainer, name, spy)
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", lambda *a, **k: pytest.fail("TRL's loss ran"))
+    make(precompute_ref_log_probs=True, max_steps=1, save_strategy="steps", save_steps=1, eval_dataset=groups).train()
+    trainer = make(max_steps=1)
+    trainer.train()
+    trainer.evaluate(groups)
+    assert called == set(PRIVATE_HOOKS)
+
+
+def test_our_loss_is_the_one_that_ran(make, monkeypatch):
+    monkeypatch.setitem(LOSSES, "nca", lambda log_ratios, scores, **_: 0 * log_ratios.sum(-1) + 42.0)
+    trainer = make(max_steps=1)
+    trainer.train()
+    assert logged(trainer, "loss") == [42.0]
+
+
+# --------------------------------------------------------------------------------------------- batching and processes
+
+
+@pytest.mark.parametrize("loss_type", [["nca"], ["info_nca", "sft"], ["dpo"], ["plackett_luce"]])
+def test_ragged_batch_equals_one_group_at_a_time(make, loss_type):
+    trainer = make(loss_type=loss_type, temperature_alpha=0.3)
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.mul_(1.1)
+    trainer._reference_checked = True
+    rows = [trainer.train_dataset[i] for i in range(8)]
+    assert len({len(row["scores"]) for row in rows}) > 2
+
+    def gradients(batches):
+        trainer.model.zero_grad()
+        total = 0.0
+        for batch in batches:
+            loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(batch)))
+            (loss * len(batch) / len(rows)).backward()
+            total += loss.item() * len(batch) / len(rows)
+        return total, {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+
+    together, alone = gradients([rows]), gradients([[row] for row in rows])
+    assert together[0] == pytest.approx(alone[0], rel=1e-5)
+    assert largest_gap(together[1], alone[1]) < 1e-5
+
+
+def test_accumulation_and_uneven_last_batch(make):
+    """26 groups, 8 a step: 1 x 8 = 8 x 1 = 4 x 2 = 3 x ... over an epoch whose last step has 2."""
+    runs = []
+    for size, accumulation in ((8, 1), (1, 8), (4, 2)):
+        trainer = make(
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, num_train_epochs=2, beta=0.1
+        )
+        trainer.train()
+        runs.append((weights(trainer), trainer.state.log_history))
+    for other, log in runs[1:]:
+        assert largest_gap(runs[0][0], other) < 1e-6
+        for name in ("loss", "rewards/rank_0", "rewards/kendall_tau", "entropy", "logps/best", "groups/no_signal"):
+            assert [e[name] for e in log if name in e] == pytest.approx(
+                [e[name] for e in runs[0][1] if name in e], rel=1e-4, abs=1e-6
+            ), name
+
+
+def test_evaluation_is_the_mean_over_groups_whatever_the_batches(make, groups):
+    results = []
+    for size in (1, 3, 7, 26):
+        trainer = make(per_device_eval_batch_size=size, eval_dataset=groups)
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.mul_(1.1)
+        results.append({k: v for k, v in trainer.evaluate().items() if "/" in k or k == "eval_loss"})
+        assert trainer.last_evaluation["loss"].n == len(groups)
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-4, abs=1e-6)
+
+
+def test_a_stream_trains_like_the_dataset(make, groups):
+    stream = IterableDataset.from_generator(lambda: iter(groups.to_list()))
+    runs = []
+    for dataset in (groups, stream):
+        trainer = make(train_dataset=dataset, max_steps=5, train_sampling_strategy="random")
+        if dataset is groups:  # a stream comes in order
+            trainer._get_train_sampler = torch.utils.data.SequentialSampler
+        trainer.train()
+        runs.append(weights(trainer))
+    assert largest_gap(*runs) < 1e-6
+
+
+# ----------------------------------------------------------------------------------------------------- the reference
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(make, tmp_path):
+    kwargs = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 5, "optim": "adamw_torch"}
+    whole = make(output_dir=str(tmp_path / "whole"), **kwargs)
+    whole.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-5", tmp_path / "killed" / "checkpoint-5")
+    resumed = make(output_dir=str(tmp_path / "killed"), **kwargs)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == whole.state.global_step
+    assert largest_gap(weights(whole), weights(resumed)) < 1e-6
+    assert logged(resumed, "logps/best_delta") == pytest.approx(logged(whole, "logps/best_delta"), abs=1e-4)
+
+
+def test_resuming_with_another_reference_stops(make, tiny_llama, tmp_path):
+    kwargs = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    make(**kwargs).train()
+    assert (tmp_path / "out" / "checkpoint-1" / REFERENCE_FILE).is_file()
+    other = make(model=tiny_llama(seed=1), **kwargs)
+    with pytest.raises(ReferenceMismatch, match="checkpoint-1"):
+        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+
+def test_policy_that_is_not_the_reference_stops_at_step_0(make, tiny_llama):
+    changed = AutoModelForCausalLM.from_pretrained(tiny_llama())
+    with torch.no_grad():
+        changed.model.embed_tokens.weight.mul_(1.5)
+    with pytest.raises(ReferenceMismatch, match="Before the first step"):
+        make(model=changed, max_steps=1).train()
+    make(model=changed, ref_model=AutoModelForCausalLM.from_pretrained(tiny_llama()), max_steps=1).train()
+
+
+@pytest.mark.parametrize("loss", ["nca", "info_nca"])
+def test_step_0_loss(make, groups, loss):
+    trainer = make(loss_type=[loss], max_steps=1, per_device_train_batch_size=26)
+    trainer.train()
+    ks = [len(s) for s in groups["scores"]]
+    want = 2 * math.log(2) if loss == "nca" else sum(map(math.log, ks)) / len(ks)
+    assert logged(trainer, "loss")[0] == pytest.approx(want, abs=1e-5)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_precomputed_reference_trains_alike(make, groups, peft, monkeypatch):
+    peft_config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM") if peft else None
+    runs = []
+    for cached in (False, True, True):
+        if len(runs) == 2:
+            monkeypatch.setattr(ContrastiveTrainer, "_ref_logps_of", lambda *a: pytest.fail("the cache was not used"))
+        trainer = make(precompute_ref_log_probs=cached, num_train_epochs=1, peft_config=peft_config)
+        assert ("ref_logps" in trainer.train_dataset.column_names) == cached
+        trainer.train()
+        runs.append(weights(trainer))
+    assert largest_gap(runs[0], runs[1]) < 1e-6
+    assert largest_gap(runs[1], runs[2]) < 1e-6
+
+
+def test_precompute_refuses_a_stream(make, groups):
+    stream = IterableDataset.from_generator(lambda: iter(groups.to_list()))
+    with pytest.raises(ValueError, match="stream"):
+        make(train_dataset=stream, precompute_ref_log_probs=True, max_steps=1)
+
+
+def test_trdpo_reference_moves_and_resuming_it_stops(make, tmp_path):
+    kwargs = {"sync_ref_model": True, "ref_model_sync_steps": 1, "max_steps": 3, "save_strategy": "steps"}
+    trainer = make(**kwargs, save_steps=2)
+    before = {n: p.detach().clone() for n, p in trainer.ref_model.named_parameters()}
+    trainer.train()
+    after = dict(trainer.ref_model.named_parameters())
+    assert max((before[n] - after[n]).abs().max().item() for n in before) > 0
+    with pytest.raises(ReferenceMismatch, match="sync_ref_model"):
+        make(**kwargs, save_steps=2).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+
+
+# ---------------------------------------------------------------------------------------------------- options, metrics
+
+
+def test_loss_mixture(make):
+    single = {name: make(loss_type=[name], max_steps=1) for name in ("nca", "sft")}
+    mixed = make(loss_type=["NCA", "sft"], loss_weights=[1.0, 0.1], max_steps=1)
+    for trainer in (*single.values(), mixed):
+        trainer.train()
+    nca, sft = (logged(single[name], "loss")[0] for name in ("nca", "sft"))
+    assert logged(mixed, "loss")[0] == pytest.approx(nca + 0.1 * sft, rel=1e-5)
+    assert logged(mixed, "loss/sft")[0] == pytest.approx(sft, rel=1e-5)
+
+
+def test_every_loss_trains(make, pairs):
+    for name in LOSSES:
+        trainer = make(loss_type=[name], max_steps=2, train_dataset=pairs)
+        start = weights(trainer)
+        trainer.train()
+        assert largest_gap(start, weights(trainer)) > 0, name
+
+
+def test_first_score_bonus_decides_ties(make):
+    tied = Dataset.from_list([{"prompt": "Say it.", "completions": ["a", "b"], "scores": [1.0, 1.0]}] * 4)
+    trainer = make(train_dataset=tied, max_steps=1, first_score_bonus=0.01)
+    trainer.train()
+    assert logged(trainer, "labels/entropy")[0] == pytest.approx(0, abs=1e-6)
+    trainer = make(train_dataset=tied, max_steps=1)
+    trainer.train()
+    assert logged(trainer, "labels/entropy")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"ld_alpha": 0.5},
+        {"f_divergence_type": "js_divergence"},
+        {"f_alpha_divergence_coef": 0.1},
+        {"label_smoothing": 0.1},
+        {"use_weighting": True},
+        {"discopop_tau": 0.1},
+        {"padding_free": True},
+        {"truncation_mode": "keep_end"},
+        {"neftune_noise_alpha": 5.0},
+        {"pad_token": "<pad>"},
+        {"loss_type": ["ipo"]},
+        {"loss_type": []},
+        {"loss_type": ["nca", "NCA"]},
+        {"loss_type": ["nca"], "loss_weights": [1.0, 2.0]},
+        {"train_sampling_strategy": "group_by_length"},
+        {"temperature_alpha": 0.0},
+        {"beta": -0.1},
+        {"beta": float("nan")},
+        {"on_bad_row": "ignore"},
+        {"max_prompt_length": 1024},
+        {"max_length": 1},
+        {"accelerator_config": {"dispatch_batches": True}},
+        {"accelerator_config": {"even_batches": False}},
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_raises(tmp_path, option):
+    with pytest.raises(ValueError, match=next(iter(option)) + "|loss_weights|even_batches|dispatch|Unknown loss_type"):
+        ContrastiveConfig(output_dir=str(tmp_path), **{**COMMON, **option})
+
+
+def test_trainer_arguments_that_are_not_supported_raise(make, groups, tmp_path):
+    with pytest.raises(TypeError, match="DPOConfig, expected a ContrastiveConfig"):
+        make(config=DPOConfig)
+    with pytest.raises(ValueError, match="images"):
+        make(train_dataset=groups.add_column("image", [None] * len(groups)))
+    with pytest.raises(ValueError, match="compute_metrics"):
+        ContrastiveTrainer(
+            demo.MODEL_PATH,
+            args=ContrastiveConfig(output_dir=str(tmp_path), **COMMON),
+            train_dataset=groups,
+            compute_metrics=lambda p: {},
+        )
+
+
+def test_one_hot_labels_are_reported_with_a_better_temperature(make, caplog):
+    logging.getLogger("transformers").propagate = True
+    logging.getLogger(module.__name__).propagate = True
+    graded = Dataset.from_list([{"prompt": "Say", "completions": ["a", "b", "c"], "scores": [3.0, 2.0, 1.0]}] * 4)
+    for kwargs, said in (({}, True), ({"temperature_alpha": 1.0}, False), ({"loss_type": ["dpo"]}, False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            make(train_dataset=graded, **kwargs)
+        assert ("temperature_alpha=0.593 would give half" in caplog.text) is said
+
+
+def test_digits_survive_a_trainer_that_casts_floats(make, monkeypatch):
+    """DeepSpeed in bf16 casts every float of a batch; scores and reference log-probs must not lose their digits."""
+    trainer = make()
+    batch = trainer.data_collator([{**trainer.train_dataset[0], "ref_logps": [-1234.567] * 2}])
+
+    def casting(self, data):
+        return {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in data.items()}
+
+    monkeypatch.setattr(DPOTrainer, "_prepare_input", casting)
+    prepared = trainer._prepare_inputs(batch)
+    assert torch.equal(prepared["ref_logps"], batch["ref_logps"]) and torch.equal(prepared["scores"], batch["scores"])
+
+
+def test_moe_router_loss_is_added(make, tmp_path, tiny_llama):
+    config = MixtralConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2, router_aux_loss_coef=0.02,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    path = tmp_path / "moe"
+    shutil.copytree(tiny_llama(), path)
+    MixtralForCausalLM(config).save_pretrained(path)
+    losses = {}
+    for coefficient in (0.0, 0.5):
+        trainer = make(model=str(path), router_aux_loss_coef=coefficient, max_steps=1)
+        trainer.train()
+        losses[coefficient] = logged(trainer, "loss")[0]
+        aux = logged(trainer, "aux_loss")
+    assert losses[0.5] == pytest.approx(losses[0.0] + 0.5 * aux[0], rel=1e-4)
+
+
+def test_named_evaluation_sets_keep_their_names(make, groups):
+    trainer = make(eval_dataset={"a": groups.select(range(5)), "b": groups.select(range(5, 9))})
+    metrics = trainer.evaluate()
+    assert {"eval_a_loss", "eval_a_rewards/margins", "eval_b_logps/best"} <= metrics.keys()
+
+
+def test_dropout_does_not_reach_the_reference(make):
+    peft_config = LoraConfig(r=2, lora_dropout=0.5, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = make(peft_config=peft_config, disable_dropout=False, precompute_ref_log_probs=False)
+    trainer.model.train()
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0]]))
+    first, second = (trainer.compute_ref_log_probs(trainer.model, batch) for _ in range(2))
+    assert torch.equal(first, second) and trainer.model.training
+
+
+def test_return_outputs(make):
+    trainer = make()
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[i] for i in range(3)]))
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert loss.item() == pytest.approx(outputs["losses"].mean().item())
+    assert outputs["log_ratios"].shape == batch["valid"].shape
+
+
+def test_model_card_cites_the_paper(make, tmp_path):
+    trainer = make(max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Noise Contrastive Alignment" in card and "2402.05369" in card
+
+
+def test_default_args_and_peft_model_start(make, tiny_llama, tmp_path):
+    """A PeftModel given as the model: TRL keeps a frozen copy of its adapter as the reference."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama())
+    torch.manual_seed(0)
+    model = get_peft_model(
+        base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    )
+    trainer = make(model=model, max_steps=2)
+    frozen = {n: p.clone() for n, p in trainer.model.named_parameters() if ".ref." in n}
+    trainer.train()
+    assert frozen and all(torch.equal(p, dict(trainer.model.named_parameters())[n]) for n, p in frozen.items())
+    assert json.dumps(logged(trainer, "rewards/rank_0"))
