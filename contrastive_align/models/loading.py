@@ -84,8 +84,10 @@ def resolve_start(
     kwargs.pop("revision", None)  # the adapter's; the base has its own
     config = PeftConfig.from_pretrained(model_id, revision=revision)
     base_id = _base_of(config, model_id)
-    tokenizer_source = model_id if _has_tokenizer(model_id) else base_id
+    tokenizer_source = model_id if _has_tokenizer(model_id, revision, trust_remote_code) else base_id
     if quantization_config is not None:
+        if PartialState().num_processes > 1:
+            kwargs["device_map"] = None  # as TRL: each process holds its own copy, on its own device
         base = create_model_from_path(
             base_id, quantization_config=quantization_config, revision=config.revision, **kwargs
         )
@@ -136,7 +138,12 @@ def _merge(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     model.save_pretrained(aside)
-    AutoTokenizer.from_pretrained(tokenizer_source).save_pretrained(aside)
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_source,
+        revision=adapter_revision if tokenizer_source == adapter else base_revision,
+        trust_remote_code=model_init_kwargs["trust_remote_code"],
+    )
+    tokenizer.save_pretrained(aside)
     (aside / MERGE_NOTE).write_text(json.dumps(note, indent=2))
     aside.rename(merged)
 
@@ -181,12 +188,12 @@ def _refuse_pickle(model_id: str, revision: str | None, allowed: bool) -> None:
     )
 
 
-def _has_tokenizer(model_id: str) -> bool:
+def _has_tokenizer(model_id: str, revision: str | None, trust_remote_code: bool) -> bool:
     if os.path.isdir(model_id):
         return os.path.isfile(os.path.join(model_id, "tokenizer_config.json"))
     try:
         disable_progress_bars()
-        AutoTokenizer.from_pretrained(model_id)
+        AutoTokenizer.from_pretrained(model_id, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
         return False
     finally:

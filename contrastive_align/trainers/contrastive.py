@@ -341,8 +341,8 @@ class ContrastiveTrainer(DPOTrainer):
             weighted = {name: (values, w * weights) for name, (values, w) in metrics.items()}
             self._averages["train" if training else "eval"].add(weighted)
             if training:
-                tokens = self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
-                self._total_train_tokens += tokens // self.get_tp_size()
+                tokens = (to_table(inputs["attention_mask"].sum(1), valid).sum(1) * weights).sum()
+                self._total_train_tokens += int(self.accelerator.gather(tokens).sum()) // self.get_tp_size()
         if not return_outputs:
             return loss
         outputs = {"policy_logps": policy.logps, "ref_logps": ref_logps, "log_ratios": log_ratios}

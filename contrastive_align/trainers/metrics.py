@@ -19,7 +19,8 @@ def group_metrics(
 
     Implied rewards are r = beta * log_ratio. ``rewards/rank_j`` is r of the completion with the j-th highest score,
     ``rewards/margins`` r of the best less the mean r of the others, ``rewards/accuracies`` whether the best-scored
-    completion (any of them, where tied) has the highest r of all, ``rewards/kendall_tau`` tau-b between scores and r.
+    completion (any of them, where tied) has the highest r of all, ``rewards/pair_accuracies`` the share of the others
+    that the best beats (the published "accuracy" at K > 2), ``rewards/kendall_tau`` tau-b between scores and r.
     Groups whose scores are all equal have no accuracy, margin or tau. Pairs also carry the names TRL gives them.
     """
     r = beta * log_ratios.masked_fill(~valid, 0.0)
@@ -35,12 +36,14 @@ def group_metrics(
 
     highest_best = r.masked_fill(~best, -torch.inf).amax(-1)
     highest_rest = r.masked_fill(~valid | best, -torch.inf).amax(-1)
+    beaten = ((by_rank["r"][:, :1] > r) & valid).sum(-1) / (k - 1).clamp(min=1)
     tau, has_tau = _kendall_tau_b(s, r, valid)
 
     metrics = {f"rewards/rank_{j}": (by_rank["r"][:, j], present[:, j]) for j in range(r.size(1))}
     metrics |= {
         "rewards/margins": (by_rank["r"][:, 0] - _mean_of_others(r, by_rank["r"], valid), with_signal),
         "rewards/accuracies": ((highest_best > highest_rest).to(r.dtype), with_signal),
+        "rewards/pair_accuracies": (beaten, with_signal),
         "rewards/kendall_tau": (tau, has_tau),
         "logps/best": (by_rank["logps"][:, 0], everyone),
         "logps/best_delta": (by_rank["ratios"][:, 0], everyone),

@@ -1,0 +1,77 @@
+"""Trains and evaluates in one process or several, and writes down what came out. Run by test_distributed.py.
+
+python distributed_worker.py MODEL OUT
+torchrun --nproc_per_node 2 distributed_worker.py MODEL OUT
+"""
+
+import json
+import os
+import sys
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
+
+
+# 8 groups a step over all processes; 26 groups: the last step has 2, so that with 2 processes one has none of its own.
+CASES = {
+    "plain": {"per_process": 8},
+    "accumulated": {"per_process": 2, "accumulation": 4},
+    "cached": {"per_process": 8, "precompute_ref_log_probs": True},
+    "lora": {"per_process": 8, "lora": True},
+}
+
+
+def main(model: str, out: str) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    groups = demo.load_reward_dataset()["train"].select(range(26))
+    results = {}
+    for name, case in CASES.items():
+        accumulation = case.get("accumulation", 1)
+        args = ContrastiveConfig(
+            output_dir=f"{out}/{name}",
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            max_grad_norm=0.0,
+            logging_steps=1,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            beta=0.1,
+            num_train_epochs=2,
+            per_device_train_batch_size=8 // accumulation // processes,
+            gradient_accumulation_steps=accumulation,
+            per_device_eval_batch_size=3,
+            precompute_ref_log_probs=case.get("precompute_ref_log_probs", False),
+        )
+        lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        trainer = ContrastiveTrainer(
+            model,
+            args=args,
+            train_dataset=groups,
+            eval_dataset=Dataset.from_list(groups.to_list()[:7]),
+            peft_config=lora if case.get("lora") else None,
+        )
+        trainer.train()
+        metrics = trainer.evaluate()
+        results[name] = {
+            "log": [e for e in trainer.state.log_history if "loss" in e],
+            "eval": {k: v for k, v in metrics.items() if "/" in k or k == "eval_loss"},
+        }
+        if trainer.is_world_process_zero():
+            parameters = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+            torch.save(parameters, f"{out}/{name}.pt")
+    if int(os.environ.get("RANK", 0)) == 0:
+        with open(f"{out}/results.json", "w") as file:
+            json.dump(results, file)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
