@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from distributed_worker import CASES
 
 

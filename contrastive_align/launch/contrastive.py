@@ -119,6 +119,8 @@ def _build_trainer(args: Arguments, train: Any, test: Any) -> ContrastiveTrainer
     if model.model_name_or_path == demo.MODEL_PATH:
         init.pop("revision")
     training.model_init_kwargs = init
+    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
+        model.lora_target_modules = [model.lora_target_modules]  # TRL unpacks a single name, which peft reads as a regex
     trainer = ContrastiveTrainer(
         model=model.model_name_or_path,
         args=training,

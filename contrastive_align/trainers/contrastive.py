@@ -198,6 +198,7 @@ class ContrastiveTrainer(DPOTrainer):
                 "data, tensor or FSDP parallelism."
             )
         self._report_one_hot_labels()
+        self._report_short_context()
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -234,10 +235,9 @@ class ContrastiveTrainer(DPOTrainer):
             return
         rows = self.train_dataset.select(range(min(len(self.train_dataset), 10_000)))
         batch = self._score_table(rows["scores"])
-        labels = target_labels(batch["scores"], temperature_alpha=alpha, valid=batch["valid"])
         graded = [len(set(s)) > 2 for s in rows["scores"]]
-        one_hot = bool((labels[torch.tensor(graded)].amax(-1) > 0.999).all()) if any(graded) else False
-        if not one_hot:
+        soft, hard = (target_labels(batch["scores"], temperature_alpha=a, valid=batch["valid"]) for a in (alpha, 1e-12))
+        if not any(graded) or (soft - hard).abs().max() > 1e-3:
             return
         wish = temperature_for_entropy(batch["scores"], valid=batch["valid"])
         advice = f" temperature_alpha={wish:.3g} would give half of the largest label entropy." if wish else ""
@@ -245,6 +245,14 @@ class ContrastiveTrainer(DPOTrainer):
             f"temperature_alpha={alpha:g} makes the labels one-hot, although {sum(graded)} of {len(graded)} groups "
             f"have more than two different scores: all but the best score is thrown away.{advice}"
         )
+
+    def _report_short_context(self) -> None:
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context and (self.args.max_length is None or self.args.max_length > context):
+            logger.warning(
+                f"max_length={self.args.max_length} is above the model's context of {context} tokens: longer sequences "
+                f"leave the range it was trained for. Set max_length={context}."
+            )
 
     @staticmethod
     def _score_table(scores: list[list[float]]) -> dict[str, Tensor]:
