@@ -55,16 +55,19 @@ def test_own_model_and_data_with_lora_and_yaml(tiny_llama, tmp_path, capsys):
     assert "1 of" in shown and "rows dropped" in shown
     assert summary.model["peft"] and "adapter off" in summary.reference
     AutoPeftModelForCausalLM.from_pretrained(out)
-    again = main([f"--model_name_or_path={out}", f"--dataset_name={data}", f"--output_dir={tmp_path / 'again'}",
-                  "--on_bad_row=drop", "--max_steps=1", "--disable_tqdm=true"])  # fmt: skip
+    own_data = [f"--dataset_name={data}", "--on_bad_row=drop", "--max_steps=1", "--disable_tqdm=true"]
+    cached = ["--precompute_ref_log_probs", f"--output_dir={tmp_path / 'full'}"]
+    full = main([f"--model_name_or_path={tiny_llama()}", *own_data, *cached])
+    assert "cached" in full.reference and full.metrics["logps/best"].n == 12
+    again = main([f"--model_name_or_path={out}", *own_data, f"--output_dir={tmp_path / 'again'}"])
     assert "merged into" in again.reference
     assert again.metrics["logps/best"].n == 12
 
 
 def test_qlora_from_the_command_line(tiny_llama, tmp_path):
     model = tiny_llama(hidden_size=64, intermediate_size=128)
-    summary = main([f"--model_name_or_path={model}", "--load_in_4bit", "--use_peft", "--lora_target_modules", "q_proj",
-                    "v_proj", "--optim=paged_adamw_32bit", f"--output_dir={tmp_path}", "--max_steps=2", *SMALL])  # fmt: skip
+    qlora = ["--load_in_4bit", "--use_peft", "--lora_target_modules", "q_proj", "v_proj", "--optim=paged_adamw_32bit"]
+    summary = main([f"--model_name_or_path={model}", *qlora, f"--output_dir={tmp_path}", "--max_steps=2", *SMALL])
     assert summary.model["quantisation"] == "4-bit" and (tmp_path / "adapter_model.safetensors").is_file()
 
 

@@ -71,4 +71,4 @@ class GroupCollator(DataCollatorMixin):
 def _table(rows: list[list[float]]) -> torch.Tensor:
     """Ragged rows as (B, K), short rows filled with 0."""
     k = max(map(len, rows))
-    return torch.tensor([[*row, *[0.0] * (k - len(row))] for row in rows])
+    return torch.tensor([[*row, *[0.0] * (k - len(row))] for row in rows], dtype=torch.float32)

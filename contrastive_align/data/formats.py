@@ -17,6 +17,8 @@ from trl import extract_prompt
 Message = dict[str, Any]
 Text = str | list[Message]
 
+FIX = "Correct the row or drop it (on_bad_row='drop')."
+UNREADABLE = "__unreadable__"  # a column that the reader of a broken file fills with what is wrong with the row
 LARGEST_SCORE = 3.4028234663852886e38  # scores are float32 on their way to the loss
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -78,9 +80,12 @@ def detect_spelling(columns: list[str], first_row: Mapping[str, Any] | None = No
         return "canonical"
     if completions and first_row is not None:
         items = first_row.get(completions)
-        if not items and items != "":  # a bad first row: this spelling is the only one without a column of scores
-            return "ultrafeedback"
-        if isinstance(items, list) and isinstance(items[0], Mapping) and "response" in items[0]:
+        # A bad first row does not decide: this is the only spelling without a column of scores.
+        if (
+            items is None
+            or items == []
+            or (isinstance(items, list) and isinstance(items[0], Mapping) and "response" in items[0])
+        ):
             return "ultrafeedback"
     if "A0" in columns and "score_A0" in columns:
         return "lettered"
@@ -109,6 +114,8 @@ def read_group(row: Mapping[str, Any], number: int, spelling: str, *, source: st
     Group(prompt='Hi', completions=[' there', ' you'], scores=[1.0, 0.0], template_kwargs={})
     """
     where = f"{source + ', ' if source else ''}row {number}"
+    if row.get(UNREADABLE):
+        raise BadRow(row[UNREADABLE])
     prompt, completions, scores, columns = _SPELLINGS[spelling](row, where)
     prompt, completions = _same_form(prompt, completions, where, columns)
     if len(completions) < 2:
@@ -119,7 +126,7 @@ def read_group(row: Mapping[str, Any], number: int, spelling: str, *, source: st
     if len(scores) != len(completions):
         raise BadRow(
             f"{where}: '{columns.scores}' has {len(scores)} numbers for {len(completions)} completions, expected one "
-            "each. Correct the row or drop it (on_bad_row='drop')."
+            f"each. {FIX}"
         )
     scores = [_number(score, f"{where}: {columns.score(i)}") for i, score in enumerate(scores)]
     _check_prompt(prompt, f"{where}: '{columns.prompt}'")
@@ -160,7 +167,7 @@ def _read_ultrafeedback(row: Mapping[str, Any], where: str) -> _Parts:
     for i, item in enumerate(items):
         if not isinstance(item, Mapping):
             raise BadRow(
-                f"{where}: '{columns.completions}'[{i}] is {_short(item)}, expected a response with its score."
+                f"{where}: '{columns.completions}'[{i}] is {_short(item)}, expected a response with its score. {FIX}"
             )
     responses = [item.get("response") for item in items]
     return _present(row, columns.prompt, where), responses, [item.get("overall_score") for item in items], columns
@@ -215,9 +222,10 @@ def _same_form(prompt: Any, completions: list[Any], where: str, columns: _Column
         return prompt, completions
     completions = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
     whole = [_is_messages(c) and c[0].get("role") != "assistant" for c in completions]
-    if any(whole) and all(
-        map(_is_messages, completions)
-    ):  # each completion is the whole dialogue: what they share, up to the last answer, is the prompt
+    if any(whole):  # each completion is the whole dialogue: the prompt given, or what they share up to the last answer
+        for i, completion in enumerate(completions):
+            if not _is_messages(completion):
+                _check_completion(completion, f"{where}: {columns.completion(i)}")
         if isinstance(prompt, list) and prompt and all(c[: len(prompt)] == prompt for c in completions):
             return prompt, [c[len(prompt) :] for c in completions]
         shared = 0
@@ -230,8 +238,7 @@ def _same_form(prompt: Any, completions: list[Any], where: str, columns: _Column
             odd = completions[whole.index(True)]
             raise BadRow(
                 f"{where}: {columns.completion(whole.index(True))} begins with the role '{odd[0].get('role')}', "
-                f"expected 'assistant', or whole dialogues that all begin with the '{columns.prompt}'. Correct the row "
-                "or drop it (on_bad_row='drop')."
+                f"expected 'assistant', or whole dialogues that all begin with the '{columns.prompt}'. {FIX}"
             )
         return told, [c[shared:] for c in completions]
     if isinstance(prompt, str):
@@ -259,13 +266,13 @@ def _check_prompt(prompt: Any, what: str) -> None:
         return
     roles = _check_messages(prompt, what)
     if roles[-1] not in ("user", "tool"):
-        raise BadRow(f"{what} ends with the role '{roles[-1]}', expected the user's turn last (roles: {roles}).")
+        raise BadRow(f"{what} ends with the role '{roles[-1]}', expected the user's turn last (roles: {roles}). {FIX}")
     rest = roles[1:] if roles[0] in ("system", "developer") else roles
     if rest[0] != "user":
-        raise BadRow(f"{what} has the roles {roles}, expected user first, or system then user.")
+        raise BadRow(f"{what} has the roles {roles}, expected user first, or system then user. {FIX}")
     for before, after in itertools.pairwise(rest):
         if after in ("system", "developer") or (before == after and after != "tool"):
-            raise BadRow(f"{what} has the roles {roles}, expected user and assistant in turn.")
+            raise BadRow(f"{what} has the roles {roles}, expected user and assistant in turn. {FIX}")
 
 
 def _check_completion(completion: Any, what: str) -> None:
@@ -275,22 +282,22 @@ def _check_completion(completion: Any, what: str) -> None:
         return
     roles = _check_messages(completion, what)
     if roles[0] != "assistant":
-        raise BadRow(f"{what} begins with the role '{roles[0]}', expected 'assistant' (roles: {roles}).")
+        raise BadRow(f"{what} begins with the role '{roles[0]}', expected 'assistant' (roles: {roles}). {FIX}")
     if roles[-1] != "assistant":
-        raise BadRow(f"{what} ends with the role '{roles[-1]}', expected 'assistant' (roles: {roles}).")
+        raise BadRow(f"{what} ends with the role '{roles[-1]}', expected 'assistant' (roles: {roles}). {FIX}")
 
 
 def _check_messages(messages: Any, what: str) -> list[str]:
     if not isinstance(messages, list):
-        raise BadRow(f"{what} is {_short(messages)}, expected text or a list of messages.")
+        raise BadRow(f"{what} is {_short(messages)}, expected text or a list of messages. {FIX}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             raise BadRow(
-                f"{what}[{i}] is {_short(message)}, expected a message with 'content' and a 'role' among {ROLES}."
+                f"{what}[{i}] is {_short(message)}, expected a message with 'content' and a 'role' among {ROLES}. {FIX}"
             )
         content = message.get("content")
         if not message.get("tool_calls") and (not content or (isinstance(content, str) and not content.strip())):
-            raise BadRow(f"{what}[{i}] has an empty 'content' (role '{message['role']}'), expected text.")
+            raise BadRow(f"{what}[{i}] has an empty 'content' (role '{message['role']}'), expected text. {FIX}")
     return [message["role"] for message in messages]
 
 
@@ -298,28 +305,32 @@ def _number(score: Any, what: str) -> float:
     if score is None:
         raise BadRow(f"{what} is missing, expected a finite number. Fill it in or drop the row (on_bad_row='drop').")
     if not isinstance(score, numbers.Real):
-        raise BadRow(f"{what} is {_short(score)}, expected a finite number, not a {type(score).__name__}.")
+        raise BadRow(f"{what} is {_short(score)}, expected a finite number, not a {type(score).__name__}. {FIX}")
     try:
         number = float(score)
     except OverflowError:
         number = math.inf
     if not abs(number) <= LARGEST_SCORE:
-        raise BadRow(
-            f"{what} is {number}, expected a finite number (at most {LARGEST_SCORE:.2g} in float32). Correct it or "
-            "drop the row (on_bad_row='drop')."
-        )
+        raise BadRow(f"{what} is {number}, expected a finite number (at most {LARGEST_SCORE:.2g} in float32). {FIX}")
     return number
 
 
 def _template_kwargs(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    tools = row.get("tools")
-    if isinstance(tools, str):
+    tools = _template_value(row, "tools", list, where)
+    kwargs = _template_value(row, "chat_template_kwargs", dict, where)
+    return {**({"tools": tools} if tools else {}), **(kwargs or {})}
+
+
+def _template_value(row: Mapping[str, Any], column: str, kind: type, where: str) -> Any:
+    value = row.get(column)
+    if isinstance(value, str):
         try:
-            tools = json.loads(tools)
+            value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise BadRow(f"{where}: 'tools' is not JSON: {error}.") from error
-    kwargs = {"tools": tools} if tools else {}
-    return {**kwargs, **(row.get("chat_template_kwargs") or {})}
+            raise BadRow(f"{where}: '{column}' is not JSON: {error}. {FIX}") from error
+    if value is not None and not isinstance(value, kind):
+        raise BadRow(f"{where}: '{column}' is {_short(value)}, expected a {kind.__name__}. {FIX}")
+    return value
 
 
 def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
@@ -338,9 +349,9 @@ def _list(row: Mapping[str, Any], column: str, where: str) -> list[Any]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise BadRow(f"{where}: '{column}' is text that is not a JSON list: {error}.") from error
+            raise BadRow(f"{where}: '{column}' is text that is not a JSON list: {error}. {FIX}") from error
     if not isinstance(value, list):
-        raise BadRow(f"{where}: '{column}' is {_short(value)}, expected a list with one entry per completion.")
+        raise BadRow(f"{where}: '{column}' is {_short(value)}, expected a list with one entry per completion. {FIX}")
     return value
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -75,8 +75,9 @@ def tokenise_group(
     for i, ids in enumerate(completion_ids):
         if not [t for t in ids if t != tokenizer.eos_token_id]:
             raise BadRow(
-                f"completion {i} has no token of its own after the prompt's {start} tokens {prompt_ids[start - 3 :]}. "
-                "The chat template may drop its content; drop the row (on_bad_row='drop')."
+                f"completion {i} has no token of its own after the prompt's {start} tokens (its last: "
+                f"{prompt_ids[max(0, start - 3) : start]}). The chat template may drop its content; drop the row "
+                "(on_bad_row='drop')."
             )
     if not start:
         raise BadRow(
@@ -84,7 +85,8 @@ def tokenise_group(
             "first on, so that nothing is left to condition on. End the prompt on a token boundary, for instance with "
             "a newline, or drop the row (on_bad_row='drop')."
         )
-    moved, prompt_ids = len(prompt_ids) - start, prompt_ids[:start]
+    open_prompt = _without_eos(prompt_ids, tokenizer.eos_token_id)  # a tokenizer may close every text it reads
+    moved, prompt_ids = max(0, len(open_prompt) - start), prompt_ids[:start]
 
     cut_prompt = 0
     if max_prompt_length is not None and len(prompt_ids) > max_prompt_length:
@@ -137,9 +139,13 @@ def _one_bos(ids: list[int], bos: int | None) -> list[int]:
 def _one_eos(ids: list[int], eos: int, conversational: bool) -> list[int]:
     if conversational and eos in ids:  # the template closes the turn itself, perhaps with a newline after it
         return ids
+    return [*_without_eos(ids, eos), eos]
+
+
+def _without_eos(ids: list[int], eos: int) -> list[int]:
     while ids and ids[-1] == eos:
         ids = ids[:-1]
-    return [*ids, eos]
+    return ids
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
@@ -215,6 +221,7 @@ def prepare_groups(
         BadRow: with file, row and column.
         ValueError: no known spelling, or no group left.
     """
+    dataset = dataset.with_format(None)  # plain lists and numbers, whatever tensors it would give
     if isinstance(dataset, Dataset) and not len(dataset):
         raise ValueError(f"The {name} dataset has no rows, expected at least one group.")
     first_row = next(iter(dataset), None)
@@ -231,13 +238,14 @@ def prepare_groups(
     spelling = detect_spelling(columns, first_row)
     reader = _RowReader(spelling, tokenizer, max_length, max_prompt_length, on_bad_row, name)
     if isinstance(dataset, IterableDataset):
-        dataset = dataset.map(reader, with_indices=True, remove_columns=columns)
+        dataset = dataset.map(reader, with_indices=True, remove_columns=columns, features=_FEATURES)
         return dataset.filter(_is_good), DataReport(spelling)
 
     mapped = dataset.map(
         reader,
         with_indices=True,
         remove_columns=columns,
+        features=_FEATURES,
         num_proc=num_proc,
         desc=f"Reading and tokenising the {name} groups",
     )
@@ -256,6 +264,16 @@ def prepare_groups(
 
 
 _COUNTED = ["problem", "cut_completions", "cut_prompt_tokens", "moved_boundary"]
+# Told, not guessed from the first rows: these may all be dropped ones, whose lists are empty.
+_FEATURES = Features(
+    prompt_ids=List(Value("int64")),
+    completion_ids=List(List(Value("int64"))),
+    scores=List(Value("float64")),
+    problem=Value("string"),
+    cut_completions=Value("int64"),
+    cut_prompt_tokens=Value("int64"),
+    moved_boundary=Value("int64"),
+)
 
 
 @dataclass

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import sys
+import types
+import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +26,9 @@ RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "preprocessing_num_workers": "dataset_num_proc",
     "warmup_ratio": "warmup_steps",
-    "tokenizer_name_or_path": "",
-    "base_model_revision": "model_revision",
-    "overwrite_output_dir": "",
-    "save_safetensors": "",
 }
-WHY_GONE = {
-    "tokenizer_name_or_path": "the tokenizer is the model's; in Python, pass another as processing_class",
+# Keys that are no longer needed, and why.
+GONE = {
     "overwrite_output_dir": "an existing output_dir is always written into",
     "save_safetensors": "weights are always saved as safetensors",
 }
@@ -60,6 +59,9 @@ class Arguments:
     notes: list[str]
 
 
+_CLASSES = (RunArguments, ContrastiveConfig, ModelConfig, DatasetMixtureConfig)
+
+
 class UsageError(SystemExit):
     """A wrong command line: the message, and exit status 2."""
 
@@ -81,13 +83,14 @@ def parse(argv: Sequence[str] | None = None, *, prog: str, defaults: dict[str, A
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = TrlParser(
-        (RunArguments, ContrastiveConfig, ModelConfig, DatasetMixtureConfig),
+        _CLASSES,
         prog=prog,
         usage=f"{prog} [config.yaml] [--flag=value ...]    (all flags: {prog} --help)",
         allow_abbrev=False,
     )
     parser.error = lambda message: _usage_error(prog, message)  # argparse would print every flag there is
-    known = {action.dest for action in parser._actions} - {"help"}
+    actions = {action.dest: action for action in parser._actions}
+    known = set(actions) - {"help"}
 
     config_path, flags = _split_config(argv)
     config = _read_yaml(config_path) if config_path else {}
@@ -95,7 +98,8 @@ def parse(argv: Sequence[str] | None = None, *, prog: str, defaults: dict[str, A
     config = _modernise(config, notes, where=config_path or "")
     for key in config:
         if key not in known:
-            raise UsageError(f"{config_path}: unknown key '{key}'{_nearest(key, known)}")
+            raise UsageError(f"{config_path}: unknown key '{key}'{_nearest(str(key), known)}")
+    _check_kinds(config, where=config_path or "")
     flags = _modernise_flags(flags, notes, known)
     given = set(config) | {_flag_name(f, known) for f in flags if f.startswith("--")}
 
@@ -110,13 +114,17 @@ def parse(argv: Sequence[str] | None = None, *, prog: str, defaults: dict[str, A
             notes.append("no accelerator found: " + ", ".join(f"{k}={v}" for k, v in chosen.items()))
 
     # Scalars and lists go through argparse like flags, so that their types are checked; the rest is set as it is.
-    objects = {k: v for k, v in config.items() if v is None or isinstance(v, dict) or _holds_objects(v)}
+    objects = {k: v for k, v in config.items() if _is_object(v, actions[k])}
     parser.set_defaults_with_config(**objects)
-    tokens = [token for k, v in config.items() if k not in objects for token in _as_tokens(k, v)]
+    tokens = [token for k, v in config.items() if k not in objects for token in _as_tokens(actions[k], v)]
     try:
-        script, training, model, datasets = parser.parse_args_into_dataclasses(tokens + flags, look_for_args_file=False)
+        script, training, model, datasets, unused = parser.parse_args_into_dataclasses(
+            tokens + flags, look_for_args_file=False, return_remaining_strings=True
+        )
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
+    if unused:
+        raise UsageError(f"'{' '.join(unused)}' belongs to no flag. Usage: {prog} [config.yaml] [--flag=value ...]")
     return Arguments(script, training, model, datasets, given, notes)
 
 
@@ -152,12 +160,14 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UsageError(f"no YAML file '{path}' (looked in {Path.cwd()}).")
     try:
-        config = yaml.load(Path(path).read_text(), Loader=_StrictLoader)
-    except yaml.YAMLError as error:
+        config = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not YAML: {error}") from error
     if not isinstance(config, dict):
         raise UsageError(f"{path} holds a {type(config).__name__}, expected 'key: value' lines.")
-    env = config.pop("env", {})
+    env = config.pop("env", None) or {}
+    if not isinstance(env, dict):
+        raise UsageError(f"{path}: 'env' is a {type(env).__name__}, expected 'NAME: value' lines.")
     os.environ.update({key: str(value) for key, value in env.items()})
     return config
 
@@ -166,7 +176,8 @@ class _StrictLoader(yaml.SafeLoader):
     """A key given twice is an error, not a silent choice of the last."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"  # <<: may stand more than once
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value if key.tag != merge]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.YAMLError(f"the key {sorted(twice)} is given twice (line {node.start_mark.line + 1} on)")
@@ -176,22 +187,24 @@ class _StrictLoader(yaml.SafeLoader):
 def _modernise(config: dict[str, Any], notes: list[str], where: str) -> dict[str, Any]:
     """Today's keys for the published ones, a line for each."""
     config = dict(config)
+    for old in GONE.keys() & config.keys():
+        notes.append(f"'{old}' is gone: {GONE[old]}")
+        del config[old]
     for old, new in RENAMED.items():
         if old not in config:
             continue
-        value = config.pop(old)
-        if not new:
-            notes.append(f"'{old}' is gone: {WHY_GONE[old]}")
-        elif new in config:
+        if new in config:
             raise UsageError(f"{where}: both '{old}' and '{new}' are given, which mean the same. Keep '{new}'.")
-        else:
-            notes.append(f"'{old}' is now '{new}'")
-            config[new] = value
+        notes.append(f"'{old}' is now '{new}'")
+        config[new] = config.pop(old)
     if "use_flash_attention_2" in config:
         if config.pop("use_flash_attention_2"):
             config.setdefault("attn_implementation", "flash_attention_2")
         notes.append("'use_flash_attention_2' is now 'attn_implementation: flash_attention_2'")
     if "dataset_mixer" in config:
+        for new in ("dataset_name", "datasets"):
+            if new in config:
+                raise UsageError(f"{where}: both 'dataset_mixer' and '{new}' are given. Keep '{new}'.")
         config |= _from_mixer(config.pop("dataset_mixer"), config.pop("dataset_splits", None), where)
         notes.append("'dataset_mixer' and 'dataset_splits' are now 'datasets' (or dataset_name and dataset_*_split)")
     return config
@@ -211,6 +224,11 @@ def _from_mixer(mixer: Any, splits: Any, where: str) -> dict[str, Any]:
         keys["dataset_test_split"] = splits[1]
     if len(mixer) == 1 and next(iter(mixer.values())) == 1:
         return keys | {"dataset_name": next(iter(mixer))}
+    if any(abs(100 * fraction - round(100 * fraction)) > 1e-6 for fraction in mixer.values()):
+        raise UsageError(
+            f"{where}: 'dataset_mixer' has fractions {list(mixer.values())}, expected whole hundredths (0.25). Use "
+            "max_train_samples for a smaller part."
+        )
     percent = {name: f"{splits[0]}[:{round(100 * fraction)}%]" for name, fraction in mixer.items()}
     keys["datasets"] = [{"path": name, "split": split} for name, split in percent.items()]
     return keys
@@ -222,11 +240,11 @@ def _modernise_flags(flags: list[str], notes: list[str], known: set[str]) -> lis
         if flag.startswith("--"):
             name, equals, value = flag[2:].partition("=")
             name = name.replace("-", "_")
-            if RENAMED.get(name):
+            if name in RENAMED:
                 notes.append(f"'--{name}' is now '--{RENAMED[name]}'")
                 flag = f"--{RENAMED[name]}{equals}{value}"
-            elif name in WHY_GONE:
-                raise UsageError(f"'--{name}' is gone: {WHY_GONE[name]}")
+            elif name in GONE:
+                raise UsageError(f"'--{name}' is gone: {GONE[name]}. Leave it out.")
             elif name != "help" and _flag_name(flag, known) not in known:
                 raise UsageError(f"unknown flag '--{name}'{_nearest(name, known, '--')}")
         result.append(flag)
@@ -243,14 +261,36 @@ def _nearest(name: str, known: set[str], prefix: str = "") -> str:
     return f". Did you mean '{prefix}{near[0]}'?" if near else ". See --help for all."
 
 
-def _holds_objects(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(v, (dict, list)) for v in value)
+def _check_kinds(config: dict[str, Any], where: str) -> None:
+    """Refuse null, a mapping or a list for a key that takes none; argparse checks the rest."""
+    hints = {name: hint for cls in _CLASSES for name, hint in typing.get_type_hints(cls).items()}
+    defaults = {f.name: f.default for cls in _CLASSES for f in fields(cls)}
+    for key, value in config.items():
+        kind = next((kind for kind in (type(None), dict, list) if isinstance(value, kind)), None)
+        if kind is None or _admits(hints[key], kind) or (value is None and defaults[key] is None):
+            continue
+        expected = getattr(hints[key], "__name__", str(hints[key]))
+        found = "empty" if value is None else f"{value!r}, a {kind.__name__}"
+        raise UsageError(f"{where}: '{key}' is {found}, expected {expected}. Give one value, or leave the key out.")
 
 
-def _as_tokens(key: str, value: Any) -> list[str]:
+def _admits(hint: Any, kind: type) -> bool:
+    inner = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
+    return hint in (kind, typing.Any) or typing.get_origin(hint) is kind or any(_admits(h, kind) for h in inner)
+
+
+def _is_object(value: Any, action: argparse.Action) -> bool:
     if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}={value}"]
+        return action.nargs is None or any(isinstance(v, (dict, list)) for v in value) or not value
+    return value is None or isinstance(value, dict)
+
+
+def _as_tokens(action: argparse.Action, value: Any) -> list[str]:
+    if isinstance(value, list):
+        return [f"--{action.dest}", *map(str, value)]
+    if value is False and "no" in (action.choices or ()):  # YAML reads a bare no as False
+        value = "no"
+    return [f"--{action.dest}={value}"]
 
 
 def _accelerator_available() -> bool:

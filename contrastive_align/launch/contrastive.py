@@ -27,7 +27,7 @@ from contrastive_align.versions import SUPPORTED
 
 DEMO_NAME = "the bundled demo data"
 # What the bundled model and the bundled data are trained with, where nothing else is said.
-DEMO_MODEL = {"learning_rate": 1e-3, "gradient_checkpointing": False}
+DEMO_MODEL = {"learning_rate": 3e-4, "gradient_checkpointing": False}
 DEMO_DATA = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 16,
@@ -64,12 +64,17 @@ def main(argv: Sequence[str] | None = None, *, preference: bool = False) -> Summ
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
 
+    _save(args, trainer, summary, data_name)  # before anything else can fail
     _measure(summary, trainer, test)
     if is_demo_data:
         after = _demo_rewards(trainer, test)
         summary.metrics = {"mean_reward": Change.paired(before, after), **summary.metrics}
-    _save(args, trainer, summary, data_name)
+    if trainer.args.should_save:
+        summary.write(args.training.output_dir)
     say(summary.closing())
+    if args.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=None if is_demo_data else data_name)
+    trainer.end()
     return summary
 
 
@@ -120,7 +125,9 @@ def _build_trainer(args: Arguments, train: Any, test: Any) -> ContrastiveTrainer
         init.pop("revision")
     training.model_init_kwargs = init
     if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
-        model.lora_target_modules = [model.lora_target_modules]  # TRL unpacks a single name, which peft reads as a regex
+        model.lora_target_modules = [
+            model.lora_target_modules
+        ]  # TRL unpacks a single name, which peft reads as a regex
     trainer = ContrastiveTrainer(
         model=model.model_name_or_path,
         args=training,
@@ -215,7 +222,8 @@ def _measure(summary: Summary, trainer: ContrastiveTrainer, test: Any) -> None:
         summary.metrics_on = "the evaluation split"
     elif isinstance(trainer.train_dataset, Dataset):
         n = min(MEASURED_TRAIN_GROUPS, len(trainer.train_dataset))
-        trainer.evaluate(trainer.train_dataset.select(range(n)), metric_key_prefix="train_sample")
+        sample = trainer.get_eval_dataloader(trainer.train_dataset.select(range(n)))
+        trainer.evaluation_loop(sample, "Measuring", metric_key_prefix="train_sample")
         summary.metrics_on = f"the first {n} training groups"
     else:
         return
@@ -255,8 +263,3 @@ def _save(args: Arguments, trainer: ContrastiveTrainer, summary: Summary, data_n
         "summary": f"{output_dir}/summary.json",
         "load with": f'{auto}.from_pretrained("{output_dir}")',
     }
-    if trainer.args.should_save:
-        summary.write(output_dir)
-    if args.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=data_name)
-    trainer.end()

@@ -12,8 +12,10 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig, get_dataset
+from trl.scripts.utils import DatasetConfig
 
 from contrastive_align.data import BadRow, detect_spelling, read_group
+from contrastive_align.data.formats import UNREADABLE
 from contrastive_align.launch.arguments import RunArguments, UsageError
 
 
@@ -32,8 +34,15 @@ def load_splits(
     Raises:
         UsageError: both or neither source, a missing file or split.
     """
-    if mixture.datasets and script.dataset_name:
-        raise UsageError("both 'datasets' and 'dataset_name' are given. Keep one.")
+    if bool(mixture.datasets) == bool(script.dataset_name):
+        found = (
+            "both 'datasets' and 'dataset_name' are" if mixture.datasets else "neither 'datasets' nor 'dataset_name' is"
+        )
+        raise UsageError(f"{found} given. Give one.")
+    if mixture.datasets and script.dataset_streaming:
+        raise UsageError("'dataset_streaming' belongs to 'dataset_name'; for 'datasets' set 'streaming'.")
+    if mixture.streaming and not mixture.datasets:
+        raise UsageError("'streaming' belongs to 'datasets'; for 'dataset_name' set 'dataset_streaming'.")
     if mixture.datasets:
         splits = _load_mixture(script, mixture, want_eval)
     else:
@@ -42,7 +51,7 @@ def load_splits(
     if train_name not in splits:
         raise UsageError(f"the dataset has no split '{train_name}', but {sorted(splits)}. Set --dataset_train_split.")
     train, test = splits[train_name], splits.get(test_name)
-    if test is None and mixture.test_split_size is not None and not mixture.datasets:
+    if test is None and mixture.test_split_size is not None:
         if not isinstance(train, Dataset):
             raise UsageError("--test_split_size needs the whole dataset, found a stream. Name a --dataset_test_split.")
         train, test = train.train_test_split(test_size=mixture.test_split_size, seed=seed).values()
@@ -62,34 +71,73 @@ def take(dataset: Any, n: int | None) -> Any:
 
 
 def _load_mixture(script: RunArguments, mixture: DatasetMixtureConfig, want_eval: bool) -> Splits:
-    splits = get_dataset(mixture)
+    # The split into training and evaluation rows is seeded, so that it is the caller's.
+    whole = dataclasses.replace(mixture, datasets=[_as_builder(d) for d in mixture.datasets], test_split_size=None)
+    splits = get_dataset(whole)
     if want_eval and mixture.test_split_size is None:  # each part's own test split
-        parts = [dataclasses.replace(d, split=script.dataset_test_split, fraction=None) for d in mixture.datasets]
-        splits[script.dataset_test_split] = get_dataset(dataclasses.replace(mixture, datasets=parts))["train"]
+        parts = [dataclasses.replace(d, split=script.dataset_test_split, fraction=None) for d in whole.datasets]
+        splits[script.dataset_test_split] = get_dataset(dataclasses.replace(whole, datasets=parts))["train"]
     if script.dataset_train_split not in splits:
         splits[script.dataset_train_split] = splits.pop("train")  # a mixture names the split of each part itself
     return splits
 
 
+def _as_builder(part: DatasetConfig) -> DatasetConfig:
+    """A local file as ``datasets.load_dataset`` wants it: the name of its reader, and the file."""
+    path = Path(part.path).expanduser()
+    if path.suffix.lower() not in BUILDERS:
+        return part
+    if not path.is_file():
+        raise UsageError(f"no file '{part.path}' (looked in {Path.cwd()}){_neighbour(path)}")
+    return dataclasses.replace(part, path=BUILDERS[path.suffix.lower()], data_files=str(path))
+
+
 def _load_named(name: str, config: str | None, streaming: bool, on_bad_row: str) -> Splits:
     path = Path(name).expanduser()
-    if path.suffix in BUILDERS:
-        if not path.is_file():
-            raise UsageError(f"no file '{name}' (looked in {Path.cwd()}){_neighbour(path)}")
-        try:
-            return load_dataset(BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
-        except DatasetGenerationError as error:
-            return _read_json_lines(path, error, on_bad_row)
+    builder = BUILDERS.get(path.suffix.lower())
+    if config is not None and (builder or path.is_file()):
+        raise UsageError(f"'dataset_config' is {config!r}, but '{name}' is a file and has none. Leave it out.")
+    if builder:
+        return _load_file(name, path, builder, streaming, on_bad_row)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            dataset = load_from_disk(str(path))
-            return DatasetDict({"train": dataset}) if isinstance(dataset, Dataset) else dataset
+            return _load_saved(path, streaming)
         return load_dataset(str(path), name=config, streaming=streaming)
-    if path.suffix or os.path.isabs(name) or name.startswith(("~", ".")) or name.count("/") > 1:
+    if path.is_file():
+        raise UsageError(f"'{name}' ends in '{path.suffix}', expected one of {', '.join(BUILDERS)}, or a folder.")
+    looks_local = os.path.isabs(name) or name.startswith(("~", ".")) or name.count("/") > 1
+    if looks_local or (path.suffix[1:].isalpha() and path.parent.is_dir()):  # not the .5 of a hub name
         raise UsageError(
             f"no file or folder '{name}' (looked in {Path.cwd()}){_neighbour(path)} Files end in {', '.join(BUILDERS)}."
         )
-    return load_dataset(name, name=config, streaming=streaming)
+    try:
+        return load_dataset(name, name=config, streaming=streaming)
+    except ConnectionError as error:
+        raise UsageError(f"'{name}' is no local file or folder, and the hub cannot be reached: {error}") from error
+
+
+def _load_file(name: str, path: Path, builder: str, streaming: bool, on_bad_row: str) -> Splits:
+    if not path.is_file():
+        raise UsageError(f"no file '{name}' (looked in {Path.cwd()}){_neighbour(path)}")
+    if not path.stat().st_size:
+        raise UsageError(f"'{name}' is empty, expected at least one row.")
+    try:
+        return load_dataset(builder, data_files=str(path), streaming=streaming)
+    except DatasetGenerationError as error:
+        if builder == "json":
+            return _read_json_lines(path, error, on_bad_row)
+        raise UsageError(f"'{name}' cannot be read as {builder}: {error.__cause__ or error}") from error
+    except ValueError as error:
+        raise UsageError(f"'{name}' cannot be read as {builder}: {error}") from error
+
+
+def _load_saved(path: Path, streaming: bool) -> Splits:
+    """A folder written by ``save_to_disk``."""
+    saved = load_from_disk(str(path))
+    splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
+    if streaming:
+        return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
+    return splits
 
 
 def _neighbour(path: Path) -> str:
@@ -100,28 +148,30 @@ def _neighbour(path: Path) -> str:
 
 def _read_json_lines(path: Path, error: Exception, on_bad_row: str) -> Splits:
     """A JSON file whose rows do not make one table: find the row that is to blame, or drop such rows."""
-    rows, problems = [], []
     try:
-        lines = _json_rows(path)
+        found = _json_rows(path)
     except ValueError as broken:
         raise UsageError(f"{path} cannot be read: {broken}") from error
-    for number, row in enumerate(lines):
+    rows, problems = [], []
+    for number, row in enumerate(found):
         try:
             if isinstance(row, Exception):
                 raise BadRow(f"{path.name}, row {number}: not JSON: {row}")
             if not isinstance(row, dict):
                 raise BadRow(f"{path.name}, row {number}: {type(row).__name__}, expected an object with columns.")
-            group = read_group(row, number, detect_spelling(list(row), row), source=path.name)
+            read_group(row, number, detect_spelling(list(row), row), source=path.name)
         except ValueError as bad:
+            bad = bad if isinstance(bad, BadRow) else BadRow(f"{path.name}, row {number}: {bad}")
             if on_bad_row == "raise":
-                raise bad if isinstance(bad, BadRow) else BadRow(f"{path.name}, row {number}: {bad}") from error
+                raise bad from error
             problems.append(str(bad))
+            rows.append({UNREADABLE: str(bad)})  # dropped and counted later on, so that the others keep their numbers
         else:
-            rows.append({"prompt": group.prompt, "completions": group.completions, "scores": group.scores})
-    if not rows:
+            rows.append(row)
+    if len(problems) == len(rows):
         raise UsageError(f"{path}: no row can be used. The first problem: {problems[0]}") from error
-    print(f"{path.name}: {len(problems)} rows dropped while reading. The first: {problems[:3]}")
-    return DatasetDict({"train": Dataset.from_list(rows)})
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return DatasetDict({"train": Dataset.from_list([columns | row for row in rows])})
 
 
 def _json_rows(path: Path) -> list[Any]:
@@ -129,7 +179,7 @@ def _json_rows(path: Path) -> list[Any]:
     if text.lstrip().startswith("["):
         return json.loads(text)
     rows = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # splitlines() would also cut at the line separators inside of strings
         if line.strip():
             try:
                 rows.append(json.loads(line))

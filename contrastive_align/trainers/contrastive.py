@@ -278,6 +278,11 @@ class ContrastiveTrainer(DPOTrainer):
         """1 for each group, 0 for those Accelerate repeats to give every process a full last batch."""
         size = batch["scores"].size(0)
         remainder = self.accelerator.gradient_state.remainder  # rows of the last batch over all processes; <= 0: even
+        if last_batch and remainder < 0 and self.accelerator.num_processes > 1:
+            logger.warning_once(
+                "A stream on several processes: rows that Accelerate repeats to fill the last batch of a pass count "
+                "again, since a stream has no length to tell them by. A dataset with a length is exact."
+            )
         if not last_batch or remainder <= 0:
             return torch.ones(size)
         rank = self.accelerator.process_index // self.get_tp_size()
