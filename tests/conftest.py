@@ -1,9 +1,14 @@
 """Offline, seeded, small."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", CI="1", TOKENIZERS_PARALLELISM="false")
+CACHE = tempfile.mkdtemp(prefix="contrastive_align_tests_")  # the user's own caches stay as they are
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ.update(HF_HOME=CACHE, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", CI="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest
 import torch

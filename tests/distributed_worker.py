@@ -17,10 +17,13 @@ from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 
 # 8 groups a step over all processes; 26 groups: the last step has 2, so that with 2 processes one has none of its own.
 CASES = {
-    "plain": {"per_process": 8},
-    "accumulated": {"per_process": 2, "accumulation": 4},
-    "cached": {"per_process": 8, "precompute_ref_log_probs": True},
-    "lora": {"per_process": 8, "lora": True},
+    "plain": {},
+    "accumulated": {"accumulation": 4},
+    "cached": {"precompute_ref_log_probs": True},
+    "lora": {"lora": True},
+    "resumed": {"resume": True},
+    "split_batches": {"split_batches": True},
+    "stream_for_evaluation": {"stream": True},
 }
 
 
@@ -29,13 +32,14 @@ def main(model: str, out: str) -> None:
     groups = demo.load_reward_dataset()["train"].select(range(26))
     results = {}
     for name, case in CASES.items():
-        accumulation = case.get("accumulation", 1)
+        accumulation, split = case.get("accumulation", 1), case.get("split_batches", False)
         args = ContrastiveConfig(
             output_dir=f"{out}/{name}",
             use_cpu=True,
             bf16=False,
             report_to="none",
-            save_strategy="no",
+            save_strategy="steps" if case.get("resume") else "no",
+            save_steps=2,
             disable_tqdm=True,
             max_grad_norm=0.0,
             logging_steps=1,
@@ -44,20 +48,27 @@ def main(model: str, out: str) -> None:
             optim="sgd",
             beta=0.1,
             num_train_epochs=2,
-            per_device_train_batch_size=8 // accumulation // processes,
+            per_device_train_batch_size=8 // accumulation // (1 if split else processes),
+            accelerator_config={"split_batches": split},
             gradient_accumulation_steps=accumulation,
-            per_device_eval_batch_size=3,
+            per_device_eval_batch_size=4 if split else 3,
             precompute_ref_log_probs=case.get("precompute_ref_log_probs", False),
         )
         lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        trainer = ContrastiveTrainer(
-            model,
-            args=args,
-            train_dataset=groups,
-            eval_dataset=Dataset.from_list(groups.to_list()[:7]),
-            peft_config=lora if case.get("lora") else None,
-        )
+        held_out = Dataset.from_list(groups.to_list()[: 6 if case.get("stream") else 7])
+
+        told = {
+            "model": model,
+            "args": args,
+            "train_dataset": groups,
+            "eval_dataset": held_out.to_iterable_dataset() if case.get("stream") else held_out,
+            "peft_config": lora if case.get("lora") else None,
+        }
+        trainer = ContrastiveTrainer(**told)
         trainer.train()
+        if case.get("resume"):  # from the middle of the first pass: the end must be the one of the whole run
+            trainer = ContrastiveTrainer(**told)
+            trainer.train(resume_from_checkpoint=f"{out}/{name}/checkpoint-2")
         metrics = trainer.evaluate()
         results[name] = {
             "log": [e for e in trainer.state.log_history if "loss" in e],

@@ -42,7 +42,7 @@ def test_padding_differs_from_the_mask_where_pad_is_eos():
 
 def test_integer_scores_become_floats():
     batch = GroupCollator(pad_token_id=0)([example([1], [[2], [3]], [1, 0])])
-    assert batch["scores"].dtype == torch.float32
+    assert batch["scores"].dtype == torch.float64
     assert batch["valid"].dtype == torch.bool
     assert batch["input_ids"].dtype == batch["completion_mask"].dtype == torch.long
 

@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer
 import contrastive_align.trainers.contrastive as module
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.losses import LOSSES
-from contrastive_align.trainers.contrastive import REFERENCE_FILE, ReferenceMismatch
+from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMismatch
 
 
 COMMON = {
@@ -131,8 +131,8 @@ def test_trl_still_calls_every_override(make, groups, monkeypatch):
     """An override that is no longer called raises nothing by itself; this does."""
     called = set()
     for name in PRIVATE_HOOKS:
-        assert name in vars(ContrastiveTrainer), f"{name} is not an override any more"
         assert hasattr(DPOTrainer, name), f"TRL has no {name} any more"
+        assert getattr(ContrastiveTrainer, name) is not getattr(DPOTrainer, name), f"{name} is not an override any more"
         original = getattr(ContrastiveTrainer, name)
 
         def spy(self, *args, _name=name, _original=original, **kwargs):
@@ -239,13 +239,45 @@ def test_killed_and_resumed_ends_with_the_same_weights(make, tmp_path):
     assert logged(resumed, "logps/best_delta") == pytest.approx(logged(whole, "logps/best_delta"), abs=1e-4)
 
 
+@pytest.mark.parametrize("way", ["lora", "cached", "accumulated"])
+def test_killed_and_resumed_in_other_ways(make, tmp_path, way):
+    kwargs = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "optim": "adamw_torch"}
+    if way == "lora":
+        kwargs["peft_config"] = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    if way == "cached":
+        kwargs["precompute_ref_log_probs"] = True
+    if way == "accumulated":
+        kwargs |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    whole = make(output_dir=str(tmp_path / "whole"), **kwargs)
+    whole.train()
+    resumed = make(output_dir=str(tmp_path / "resumed"), **kwargs)
+    resumed.train(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3")
+    assert largest_gap(weights(whole), weights(resumed)) < 1e-6
+
+
+def test_a_shuffled_stream_resumes(make, groups, tmp_path):
+    def stream():
+        return IterableDataset.from_generator(lambda: iter(groups.to_list())).shuffle(seed=3, buffer_size=10)
+
+    kwargs = {"max_steps": 9, "save_strategy": "steps", "save_steps": 7}  # a pass has 7 steps
+    make(train_dataset=stream(), **kwargs).train()
+    make(train_dataset=stream(), **kwargs).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-7"))
+
+
+def test_training_twice_goes_on(make):
+    trainer = make(max_steps=2)
+    trainer.train()
+    trainer.train()
+
+
 def test_resuming_with_another_reference_stops(make, tiny_llama, tmp_path):
     kwargs = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make(**kwargs).train()
     assert (tmp_path / "out" / "checkpoint-1" / REFERENCE_FILE).is_file()
-    other = make(model=tiny_llama(seed=1), **kwargs)
-    with pytest.raises(ReferenceMismatch, match="checkpoint-1"):
-        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    for given in (str(checkpoint), checkpoint):
+        with pytest.raises(ReferenceMismatch, match="checkpoint-1"):
+            make(model=tiny_llama(seed=1), **kwargs).train(resume_from_checkpoint=given)
 
 
 def test_policy_that_is_not_the_reference_stops_at_step_0(make, tiny_llama):
@@ -279,6 +311,70 @@ def test_precomputed_reference_trains_alike(make, groups, peft, monkeypatch):
         runs.append(weights(trainer))
     assert largest_gap(runs[0], runs[1]) < 1e-6
     assert largest_gap(runs[1], runs[2]) < 1e-6
+
+
+def test_the_cache_knows_the_models_config(make, tiny_llama, tmp_path):
+    """The same weights under another rope_theta are another reference."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama(), other)
+    config = json.loads((other / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 10.0
+    (other / "config.json").write_text(json.dumps(config))
+    first = make(precompute_ref_log_probs=True)
+    second = make(model=str(other), precompute_ref_log_probs=True, max_steps=1)
+    assert first.train_dataset["ref_logps"][0] != second.train_dataset["ref_logps"][0]
+    second.train()
+
+
+def test_a_column_of_reference_log_probs_is_not_taken_for_the_reference(make):
+    rows = make().train_dataset.to_list()
+    trainer = make(train_dataset=Dataset.from_list([{**row, "ref_logps": [0.0] * len(row["scores"])} for row in rows]))
+    assert "ref_logps" not in trainer.train_dataset.column_names
+    trainer.train()
+    assert logged(trainer, "logps/best_delta")[0] == pytest.approx(0, abs=1e-4)
+
+
+def test_token_ids_are_checked_and_cut_like_text(make):
+    rows = make().train_dataset.to_list()
+    trainer = make(train_dataset=Dataset.from_list(rows), max_length=20)
+    longest = max(len(r["prompt_ids"]) + len(c) for r in trainer.train_dataset for c in r["completion_ids"])
+    assert longest == 20
+    with pytest.raises(ValueError, match="row 3: 'completion_ids' has 1 completion"):
+        rows[3] |= {"completion_ids": rows[3]["completion_ids"][:1], "scores": [1.0]}
+        make(train_dataset=Dataset.from_list(rows))
+
+
+def test_metrics_survive_an_evaluation_at_the_end_of_an_epoch(make, groups):
+    trainer = make(
+        eval_dataset=groups, eval_strategy="steps", eval_steps=7, logging_strategy="epoch", num_train_epochs=1
+    )
+    trainer.train()
+    assert len(logged(trainer, "rewards/margins")) == 1
+
+
+def test_predict_and_virtual_tokens_are_refused(make, groups):
+    from peft import PromptTuningConfig
+
+    with pytest.raises(NotImplementedError, match="evaluate"):
+        make().predict(groups)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        make(peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+
+def test_a_diverged_run_saves_nothing(make, tmp_path):
+    trainer = make(max_steps=1)
+    trainer.train()
+    with torch.no_grad():
+        trainer.model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="diverged, and nothing is saved"):
+        trainer.save_model()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_bf16_trains_and_checks_the_reference(make, tiny_llama):
+    trainer = make(bf16=True, max_steps=2)
+    trainer.train()
+    assert logged(trainer, "loss")[0] == pytest.approx(2 * math.log(2), abs=1e-3)
 
 
 def test_precompute_refuses_a_stream(make, groups):
@@ -341,6 +437,8 @@ def test_first_score_bonus_decides_ties(make):
         {"padding_free": True},
         {"truncation_mode": "keep_end"},
         {"neftune_noise_alpha": 5.0},
+        {"label_smoothing_factor": 0.5},
+        {"per_device_train_batch_size": 0},
         {"pad_token": "<pad>"},
         {"loss_type": ["ipo"]},
         {"loss_type": []},
@@ -386,6 +484,14 @@ def test_one_hot_labels_are_reported_with_a_better_temperature(make, caplog):
         with caplog.at_level(logging.WARNING):
             make(train_dataset=graded, **kwargs)
         assert ("temperature_alpha=0.593 would give half" in caplog.text) is said
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    ["_precompute_model_hash", "_precompute_engine", "_total_train_tokens", "aux_loss_enabled", "loss_types"],
+)
+def test_trl_still_has_the_attributes_read_here(make, attribute):
+    assert hasattr(make(), attribute)
 
 
 def test_digits_survive_a_trainer_that_casts_floats(make, monkeypatch):

@@ -37,6 +37,9 @@ def test_two_processes_equal_one(outcomes, case):
     assert {n.removeprefix("module.") for n in b} == set(a)
     assert max((a[n.removeprefix("module.")] - p).abs().max().item() for n, p in b.items()) < 1e-6
     assert len(one[case]["log"]) == len(two[case]["log"]) == 8
+    if case == "resumed":
+        plain = torch.load(out_one / "plain.pt")
+        assert max((plain[n] - p).abs().max().item() for n, p in a.items()) < 1e-6
     for name in METRICS:
         first, second = ([entry.get(name) for entry in run[case]["log"]] for run in (one, two))
         assert second == pytest.approx(first, rel=1e-4, abs=1e-6), name

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.models import resolve_start, verify_saved
-from contrastive_align.trainers.contrastive import ReferenceMismatch
+from contrastive_align.trainers.reference import ReferenceMismatch
 
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "task_type": "CAUSAL_LM"}
@@ -137,8 +137,76 @@ def test_a_pickle_is_refused_unless_asked_for(tiny_llama, adapter, groups, tmp_p
     torch.save(weights, f"{adapter}/adapter_model.bin")
     with pytest.raises(ValueError, match="allow_pickled_adapter=True"):
         trained(adapter, groups, tmp_path)
+    assert not (tmp_path / "out" / "merged_base").exists()
     trainer = trained(adapter, groups, tmp_path, allow_pickled_adapter=True)
     assert first_loss(trainer) == pytest.approx(TWO_LN_2, abs=1e-5)
+
+
+def test_a_merge_that_would_change_the_model_is_refused(tiny_llama, tmp_path):
+    """LoRA on one side of tied embeddings moves both when it is merged."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama(tie_word_embeddings=True))
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"moves log-probs by .* tied embeddings"):
+        resolve_start(str(tmp_path / "adapter"), output_dir=str(tmp_path / "out"))
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_prompt_tuning_is_no_start(tiny_llama, tmp_path):
+    from peft import PromptTuningConfig
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama())
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="PROMPT_TUNING adapter"):
+        resolve_start(str(tmp_path / "adapter"), output_dir=str(tmp_path / "out"))
+
+
+@pytest.fixture
+def hub_cache(tiny_llama, adapter, monkeypatch, tmp_path):
+    """A cache as huggingface_hub lays it out, with a model me/base and an adapter me/adapter."""
+    import huggingface_hub.constants
+
+    for name, source in (("base", tiny_llama()), ("adapter", adapter)):
+        repo = tmp_path / "hub" / f"models--me--{name}"
+        shutil.copytree(source, repo / "snapshots" / "abc")
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_hub_ids(hub_cache, groups, tmp_path):
+    trainer = trained("me/base", groups, tmp_path)
+    assert trainer.start_description == "me/base"
+    start = resolve_start("me/adapter", output_dir=str(tmp_path / "merged"))
+    assert start.description.startswith("/") and "+ adapter me/adapter, merged into" in start.description
+    with pytest.raises(OSError, match="couldn't find"):
+        trained("me/nothing", groups, tmp_path)
+
+
+def test_an_output_dir_with_weights_of_the_other_kind_is_refused(tiny_llama, groups, tmp_path):
+    trained(tiny_llama(), groups, tmp_path, peft_config=LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="holds an adapter"):
+        trained(tiny_llama(), groups, tmp_path)
+    shutil.rmtree(tmp_path / "out")
+    trained(tiny_llama(), groups, tmp_path)
+    with pytest.raises(ValueError, match="holds a whole model"):
+        trained(tiny_llama(), groups, tmp_path, peft_config=LoraConfig(**LORA))
+
+
+@pytest.mark.parametrize("kind", ["modules_to_save", "tied", "dora", "checkpoint"])
+def test_other_adapters_load_with_plain_peft_too(tiny_llama, groups, tmp_path, kind):
+    extra = {"modules_to_save": {"modules_to_save": ["lm_head"]}, "dora": {"use_dora": True}}.get(kind, {})
+    if kind == "modules_to_save":
+        extra = {"modules_to_save": ["input_layernorm"]}
+    model = tiny_llama(tie_word_embeddings=True) if kind == "tied" else tiny_llama()
+    saving = {"save_strategy": "steps", "save_steps": 3} if kind == "checkpoint" else {}
+    trainer = trained(model, groups, tmp_path, peft_config=LoraConfig(**LORA, **extra), **saving)
+    folder = tmp_path / "out" / "checkpoint-3" if kind == "checkpoint" else tmp_path / "out"
+    loaded = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert torch.allclose(logps(loaded, groups), logps(trainer.model, groups), atol=1e-5)
 
 
 def test_a_pickle_that_runs_code_does_not(adapter, tmp_path):
@@ -168,7 +236,7 @@ def test_paths_and_manifests_that_are_wrong(adapter, tmp_path):
 
 
 def test_a_kill_while_merging_leaves_nothing_half_written(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("contrastive_align.models.loading.json.dumps", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("contrastive_align.models.loading.Path.write_text", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         resolve_start(adapter, output_dir=str(tmp_path / "a"))
     assert not (tmp_path / "a" / "merged_base").exists()
@@ -250,7 +318,7 @@ def test_an_adapter_on_a_four_bit_base_is_kept_and_copied_as_reference(wide, gro
     assert first_loss(trainer) == pytest.approx(TWO_LN_2, abs=1e-3)
     assert not (tmp_path / "out" / "merged_base").exists()
     assert four_bit_layers(trainer.model)
-    assert "frozen copy" in trainer.start_description
+    assert "quantised, + adapter" in trainer.start_description
     assert set(trainer.model.peft_config) == {"default", "ref"}
     base = AutoModelForCausalLM.from_pretrained(wide, quantization_config=nf4, dtype=torch.float32)
     loaded = in_bf16(PeftModel.from_pretrained(base, tmp_path / "out"))

@@ -248,7 +248,7 @@ def test_a_prompt_that_merges_away_is_refused(plain):
 def test_moved_boundaries_are_counted_and_said(plain):
     _, report = ours(PAIRS, plain)
     assert report.moved_boundaries == 1
-    assert any("in 1 groups the prompt's last token merges" in line for line in report.losses())
+    assert any("in 1 groups the prompt's last token merges" in line for line in report.notes())
 
 
 @pytest.mark.parametrize("name", ["adds_bos_and_eos", "adds_bos", "no_bos"])
@@ -317,8 +317,8 @@ def test_what_was_cut_is_counted_and_said(plain):
     kept, report = ours(rows, plain, max_length=8, max_prompt_length=4)
     assert (report.cut_completions, report.cut_prompts, report.dropped) == (3, 2, 0)
     assert report.groups_by_k == {2: 2, 3: 1}
-    assert "3 completions cut to fit max_length (they train no EOS)." in report.losses()
-    assert "2 prompts cut to max_prompt_length (their end is kept)." in report.losses()
+    assert "3 completions cut to fit max_length (they train no EOS)." in report.notes()
+    assert "2 prompts cut to max_prompt_length (their end is kept)." in report.notes()
     assert kept.column_names == ["prompt_ids", "completion_ids", "scores"]
 
 
@@ -342,7 +342,7 @@ def check_mixed(kept, report) -> None:
     assert report.dropped_because["3"].startswith("train, row 3: 'completions'[1] is empty")
     assert (report.no_signal, report.no_signal_rows) == (2, [2, 5])  # the dataset's own numbers
     assert [list(s) for s in kept["scores"]] == [[1, 0], [3, 3], [1, 0], [0, 0]]  # equal scores are kept
-    assert report.losses() == [
+    assert report.notes() == [
         f"2 of 6 rows dropped. The first: {report.dropped_because['1']}; {report.dropped_because['3']}",
         "2 of 4 groups have equal scores only (first rows [2, 5]).",
     ]

@@ -18,7 +18,7 @@ class GroupCollator(DataCollatorMixin):
     log-probs). Returns
 
     - ``input_ids``, ``attention_mask``, ``completion_mask`` (N, L): prompt + completion, padded on the right
-    - ``scores`` (B, K) float and ``valid`` (B, K) bool: False where a group has fewer completions than the largest
+    - ``scores`` (B, K) in ``score_dtype``, and ``valid`` (B, K) bool: False where a group has fewer completions
     - ``ref_logps`` (B, K), if given
 
     The N rows are the True entries of ``valid`` in row-major order.
@@ -42,12 +42,13 @@ class GroupCollator(DataCollatorMixin):
             [0, 1, 0, 0]])
     >>> batch["scores"], batch["valid"]
     (tensor([[1.0000, 0.0000, 0.5000],
-            [0.0000, 2.0000, 0.0000]]), tensor([[ True,  True,  True],
+            [0.0000, 2.0000, 0.0000]], dtype=torch.float64), tensor([[ True,  True,  True],
             [ True,  True, False]]))
     """
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    score_dtype: torch.dtype = torch.float64
     return_tensors: str = "pt"
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -56,11 +57,11 @@ class GroupCollator(DataCollatorMixin):
             "input_ids": self._pad([prompt + ids for prompt, ids in rows], self.pad_token_id),
             "attention_mask": self._pad([[1] * (len(prompt) + len(ids)) for prompt, ids in rows], 0),
             "completion_mask": self._pad([[0] * len(prompt) + [1] * len(ids) for prompt, ids in rows], 0),
-            "scores": _table([e["scores"] for e in examples]),
-            "valid": _table([[1.0] * len(e["scores"]) for e in examples]).bool(),
+            "scores": to_table([e["scores"] for e in examples], self.score_dtype),
+            "valid": to_table([[True] * len(e["scores"]) for e in examples], torch.bool),
         }
         if "ref_logps" in examples[0]:
-            batch["ref_logps"] = _table([e["ref_logps"] for e in examples])
+            batch["ref_logps"] = to_table([e["ref_logps"] for e in examples], torch.float32)
         return batch
 
     def _pad(self, rows: list[list[int]], value: int) -> torch.Tensor:
@@ -68,7 +69,12 @@ class GroupCollator(DataCollatorMixin):
         return pad(tensors, padding_value=value, padding_side="right", pad_to_multiple_of=self.pad_to_multiple_of)
 
 
-def _table(rows: list[list[float]]) -> torch.Tensor:
-    """Ragged rows as (B, K), short rows filled with 0."""
+def to_table(rows: list[list[float]], dtype: torch.dtype) -> torch.Tensor:
+    """Ragged rows as (B, K), short rows filled with 0.
+
+    >>> to_table([[1.0, 2.0], [3.0]], torch.float32)
+    tensor([[1., 2.],
+            [3., 0.]])
+    """
     k = max(map(len, rows))
-    return torch.tensor([[*row, *[0.0] * (k - len(row))] for row in rows], dtype=torch.float32)
+    return torch.tensor([[*row, *[0] * (k - len(row))] for row in rows], dtype=dtype)

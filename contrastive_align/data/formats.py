@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trl import extract_prompt
+from trl.trainer.utils import remove_none_values
 
 
 Message = dict[str, Any]
@@ -19,6 +20,7 @@ Text = str | list[Message]
 
 FIX = "Correct the row or drop it (on_bad_row='drop')."
 UNREADABLE = "__unreadable__"  # a column that the reader of a broken file fills with what is wrong with the row
+ROW = "__row__"  # the number of a row before it was shuffled or split off
 LARGEST_SCORE = 3.4028234663852886e38  # scores are float32 on their way to the loss
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -102,7 +104,7 @@ def read_group(row: Mapping[str, Any], number: int, spelling: str, *, source: st
 
     Args:
         row: the row.
-        number: its number in the dataset, from 0, for the error.
+        number: its number in the dataset, from 0, for the error; the column ``__row__`` goes before it.
         spelling: see :func:`detect_spelling`.
         source: the file or split, for the error.
 
@@ -113,30 +115,34 @@ def read_group(row: Mapping[str, Any], number: int, spelling: str, *, source: st
     >>> read_group({"prompt": "Hi", "chosen": " there", "rejected": " you"}, 0, "preference")
     Group(prompt='Hi', completions=[' there', ' you'], scores=[1.0, 0.0], template_kwargs={})
     """
-    where = f"{source + ', ' if source else ''}row {number}"
+    where = f"{source + ', ' if source else ''}row {row.get(ROW, number)}"
     if row.get(UNREADABLE):
         raise BadRow(row[UNREADABLE])
     prompt, completions, scores, columns = _SPELLINGS[spelling](row, where)
     prompt, completions = _same_form(prompt, completions, where, columns)
-    if len(completions) < 2:
-        raise BadRow(
-            f"{where}: '{columns.completions}' has {len(completions)} completion{'s' * (len(completions) != 1)}, "
-            "expected at least 2 per prompt. Add completions or drop the row (on_bad_row='drop')."
-        )
-    if len(scores) != len(completions):
-        raise BadRow(
-            f"{where}: '{columns.scores}' has {len(scores)} numbers for {len(completions)} completions, expected one "
-            f"each. {FIX}"
-        )
-    scores = [_number(score, f"{where}: {columns.score(i)}") for i, score in enumerate(scores)]
+    scores = check_scores(scores, len(completions), where, columns)
     _check_prompt(prompt, f"{where}: '{columns.prompt}'")
     for i, completion in enumerate(completions):
         _check_completion(completion, f"{where}: {columns.completion(i)}")
     return Group(prompt, completions, scores, _template_kwargs(row, where))
 
 
+def check_scores(scores: list[Any], k: int, where: str, columns: Columns) -> list[float]:
+    """K >= 2 completions and K finite scores, or :class:`BadRow`."""
+    if k < 2:
+        raise BadRow(
+            f"{where}: '{columns.completions}' has {k} completion{'s' * (k != 1)}, expected at least 2 per prompt. Add "
+            "completions or drop the row (on_bad_row='drop')."
+        )
+    if len(scores) != k:
+        raise BadRow(
+            f"{where}: '{columns.scores}' has {len(scores)} numbers for {k} completions, expected one each. {FIX}"
+        )
+    return [_number(score, f"{where}: {columns.score(i)}") for i, score in enumerate(scores)]
+
+
 @dataclass
-class _Columns:
+class Columns:
     """What a row calls its parts, for errors; ``own`` where each completion has a column (and a score column)."""
 
     prompt: str
@@ -151,18 +157,18 @@ class _Columns:
         return f"'{self.own[i][1]}'" if self.own else f"'{self.scores}'[{i}]"
 
 
-_Parts = tuple[Text, list[Text], list[Any], _Columns]
+_Parts = tuple[Text, list[Text], list[Any], Columns]
 
 
 def _read_canonical(row: Mapping[str, Any], where: str) -> _Parts:
-    columns = _Columns(*(_first(row, names) for names in (PROMPT_COLUMNS, COMPLETIONS_COLUMNS, SCORES_COLUMNS)))
+    columns = Columns(*(_first(row, names) for names in (PROMPT_COLUMNS, COMPLETIONS_COLUMNS, SCORES_COLUMNS)))
     completions = _list(row, columns.completions, where)
     scores = _list(row, columns.scores, where)
     return _present(row, columns.prompt, where), completions, scores, columns
 
 
 def _read_ultrafeedback(row: Mapping[str, Any], where: str) -> _Parts:
-    columns = _Columns(_first(row, PROMPT_COLUMNS), _first(row, COMPLETIONS_COLUMNS), "overall_score")
+    columns = Columns(_first(row, PROMPT_COLUMNS), _first(row, COMPLETIONS_COLUMNS), "overall_score")
     items = _list(row, columns.completions, where)
     for i, item in enumerate(items):
         if not isinstance(item, Mapping):
@@ -180,7 +186,7 @@ def _read_lettered(row: Mapping[str, Any], where: str) -> _Parts:
     own = [(a, score) for a, score in own if row.get(a) is not None or row.get(score) is not None]
     completions, scores = [row.get(a) for a, _ in own], [row.get(score) for _, score in own]
     prompt_column = _first(row, PROMPT_COLUMNS)
-    return row.get(prompt_column), completions, scores, _Columns(prompt_column, "A0..", "score_A0..", own)
+    return row.get(prompt_column), completions, scores, Columns(prompt_column, "A0..", "score_A0..", own)
 
 
 def _read_preference(row: Mapping[str, Any], where: str) -> _Parts:
@@ -199,7 +205,7 @@ def _read_preference(row: Mapping[str, Any], where: str) -> _Parts:
     elif chosen == rejected:
         raise BadRow(f"{where}: 'chosen' and 'rejected' are the same. Drop the row (on_bad_row='drop').")
     own = [("chosen", "chosen"), ("rejected", "rejected")]
-    return prompt, [chosen, rejected], [1.0, 0.0], _Columns(prompt_column, "chosen, rejected", "(1, 0)", own)
+    return prompt, [chosen, rejected], [1.0, 0.0], Columns(prompt_column, "chosen, rejected", "(1, 0)", own)
 
 
 _SPELLINGS = {
@@ -213,7 +219,7 @@ _SPELLINGS = {
 # ------------------------------------------------------------------------------------------------ form and checks
 
 
-def _same_form(prompt: Any, completions: list[Any], where: str, columns: _Columns) -> tuple[Text, list[Text]]:
+def _same_form(prompt: Any, completions: list[Any], where: str, columns: Columns) -> tuple[Text, list[Text]]:
     """Plain text throughout, or messages throughout; a prompt repeated inside the completions is taken out."""
     completions = [_messages(c) for c in completions]
     prompt = _messages(prompt)
@@ -251,7 +257,7 @@ def _messages(value: Any) -> Any:
     if isinstance(value, Mapping) and "role" in value:
         value = [value]
     if isinstance(value, list) and all(isinstance(m, Mapping) for m in value):
-        return [{k: v for k, v in m.items() if v is not None} for m in value]
+        return remove_none_values(value)
     return value
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from contrastive_align.data.formats import BadRow, Group, detect_spelling, read_group
+from contrastive_align.data import formats
+from contrastive_align.data.formats import BadRow, Columns, Group, check_scores, detect_spelling, read_group
 
 
 logger = logging.get_logger(__name__)
 
+TOKENS = "token ids"
 TOKEN_COLUMNS = ["prompt_ids", "completion_ids", "scores"]
+_SOURCE = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, formats.__file__))).hexdigest()
 FIRST_ROWS = 5
 
 
@@ -88,10 +94,18 @@ def tokenise_group(
     open_prompt = _without_eos(prompt_ids, tokenizer.eos_token_id)  # a tokenizer may close every text it reads
     moved, prompt_ids = max(0, len(open_prompt) - start), prompt_ids[:start]
 
+    bos = tokenizer.bos_token_id
+    return _fit(TokenisedGroup(prompt_ids, completion_ids, moved_boundary=moved), max_length, max_prompt_length, bos)
+
+
+def _fit(ids: TokenisedGroup, max_length: int | None, max_prompt_length: int | None, bos: int | None) -> TokenisedGroup:
+    """Cut to length: the prompt keeps its end (and its BOS), every completion its beginning."""
+    prompt_ids, completion_ids = ids.prompt_ids, ids.completion_ids
     cut_prompt = 0
     if max_prompt_length is not None and len(prompt_ids) > max_prompt_length:
+        kept = prompt_ids[:1] if prompt_ids[0] == bos else []
         cut_prompt = len(prompt_ids) - max_prompt_length
-        prompt_ids = prompt_ids[cut_prompt:]
+        prompt_ids = kept + prompt_ids[len(kept) + cut_prompt :]
     cut = 0
     if max_length is not None:
         room = max_length - len(prompt_ids)
@@ -102,7 +116,7 @@ def tokenise_group(
             )
         cut = sum(len(ids) > room for ids in completion_ids)
         completion_ids = [ids[:room] for ids in completion_ids]
-    return TokenisedGroup(prompt_ids, completion_ids, cut, cut_prompt, moved)
+    return TokenisedGroup(prompt_ids, completion_ids, cut, cut_prompt, ids.moved_boundary)
 
 
 def _encode(group: Group, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
@@ -177,8 +191,8 @@ class DataReport:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def losses(self) -> list[str]:
-        """What was lost or weighs nothing, a line each, with the first rows."""
+    def lost(self) -> list[str]:
+        """What was dropped or cut, a line each, with the first rows."""
         lines = []
         if self.dropped:
             first = "; ".join(self.dropped_because.values())
@@ -192,11 +206,13 @@ class DataReport:
                 f"in {self.moved_boundaries} groups the prompt's last token merges with the completion's first; the "
                 "completions are scored from there on."
             )
-        if self.no_signal:
-            lines.append(
-                f"{self.no_signal} of {self.groups} groups have equal scores only (first rows {self.no_signal_rows})."
-            )
         return lines
+
+    def notes(self) -> list[str]:
+        """What was lost, and what weighs nothing."""
+        rows = f"(first rows {self.no_signal_rows})"
+        flat = [f"{self.no_signal} of {self.groups} groups have equal scores only {rows}."] if self.no_signal else []
+        return self.lost() + flat
 
 
 def prepare_groups(
@@ -211,7 +227,7 @@ def prepare_groups(
 ) -> tuple[Dataset | IterableDataset, DataReport]:
     """A dataset in any known spelling -> one with ``prompt_ids``, ``completion_ids`` and ``scores``.
 
-    A dataset that already has these columns is returned as it is.
+    A dataset that already has these columns is checked and cut to length like any other; further columns go.
 
     Args:
         on_bad_row: ``"raise"`` at the first bad row, or ``"drop"`` and count. Groups whose prompt leaves no room under
@@ -228,14 +244,12 @@ def prepare_groups(
     if first_row is None:
         raise ValueError(f"The {name} dataset has no rows, expected at least one group.")
     columns = list(dataset.column_names or first_row)
-    if all(column in columns for column in TOKEN_COLUMNS):
-        return dataset, _count(dataset, "token ids")
     if "image" in columns or "images" in columns:
         raise ValueError(
             f"The {name} dataset has images (columns {columns}). Vision data is not supported here; for pairs use "
             "trl.DPOTrainer, or remove the column."
         )
-    spelling = detect_spelling(columns, first_row)
+    spelling = TOKENS if all(c in columns for c in TOKEN_COLUMNS) else detect_spelling(columns, first_row)
     reader = _RowReader(spelling, tokenizer, max_length, max_prompt_length, on_bad_row, name)
     if isinstance(dataset, IterableDataset):
         dataset = dataset.map(reader, with_indices=True, remove_columns=columns, features=_FEATURES)
@@ -251,10 +265,10 @@ def prepare_groups(
     )
     problems = mapped["problem"]
     good = [i for i, problem in enumerate(problems) if not problem]
-    report = _count(mapped.select(good), spelling, rows=good)
+    report = _count(mapped.select(good), spelling)
     report.rows, report.dropped = len(mapped), len(mapped) - len(good)
-    report.dropped_because = {str(i): p for i, p in enumerate(problems) if p}
-    report.dropped_because = dict(list(report.dropped_because.items())[:FIRST_ROWS])
+    dropped = ((str(row), problem) for row, problem in zip(mapped["row"], problems, strict=True) if problem)
+    report.dropped_because = dict(itertools.islice(dropped, FIRST_ROWS))
     if not good:
         reasons = "\n  ".join(report.dropped_because.values())
         raise ValueError(
@@ -263,12 +277,13 @@ def prepare_groups(
     return (mapped if len(good) == len(mapped) else mapped.select(good)).remove_columns(_COUNTED), report
 
 
-_COUNTED = ["problem", "cut_completions", "cut_prompt_tokens", "moved_boundary"]
+_COUNTED = ["row", "problem", "cut_completions", "cut_prompt_tokens", "moved_boundary"]
 # Told, not guessed from the first rows: these may all be dropped ones, whose lists are empty.
 _FEATURES = Features(
     prompt_ids=List(Value("int64")),
     completion_ids=List(List(Value("int64"))),
     scores=List(Value("float64")),
+    row=Value("int64"),
     problem=Value("string"),
     cut_completions=Value("int64"),
     cut_prompt_tokens=Value("int64"),
@@ -286,27 +301,51 @@ class _RowReader:
     max_prompt_length: int | None
     on_bad_row: str
     name: str
+    source: str = _SOURCE  # part of the cache's key: rows cached by other code are read again
 
     def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
+        number = row.get(formats.ROW, number)
+        where = f"{self.name}, row {number}: "
         try:
-            group = read_group(row, number, self.spelling, source=self.name)
+            if self.spelling == TOKENS:
+                scores, ids = self._read_tokens(row, where)
+            else:
+                group = self._read_text(row, number)
+                scores, ids = group.scores, self._tokenise(group, where)
         except BadRow as error:
-            if self.on_bad_row == "raise":
+            if self.on_bad_row == "raise" and not isinstance(error, NoRoom):
                 raise
-            return self._dropped(str(error))
+            return {**asdict(TokenisedGroup([], [[]])), "scores": [0.0], "row": number, "problem": str(error)}
+        return {**asdict(ids), "scores": scores, "row": number, "problem": ""}
+
+    def _read_text(self, row: Mapping[str, Any], number: int) -> Group:
+        group = read_group(row, number, self.spelling, source=self.name)
+        if self.spelling == "ultrafeedback" and not group.is_conversational and self.tokenizer.chat_template:
+            # Its instructions and responses are turns of a chat, written as plain text.
+            group.prompt = [{"role": "user", "content": group.prompt}]
+            group.completions = [[{"role": "assistant", "content": text}] for text in group.completions]
+        return group
+
+    def _tokenise(self, group: Group, where: str) -> TokenisedGroup:
         try:
-            ids = tokenise_group(
+            return tokenise_group(
                 group, self.tokenizer, max_length=self.max_length, max_prompt_length=self.max_prompt_length
             )
         except BadRow as error:
-            where = f"{self.name}, row {number}: "
-            if self.on_bad_row == "raise" and not isinstance(error, NoRoom):
-                raise BadRow(where + str(error)) from error
-            return self._dropped(where + str(error))
-        return {**asdict(ids), "scores": group.scores, "problem": ""}
+            raise type(error)(where + str(error)) from error
 
-    def _dropped(self, problem: str) -> dict[str, Any]:
-        return {**asdict(TokenisedGroup([], [[]])), "scores": [0.0], "problem": problem}
+    def _read_tokens(self, row: Mapping[str, Any], where: str) -> tuple[list[float], TokenisedGroup]:
+        prompt, completions = row["prompt_ids"], row["completion_ids"]
+        for column, ok in (("prompt_ids", prompt), ("completion_ids", completions and all(completions))):
+            if not ok:
+                raise BadRow(f"{where}'{column}' is empty, expected token ids. Drop the row (on_bad_row='drop').")
+        columns = Columns("prompt_ids", "completion_ids", "scores")
+        scores = check_scores(row["scores"] or [], len(completions), where.removesuffix(": "), columns)
+        try:
+            ids = TokenisedGroup(prompt, completions)
+            return scores, _fit(ids, self.max_length, self.max_prompt_length, self.tokenizer.bos_token_id)
+        except NoRoom as error:
+            raise NoRoom(where + str(error)) from error
 
 
 def _is_good(row: Mapping[str, Any]) -> bool:
@@ -315,10 +354,8 @@ def _is_good(row: Mapping[str, Any]) -> bool:
     return not row["problem"]
 
 
-def _count(dataset: Dataset | IterableDataset, spelling: str, rows: list[int] | None = None) -> DataReport:
-    if isinstance(dataset, IterableDataset):
-        return DataReport(spelling)
-    scores = dataset["scores"]
+def _count(dataset: Dataset, spelling: str) -> DataReport:
+    scores, rows = dataset["scores"][:], dataset["row"][:]
     flat = [i for i, s in enumerate(scores) if len(set(s)) == 1]
     return DataReport(
         spelling=spelling,
@@ -326,8 +363,8 @@ def _count(dataset: Dataset | IterableDataset, spelling: str, rows: list[int] | 
         groups=len(dataset),
         groups_by_k=dict(sorted(Counter(len(s) for s in scores).items())),
         no_signal=len(flat),
-        no_signal_rows=[rows[i] if rows else i for i in flat[:FIRST_ROWS]],
-        cut_completions=sum(dataset["cut_completions"]) if rows is not None else 0,
-        cut_prompts=sum(n > 0 for n in dataset["cut_prompt_tokens"]) if rows is not None else 0,
-        moved_boundaries=sum(n > 0 for n in dataset["moved_boundary"]) if rows is not None else 0,
+        no_signal_rows=[rows[i] for i in flat[:FIRST_ROWS]],
+        cut_completions=sum(dataset["cut_completions"]),
+        cut_prompts=sum(n > 0 for n in dataset["cut_prompt_tokens"]),
+        moved_boundaries=sum(n > 0 for n in dataset["moved_boundary"]),
     )

@@ -46,6 +46,11 @@ class RunArguments(ScriptArguments):
     max_train_samples: int | None = field(default=None, metadata={"help": "Only the first N training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Only the first N evaluation rows."})
 
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
+
 
 @dataclass
 class Arguments:

@@ -6,12 +6,14 @@ import logging as std_logging
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
+from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config, get_quantization_config
 from trl.models import unwrap_model_for_generation
 
@@ -27,7 +29,7 @@ from contrastive_align.versions import SUPPORTED
 
 DEMO_NAME = "the bundled demo data"
 # What the bundled model and the bundled data are trained with, where nothing else is said.
-DEMO_MODEL = {"learning_rate": 3e-4, "gradient_checkpointing": False}
+DEMO_MODEL = {"max_length": 512, "learning_rate": 3e-4, "gradient_checkpointing": False}
 DEMO_DATA = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 16,
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None, *, preference: bool = False) -> Summ
     try:
         train, test, data_name = _load_data(args, preference)
         trainer = _build_trainer(args, train, test)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
             raise
         raise UsageError(f"{error}\n(--log_level=debug shows where)") from error
@@ -56,12 +58,21 @@ def main(argv: Sequence[str] | None = None, *, preference: bool = False) -> Summ
     say(summary.opening())
     for note in args.notes:
         say(f"note: {note}")
+    earlier = Path(args.training.output_dir) / "summary.json"
+    if earlier.is_file() and not args.training.resume_from_checkpoint:
+        say(f"note: {args.training.output_dir} holds an earlier run, which this one replaces")
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        earlier.unlink(missing_ok=True)  # it speaks of other weights
 
     is_demo_data = data_name == DEMO_NAME
     before = _demo_rewards(trainer, test) if is_demo_data else []
     started = time.perf_counter()
     resume = args.training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    resume = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
+    if resume is True and get_last_checkpoint(args.training.output_dir) is None:
+        raise UsageError(f"--resume_from_checkpoint=true, but {args.training.output_dir} holds no checkpoint.")
+    trainer.train(resume_from_checkpoint=resume)
     summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
 
     _save(args, trainer, summary, data_name)  # before anything else can fail
@@ -80,6 +91,14 @@ def main(argv: Sequence[str] | None = None, *, preference: bool = False) -> Summ
 
 def _parse(argv: Sequence[str] | None, prog: str, preference: bool) -> Arguments:
     args = parse(argv, prog=prog)
+    lora = sorted(name for name in args.given if name.startswith(("lora_", "use_rslora", "use_dora")))
+    quantised = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(args.model, name)]
+    alone = quantised or ([] if "use_peft" in args.given else lora)
+    if alone and not args.model.use_peft:
+        raise UsageError(f"--{alone[0]} is given without --use_peft, which it needs. Add --use_peft.")
+    resume = str(args.training.resume_from_checkpoint or "")
+    if resume.lower() not in ("", "true", "false", "none") and not Path(resume).is_dir():
+        raise UsageError(f"--resume_from_checkpoint: no folder '{resume}' (looked in {Path.cwd()}).")
     defaults: dict[str, Any] = {"output_dir": "runs/preference" if preference else "runs/reward"}
     if args.model.model_name_or_path is None:
         defaults |= {"model_name_or_path": demo.MODEL_PATH, **DEMO_MODEL}
@@ -102,6 +121,9 @@ def _load_data(args: Arguments, preference: bool) -> tuple[Any, Any, str]:
             on_bad_row=args.training.on_bad_row,
         )
         name = args.script.dataset_name or ", ".join(d.path for d in args.datasets.datasets)
+    unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
+    if test is None and unused:
+        raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
     if preference:
         first = next(iter(train))
         spelling = detect_spelling(list(first), first)
@@ -200,7 +222,7 @@ def _data_entry(name: str, report: DataReport) -> dict[str, Any]:
     else:
         ks = ", ".join(f"{k}: {n}" for k, n in report.groups_by_k.items())
         line = f"{name}: {report.groups} groups of {report.rows} rows ({report.spelling} columns; groups by K {ks})"
-    return {"line": line, "notes": report.losses(), "name": name, **report.as_dict()}
+    return {"line": line, "notes": report.notes(), "name": name, **report.as_dict()}
 
 
 def _millions(n: int) -> str:
@@ -228,13 +250,15 @@ def _measure(summary: Summary, trainer: ContrastiveTrainer, test: Any) -> None:
     else:
         return
     means = trainer.last_evaluation
+    if trainer.args.sync_ref_model:
+        summary.state = "The reference moved with the policy (sync_ref_model): there is no before to compare with."
+        return
     for name in ("logps/best", "logps/rest"):
         value, delta = means[name], means[f"{name}_delta"]
         summary.metrics[name] = Change(value.mean - delta.mean, value.mean, delta.se, round(value.n))
-    for name in ("rewards/margins", "rewards/accuracies"):
-        if name in means:  # both are 0 where policy = reference
-            summary.metrics[name] = Change(0.0, means[name].mean, means[name].se, round(means[name].n))
     best, margin = means["logps/best_delta"], means.get("rewards/margins")
+    if margin is not None:  # 0 where policy = reference
+        summary.metrics["rewards/margins"] = Change(0.0, margin.mean, margin.se, round(margin.n))
     summary.state = f"In words: the best completion's likelihood {_direction(best.mean, best.se)}"
     if margin is not None:
         summary.state += f", its margin over the others {_direction(margin.mean, margin.se)}"
@@ -256,7 +280,8 @@ def _demo_rewards(trainer: ContrastiveTrainer, test: Dataset) -> list[float]:
 def _save(args: Arguments, trainer: ContrastiveTrainer, summary: Summary, data_name: str) -> None:
     output_dir = args.training.output_dir
     trainer.save_model(output_dir)
-    trainer.create_model_card(dataset_name=None if data_name == DEMO_NAME else data_name)
+    card_data = None if data_name == DEMO_NAME else data_name
+    trainer.create_model_card(model_name=Path(output_dir).name, dataset_name=card_data)
     auto = "peft.AutoPeftModelForCausalLM" if is_peft_model(trainer.model) else "transformers.AutoModelForCausalLM"
     summary.saved = {
         "saved": output_dir,

@@ -15,7 +15,7 @@ from trl import DatasetMixtureConfig, get_dataset
 from trl.scripts.utils import DatasetConfig
 
 from contrastive_align.data import BadRow, detect_spelling, read_group
-from contrastive_align.data.formats import UNREADABLE
+from contrastive_align.data.formats import ROW, UNREADABLE
 from contrastive_align.launch.arguments import RunArguments, UsageError
 
 
@@ -51,6 +51,8 @@ def load_splits(
     if train_name not in splits:
         raise UsageError(f"the dataset has no split '{train_name}', but {sorted(splits)}. Set --dataset_train_split.")
     train, test = splits[train_name], splits.get(test_name)
+    if isinstance(train, Dataset) and mixture.test_split_size is not None:
+        train = train.add_column(ROW, range(len(train)))  # errors name the row of the file, not of the shuffled split
     if test is None and mixture.test_split_size is not None:
         if not isinstance(train, Dataset):
             raise UsageError("--test_split_size needs the whole dataset, found a stream. Name a --dataset_test_split.")

@@ -64,12 +64,18 @@ def target_labels(scores: Tensor, *, temperature_alpha: float, valid: Tensor | N
     # Subtract the best score before dividing: scores of 1e4 over 1e-4 would leave no digits for the differences.
     gaps = torch.where(valid, scores - best, 0.0)
     p = torch.softmax((gaps / temperature_alpha).masked_fill(~valid & valid.any(-1, keepdim=True), -torch.inf), -1)
-    preference = (
-        (valid.sum(-1, keepdim=True) == 2)
-        & (valid & (scores == 1)).any(-1, keepdim=True)
-        & (valid & (scores == 0)).any(-1, keepdim=True)
-    )
-    return torch.where(preference, (scores == 1).to(p.dtype), p).masked_fill(~valid, 0.0)
+    hard = is_preference(scores, valid=valid).unsqueeze(-1)
+    return torch.where(hard, (scores == 1).to(p.dtype), p).masked_fill(~valid, 0.0)
+
+
+def is_preference(scores: Tensor, *, valid: Tensor | None = None) -> Tensor:
+    """(B,) bool: whether a group is a preference, that is two valid completions with scores 1 and 0.
+
+    >>> is_preference(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0]]))
+    tensor([ True, False,  True])
+    """
+    valid = _all_valid(scores) if valid is None else valid
+    return (valid.sum(-1) == 2) & (valid & (scores == 1)).any(-1) & (valid & (scores == 0)).any(-1)
 
 
 def nca(
@@ -287,9 +293,9 @@ def temperature_for_entropy(scores: Tensor, *, valid: Tensor | None = None, frac
 
     .. math:: \text{mean}_b\, H(p_b(\alpha)) = \text{fraction} \cdot \text{mean}_b \ln K_b
 
-    Solved by bisection on log alpha, in float64, over the groups whose scores differ. Tied best completions put a floor
-    under the entropy; where the floor is above the wish, or no group has a signal, there is no answer and ``None`` is
-    returned.
+    Solved by bisection on log alpha, in float64, over the groups whose scores differ and that are no preferences. Tied
+    best completions put a floor under the entropy; where the floor is above the wish, or no group has a signal, there
+    is no answer and ``None`` is returned.
 
     >>> round(temperature_for_entropy(torch.tensor([[2.0, 1.0, 0.0]])), 3)
     0.593
@@ -297,6 +303,7 @@ def temperature_for_entropy(scores: Tensor, *, valid: Tensor | None = None, frac
     valid = _all_valid(scores) if valid is None else valid
     s = scores.double()
     signal = s.masked_fill(~valid, -torch.inf).amax(-1) > s.masked_fill(~valid, torch.inf).amin(-1)
+    signal &= ~is_preference(s, valid=valid)  # always hard
     s, valid = s[signal], valid[signal]
     if not len(s):
         return None
@@ -333,8 +340,8 @@ def _rewards_and_labels(
 ) -> tuple[Tensor, Tensor, Tensor]:
     valid = _all_valid(scores) if valid is None else valid
     r = beta * log_ratios.masked_fill(~valid, 0.0)
-    p = target_labels(scores.to(r.dtype), temperature_alpha=temperature_alpha, valid=valid)
-    return r, p, valid
+    p = target_labels(scores, temperature_alpha=temperature_alpha, valid=valid)  # in the scores' own precision
+    return r, p.to(r.dtype), valid
 
 
 def _masked_logsumexp(x: Tensor, mask: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,9 +15,12 @@ from accelerate import PartialState
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
-from transformers.utils import find_adapter_config_file
-from trl.trainer.utils import create_model_from_path, hash_module
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, find_adapter_config_file, logging
+from trl.trainer.utils import create_model_from_path
+
+
+logger = logging.get_logger(__name__)
 
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -24,6 +28,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 MERGED_BASE = "merged_base"
 MERGE_NOTE = "merged_from.json"
+# Mean nats per token that rounding may move log-probs by when an adapter is merged.
+MERGE_TOLERANCE = 1e-3
+MERGE_TOLERANCE_16_BIT = 0.1
 
 
 @dataclass
@@ -46,7 +53,7 @@ def adapter_config_path(model_id: str, revision: str | None = None) -> str | Non
     if os.path.isdir(model_id):
         path = os.path.join(model_id, ADAPTER_CONFIG)
         return path if os.path.isfile(path) else None
-    return find_adapter_config_file(model_id, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return find_adapter_config_file(model_id, revision=revision)
 
 
 def resolve_start(
@@ -69,7 +76,7 @@ def resolve_start(
 
     Raises:
         FileNotFoundError: a path that is not there.
-        ValueError: the adapter is a pickle and ``allow_pickled_adapter`` is False.
+        ValueError: the adapter is a pickle and ``allow_pickled_adapter`` is False, or merging it changes the model.
     """
     kwargs = dict(model_init_kwargs or {})
     revision = kwargs.get("revision")
@@ -79,21 +86,26 @@ def resolve_start(
     if config_path is None:
         return Start(model_id, f"{model_id}{revision_note}", model_id)
 
-    _refuse_pickle(model_id, revision, allow_pickled_adapter)
+    _check_adapter_weights(model_id, revision, allow_pickled_adapter)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
     kwargs.pop("revision", None)  # the adapter's; the base has its own
     config = PeftConfig.from_pretrained(model_id, revision=revision)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{model_id} is a {config.peft_type.value} adapter: virtual tokens, which cannot be merged into weights. "
+            "Start from a LoRA or from a whole model."
+        )
     base_id = _base_of(config, model_id)
     tokenizer_source = model_id if _has_tokenizer(model_id, revision, trust_remote_code) else base_id
     if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
+    base_config = AutoConfig.from_pretrained(base_id, revision=config.revision, trust_remote_code=trust_remote_code)
+    if kwargs.get("quantization_config") is not None or hasattr(base_config, "quantization_config"):
         if PartialState().num_processes > 1:
             kwargs["device_map"] = None  # as TRL: each process holds its own copy, on its own device
-        base = create_model_from_path(
-            base_id, quantization_config=quantization_config, revision=config.revision, **kwargs
-        )
+        base = create_model_from_path(base_id, revision=config.revision, **kwargs)
         model = PeftModel.from_pretrained(base, model_id, is_trainable=True, revision=revision)
-        bits = "4-bit" if quantization_config.load_in_4bit else "8-bit"
-        description = f"{base_id} in {bits} + adapter {model_id}{revision_note}, kept; a frozen copy is the reference"
+        description = f"{base_id}, quantised, + adapter {model_id}{revision_note}, kept"
         return Start(model, description, tokenizer_source)
 
     merged = Path(output_dir) / MERGED_BASE
@@ -116,48 +128,116 @@ def _merge(
     tokenizer_source: str,
     model_init_kwargs: dict[str, Any],
 ) -> None:
-    base = create_model_from_path(base_id, revision=base_revision, **{**model_init_kwargs, "device_map": None})
-    model = PeftModel.from_pretrained(base, adapter, revision=adapter_revision)
+    dtype = model_init_kwargs.get("dtype", "float32")
     note = {
         "base": base_id,
         "base_revision": base_revision,
         "adapter": adapter,
         "adapter_revision": adapter_revision,
-        "weights": hash_module(model),
+        "adapter_sha256": _hash_of_adapter(adapter, adapter_revision),
+        "dtype": str(dtype).removeprefix("torch."),
     }
     note_path = merged / MERGE_NOTE
     if note_path.is_file() and json.loads(note_path.read_text()) == note:
         return  # a resumed run finds its own
     if merged.exists():
+        was = json.loads(note_path.read_text()) if note_path.is_file() else {}
+        differs = [f"{k}: {was.get(k)} there, {v} here" for k, v in note.items() if was.get(k) != v]
         raise ValueError(
-            f"{merged} holds another merged base than {base_id} + {adapter}. Choose another output_dir, or remove that "
+            f"{merged} holds another merged base ({'; '.join(differs)}). Choose another output_dir, or remove that "
             "folder if nothing needs it any more."
         )
+    base = create_model_from_path(base_id, revision=base_revision, **{**model_init_kwargs, "device_map": None})
+    model = PeftModel.from_pretrained(base, adapter, revision=adapter_revision).eval()
+    before = _probe_logps(model)
     model = model.merge_and_unload(safe_merge=True)
     aside = merged.with_name(merged.name + ".incomplete")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    model.save_pretrained(aside)
-    tokenizer = AutoTokenizer.from_pretrained(
-        tokenizer_source,
-        revision=adapter_revision if tokenizer_source == adapter else base_revision,
-        trust_remote_code=model_init_kwargs["trust_remote_code"],
-    )
-    tokenizer.save_pretrained(aside)
-    (aside / MERGE_NOTE).write_text(json.dumps(note, indent=2))
-    aside.rename(merged)
+    try:
+        model.save_pretrained(aside)
+        del model, base
+        _check_merge(before, create_model_from_path(str(aside), dtype=dtype, device_map=None), adapter)
+        tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer_source,
+            revision=adapter_revision if tokenizer_source == adapter else base_revision,
+            trust_remote_code=model_init_kwargs["trust_remote_code"],
+        )
+        tokenizer.save_pretrained(aside)
+        (aside / MERGE_NOTE).write_text(json.dumps(note, indent=2))
+        aside.rename(merged)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@torch.no_grad()
+def _probe_logps(model: PreTrainedModel | PeftModel) -> torch.Tensor:
+    """Log-probs of a fixed sequence of tokens under each prefix."""
+    vocabulary = model.get_input_embeddings().weight.size(0)
+    ids = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0)).to(model.device)
+    log_probs = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
+    return log_probs.gather(2, ids[:, 1:, None])[0, :, 0].cpu()
+
+
+def _check_merge(before: torch.Tensor, merged: PreTrainedModel, adapter: str) -> None:
+    gap = (_probe_logps(merged.eval()) - before).abs().mean().item()
+    tolerance = MERGE_TOLERANCE if merged.dtype == torch.float32 else MERGE_TOLERANCE_16_BIT
+    if not gap <= tolerance:
+        raise ValueError(
+            f"Merging {adapter} into its base moves log-probs by {gap:.3g} nats per token (expected at most "
+            f"{tolerance:g}): the merged model is not what the adapter was. One on tied embeddings does that. "
+            "Way out: model = PeftModel.from_pretrained(base, adapter, is_trainable=True), and pass this model to "
+            "ContrastiveTrainer, which keeps a frozen copy of the adapter as the reference."
+        )
+
+
+def _hash_of_adapter(adapter: str, revision: str | None) -> str:
+    name = ADAPTER_WEIGHTS if _file_of(adapter, ADAPTER_WEIGHTS, revision) else PICKLED_WEIGHTS
+    digest = hashlib.sha256(Path(_file_of(adapter, name, revision)).read_bytes())
+    digest.update(Path(adapter_config_path(adapter, revision)).read_bytes())
+    return digest.hexdigest()
+
+
+def _file_of(model_id: str, name: str, revision: str | None) -> str | None:
+    """The path of a file of a folder or (cached) hub repository, None where it has none."""
+    try:
+        return cached_file(model_id, name, revision=revision)
+    except OSError:
+        return None
+
+
+def check_output_dir(output_dir: str | os.PathLike, *, adapter: bool) -> None:
+    """Refuse an ``output_dir`` that holds weights of the other kind: loading it would mix the two.
+
+    Raises:
+        ValueError: a whole model where an adapter is to be saved, or the other way round.
+    """
+    folder = Path(output_dir)
+    if folder.is_file():
+        raise ValueError(f"output_dir {str(output_dir)!r} is a file, expected a folder or a new name.")
+    whole = [f for f in ("model.safetensors", "model.safetensors.index.json") if (folder / f).is_file()]
+    if adapter and whole:
+        raise ValueError(
+            f"{output_dir} holds a whole model ({whole[0]}), and this run saves an adapter. Choose another output_dir."
+        )
+    if not adapter and (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{output_dir} holds an adapter ({ADAPTER_CONFIG}), which would be loaded on top of the whole model that "
+            "this run saves. Choose another output_dir."
+        )
 
 
 def _base_of(config: PeftConfig, adapter: str) -> str:
     base = config.base_model_name_or_path
-    beside = os.path.join(adapter, MERGED_BASE)
+    # A run's folder may have moved, and its base with it; a checkpoint's base is one folder up.
+    beside = [os.path.join(folder, MERGED_BASE) for folder in (adapter, os.path.dirname(os.path.abspath(adapter)))]
     if not base:
         raise ValueError(
             f"{adapter}/{ADAPTER_CONFIG} names no base model (base_model_name_or_path). Fill it in with the model the "
             "adapter was trained on."
         )
-    if os.path.isabs(base) and not os.path.isdir(base) and os.path.isdir(beside):
-        return beside  # the folder was moved; its base moved with it
+    if os.path.isabs(base) and not os.path.isdir(base):
+        base = next((folder for folder in beside if os.path.isdir(folder)), base)
     _check_exists(base)
     return base
 
@@ -168,23 +248,19 @@ def _check_exists(model_id: str) -> None:
         raise FileNotFoundError(f"No folder {model_id!r}. Give a folder with a model or an adapter, or a hub id.")
 
 
-def _refuse_pickle(model_id: str, revision: str | None, allowed: bool) -> None:
-    if os.path.isdir(model_id):
-        names = set(os.listdir(model_id))
-    else:
-        from huggingface_hub import list_repo_files
-
-        names = set(list_repo_files(model_id, revision=revision))
-    if ADAPTER_WEIGHTS in names or allowed:
+def _check_adapter_weights(model_id: str, revision: str | None, allow_pickle: bool) -> None:
+    if _file_of(model_id, ADAPTER_WEIGHTS, revision):
         return
-    if PICKLED_WEIGHTS in names:
-        raise ValueError(
-            f"{model_id} holds its weights as a pickle ({PICKLED_WEIGHTS}), which can run code when it is read. Ask "
-            f"for {ADAPTER_WEIGHTS}, or set allow_pickled_adapter=True if you trust it (it is then read with "
-            "weights_only=True)."
+    if allow_pickle and _file_of(model_id, PICKLED_WEIGHTS, revision):
+        return
+    if os.path.isdir(model_id) and not os.path.isfile(os.path.join(model_id, PICKLED_WEIGHTS)):
+        raise FileNotFoundError(
+            f"{model_id} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}. The adapter was not saved whole."
         )
-    raise FileNotFoundError(
-        f"{model_id} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}. The adapter was not saved whole."
+    raise ValueError(
+        f"{model_id} has no {ADAPTER_WEIGHTS}. If its weights are a pickle ({PICKLED_WEIGHTS}), which can run code "
+        "when it is read: ask for safetensors, or set allow_pickled_adapter=True if you trust it (it is then read with "
+        "weights_only=True)."
     )
 
 
@@ -201,29 +277,40 @@ def _has_tokenizer(model_id: str, revision: str | None, trust_remote_code: bool)
     return True
 
 
-def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_code: bool = False):
-    """The tokenizer of a model, with a padding token (EOS where it has none, as TRL does)."""
-    tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    with_pad_token(tokenizer)
-    return tokenizer
+def load_tokenizer(
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model."""
+    return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer without a padding token EOS as one, as TRL does."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
-def verify_saved(folder: str | os.PathLike) -> None:
+def verify_saved(folder: str | os.PathLike, *, may_be_sharded: bool = False) -> None:
     """Read back every weight file of a saved model or adapter.
 
+    Args:
+        may_be_sharded: no weight files is only worth a warning (DeepSpeed and FSDP may write checkpoints of their own).
+
     Raises:
-        ValueError: no weights, or an empty, NaN or infinite tensor (ZeRO-3 can save empty adapters).
+        ValueError: no weights, a file missing, or an empty, NaN or infinite tensor (ZeRO-3 can save empty adapters).
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
+    folder = Path(folder)
+    files = {file.name for file in folder.glob("*.safetensors")}
+    if not files and may_be_sharded:
+        logger.warning(f"{folder} has a sharded checkpoint and no *.safetensors: consolidate it before loading it.")
+        return
+    for index in folder.glob("*.safetensors.index.json"):
+        files |= set(json.loads(index.read_text())["weight_map"].values())
     if not files:
         raise ValueError(f"Nothing was saved: {folder} has no *.safetensors.")
-    for file in files:
+    for file in sorted(folder / name for name in files):
+        if not file.is_file():
+            raise ValueError(f"{file} is named in the index but is not there. The save lost it; do not use it.")
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
                 tensor = tensors.get_tensor(name)

@@ -47,21 +47,20 @@ def completion_logps(model: nn.Module, batch: dict[str, Tensor], **forward_kwarg
         fused_lm_head=True,
         **forward_kwargs,
     )
-    # Prompt-learning adapters put virtual tokens in front; the real ones are at the end.
-    per_token = outputs.log_probs[:, -token_mask.size(1) :]
+    per_token = outputs.log_probs
     sums = (per_token if per_token.dtype == torch.float64 else per_token.float()).sum(1)
     return CompletionLogps(
-        logps=to_table(sums, batch["valid"]),
-        lengths=to_table(token_mask.sum(1), batch["valid"]),
+        logps=per_completion(sums, batch["valid"]),
+        lengths=per_completion(token_mask.sum(1), batch["valid"]),
         outputs=outputs,
         token_mask=token_mask,
     )
 
 
-def to_table(values: Tensor, valid: Tensor) -> Tensor:
+def per_completion(values: Tensor, valid: Tensor) -> Tensor:
     """One value per completion (N,) -> (B, K), 0 where ``valid`` is False.
 
-    >>> to_table(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[True, False], [True, True]]))
+    >>> per_completion(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[True, False], [True, True]]))
     tensor([[1., 0.],
             [2., 3.]])
     """

@@ -109,6 +109,8 @@ def table(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
 
 
 def _show(value: float) -> str:
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.2f}"
 
 

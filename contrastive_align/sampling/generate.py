@@ -28,7 +28,7 @@ def sample_completions(
     Returns:
         One list of ``per_prompt`` completions (without special tokens) for each prompt.
     """
-    config = GenerationConfig(
+    plain = GenerationConfig(
         do_sample=True,
         temperature=1.0,
         top_p=1.0,
@@ -37,19 +37,22 @@ def sample_completions(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    # What a call leaves open is taken from the model's own config (repetition penalties and the like): not here.
+    own, model.generation_config = model.generation_config, plain
     texts = [prompt for prompt in prompts for _ in range(per_prompt)]
     completions: list[str] = []
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type != "cpu" else []
-    with torch.random.fork_rng(devices=devices, device_type=model.device.type if devices else "cuda"):
-        torch.manual_seed(seed)
-        for i in range(0, len(texts), batch_size):
-            batch = tokenizer(texts[i : i + batch_size], return_tensors="pt", padding=True, padding_side="left")
-            ids = batch["input_ids"].to(model.device)
-            out = model.generate(
-                input_ids=ids, attention_mask=batch["attention_mask"].to(model.device), generation_config=config
-            )
-            completions += tokenizer.batch_decode(out[:, ids.size(1) :], skip_special_tokens=True)
-    model.train(was_training)
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=model.device.type if devices else "cuda"):
+            torch.manual_seed(seed)
+            for i in range(0, len(texts), batch_size):
+                batch = tokenizer(texts[i : i + batch_size], return_tensors="pt", padding=True, padding_side="left")
+                ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
+                out = model.generate(input_ids=ids, attention_mask=mask, generation_config=plain)
+                completions += tokenizer.batch_decode(out[:, ids.size(1) :], skip_special_tokens=True)
+    finally:
+        model.generation_config = own
+        model.train(was_training)
     return [completions[i : i + per_prompt] for i in range(0, len(completions), per_prompt)]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
 import json
 import os
 import textwrap
@@ -12,13 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model, tqdm
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, concatenate_datasets
-from datasets.fingerprint import Hasher
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
@@ -27,31 +22,28 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, get_last_checkpoint, has_length
 from transformers.utils import logging
 from trl import DPOTrainer
-from trl.models import prepare_deepspeed
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
+from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from contrastive_align.data import DataReport, GroupCollator, prepare_groups
-from contrastive_align.losses import LOSSES, target_labels, temperature_for_entropy
+from contrastive_align.data.collate import to_table
+from contrastive_align.losses import LOSSES, is_preference, target_labels, temperature_for_entropy
 from contrastive_align.models import completion_logps, load_tokenizer, resolve_start, verify_saved, with_pad_token
-from contrastive_align.models.logps import CompletionLogps, to_table
+from contrastive_align.models.loading import check_output_dir
+from contrastive_align.models.logps import CompletionLogps, per_completion
 from contrastive_align.trainers.contrastive_config import ContrastiveConfig
 from contrastive_align.trainers.metrics import Averages, Mean, Metric, group_metrics
+from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMixin
 
 
 logger = logging.get_logger(__name__)
 
 AnyDataset = Dataset | IterableDataset
-REFERENCE_FILE = "reference.json"
-# Policy and reference start as the same weights, so their log-probs may differ by rounding alone: nats per token.
-START_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-START_TOLERANCE_16_BIT = 2e-2
 
 
-class ContrastiveTrainer(DPOTrainer):
+class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
     """Align a language model on groups of K scored completions: NCA, InfoNCA, DPO and kin.
 
     A subclass of :class:`trl.DPOTrainer` that takes its arguments and keeps what it does: model loading, PEFT,
@@ -140,6 +132,14 @@ class ContrastiveTrainer(DPOTrainer):
                 "processing_class is a vision processor, expected a tokenizer. For images use trl.DPOTrainer."
             )
 
+        if peft_config is not None and peft_config.is_prompt_learning:
+            raise ValueError(
+                f"{type(peft_config).__name__} puts virtual tokens before the prompt, so that the policy never starts "
+                "as the reference. Use LoRA or another adapter of the weights."
+            )
+        # Accelerate would have the main process read every stream and cut its batches by rows, and groups with them.
+        args.accelerator_config.dispatch_batches = False
+
         self.start_description = model_id or type(model).__name__
         tokenizer_source = model_id
         if isinstance(model, str):
@@ -168,14 +168,17 @@ class ContrastiveTrainer(DPOTrainer):
                 tokenizer_source, revision=revision, trust_remote_code=args.trust_remote_code
             )
         with_pad_token(processing_class)
+        adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+        check_output_dir(args.output_dir, adapter=adapter)
         if data_collator is None:
-            data_collator = GroupCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
+            score_dtype = torch.float32 if args.device.type == "mps" else torch.float64  # which mps does not have
+            data_collator = GroupCollator(processing_class.pad_token_id, args.pad_to_multiple_of, score_dtype)
 
         self.data_reports: dict[str, DataReport] = {}
         self.last_evaluation: dict[str, Mean] = {}  # with standard errors
         self._averages = {"train": Averages(), "eval": Averages()}
-        self._reference_checked = False
-        self._resumed_from: str | None = None
+        self._evaluated_rows: int | None = None
+        self._evaluation_batches_left = 0
         self._reference_given = ref_model is not None
 
         super().__init__(
@@ -220,7 +223,7 @@ class ContrastiveTrainer(DPOTrainer):
                 name=dataset_name,
             )
         self.data_reports[dataset_name] = report
-        for line in report.losses():
+        for line in report.lost():
             logger.warning(f"{dataset_name}: {line}")
         return dataset
 
@@ -233,13 +236,13 @@ class ContrastiveTrainer(DPOTrainer):
         alpha = self.args.temperature_alpha
         if isinstance(self.train_dataset, IterableDataset) or not any(map(_reads_labels, self.loss_types)):
             return
-        rows = self.train_dataset.select(range(min(len(self.train_dataset), 10_000)))
-        batch = self._score_table(rows["scores"])
-        graded = [len(set(s)) > 2 for s in rows["scores"]]
-        soft, hard = (target_labels(batch["scores"], temperature_alpha=a, valid=batch["valid"]) for a in (alpha, 1e-12))
+        rows = self.train_dataset[:10_000]["scores"]
+        scores, valid = to_table(rows, torch.float64), to_table([[True] * len(row) for row in rows], torch.bool)
+        graded = [len(set(row)) > 2 for row in rows]
+        soft, hard = (target_labels(scores, temperature_alpha=a, valid=valid) for a in (alpha, 1e-12))
         if not any(graded) or (soft - hard).abs().max() > 1e-3:
             return
-        wish = temperature_for_entropy(batch["scores"], valid=batch["valid"])
+        wish = temperature_for_entropy(scores, valid=valid)
         advice = f" temperature_alpha={wish:.3g} would give half of the largest label entropy." if wish else ""
         logger.warning(
             f"temperature_alpha={alpha:g} makes the labels one-hot, although {sum(graded)} of {len(graded)} groups "
@@ -254,39 +257,40 @@ class ContrastiveTrainer(DPOTrainer):
                 f"leave the range it was trained for. Set max_length={context}."
             )
 
-    @staticmethod
-    def _score_table(scores: list[list[float]]) -> dict[str, Tensor]:
-        k = max(map(len, scores))
-        return {
-            "scores": torch.tensor([[*s, *[0.0] * (k - len(s))] for s in scores], dtype=torch.float64),
-            "valid": torch.tensor([[True] * len(s) + [False] * (k - len(s)) for s in scores]),
-        }
-
     # ------------------------------------------------------------------------------------ how much each group weighs
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimiser step, and how many groups they hold over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        rows = len(self.train_dataset) if has_length(self.train_dataset) else None
         for i, batch in enumerate(batches):
-            at_end = i == len(batches) - 1 and self.accelerator.gradient_state.end_of_dataloader
-            batch["group_weights"] = self._group_weights(batch, at_end)
+            last = i == len(batches) - 1 and self.accelerator.gradient_state.end_of_dataloader
+            batch["group_weights"] = self._group_weights(batch["scores"].size(0), rows, last)
         groups = sum(batch["group_weights"].sum() for batch in batches)
         total = self.accelerator.gather(torch.as_tensor(groups, device=device, dtype=torch.float32)).sum()
         return batches, total / self.get_tp_size()
 
-    def _group_weights(self, batch: dict[str, Tensor], last_batch: bool) -> Tensor:
-        """1 for each group, 0 for those Accelerate repeats to give every process a full last batch."""
-        size = batch["scores"].size(0)
-        remainder = self.accelerator.gradient_state.remainder  # rows of the last batch over all processes; <= 0: even
-        if last_batch and remainder < 0 and self.accelerator.num_processes > 1:
+    def _group_weights(self, size: int, rows: int | None, last: bool) -> Tensor:
+        """1 for each group of a batch, 0 for those Accelerate repeats to give every process a full last batch.
+
+        Args:
+            size: groups in this process's batch.
+            rows: rows of the dataset, None for a stream.
+            last: whether it is the last batch of a pass.
+        """
+        weights = torch.ones(size)
+        processes = self.accelerator.num_processes // self.get_tp_size()
+        if processes == 1 or not last or self.args.dataloader_drop_last:
+            return weights
+        if rows is None:
             logger.warning_once(
                 "A stream on several processes: rows that Accelerate repeats to fill the last batch of a pass count "
                 "again, since a stream has no length to tell them by. A dataset with a length is exact."
             )
-        if not last_batch or remainder <= 0:
-            return torch.ones(size)
+            return weights
+        real = rows % (size * processes) or size * processes  # in the last batch, over all processes, in their order
         rank = self.accelerator.process_index // self.get_tp_size()
-        return (torch.arange(size) + rank * size < remainder).float()
+        return (torch.arange(size) + rank * size < real).float()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # DeepSpeed would cast every float of the batch to the model's dtype; scores and log-probs need their digits.
@@ -313,11 +317,10 @@ class ContrastiveTrainer(DPOTrainer):
         """
         training = self.model.training
         policy = completion_logps(model, inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {}))
-        ref_logps = (
-            inputs["ref_logps"] if "ref_logps" in inputs else self.compute_ref_log_probs(self._reference, inputs)
-        )
+        cached = inputs["ref_logps"] if self.args.precompute_ref_log_probs else None
+        ref_logps = cached if cached is not None else self.compute_ref_log_probs(self._reference, inputs)
         valid, scores = inputs["valid"], inputs["scores"].clone()
-        scores[:, 0] += self.args.first_score_bonus
+        scores[:, 0] += self.args.first_score_bonus * ~is_preference(scores, valid=valid)
         log_ratios = policy.logps - ref_logps
         if training and not self._reference_checked:
             self._check_reference(log_ratios.detach(), policy)
@@ -354,148 +357,45 @@ class ContrastiveTrainer(DPOTrainer):
             weighted = {name: (values, w * weights) for name, (values, w) in metrics.items()}
             self._averages["train" if training else "eval"].add(weighted)
             if training:
-                tokens = (to_table(inputs["attention_mask"].sum(1), valid).sum(1) * weights).sum()
+                tokens = (per_completion(inputs["attention_mask"].sum(1), valid).sum(1) * weights).sum()
                 self._total_train_tokens += int(self.accelerator.gather(tokens).sum()) // self.get_tp_size()
         if not return_outputs:
             return loss
         outputs = {"policy_logps": policy.logps, "ref_logps": ref_logps, "log_ratios": log_ratios}
         return loss, outputs | {"valid": valid, "losses": losses}
 
-    @property
-    def _reference(self) -> nn.Module:
-        return self.ref_model if self.ref_model is not None else self.model
+    # -------------------------------------------------------------------------------------------- resuming and saving
 
-    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Reference log-probs (B, K) of a batch; with PEFT, of the model with its adapter off (or its frozen copy)."""
-        model_with_adapter = self.accelerator.unwrap_model(self.model) if self.ref_model is None else None
-        if model_with_adapter is not None and is_peft_model(model_with_adapter):
-            adapter = use_adapter(model_with_adapter, "ref" if "ref" in model_with_adapter.peft_config else None)
-        else:
-            adapter = contextlib.nullcontext()
-        was_training = model.training
-        if not self.args.disable_dropout:  # the reference is one function, also where it is the policy without adapter
-            model.eval()
-        try:
-            with (
-                torch.no_grad(),
-                disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
-                adapter,
-                self.accelerator.autocast(),
-            ):
-                return completion_logps(model, inputs).logps
-        finally:
-            model.train(was_training)
-
-    def _precompute_ref_logps(self, dataset: AnyDataset, name: str, batch_size: int) -> AnyDataset:
-        """Add the column ``ref_logps``, cached on disk under a key of token ids, weights and precision."""
-        if isinstance(dataset, IterableDataset):
-            raise ValueError(
-                "precompute_ref_log_probs=True needs a dataset with a length, found a stream. Load it whole, or set "
-                "precompute_ref_log_probs=False."
-            )
-        if "ref_logps" in dataset.column_names:
-            return dataset
-        precision = (self.args.bf16, self.args.fp16, str(self.model.dtype))
-        key = [Hasher.hash((_hash_of_tokens(dataset), self._precompute_model_hash, precision))]
-        key = broadcast_object_list(key, from_process=0)[0]
-        file = Path(datasets.config.HF_DATASETS_CACHE) / "contrastive_align" / f"ref_logps_{key}.parquet"
-        if not file.is_file():
-            ref_logps = self._ref_logps_of(dataset, name, batch_size)
-            if self.accelerator.is_main_process:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                aside = file.with_suffix(f".{os.getpid()}.incomplete")
-                Dataset.from_dict({"ref_logps": ref_logps}).to_parquet(aside)
-                aside.replace(file)
-        self.accelerator.wait_for_everyone()
-        return concatenate_datasets([dataset, Dataset.from_parquet(str(file))], axis=1)
-
-    def _ref_logps_of(self, dataset: Dataset, name: str, batch_size: int) -> list[list[float]]:
-        model = self._reference
-        if self.ref_model is None and self.is_deepspeed_enabled:
-            # Before training DeepSpeed has not placed the model yet; one inference engine does, for all passes.
-            self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
-            model = self._precompute_engine
-        loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))
-        rows: list[list[float]] = []
-        # In the mode the policy will be in: 4-bit layers on CPU take another kernel in evaluation mode.
-        was_training = model.training
-        model.train(self.args.disable_dropout)
-        for batch in tqdm(loader, desc=f"Reference log-probs of the {name} dataset"):
-            logps = self.compute_ref_log_probs(model, batch)
-            rows += self.accelerator.gather_for_metrics(
-                [row[ok].tolist() for row, ok in zip(logps, batch["valid"], strict=True)], use_gather_object=True
-            )
-        model.train(was_training)
-        return rows
-
-    # -------------------------------------------------------------------------------- the reference is an identity
-
-    def _check_reference(self, log_ratios: Tensor, policy: CompletionLogps) -> None:
-        """At step 0 policy and reference agree; on resuming, the reference is that of the checkpoint."""
-        self._reference_checked = True
-        if self._resumed_from is not None:
-            return self._check_reference_of_checkpoint(self._resumed_from)
-        if self.state.global_step > 0 or self._reference_given or not self.args.disable_dropout:
-            return None
-        per_token = log_ratios.abs() / policy.lengths.clamp(min=1)
-        worst = per_token.max().item()
-        tolerance = self._start_tolerance()
-        if not worst <= tolerance:
-            raise ReferenceMismatch(
-                f"Before the first step policy and reference differ by {worst:.3g} nats per token (expected at most "
-                f"{tolerance:g}): the reference is not the start of this run ({self.start_description}). Usual causes: "
-                "the weights were changed after loading (pass the changed model's own copy as ref_model), or a LoRA "
-                "initialisation that is not zero (PiSSA, OLoRA, LoftQ)."
-            )
-        return None
-
-    def _start_tolerance(self) -> float:
-        sixteen_bit = self.args.bf16 or self.args.fp16 or getattr(self.model, "is_quantized", False)
-        return START_TOLERANCE_16_BIT if sixteen_bit else START_TOLERANCE.get(self.model.dtype, START_TOLERANCE_16_BIT)
-
-    def _reference_probe(self) -> list[float]:
-        """Reference log-probs of the first training group: what a resumed run must find again."""
-        row = next(iter(self.train_dataset))
-        if "ref_logps" in row:
-            return list(row["ref_logps"])
-        batch = self._prepare_inputs(self.data_collator([row]))
-        return self.compute_ref_log_probs(self._reference, batch)[batch["valid"]].tolist()
-
-    def _check_reference_of_checkpoint(self, checkpoint: str) -> None:
-        file = Path(checkpoint) / REFERENCE_FILE
-        if not file.is_file():
-            logger.warning(f"{checkpoint} has no {REFERENCE_FILE}: that its reference is this one cannot be checked.")
-            return
-        saved, now = json.loads(file.read_text()), self._reference_probe()
-        tokens = sum(map(len, next(iter(self.train_dataset))["completion_ids"]))
-        gaps = [abs(a - b) for a, b in zip(saved["probe"], now, strict=False)]
-        if len(saved["probe"]) != len(now) or max(gaps) / tokens > self._start_tolerance():
-            raise ReferenceMismatch(
-                f"The reference of {checkpoint} ({saved['reference']}) gave the first training group the log-probs "
-                f"{saved['probe']}, the one of this run ({self.start_description}) gives {now}. Resume with the same "
-                "model and data (sync_ref_model runs cannot be resumed: TRL does not save their moving reference)."
-            )
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        self._reference_checked = False
-        self._resumed_from = resume_from_checkpoint if isinstance(resume_from_checkpoint, str) else None
-        if resume_from_checkpoint is True:
-            self._resumed_from = get_last_checkpoint(self.args.output_dir)
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any):
+        self._resumed_from = None
+        if resume_from_checkpoint:
+            found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
+            self._resumed_from = found or os.fspath(resume_from_checkpoint)
+            resume_from_checkpoint = self._resumed_from
+            self._reference_checked = False
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        probe = self._reference_probe()
+        note = self._reference_note()
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            note = {"reference": self.start_description, "probe": probe}
-            (folder / REFERENCE_FILE).write_text(json.dumps(note, indent=2))
+            (folder / REFERENCE_FILE).write_text(json.dumps(note))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As TRL, then reads the weights back and fails on an empty or NaN tensor."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save and not self.is_fsdp_enabled:
-            verify_saved(output_dir or self.args.output_dir)
+        """As TRL; before anything is pushed the weights are read back, and an empty or NaN tensor stops the run."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise ValueError(
+                    f"'{name}' has NaN or infinite entries: training diverged, and nothing is saved. Lower "
+                    f"learning_rate (it is {self.args.learning_rate:g})."
+                )
+        super().save_model(output_dir, _internal_call=True)
+        if self.args.should_save:
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            verify_saved(output_dir or self.args.output_dir, may_be_sharded=sharded)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     # ---------------------------------------------------------------------------------------------------- metrics
 
@@ -516,7 +416,7 @@ class ContrastiveTrainer(DPOTrainer):
         outputs, mask = policy.outputs, policy.token_mask
 
         def per_group(values: Tensor, columns: Tensor) -> Metric:
-            sums = to_table((values[:, -mask.size(1) :].float() * mask).sum(1), valid) * columns
+            sums = per_completion((values.float() * mask).sum(1), valid) * columns
             tokens = (policy.lengths * columns).sum(1)
             return sums.sum(1) / tokens.clamp(min=1), tokens.to(sums.dtype)
 
@@ -530,16 +430,18 @@ class ContrastiveTrainer(DPOTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.model.training:
+        if "loss" in logs or "train_runtime" in logs:  # the trainer's own logs, made on every process
             means = self._averages["train"].compute()
-            means.pop("loss", None)  # Trainer's own, the same number
-            self._metrics["train"] = {name: [m.mean] for name, m in means.items()}
+            means.pop("loss", None)  # Trainer logs the mean over steps
+            logs.update({name: m.mean for name, m in means.items()})
             if means:
-                self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+                logs["num_tokens"] = self._total_train_tokens
         super().log(logs, start_time)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs["group_weights"] = self._group_weights(inputs, self.accelerator.gradient_state.end_of_dataloader)
+        self._evaluation_batches_left -= 1
+        last = self._evaluation_batches_left == 0
+        inputs["group_weights"] = self._group_weights(inputs["scores"].size(0), self._evaluated_rows, last)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
@@ -549,24 +451,19 @@ class ContrastiveTrainer(DPOTrainer):
     ) -> EvalLoopOutput:
         """Trainer's loop; loss and metrics are then exact means over the groups, each counted once."""
         self._averages["eval"].compute()
+        self._evaluated_rows = len(dataloader.dataset) if has_length(dataloader.dataset) else None
+        self._evaluation_batches_left = len(dataloader) if has_length(dataloader) else 0
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         means = self._averages["eval"].compute()
         output.metrics.update({f"{metric_key_prefix}_{name}": m.mean for name, m in means.items()})
         self.last_evaluation = means
         return output
 
-
-class ReferenceMismatch(RuntimeError):
-    """Policy and reference are not what they should be."""
-
-
-def _hash_of_tokens(dataset: Dataset) -> str:
-    """A hash of what the log-probs depend on: the token ids, not the object or file they came in."""
-    digest = hashlib.sha256()
-    for batch in dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow").iter(1000):
-        for column in ("prompt_ids", "completion_ids"):
-            digest.update(json.dumps(batch[column].to_pylist()).encode())
-    return digest.hexdigest()
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
+        raise NotImplementedError(
+            "predict returns logits, which this trainer never builds. trainer.evaluate(dataset) gives the metrics, and "
+            "compute_loss(model, batch, return_outputs=True) the log-probs of a batch."
+        )
 
 
 def _reads_labels(loss_name: str) -> bool:

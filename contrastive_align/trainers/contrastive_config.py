@@ -20,6 +20,7 @@ NOT_SUPPORTED = {
     ),
     "use_weighting": ("WPO weighting is defined on pairs", "leave it out, or use trl.DPOTrainer"),
     "discopop_tau": ("the discopop loss is not offered here", "use trl.DPOTrainer"),
+    "label_smoothing_factor": ("soft labels come from the scores here", "leave it out"),
     "padding_free": ("TRL itself has switched it off for DPO", "leave it out"),
     "truncation_mode": (
         "cutting whole sequences at the left would give every completion of a group another prompt",
@@ -97,6 +98,8 @@ class ContrastiveConfig(DPOConfig):
                 )
         super().__post_init__()
         _check_positive("beta", self.beta)
+        _check_positive("per_device_train_batch_size", self.per_device_train_batch_size)
+        _check_positive("per_device_eval_batch_size", self.per_device_eval_batch_size)
         _check_positive("temperature_alpha", self.temperature_alpha)
         if self.on_bad_row not in ("raise", "drop"):
             raise ValueError(f"on_bad_row is {self.on_bad_row!r}, expected 'raise' or 'drop'.")
