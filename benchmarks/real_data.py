@@ -84,17 +84,17 @@ def main() -> None:
         parser.error("set CONTRASTIVE_ALIGN_DATA to the folder with the .jsonl files")
     folder = Path(os.environ["CONTRASTIVE_ALIGN_DATA"])
     args.out.mkdir(parents=True, exist_ok=True)
-    print("| data | loss | dlogp best | +- se | dlogp rest | +- se | margin | accuracy | seconds |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| data | loss | dlogp best | +- se | dlogp rest | +- se | margin | seconds |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in args.data:
         file = prepared(name, folder, args.out)
         for loss in LOSSES:
             summary = run(name, loss, file, args.model, args.max_steps, args.out)
             m = summary["metrics"]
             cells = [f"{m[k]['after'] - m[k]['before']:+.2f} | {m[k]['se']:.2f}" for k in ("logps/best", "logps/rest")]
-            margin, accuracy = (m[f"rewards/{k}"]["after"] for k in ("margins", "accuracies"))
+            margin = m["rewards/margins"]["after"]
             seconds = summary["training"]["seconds"]
-            print(f"| {name} | {loss} | {' | '.join(cells)} | {margin:.3f} | {accuracy:.3f} | {seconds} |", flush=True)
+            print(f"| {name} | {loss} | {' | '.join(cells)} | {margin:.3f} | {seconds} |", flush=True)
 
 
 if __name__ == "__main__":

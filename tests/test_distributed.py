@@ -42,5 +42,6 @@ def test_two_processes_equal_one(outcomes, case):
         assert max((plain[n] - p).abs().max().item() for n, p in a.items()) < 1e-6
     for name in METRICS:
         first, second = ([entry.get(name) for entry in run[case]["log"]] for run in (one, two))
-        assert second == pytest.approx(first, rel=1e-4, abs=1e-6), name
-    assert two[case]["eval"] == pytest.approx(one[case]["eval"], rel=1e-4, abs=1e-6)
+        assert second == pytest.approx(first, rel=1e-4, abs=5e-6), name
+    # A float32 log-prob of -90 has steps of 8e-6, which beta = 0.1 leaves in the rewards.
+    assert two[case]["eval"] == pytest.approx(one[case]["eval"], rel=1e-4, abs=5e-6)

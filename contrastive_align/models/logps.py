@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from contrastive_align.models.attention import pack
 
 
 @dataclass
@@ -16,44 +19,56 @@ class CompletionLogps:
     Args:
         logps: (B, K) nats, summed over the completion's tokens, EOS included; 0 where ``valid`` is False.
         lengths: (B, K) how many tokens were summed.
-        outputs: the model's own output, per token, for those who want more (entropy, router losses).
-        token_mask: (N, L - 1) which of the per-token outputs belong to a completion.
+        tokens: name -> one value per completion token, completion after completion (``entropy``, ``mean_logits``,
+            ``is_top1``).
+        owner: which of the N completions each of these tokens belongs to.
+        aux_loss: the router loss of a mixture-of-experts model, if it was asked for.
     """
 
     logps: Tensor
     lengths: Tensor
-    outputs: Any
-    token_mask: Tensor
+    tokens: dict[str, Tensor]
+    owner: Tensor
+    aux_loss: Tensor | None
 
 
-def completion_logps(model: nn.Module, batch: dict[str, Tensor], **forward_kwargs: Any) -> CompletionLogps:
+def completion_logps(
+    model: nn.Module, batch: dict[str, Tensor], *, layout: str = "padded", **forward_kwargs: Any
+) -> CompletionLogps:
     r"""log pi(y|x) of every completion of every group.
 
     .. math:: \log\pi(y|x) = \sum_t \log\pi(y_t | x, y_{<t})
 
     Args:
-        model: a causal language model with TRL's fused LM head (``DPOTrainer`` adds it), which returns the log-probs of
-            the labels without holding the logits of tokens x vocabulary.
+        model: a causal language model with a fused LM head (TRL's, or ``models/head.py``), which returns the log-probs
+            of the labels without holding the logits of tokens x vocabulary.
         batch: what :class:`~contrastive_align.data.GroupCollator` returns.
+        layout: ``"padded"``, a row for each completion, or ``"shared"``, one packed row in which the completions of a
+            group share their prompt (see ``models/attention.py``; the model's attention must be set to it).
         forward_kwargs: passed to the model.
     """
-    token_mask = batch["completion_mask"][:, 1:].bool()
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    outputs = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        labels=labels,
-        use_cache=False,
-        fused_lm_head=True,
-        **forward_kwargs,
-    )
-    per_token = outputs.log_probs
-    sums = (per_token if per_token.dtype == torch.float64 else per_token.float()).sum(1)
+    lengths = batch["completion_mask"][:, 1:].sum(1)
+    if layout == "shared":
+        inputs, forward_kwargs["shared_prompt"] = pack(batch)
+        inputs["attention_mask"] = inputs["input_ids"].new_zeros((1, 1, 1, 1), dtype=torch.bool)  # made: none is built
+    else:
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+        shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"shift_labels": shift_labels}
+    outputs = model(**inputs, use_cache=False, fused_lm_head=True, **forward_kwargs)
+    scored = inputs["shift_labels"] != -100  # completion tokens, completion after completion, under both layouts
+    values = {name: getattr(outputs, name) for name in ("log_probs", "entropy", "mean_logits", "is_top1")}
+    values = {name: v[scored] if v.dim() == 2 else v for name, v in values.items() if v is not None}
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    log_probs = values.pop("log_probs")
+    log_probs = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
+    sums = log_probs.new_zeros(len(lengths)).index_add(0, owner, log_probs)
     return CompletionLogps(
         logps=per_completion(sums, batch["valid"]),
-        lengths=per_completion(token_mask.sum(1), batch["valid"]),
-        outputs=outputs,
-        token_mask=token_mask,
+        lengths=per_completion(lengths, batch["valid"]),
+        tokens=values,
+        owner=owner,
+        aux_loss=getattr(outputs, "aux_loss", None),
     )
 
 

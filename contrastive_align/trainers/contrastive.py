@@ -31,6 +31,8 @@ from contrastive_align.data import DataReport, GroupCollator, prepare_groups
 from contrastive_align.data.collate import to_table
 from contrastive_align.losses import LOSSES, is_preference, target_labels, temperature_for_entropy
 from contrastive_align.models import completion_logps, load_tokenizer, resolve_start, verify_saved, with_pad_token
+from contrastive_align.models.head import add_head
+from contrastive_align.models.layout import choose_layout
 from contrastive_align.models.loading import check_output_dir
 from contrastive_align.models.logps import CompletionLogps, per_completion
 from contrastive_align.trainers.contrastive_config import ContrastiveConfig
@@ -177,6 +179,7 @@ class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
         self.data_reports: dict[str, DataReport] = {}
         self.last_evaluation: dict[str, Mean] = {}  # with standard errors
         self._averages = {"train": Averages(), "eval": Averages()}
+        self.layout = ""
         self._evaluated_rows: int | None = None
         self._evaluation_batches_left = 0
         self._reference_given = ref_model is not None
@@ -200,8 +203,31 @@ class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
                 "Context and sequence parallelism cut completions apart, and their log-probs are not summed again. Use "
                 "data, tensor or FSDP parallelism."
             )
+        self._set_layout()
         self._report_one_hot_labels()
         self._report_short_context()
+
+    def _set_layout(self) -> None:
+        """Choose how batches go through the models, once: on TRL's models, before anything is computed with them."""
+        if self.layout:
+            return
+        obstacle = None
+        if self.aux_loss_enabled:
+            obstacle = "the router loss is defined on padded rows"
+        elif self.is_fsdp_enabled or (self.is_deepspeed_enabled and self._zero_stage == 3):
+            obstacle = "its weights are sharded before it can be tried"
+        models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
+        if self.ref_model is not None:
+            models.append(self.accelerator.unwrap_model(self.ref_model))
+        for model in models:
+            add_head(model)
+        told = {"obstacle": obstacle, "autocast": self.args.bf16 or self.args.fp16}
+        layouts = {choose_layout(model, self.args.layout, **told) for model in models}
+        self.layout = "shared" if layouts == {"shared"} else "padded"
+
+    @property
+    def _zero_stage(self) -> int:
+        return self.accelerator.state.deepspeed_plugin.zero_stage
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -316,7 +342,8 @@ class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
         ``policy_logps``, ``ref_logps``, ``log_ratios``, ``valid`` and ``losses``.
         """
         training = self.model.training
-        policy = completion_logps(model, inputs, **({"output_router_logits": True} if self.aux_loss_enabled else {}))
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        policy = completion_logps(model, inputs, layout=self.layout, **router)
         cached = inputs["ref_logps"] if self.args.precompute_ref_log_probs else None
         ref_logps = cached if cached is not None else self.compute_ref_log_probs(self._reference, inputs)
         valid, scores = inputs["valid"], inputs["scores"].clone()
@@ -344,7 +371,7 @@ class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
             denominator = num_items_in_batch / (self.accelerator.num_processes / self.get_tp_size())
         loss = (weights * losses).sum() / denominator
         if self.aux_loss_enabled:
-            aux_loss = policy.outputs.aux_loss
+            aux_loss = policy.aux_loss
             loss = loss + self.router_aux_loss_coef * aux_loss * weights.sum() / denominator
 
         with torch.no_grad():
@@ -413,20 +440,21 @@ class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
             beta=self.args.beta,
         )
         # Per-token metrics: the value of a group is its mean, its weight its number of tokens.
-        outputs, mask = policy.outputs, policy.token_mask
+        completions = int(valid.sum())
 
         def per_group(values: Tensor, columns: Tensor) -> Metric:
-            sums = per_completion((values.float() * mask).sum(1), valid) * columns
+            sums = torch.zeros(completions, device=values.device).index_add(0, policy.owner, values.float())
+            sums = per_completion(sums, valid) * columns
             tokens = (policy.lengths * columns).sum(1)
             return sums.sum(1) / tokens.clamp(min=1), tokens.to(sums.dtype)
 
-        metrics["entropy"] = per_group(outputs.entropy, valid)
+        metrics["entropy"] = per_group(policy.tokens["entropy"], valid)
         best = torch.zeros_like(valid).scatter(1, scores.masked_fill(~valid, -torch.inf).argmax(1, keepdim=True), True)
-        metrics["mean_token_accuracy"] = per_group(outputs.is_top1, best & valid)
+        metrics["mean_token_accuracy"] = per_group(policy.tokens["is_top1"], best & valid)
         pairs = (metrics["rewards/chosen"][1] > 0).unsqueeze(1) & valid if "rewards/chosen" in metrics else None
         if pairs is not None:
-            metrics["logits/chosen"] = per_group(outputs.mean_logits, best & pairs)
-            metrics["logits/rejected"] = per_group(outputs.mean_logits, ~best & pairs)
+            metrics["logits/chosen"] = per_group(policy.tokens["mean_logits"], best & pairs)
+            metrics["logits/rejected"] = per_group(policy.tokens["mean_logits"], ~best & pairs)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

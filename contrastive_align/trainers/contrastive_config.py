@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from trl import DPOConfig
 
 from contrastive_align.losses import LOSSES, canonical_loss_name
+from contrastive_align.models.layout import LAYOUTS
 
 
 # What TRL's class offers and groups of K do not have: option -> (why, the way out). Any value but TRL's default raises.
@@ -53,6 +54,10 @@ class ContrastiveConfig(DPOConfig):
         on_bad_row (`str`, defaults to `"raise"`):
             `"raise"` stops at the first row that cannot be trained on, with row and column; `"drop"` leaves such rows
             out, counts them and shows the first.
+        layout (`str`, defaults to `"auto"`):
+            `"shared"`: the completions of a group share one copy of their prompt, which is computed once. `"padded"`: a
+            row for each completion. `"auto"` tries the first on a small batch and takes the second, with a warning,
+            where the model gives other log-probs.
         first_score_bonus (`float`, defaults to `0.0`):
             Added to the score of every group's first completion. The published run adds 0.01, which at
             temperature_alpha = 1e-4 decides every tie for the first.
@@ -75,6 +80,13 @@ class ContrastiveConfig(DPOConfig):
         metadata={
             "help": "Stop at a bad row ('raise') or leave it out and count it ('drop').",
             "choices": ["raise", "drop"],
+        },
+    )
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "The prompt once for all completions ('shared'), or once for each.",
+            "choices": list(LAYOUTS),
         },
     )
     first_score_bonus: float = field(
@@ -101,6 +113,8 @@ class ContrastiveConfig(DPOConfig):
         _check_positive("per_device_train_batch_size", self.per_device_train_batch_size)
         _check_positive("per_device_eval_batch_size", self.per_device_eval_batch_size)
         _check_positive("temperature_alpha", self.temperature_alpha)
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}.")
         if self.on_bad_row not in ("raise", "drop"):
             raise ValueError(f"on_bad_row is {self.on_bad_row!r}, expected 'raise' or 'drop'.")
         if self.max_prompt_length is not None:

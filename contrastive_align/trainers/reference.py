@@ -42,6 +42,7 @@ class ReferenceMixin:
     """What a trainer derived from TRL's needs for a reference whose log-probs come as (B, K)."""
 
     start_description: str
+    layout: str
     _reference_checked = False
     _reference_given = False
     _resumed_from: str | None = None
@@ -62,7 +63,7 @@ class ReferenceMixin:
                 self._without_new_adapter(),
                 self.accelerator.autocast(),
             ):
-                return completion_logps(model, inputs).logps
+                return completion_logps(model, inputs, layout=self.layout).logps
         finally:
             model.train(was_training)
 
@@ -84,6 +85,7 @@ class ReferenceMixin:
                 "precompute_ref_log_probs=True needs a dataset with a length, found a stream. Load it whole, or set "
                 "precompute_ref_log_probs=False."
             )
+        self._set_layout()
         file = self._cache_file(dataset)
         # The main process decides and tells, so that all take the same way whatever their disks hold.
         rows = [None]

@@ -1,0 +1,160 @@
+"""The prompt is paid once: the K completions of a group share one copy of it in a packed row.
+
+A group becomes ``prompt without its last token | branch 1 | branch 2 | ...``. A branch is the prompt's last token again
+(at its own position) and the completion without its last token, so that labels need no shift across branches: the
+output at every branch position predicts one completion token. Each branch attends to the prompt and to itself,
+positions continuing from the prompt's end, which makes its numbers those of a row of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+NAME = "shared_prompt"
+
+
+class Segment(NamedTuple):
+    """Where one group lies in the packed row: the shared prompt, then its branches."""
+
+    start: int
+    prompt: int
+    branches: tuple[int, ...]
+
+
+@dataclass
+class SharedPrompt:
+    """The layout of a packed row. Reaches the attention function through the model's keyword arguments.
+
+    ``layers_seen`` counts the attention layers it reached: a model that drops keywords leaves it at 0.
+    """
+
+    segments: list[Segment]
+    layers_seen: int = 0
+    _masks: dict = field(default_factory=dict, repr=False)
+
+    def mask(self, prompt: int, branch: int, window: int | None, like: Tensor) -> Tensor:
+        """Additive (branch, prompt + branch): lower-right causal, and within ``window`` where there is one."""
+        key = (prompt, branch, window, like.dtype, like.device)
+        if key not in self._masks:
+            q = torch.arange(prompt, prompt + branch, device=like.device)[:, None]
+            k = torch.arange(prompt + branch, device=like.device)[None, :]
+            hidden = (k > q) if window is None else (k > q) | (k <= q - window)
+            self._masks[key] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill(
+                hidden, -torch.inf
+            )
+        return self._masks[key]
+
+
+def pack(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], SharedPrompt]:
+    """A padded GroupBatch -> one packed row (1, n) of ids, positions and shifted labels, and its layout.
+
+    The labels are -100 on the prompts and one completion token at every branch position, in the order of the batch's
+    rows, so that the n - (prompt tokens) scored positions are all completion tokens, row after row.
+    """
+    totals, completions = batch["attention_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()
+    ids, pieces, labels, positions, segments = batch["input_ids"], [], [], [], []
+    row = n = 0
+    for k in batch["valid"].sum(1).tolist():
+        shared = totals[row] - completions[row] - 1
+        pieces.append(ids[row, :shared])
+        labels.append(ids.new_full((shared,), -100))
+        positions.append(torch.arange(shared, device=ids.device))
+        for i in range(row, row + k):
+            end = shared + completions[i]
+            pieces.append(ids[i, shared:end])
+            labels.append(ids[i, shared + 1 : end + 1])
+            positions.append(torch.arange(shared, end, device=ids.device))
+        segments.append(Segment(n, shared, tuple(completions[row : row + k])))
+        n += shared + sum(completions[row : row + k])
+        row += k
+    packed = {"input_ids": pieces, "position_ids": positions, "shift_labels": labels}
+    return {name: torch.cat(parts)[None] for name, parts in packed.items()}, SharedPrompt(segments)
+
+
+def shared_prompt_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    shared_prompt: SharedPrompt | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: (1, H, n, D) queries -> (1, n, H, D), a segment at a time.
+
+    Without ``shared_prompt`` it is plain attention, so that a model set to it still samples and takes padded batches.
+    """
+    if shared_prompt is None:
+        if softcap is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        groups = query.size(1) // key.size(1)
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        if attention_mask is None:
+            attention_mask = SharedPrompt([]).mask(key.size(2) - query.size(2), query.size(2), sliding_window, query)
+        elif attention_mask.dtype == torch.bool:  # a finite minimum: rows of padding attend to nothing at all
+            minimum = torch.finfo(query.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, minimum)
+        return _attend(query, key, value, attention_mask, dropout, scaling, softcap).transpose(1, 2).contiguous(), None
+    for name in ("s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"attention with {name} has no shared-prompt layout")
+    shared_prompt.layers_seen += 1
+    groups = query.size(1) // key.size(1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    outputs = []
+    for start, prompt, branches in shared_prompt.segments:
+        end = start + prompt
+        prompt_k, prompt_v = key[:, :, start:end], value[:, :, start:end]
+        if prompt:
+            window = sliding_window if _cuts(sliding_window, prompt) else None
+            mask = shared_prompt.mask(0, prompt, window, query) if softcap or window else None
+            outputs.append(_attend(query[:, :, start:end], prompt_k, prompt_v, mask, dropout, scaling, softcap))
+        for branch in branches:
+            start, end = end, end + branch
+            window = sliding_window if _cuts(sliding_window, prompt + branch) else None
+            outputs.append(
+                _attend(
+                    query[:, :, start:end],
+                    torch.cat([prompt_k, key[:, :, start:end]], 2),
+                    torch.cat([prompt_v, value[:, :, start:end]], 2),
+                    shared_prompt.mask(prompt, branch, window, query),
+                    dropout,
+                    scaling,
+                    softcap,
+                )
+            )
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+
+
+def _cuts(window: int | None, length: int) -> bool:
+    return window is not None and window < length
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None, softcap: float | None
+) -> Tensor:
+    """(1, H, q, D) attention; causal where ``mask`` is None."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling)
+    scores = (q @ k.transpose(2, 3)) * (scaling if scaling is not None else q.size(-1) ** -0.5)
+    weights = torch.softmax(softcap * torch.tanh(scores / softcap) + mask, -1, dtype=torch.float32).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+AttentionInterface.register(NAME, shared_prompt_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,113 @@
+"""Shared-prompt or padded: chosen once for a model, by trying both on a small batch."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from contrastive_align.models import attention
+from contrastive_align.models.logps import completion_logps
+
+
+logger = logging.get_logger(__name__)
+
+LAYOUTS = ("auto", "shared", "padded")
+# What rounding may make of the difference, in nats per token.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+TOLERANCE_16_BIT = 5e-2
+
+
+def choose_layout(
+    model: PreTrainedModel | nn.Module, wanted: str, *, obstacle: str | None = None, autocast: bool = False
+) -> str:
+    """``"shared"`` where the model gives the same log-probs under it as its own forward does on padded rows.
+
+    Under ``"shared"`` and ``"auto"`` the model's attention is set to :mod:`contrastive_align.models.attention`, and set
+    back where that does not work. Models without such attention (linear attention, state space), those that drop the
+    keywords it needs, and ALiBi, which would be wrong without an error, are found by the comparison.
+
+    Args:
+        wanted: one of ``LAYOUTS``.
+        obstacle: why the shared layout cannot be tried, if it cannot.
+        autocast: whether the model computes in 16 bits whatever its weights are in.
+
+    Raises:
+        ValueError: ``wanted`` is ``"shared"`` and the model cannot.
+    """
+    if wanted == "padded":
+        return "padded"
+    base = model.get_base_model() if is_peft_model(model) else model
+    own_attention = base.config._attn_implementation
+    problem = obstacle or _problem_with(base, own_attention, autocast)
+    if problem is None:
+        return "shared"
+    told = f"{type(base).__name__} has no shared-prompt layout: {problem}."
+    if wanted == "shared":
+        raise ValueError(f"{told} Set layout='padded' (or 'auto', which does so by itself).")
+    logger.warning(f"{told} Each completion is computed with a prompt of its own.")
+    return "padded"
+
+
+def _problem_with(model: PreTrainedModel, own_attention: str, autocast: bool) -> str | None:
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            batch = _small_batch(model)
+            # The mode it will train in, since in evaluation mode some 4-bit layers on CPU repack their weights for
+            # another kernel; but not where dropout would blur the comparison.
+            model.train()
+            expected = _own_logps(model, batch)
+            if not torch.equal(expected, _own_logps(model, batch)):
+                model.eval()
+                expected = _own_logps(model, batch)
+            model.set_attn_implementation(attention.NAME)
+            if model.config._attn_implementation != attention.NAME:
+                return "its attention cannot be replaced"
+            found = completion_logps(model, batch, layout="shared")
+            gap = ((found.logps - expected).abs() / found.lengths.clamp(min=1)).max().item()
+        sixteen_bit = autocast or getattr(model, "is_quantized", False)
+        tolerance = TOLERANCE_16_BIT if sixteen_bit else TOLERANCE.get(model.dtype, TOLERANCE_16_BIT)
+        problem = None if gap <= tolerance else f"its log-probs differ by {gap:.2g} nats per token"
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError) as error:
+        problem = f"{type(error).__name__} ({str(error).splitlines()[0] if str(error) else ''})"
+    finally:
+        model.train(was_training)
+    if problem is not None and model.config._attn_implementation != own_attention:
+        model.set_attn_implementation(own_attention)
+    return problem
+
+
+def _small_batch(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Two groups of random tokens, ragged, their prompts and completions of different lengths."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().weight.size(0)
+    prompts, completions = (5, 11), ((3, 7, 1), (4, 6))
+    length = max(p + max(c) for p, c in zip(prompts, completions, strict=True))
+    rows, masks, completion_masks = [], [], []
+    for p, lengths in zip(prompts, completions, strict=True):
+        prompt = torch.randint(vocabulary, (p,), generator=generator)
+        for n in lengths:
+            ids = torch.cat([prompt, torch.randint(vocabulary, (n,), generator=generator)])
+            rows.append(torch.cat([ids, ids.new_zeros(length - p - n)]))
+            masks.append([1] * (p + n) + [0] * (length - p - n))
+            completion_masks.append([0] * p + [1] * n + [0] * (length - p - n))
+    batch = {
+        "input_ids": torch.stack(rows),
+        "attention_mask": torch.tensor(masks),
+        "completion_mask": torch.tensor(completion_masks),
+        "valid": torch.tensor([[True, True, True], [True, True, False]]),
+    }
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def _own_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """By the model's own forward, attention and logits."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+    sums = (log_probs * batch["completion_mask"][:, 1:]).sum(1)
+    return sums.new_zeros(batch["valid"].shape).masked_scatter(batch["valid"], sums)

@@ -1,0 +1,246 @@
+"""The shared-prompt layout gives what rows of their own give, on every architecture, or is refused."""
+
+import math
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
+from contrastive_align.data import GroupCollator
+from contrastive_align.models.attention import NAME, pack
+from contrastive_align.models.head import add_head
+from contrastive_align.models.layout import _own_logps, choose_layout
+from contrastive_align.models.logps import completion_logps
+
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# The window is shorter than the prompts, and than some completions.
+ARCHITECTURES = {
+    "llama": (hf.LlamaConfig, {}),
+    "mistral": (hf.MistralConfig, {"sliding_window": 7}),
+    "qwen2": (hf.Qwen2Config, {}),
+    "qwen3": (hf.Qwen3Config, {"head_dim": 8}),
+    "gemma2": (hf.Gemma2Config, {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 5.0}),
+    "gemma3": (hf.Gemma3TextConfig, {"head_dim": 8, "sliding_window": 6, "num_hidden_layers": 6}),
+    "gpt2": (hf.GPT2Config, {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256}),
+    "gpt_neox": (hf.GPTNeoXConfig, {}),
+    "phi3": (hf.Phi3Config, {}),
+    "olmo2": (hf.Olmo2Config, {}),
+    "opt": (hf.OPTConfig, {"word_embed_proj_dim": 32, "ffn_dim": 64, "dropout": 0.0}),
+    "cohere": (hf.CohereConfig, {"logit_scale": 0.5}),
+    "granite": (hf.GraniteConfig, {"logits_scaling": 2.0}),
+}
+CANNOT = {
+    "stablelm": (hf.StableLmConfig, {}),  # drops the keywords
+    "bloom": (hf.BloomConfig, {"n_layer": 2, "n_head": 4}),  # ALiBi
+    "mamba": (hf.MambaConfig, {}),
+    "gpt_oss": (hf.GptOssConfig, {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}),  # sinks
+}
+
+
+def build(config_class, extra, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config_class(**{**SHAPE, **extra}))
+    with torch.no_grad():  # far from the start of training, where all log-probs are alike
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def groups(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(n):
+        return torch.randint(3, 97, (n,), generator=generator).tolist()
+
+    return [
+        {"prompt_ids": ids(9), "completion_ids": [ids(4), ids(11), ids(1)], "scores": [1.0, 2.0, 3.0]},
+        {"prompt_ids": ids(1), "completion_ids": [ids(5), ids(3)], "scores": [1.0, 0.0]},
+        {"prompt_ids": ids(20), "completion_ids": [ids(8), ids(8)], "scores": [1.0, 0.0]},
+    ]
+
+
+def gradients(model, logps):
+    model.zero_grad()
+    (logps * torch.linspace(0.5, 1.5, logps.numel()).view_as(logps)).sum().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_log_probs_and_gradients_equal_rows_of_their_own(name, checkpointing):
+    model = build(*ARCHITECTURES[name]).train()
+    batch = GroupCollator(0)(groups())
+    expected = _own_logps(model, batch)
+    expected_gradient = gradients(model, expected)
+    add_head_over_plain(model)
+    assert choose_layout(model, "shared") == "shared"
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layout in ("shared", "padded"):
+        found = completion_logps(model, batch, layout=layout).logps
+        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-4), layout
+        gap = (gradients(model, found) - expected_gradient).norm() / expected_gradient.norm()
+        assert gap < 1e-5, layout
+
+
+def add_head_over_plain(model):
+    """As the trainer does: TRL's fused head, then ours."""
+    from trl.trainer.utils import add_fused_lm_head
+
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    add_head(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite"])
+def test_the_head_gives_what_the_logits_give(name):
+    model = build(*ARCHITECTURES[name])
+    batch = GroupCollator(0)(groups())
+    add_head_over_plain(model)
+    result = completion_logps(model, batch)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    scored = batch["completion_mask"][:, 1:].bool()
+    log_probs = logits.log_softmax(-1)[scored]
+    assert torch.allclose(result.tokens["entropy"], -(log_probs.exp() * log_probs).sum(-1), atol=1e-5)
+    assert torch.allclose(result.tokens["mean_logits"], logits[scored].mean(-1), atol=1e-5)
+    assert torch.equal(result.tokens["is_top1"], logits[scored].argmax(-1) == batch["input_ids"][:, 1:][scored])
+    chosen = log_probs.gather(1, batch["input_ids"][:, 1:][scored][:, None])[:, 0]
+    lengths = batch["completion_mask"].sum(1).tolist()
+    want = torch.stack([part.sum() for part in chosen.split(lengths)])
+    assert torch.allclose(result.logps[batch["valid"]], want, atol=1e-4)
+
+
+def test_the_gradient_of_the_head_by_gradcheck():
+    from contrastive_align.models.head import _ScoreTokens
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
+    bias, labels = torch.randn(7, dtype=torch.float64), torch.randint(7, (5,))
+    for scale, softcap in ((1.0, None), (0.3, 2.0)):
+        assert torch.autograd.gradcheck(
+            lambda h, w, b, scale=scale, cap=softcap: _ScoreTokens.apply(h, w, b, labels, scale, cap)[0],
+            tuple(t.requires_grad_() for t in (hidden, weight, bias)),
+        )
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_models_that_cannot_go_padded_or_raise(name, caplog):
+    import logging
+
+    model = build(*CANNOT[name])
+    own = model.config._attn_implementation
+    logging.getLogger("contrastive_align.models.layout").propagate = True
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        assert choose_layout(model, "auto") == "padded"
+    assert type(model).__name__ in caplog.text and "no shared-prompt layout" in caplog.text
+    assert model.config._attn_implementation == own
+    with pytest.raises(ValueError, match="layout='padded'"):
+        choose_layout(model, "shared")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_nothing_leaks(name):
+    """Changing one completion or one neighbour group moves no other completion's log-prob by a bit."""
+    model = build(*ARCHITECTURES[name])
+    add_head_over_plain(model)
+    choose_layout(model, "shared")
+    rows = groups()
+    with torch.no_grad():
+        before = completion_logps(model, GroupCollator(0)(rows), layout="shared").logps
+        rows[0]["completion_ids"][1] = [5] * 11
+        rows[2]["prompt_ids"] = [7] * 20
+        after = completion_logps(model, GroupCollator(0)(rows), layout="shared").logps
+    same = torch.tensor([[True, False, True], [True, True, True], [False, False, True]])
+    assert torch.equal(before[same], after[same])
+    assert (before[~same] != after[~same]).all()
+
+
+def test_the_packed_row():
+    batch = GroupCollator(0)([{"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5], [6]], "scores": [1.0, 0.0]}])
+    packed, layout = pack(batch)
+    assert packed["input_ids"].tolist() == [[1, 2, 3, 4, 3]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
+    assert packed["shift_labels"].tolist() == [[-100, -100, 4, 5, 6]]
+    assert layout.segments == [(0, 2, (2, 1))]
+
+
+def test_a_model_set_to_it_still_samples_and_saves_as_before(tmp_path):
+    for name in ("llama", "gemma2", "mistral"):
+        model = build(*ARCHITECTURES[name]).eval()
+        ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+        mask = (ids != 0).long()
+        kwargs = {"max_new_tokens": 8, "do_sample": False, "attention_mask": mask}
+        before = model.generate(ids, **kwargs)
+        add_head_over_plain(model)
+        choose_layout(model, "shared")
+        assert model.config._attn_implementation == NAME
+        assert torch.equal(model.generate(ids, **kwargs), before), name
+        model.save_pretrained(tmp_path / name)
+        assert NAME not in (tmp_path / name / "config.json").read_text()
+
+
+# ----------------------------------------------------------------------------------------------- through the trainer
+
+
+COMMON = {
+    "use_cpu": True,
+    "bf16": False,
+    "report_to": "none",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "learning_rate": 1e-2,
+    "per_device_train_batch_size": 4,
+    "max_steps": 20,
+    "beta": 0.1,
+}
+
+
+@pytest.mark.parametrize("way", ["full", "lora", "4-bit", "bf16", "cached"])
+def test_twenty_steps_take_the_same_way_under_both_layouts(tiny_llama, tmp_path, way):
+    model = tiny_llama(hidden_size=64, intermediate_size=128) if way == "4-bit" else tiny_llama()
+    extra = {"learning_rate": 1e-3} if way == "4-bit" else {}
+    if way in ("lora", "4-bit"):
+        extra["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    if way == "4-bit":
+        extra["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    own = {k: extra.pop(k) for k in ("peft_config", "quantization_config") if k in extra}
+    losses = {}
+    for layout in ("shared", "padded"):
+        options = {"bf16": way == "bf16", "precompute_ref_log_probs": way == "cached", **extra}
+        args = ContrastiveConfig(output_dir=str(tmp_path / layout), layout=layout, **{**COMMON, **options})
+        data = demo.load_reward_dataset()["train"].select(range(40))
+        trainer = ContrastiveTrainer(model, args=args, train_dataset=data, **own)
+        assert trainer.layout == layout
+        trainer.train()
+        losses[layout] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    assert len(losses["shared"]) == 20 and losses["shared"][0] == pytest.approx(2 * math.log(2), abs=1e-3)
+    rounding = 2e-2 if way == "bf16" else 1e-3  # bf16 rounds each step
+    assert losses["shared"] == pytest.approx(losses["padded"], abs=rounding)
+
+
+def test_auto_is_shared_where_it_can_be(tiny_llama, tmp_path):
+    args = ContrastiveConfig(output_dir=str(tmp_path), **COMMON)
+    data = demo.load_reward_dataset()["train"].select(range(4))
+    assert ContrastiveTrainer(tiny_llama(), args=args, train_dataset=data).layout == "shared"
+    with pytest.raises(ValueError, match="layout is 'packed'"):
+        ContrastiveConfig(output_dir=str(tmp_path), **{**COMMON, "layout": "packed"})
