@@ -23,7 +23,7 @@ CASES = {
     "lora": {"lora": True},
     "resumed": {"resume": True},
     "split_batches": {"split_batches": True},
-    "stream_for_evaluation": {"stream": True},
+    "streams": {"stream": True},
 }
 
 
@@ -48,6 +48,7 @@ def main(model: str, out: str) -> None:
             optim="sgd",
             beta=0.1,
             num_train_epochs=2,
+            max_steps=8 if case.get("stream") else -1,
             per_device_train_batch_size=8 // accumulation // (1 if split else processes),
             accelerator_config={"split_batches": split},
             gradient_accumulation_steps=accumulation,
@@ -55,12 +56,12 @@ def main(model: str, out: str) -> None:
             precompute_ref_log_probs=case.get("precompute_ref_log_probs", False),
         )
         lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        held_out = Dataset.from_list(groups.to_list()[: 6 if case.get("stream") else 7])
+        held_out = Dataset.from_list(groups.to_list()[:7])
 
         told = {
             "model": model,
             "args": args,
-            "train_dataset": groups,
+            "train_dataset": groups.to_iterable_dataset() if case.get("stream") else groups,
             "eval_dataset": held_out.to_iterable_dataset() if case.get("stream") else held_out,
             "peft_config": lora if case.get("lora") else None,
         }

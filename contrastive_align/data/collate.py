@@ -19,7 +19,7 @@ class GroupCollator(DataCollatorMixin):
 
     - ``input_ids``, ``attention_mask``, ``completion_mask`` (N, L): prompt + completion, padded on the right
     - ``scores`` (B, K) in ``score_dtype``, and ``valid`` (B, K) bool: False where a group has fewer completions
-    - ``ref_logps`` (B, K), if given
+    - ``ref_logps`` (B, K) and ``row`` (B,), the rows' numbers, if given
 
     The N rows are the True entries of ``valid`` in row-major order.
 
@@ -60,6 +60,8 @@ class GroupCollator(DataCollatorMixin):
             "scores": to_table([e["scores"] for e in examples], self.score_dtype),
             "valid": to_table([[True] * len(e["scores"]) for e in examples], torch.bool),
         }
+        if "row" in examples[0]:
+            batch["row"] = torch.tensor([e["row"] for e in examples])
         if "ref_logps" in examples[0]:
             batch["ref_logps"] = to_table([e["ref_logps"] for e in examples], torch.float32)
         return batch

@@ -180,7 +180,7 @@ class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
         self.last_evaluation: dict[str, Mean] = {}  # with standard errors
         self._averages = {"train": Averages(), "eval": Averages()}
         self.layout = ""
-        self._evaluated_rows: int | None = None
+        self._evaluated: Any = None
         self._evaluation_batches_left = 0
         self._reference_given = ref_model is not None
 
@@ -255,7 +255,7 @@ class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["prompt_ids", "completion_ids", "scores", "ref_logps"]
+            self._signature_columns = ["prompt_ids", "completion_ids", "scores", "ref_logps", "row"]
 
     def _report_one_hot_labels(self) -> None:
         """Say so when one-hot labels throw explicit rewards away, and which temperature would not."""
@@ -288,35 +288,40 @@ class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
         """The micro-batches of one optimiser step, and how many groups they hold over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        rows = len(self.train_dataset) if has_length(self.train_dataset) else None
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1 and self.accelerator.gradient_state.end_of_dataloader
-            batch["group_weights"] = self._group_weights(batch["scores"].size(0), rows, last)
+            batch["group_weights"] = self._group_weights(batch, self.train_dataset, last)
         groups = sum(batch["group_weights"].sum() for batch in batches)
         total = self.accelerator.gather(torch.as_tensor(groups, device=device, dtype=torch.float32)).sum()
         return batches, total / self.get_tp_size()
 
-    def _group_weights(self, size: int, rows: int | None, last: bool) -> Tensor:
+    def _group_weights(self, batch: dict[str, Tensor], dataset: Any, last: bool) -> Tensor:
         """1 for each group of a batch, 0 for those Accelerate repeats to give every process a full last batch.
 
         Args:
-            size: groups in this process's batch.
-            rows: rows of the dataset, None for a stream.
+            dataset: where the batch came from.
             last: whether it is the last batch of a pass.
         """
-        weights = torch.ones(size)
+        size = batch["scores"].size(0)
         processes = self.accelerator.num_processes // self.get_tp_size()
-        if processes == 1 or not last or self.args.dataloader_drop_last:
-            return weights
-        if rows is None:
+        if processes == 1 or self.args.dataloader_drop_last:
+            return torch.ones(size)
+        place = self.accelerator.process_index // self.get_tp_size() * size + torch.arange(size)
+        if has_length(dataset):
+            real = len(dataset) % (size * processes) or size * processes  # in the last batch, over all processes
+            return (place < real).float() if last else torch.ones(size)
+        if getattr(dataset, "n_shards", 1) >= processes or "row" not in batch:
+            return torch.ones(size)  # every process reads shards of its own, and nothing is repeated
+        if self.args.dataloader_num_workers > 1:
             logger.warning_once(
-                "A stream on several processes: rows that Accelerate repeats to fill the last batch of a pass count "
-                "again, since a stream has no length to tell them by. A dataset with a length is exact."
+                "A stream read by several workers for several processes: rows that Accelerate repeats to fill the last "
+                "batch of a pass count again, since their order is lost. Set dataloader_num_workers to 0 or 1."
             )
-            return weights
-        real = rows % (size * processes) or size * processes  # in the last batch, over all processes, in their order
-        rank = self.accelerator.process_index // self.get_tp_size()
-        return (torch.arange(size) + rank * size < real).float()
+            return torch.ones(size)
+        # A stream has no length to tell by. Its rows come numbered in their order, and a repeated one steps back.
+        rows = self.accelerator.gather(batch["row"].to(self.accelerator.device)).cpu()
+        before = torch.cat([rows.new_full((1,), -1), rows.cummax(0).values[:-1]])
+        return (rows > before).float()[place]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # DeepSpeed would cast every float of the batch to the model's dtype; scores and log-probs need their digits.
@@ -469,7 +474,7 @@ class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self._evaluation_batches_left -= 1
         last = self._evaluation_batches_left == 0
-        inputs["group_weights"] = self._group_weights(inputs["scores"].size(0), self._evaluated_rows, last)
+        inputs["group_weights"] = self._group_weights(inputs, self._evaluated, last)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs), None, None
@@ -479,7 +484,7 @@ class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
     ) -> EvalLoopOutput:
         """Trainer's loop; loss and metrics are then exact means over the groups, each counted once."""
         self._averages["eval"].compute()
-        self._evaluated_rows = len(dataloader.dataset) if has_length(dataloader.dataset) else None
+        self._evaluated = getattr(dataloader.dataset, "dataset", dataloader.dataset)  # of a stream, inside its shard
         self._evaluation_batches_left = len(dataloader) if has_length(dataloader) else 0
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         means = self._averages["eval"].compute()
