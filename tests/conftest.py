@@ -8,6 +8,7 @@ import tempfile
 
 CACHE = tempfile.mkdtemp(prefix="contrastive_align_tests_")  # the user's own caches stay as they are
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads only wait for each other
 os.environ.update(HF_HOME=CACHE, HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", CI="1", TOKENIZERS_PARALLELISM="false")
 
 import pytest
