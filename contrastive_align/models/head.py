@@ -10,6 +10,7 @@ import types
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -104,7 +105,8 @@ class _ScoreTokens(torch.autograd.Function):
             h, g = hidden[part].to(ctx.compute), grad[part, None]
             z = _logits(h, w, b, ctx.scale, ctx.softcap)
             slope = None if ctx.softcap is None else 1 - (z / ctx.softcap).square()
-            d = torch.softmax(z, -1).mul_(-g)
+            # Probabilities that cannot matter go to 0: as denormal numbers they would slow the products 30 times.
+            d = F.threshold_(torch.softmax(z, -1), 1e-20, 0.0).mul_(-g)
             d.scatter_add_(1, y, g.to(d.dtype))
             if slope is not None:
                 d.mul_(slope)
@@ -118,7 +120,7 @@ class _ScoreTokens(torch.autograd.Function):
 
 
 def _logits(h: Tensor, w: Tensor, b: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    z = torch.nn.functional.linear(h, w, b)
+    z = F.linear(h, w, b)
     z = z if z.dtype == torch.float64 else z.float()
     z = z.mul_(scale) if scale != 1.0 else z
     return z if softcap is None else softcap * torch.tanh(z / softcap)
