@@ -9,6 +9,7 @@ import os
 import sys
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 
@@ -21,10 +22,39 @@ CASES = {
     "accumulated": {"accumulation": 4},
     "cached": {"precompute_ref_log_probs": True},
     "lora": {"lora": True},
-    "resumed": {"resume": True},
+    "resumed": {"resume": 2, "like": "plain"},
     "split_batches": {"split_batches": True},
     "streams": {"stream": True},
+    # 4 batches a step, of at most 4 groups; the last step has fewer.
+    "tokens": {"max_tokens": 170, "steps": 6},
+    "tokens_resumed": {"max_tokens": 170, "steps": 6, "resume": 4, "like": "tokens"},  # in the second pass
+    # Every group is a batch of its own, and the last step has three for two processes.
+    "tokens_alone": {"max_tokens": 1, "groups": 23, "steps": 12},
 }
+
+
+def unpadded(batch):
+    """The token ids of a batch's rows."""
+    pairs = zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    return [ids[mask == 1].tolist() for ids, mask in pairs]
+
+
+def watch(trainer):
+    """Every group that goes through the trainer's training loss: [step, number of the group, weight, loss]."""
+    seen, compute_loss = [], trainer.compute_loss
+    numbers = {str([r["prompt_ids"] + c for c in r["completion_ids"]]): i for i, r in enumerate(trainer.train_dataset)}
+
+    def watched(model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if trainer.model.training:
+            rows = unpadded(inputs)
+            weights, losses = inputs["group_weights"].tolist(), outputs["losses"].tolist()
+            for k, weight, value in zip(inputs["valid"].sum(1).tolist(), weights, losses, strict=True):
+                seen.append([trainer.state.global_step, numbers[str([rows.pop(0) for _ in range(k)])], weight, value])
+        return (loss, outputs) if return_outputs else loss
+
+    trainer.compute_loss = watched
+    return seen
 
 
 def main(model: str, out: str) -> None:
@@ -33,6 +63,9 @@ def main(model: str, out: str) -> None:
     results = {}
     for name, case in CASES.items():
         accumulation, split = case.get("accumulation", 1), case.get("split_batches", False)
+        size = 8 // accumulation // (1 if split else processes)
+        if "max_tokens" in case:
+            size, accumulation = 4, 4 // processes
         args = ContrastiveConfig(
             output_dir=f"{out}/{name}",
             use_cpu=True,
@@ -49,30 +82,34 @@ def main(model: str, out: str) -> None:
             beta=0.1,
             num_train_epochs=2,
             max_steps=8 if case.get("stream") else -1,
-            per_device_train_batch_size=8 // accumulation // (1 if split else processes),
+            per_device_train_batch_size=size,
+            max_tokens_per_batch=case.get("max_tokens"),
             accelerator_config={"split_batches": split},
             gradient_accumulation_steps=accumulation,
             per_device_eval_batch_size=4 if split else 3,
             precompute_ref_log_probs=case.get("precompute_ref_log_probs", False),
         )
+        rows = case.get("groups", len(groups))
         lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         held_out = Dataset.from_list(groups.to_list()[:7])
 
         told = {
             "model": model,
             "args": args,
-            "train_dataset": groups.to_iterable_dataset() if case.get("stream") else groups,
+            "train_dataset": groups.to_iterable_dataset() if case.get("stream") else groups.select(range(rows)),
             "eval_dataset": held_out.to_iterable_dataset() if case.get("stream") else held_out,
             "peft_config": lora if case.get("lora") else None,
         }
         trainer = ContrastiveTrainer(**told)
+        seen = watch(trainer) if "max_tokens" in case else []
         trainer.train()
-        if case.get("resume"):  # from the middle of the first pass: the end must be the one of the whole run
+        if case.get("resume"):  # from the middle of a pass: the end must be the one of the whole run
             trainer = ContrastiveTrainer(**told)
-            trainer.train(resume_from_checkpoint=f"{out}/{name}/checkpoint-2")
+            trainer.train(resume_from_checkpoint=f"{out}/{name}/checkpoint-{case['resume']}")
         metrics = trainer.evaluate()
         results[name] = {
             "log": [e for e in trainer.state.log_history if "loss" in e],
+            "seen": gather_object(seen),
             "eval": {k: v for k, v in metrics.items() if "/" in k or k == "eval_loss"},
         }
         if trainer.is_world_process_zero():

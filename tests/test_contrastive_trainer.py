@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from distributed_worker import unpadded, watch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
@@ -15,6 +16,7 @@ from trl import DPOConfig, DPOTrainer
 import contrastive_align.trainers.contrastive as module
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.losses import LOSSES
+from contrastive_align.models.attention import pack
 from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMismatch
 
 
@@ -118,6 +120,8 @@ PRIVATE_HOOKS = [
     "_precompute_ref_logps",
     "_prepare_inputs",
     "_save_checkpoint",
+    "get_train_dataloader",
+    "get_total_train_batch_size",
     "get_batch_samples",
     "compute_loss",
     "compute_ref_log_probs",
@@ -222,6 +226,107 @@ def test_a_stream_trains_like_the_dataset(make, groups):
         trainer.train()
         runs.append(weights(trainer))
     assert largest_gap(*runs) < 1e-6
+
+
+# --------------------------------------------------------------------------------------------------- batches by tokens
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_without_a_token_budget_the_order_is_trls(make, pairs, layout):
+    orders = []
+    ours = ContrastiveTrainer, ContrastiveConfig, {"layout": layout}
+    for trainer, config, kwargs in ((DPOTrainer, DPOConfig, {}), ours):
+        t = make(trainer, config, train_dataset=pairs, per_device_train_batch_size=3, **kwargs)
+        loader, order = t.get_train_dataloader(), []
+        for epoch in range(2):
+            loader.set_epoch(epoch)
+            for batch in loader:
+                rows = unpadded(batch)
+                order.append(rows[: len(rows) // 2] if trainer is DPOTrainer else rows[::2])  # the chosen ones
+        orders.append(order)
+    assert orders[0] == orders[1] and len(orders[0]) == 6
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_a_step_by_tokens_over_all_groups_is_a_step_of_one_batch(make, layout):
+    runs = []
+    for kwargs in (
+        {"per_device_train_batch_size": 26},
+        {"max_tokens_per_batch": 200, "gradient_accumulation_steps": 64},
+        {"max_tokens_per_batch": 500, "gradient_accumulation_steps": 64, "per_device_train_batch_size": 7},
+    ):
+        trainer = make(layout=layout, num_train_epochs=3, beta=0.1, **kwargs)
+        trainer.train()
+        assert trainer.state.global_step == 3
+        runs.append((weights(trainer), logged(trainer, "loss")))
+    for other, losses in runs[1:]:
+        assert largest_gap(runs[0][0], other) < 1e-6
+        assert losses == pytest.approx(runs[0][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_steps_by_tokens(make, layout):
+    """Every group once a pass, budget and counts kept, the loss of a step the mean over its groups."""
+    trainer = make(layout=layout, max_tokens_per_batch=200, gradient_accumulation_steps=2, num_train_epochs=3)
+    seen = watch(trainer)
+    loader = trainer.get_train_dataloader()
+    assert {len(batch["scores"]) for batch in loader} == {len(batch) for batch in loader.batch_sampler} != {4}
+    tokens = trainer._token_batches.tokens
+    for batch, numbers in zip(loader, loader.batch_sampler, strict=True):
+        padded, shared = batch["input_ids"].numel(), pack(batch)[0]["input_ids"].numel() + len(numbers)
+        assert tokens(numbers) == (padded if layout == "padded" else shared) <= 200
+    trainer.train()
+    steps = math.ceil(len(loader) / 2)
+    assert trainer.state.max_steps == trainer.state.global_step == 3 * steps and trainer.state.epoch == 3
+    orders = [[n for step, n, *_ in seen if step // steps == epoch] for epoch in range(3)]
+    assert all(sorted(order) == list(range(26)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    for number, loss in enumerate(logged(trainer, "loss")):
+        losses = [value for step, _, _, value in seen if step == number]
+        assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert trainer.get_total_train_batch_size(trainer.args) == round(26 / steps)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_and_resumed_by_tokens(make, tmp_path, workers):
+    """Inside the second pass, whose order is another than the first's."""
+    kwargs = {"max_tokens_per_batch": 200, "gradient_accumulation_steps": 2, "dataloader_num_workers": workers}
+    kwargs |= {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch"}
+    whole = make(output_dir=str(tmp_path / "whole"), **kwargs)
+    whole.train()
+    steps = whole.state.global_step
+    resumed = make(output_dir=str(tmp_path / "resumed"), **kwargs)
+    resumed.train(resume_from_checkpoint=tmp_path / "whole" / f"checkpoint-{steps - 2}")
+    assert steps // 2 < steps - 2
+    assert largest_gap(weights(whole), weights(resumed)) < 1e-6
+    assert logged(resumed, "logps/best_delta") == pytest.approx(logged(whole, "logps/best_delta"), abs=1e-4)
+
+
+def test_by_tokens_the_seed_of_the_data_decides(make):
+    def order(**seeds):
+        loader = make(max_tokens_per_batch=200, **seeds).get_train_dataloader()
+        return [batch["input_ids"].tolist() for batch in loader]
+
+    assert order() == order(seed=42) == order(seed=1, data_seed=42) != order(seed=1)
+
+
+def test_groups_above_the_token_budget_are_reported(make, caplog):
+    logging.getLogger("transformers").propagate = True
+    for name in ("transformers", "contrastive_align.trainers.token_batches"):
+        logging.getLogger(name).propagate = True
+    trainer = make(max_tokens_per_batch=70, max_steps=1)
+    sizes = [len(row["prompt_ids"]) + sum(map(len, row["completion_ids"])) for row in trainer.train_dataset]
+    above = [i for i, size in enumerate(sizes) if size > 70]
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert caplog.text.count(f"{len(above)} of 26 groups alone have more than max_tokens_per_batch=70") == 1
+    assert f"(up to {max(sizes)})" in caplog.text and f"{above[:5]}" in caplog.text
+
+
+def test_streams_by_tokens_are_refused(make, groups):
+    stream = IterableDataset.from_generator(lambda: iter(groups.to_list()))
+    with pytest.raises(ValueError, match="max_tokens_per_batch needs to know the length"):
+        make(train_dataset=stream, max_tokens_per_batch=100, max_steps=1)
 
 
 # ----------------------------------------------------------------------------------------------------- the reference
@@ -453,6 +558,9 @@ def test_first_score_bonus_decides_ties(make):
         {"max_length": 1},
         {"accelerator_config": {"dispatch_batches": True}},
         {"accelerator_config": {"even_batches": False}},
+        {"max_tokens_per_batch": 0},
+        {"max_tokens_per_batch": 100, "accelerator_config": {"split_batches": True}},
+        {"max_tokens_per_batch": 100, "dataloader_drop_last": True},
     ],
     ids=str,
 )

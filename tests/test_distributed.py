@@ -36,12 +36,28 @@ def test_two_processes_equal_one(outcomes, case):
     a, b = torch.load(out_one / f"{case}.pt"), torch.load(out_two / f"{case}.pt")
     assert {n.removeprefix("module.") for n in b} == set(a)
     assert max((a[n.removeprefix("module.")] - p).abs().max().item() for n, p in b.items()) < 1e-6
-    assert len(one[case]["log"]) == len(two[case]["log"]) == 8
-    if case == "resumed":
-        plain = torch.load(out_one / "plain.pt")
-        assert max((plain[n] - p).abs().max().item() for n, p in a.items()) < 1e-6
+    assert len(one[case]["log"]) == len(two[case]["log"]) == CASES[case].get("steps", 8)
+    if "like" in CASES[case]:
+        whole = torch.load(out_one / f"{CASES[case]['like']}.pt")
+        assert max((whole[n] - p).abs().max().item() for n, p in a.items()) < 1e-6
     for name in METRICS:
-        first, second = ([entry.get(name) for entry in run[case]["log"]] for run in (one, two))
+        first, second = ([entry.get(name, 0.0) for entry in run[case]["log"]] for run in (one, two))
         assert second == pytest.approx(first, rel=1e-4, abs=5e-6), name
     # A float32 log-prob of -90 has steps of 8e-6, which beta = 0.1 leaves in the rewards.
     assert two[case]["eval"] == pytest.approx(one[case]["eval"], rel=1e-4, abs=5e-6)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("case", ["tokens", "tokens_alone"])
+def test_batches_by_tokens_train_on_every_group_once_a_pass(outcomes, case, processes):
+    """What is repeated weighs nothing, and the loss of a step is the mean over its groups."""
+    run = outcomes[processes][0][case]
+    seen, steps = run["seen"], len(run["log"])
+    groups = CASES[case].get("groups", 26)
+    for steps_of_pass in (range(steps // 2), range(steps // 2, steps)):
+        counted = [group for step, group, weight, _ in seen if step in steps_of_pass and weight]
+        assert sorted(counted) == list(range(groups))
+    assert {weight for *_, weight, _ in seen} == ({0.0, 1.0} if (case, processes) == ("tokens_alone", 2) else {1.0})
+    for number, entry in enumerate(run["log"]):
+        losses = [loss for step, _, weight, loss in seen if step == number and weight]
+        assert entry["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)

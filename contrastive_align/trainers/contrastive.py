@@ -38,6 +38,7 @@ from contrastive_align.models.logps import CompletionLogps, per_completion
 from contrastive_align.trainers.contrastive_config import ContrastiveConfig
 from contrastive_align.trainers.metrics import Averages, Mean, Metric, group_metrics
 from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMixin
+from contrastive_align.trainers.token_batches import TokenBatchesMixin
 
 
 logger = logging.get_logger(__name__)
@@ -45,7 +46,7 @@ logger = logging.get_logger(__name__)
 AnyDataset = Dataset | IterableDataset
 
 
-class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
+class ContrastiveTrainer(TokenBatchesMixin, ReferenceMixin, DPOTrainer):
     """Align a language model on groups of K scored completions: NCA, InfoNCA, DPO and kin.
 
     A subclass of :class:`trl.DPOTrainer` that takes its arguments and keeps what it does: model loading, PEFT,
@@ -139,6 +140,7 @@ class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
                 f"{type(peft_config).__name__} puts virtual tokens before the prompt, so that the policy never starts "
                 "as the reference. Use LoRA or another adapter of the weights."
             )
+        self._refuse_streams_by_tokens(args, train_dataset)
         # Accelerate would have the main process read every stream and cut its batches by rows, and groups with them.
         args.accelerator_config.dispatch_batches = False
 
@@ -292,7 +294,7 @@ class ContrastiveTrainer(ReferenceMixin, DPOTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1 and self.accelerator.gradient_state.end_of_dataloader
-            batch["group_weights"] = self._group_weights(batch, self.train_dataset, last)
+            batch["group_weights"] = self._train_group_weights(batch, last)
         groups = sum(batch["group_weights"].sum() for batch in batches)
         total = self.accelerator.gather(torch.as_tensor(groups, device=device, dtype=torch.float32)).sum()
         return batches, total / self.get_tp_size()

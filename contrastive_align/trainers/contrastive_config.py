@@ -58,6 +58,12 @@ class ContrastiveConfig(DPOConfig):
             `"shared"`: the completions of a group share one copy of their prompt, which is computed once. `"padded"`: a
             row for each completion. `"auto"` tries the first on a small batch and takes the second, with a warning,
             where the model gives other log-probs.
+        max_tokens_per_batch (`int`, *optional*):
+            Training batches by tokens: groups of similar length share one, as many as stay within this many tokens and
+            within `per_device_train_batch_size` groups, drawn anew every epoch from `data_seed` or `seed`. Counted is
+            what the layout computes: every prompt once and its completions (shared), or rows x the longest (padded). An
+            optimiser step remains `gradient_accumulation_steps` batches on every process and its loss the mean over
+            the groups in them, of which there are fewer in a step of long ones. Without it the order is TRL's.
         first_score_bonus (`float`, defaults to `0.0`):
             Added to the score of every group's first completion. The published run adds 0.01, which at
             temperature_alpha = 1e-4 decides every tie for the first.
@@ -89,6 +95,13 @@ class ContrastiveConfig(DPOConfig):
             "choices": list(LAYOUTS),
         },
     )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Training batches of groups of similar length with at most so many tokens, and at most "
+            "per_device_train_batch_size groups."
+        },
+    )
     first_score_bonus: float = field(
         default=0.0,
         metadata={"help": "Added to the score of each group's first completion (0.01 repeats the published run)."},
@@ -113,6 +126,8 @@ class ContrastiveConfig(DPOConfig):
         _check_positive("per_device_train_batch_size", self.per_device_train_batch_size)
         _check_positive("per_device_eval_batch_size", self.per_device_eval_batch_size)
         _check_positive("temperature_alpha", self.temperature_alpha)
+        if self.max_tokens_per_batch is not None:
+            self._check_batches_by_tokens()
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}.")
         if self.on_bad_row not in ("raise", "drop"):
@@ -135,6 +150,19 @@ class ContrastiveConfig(DPOConfig):
             raise ValueError(
                 "accelerator_config.even_batches=False lets processes run out of batches at different steps. Leave it "
                 "out: the rows repeated to fill the last batch weigh nothing."
+            )
+
+    def _check_batches_by_tokens(self) -> None:
+        _check_positive("max_tokens_per_batch", self.max_tokens_per_batch)
+        if self.accelerator_config.split_batches:
+            raise ValueError(
+                "accelerator_config.split_batches=True cuts batches of one size into equal parts, and with "
+                "max_tokens_per_batch batches differ in size. Leave one of the two out."
+            )
+        if self.dataloader_drop_last:
+            raise ValueError(
+                "dataloader_drop_last=True drops the batch that falls short of the batch size, and with "
+                "max_tokens_per_batch none does. Leave it out: every group is trained on once an epoch."
             )
 
 
