@@ -1,6 +1,6 @@
 """Pure functions of tensors. This room imports torch and nothing more.
 
-A new loss is three edits: the function, its line in ``LOSSES``, its test.
+A new loss is three edits: the function, its line in ``LOSSES``, its test; a divergence likewise in ``DIVERGENCES``.
 """
 
 from contrastive_align.losses.contrastive import (
@@ -15,6 +15,21 @@ from contrastive_align.losses.contrastive import (
     sft,
     target_labels,
     temperature_for_entropy,
+)
+from contrastive_align.losses.distributional import fdpg
+from contrastive_align.losses.divergences import (
+    DIVERGENCES,
+    canonical_divergence_name,
+    divergence,
+    divergence_value,
+)
+from contrastive_align.losses.estimators import (
+    Estimate,
+    average_estimate,
+    estimate_divergence,
+    estimate_kl_base,
+    estimate_log_z,
+    estimate_moments,
 )
 
 
@@ -54,11 +69,22 @@ def canonical_loss_name(name: str) -> str:
 
 __all__ = [
     "ALIASES",
+    "DIVERGENCES",
     "LOSSES",
+    "Estimate",
+    "average_estimate",
     "biased_nca",
+    "canonical_divergence_name",
     "canonical_loss_name",
+    "divergence",
+    "divergence_value",
     "dpo",
     "dpo_best_vs_rest",
+    "estimate_divergence",
+    "estimate_kl_base",
+    "estimate_log_z",
+    "estimate_moments",
+    "fdpg",
     "info_nca",
     "is_preference",
     "label_entropy",
