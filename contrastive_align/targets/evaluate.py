@@ -1,0 +1,186 @@
+"""A feature is a TRL reward function with a name; here it is called, and what it answers is checked."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+Message = dict[str, Any]
+Text = str | list[Message]
+SHORT = 60  # characters of a prompt or value that an error shows
+
+
+class FeatureError(ValueError):
+    """A feature that raised, or answered with something other than one finite number for each completion."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A named reward function, ``feature(prompts=, completions=, **columns) -> list[float]``, as TRL calls them.
+
+    Args:
+        function: the reward function itself; it may be ``async``.
+        name: what errors, metrics and saved targets call it.
+        spec: the text or mapping it was made from (see ``resolve_feature``); None for a function of Python.
+        boolean: True where all values are 0 or 1, False where they need not be, None where nobody knows.
+    """
+
+    function: Callable[..., Any]
+    name: str
+    spec: Any = None
+    boolean: bool | None = None
+
+    def __call__(self, /, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Any:
+        answer = self.function(prompts=prompts, completions=completions, **columns)
+        if inspect.iscoroutine(answer):  # in a thread of its own, since this one may already run an event loop
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(asyncio.run, answer).result()
+        return answer
+
+    @property
+    def __name__(self) -> str:  # what TRL names a reward function by
+        return self.name
+
+
+def callable_name(function: Callable) -> str:
+    """The name of a function, of what a ``functools.partial`` wraps, or of an instance's class, as TRL has it.
+
+    >>> callable_name(functools.partial(print, end=""))
+    'print'
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def completion_text(completion: Text) -> str:
+    """What the assistant says: the text itself, or the contents of its messages, one to a line.
+
+    >>> completion_text([{"role": "assistant", "content": "Yes."}])
+    'Yes.'
+    """
+    if isinstance(completion, str):
+        return completion
+    spoken = [message.get("content") for message in completion if message.get("role", "assistant") == "assistant"]
+    return "\n".join(_content_text(content) for content in spoken if content)
+
+
+def _content_text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content)  # a list of parts: text, images, ...
+
+
+def evaluate_features(
+    features: Sequence[Feature], /, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+) -> Tensor:
+    """phi (n, J) float64: the value of each of J features on each of n completions.
+
+    Args:
+        features: J of them.
+        prompts, completions: n of each, plain text or lists of messages.
+        **columns: lists of n (``completion_ids``, columns of the dataset) and whatever else the features read.
+
+    Raises:
+        FeatureError: see :func:`evaluate_feature`.
+
+    >>> shouts = Feature(lambda prompts, completions, **columns: [c.isupper() for c in completions], "shouts")
+    >>> evaluate_features([shouts], ["Hi. ", "Hi. "], ["Hello.", "HELLO."])
+    tensor([[0.],
+            [1.]], dtype=torch.float64)
+    """
+    values = [evaluate_feature(feature, prompts, completions, **columns) for feature in features]
+    return torch.stack(values, -1) if values else torch.zeros(len(completions), 0, dtype=torch.float64)
+
+
+def evaluate_feature(
+    feature: Feature, /, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
+) -> Tensor:
+    """(n,) float64: one feature on n completions, checked.
+
+    Raises:
+        FeatureError: the feature raises, returns another number of values than n, or a value that is None, NaN,
+            infinite or no number. Names the feature, the sample and its prompt, and the way out.
+    """
+    return torch.tensor(call_feature(feature, prompts, completions, columns), dtype=torch.float64)
+
+
+def call_feature(
+    feature: Feature,
+    prompts: Sequence[Text],
+    completions: Sequence[Text],
+    columns: dict[str, Any],
+    *,
+    none_allowed: bool = False,
+) -> list[Any]:
+    """The checked answer of a feature as a list of n floats; with ``none_allowed`` also None."""
+    if len(prompts) != len(completions):
+        raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions, expected one prompt for each.")
+    if not len(completions):
+        return []
+    try:
+        answer = feature(prompts=prompts, completions=completions, **columns)
+    except FeatureError:
+        raise  # a part of a product or sum, already named
+    except Exception as error:
+        raise FeatureError(
+            f"Feature '{feature.name}' raised {type(error).__name__}: {error} (on {len(completions)} samples, the "
+            f"first prompt being {shorten(prompts[0])}). It is called as TRL calls a reward function: "
+            f"f(prompts=, completions=, **columns) -> one number each, here with the columns {sorted(columns)}."
+        ) from error
+    values = _as_list(answer, feature.name, len(completions))
+    return [
+        _number(value, none_allowed, f"Feature '{feature.name}', sample {i} (prompt {shorten(prompts[i])})")
+        for i, value in enumerate(values)
+    ]
+
+
+def _as_list(answer: Any, name: str, n: int) -> list[Any]:
+    expected = f"expected a list of {n} numbers, one for each completion"
+    if hasattr(answer, "tolist"):  # a tensor or an array
+        if answer.ndim != 1:
+            raise FeatureError(f"Feature '{name}' returned an array of shape {tuple(answer.shape)}, {expected}.")
+        answer = answer.tolist()
+    if isinstance(answer, (str, bytes, dict)) or not hasattr(answer, "__iter__"):
+        raise FeatureError(f"Feature '{name}' returned {shorten(answer)} ({type(answer).__name__}), {expected}.")
+    values = list(answer)
+    if len(values) != n:
+        raise FeatureError(f"Feature '{name}' returned {len(values)} values, {expected}.")
+    return values
+
+
+def _number(value: Any, none_allowed: bool, where: str) -> float | None:
+    if value is None:
+        if none_allowed:
+            return None
+        raise FeatureError(
+            f"{where} is None, expected a number. None is 'does not apply' in TRL, which no moment averages: "
+            "return 0.0 there, or combine the functions in a sum, where None counts as 0."
+        )
+    if hasattr(value, "item") and not isinstance(value, numbers.Real):  # tensors of one number
+        value = value.item()
+    if not isinstance(value, numbers.Real):
+        raise FeatureError(f"{where} is {shorten(value)} ({type(value).__name__}), expected a number. Return floats.")
+    if not math.isfinite(value):
+        raise FeatureError(
+            f"{where} is {float(value)}, expected a finite number. Find what divides by zero or takes the log of "
+            "it, or clamp it in the function."
+        )
+    return float(value)
+
+
+def shorten(value: Any) -> str:
+    """``repr`` in at most ``SHORT`` characters."""
+    shown = repr(value)
+    return shown if len(shown) <= SHORT else shown[: SHORT - 3] + "..."

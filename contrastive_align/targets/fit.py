@@ -1,0 +1,286 @@
+"""Lambda from moments: damped Newton on the convex dual, in log space, in float64, over weighted samples."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_align.targets.reachable import EDGE, InfeasibleMoment, Reach
+
+
+logger = logging.getLogger(__name__)
+
+LARGEST_STEP = 10.0  # nats, over the range of a feature: Newton's own first step can be thousands
+NULL = 1e-12  # the least variance that a step is divided by
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What :func:`fit_lambdas` found. J features, C prompts; all float64.
+
+    Standard errors are those of samples: where the weighted points are all there is, they mean nothing. They hold for
+    the given prompts, and do not include that other prompts might have been drawn.
+
+    Args:
+        lambdas: (J,) nats per unit of the feature.
+        moments: (J,) wanted.
+        achieved: (J,) mean_c E_p[phi | c] on the samples.
+        base_moments: (J,) the same at lambda = 0.
+        moment_se: (J,) of ``achieved`` at these lambdas, by the delta method for ratios.
+        lambda_se: (J,) H^-1 V H^-1, with V the covariance of ``achieved`` and H that of phi under p.
+        log_z: (C,) nats, log E_a[b exp(lambda . phi)] for each prompt; -inf where no sample satisfied a pointwise
+            constraint, NaN where the prompt has no sample.
+        log_z_se: (C,).
+        ess: effective sample size of ``achieved``: C^2 / sum_c (1 / ess_c), which for one prompt is ess_c.
+        ess_per_prompt: (C,) 1 / sum of the squared normalised weights.
+        iterations: Newton steps.
+        converged: always True: what does not converge raises.
+        samples: how many had any weight.
+        skipped: the prompts left out because none of their samples had any weight.
+    """
+
+    lambdas: Tensor
+    moments: Tensor
+    achieved: Tensor
+    base_moments: Tensor
+    moment_se: Tensor
+    lambda_se: Tensor
+    log_z: Tensor
+    log_z_se: Tensor
+    ess: float
+    ess_per_prompt: Tensor
+    iterations: int
+    converged: bool
+    samples: int
+    skipped: list[int] = field(default_factory=list)
+
+    @property
+    def residual(self) -> Tensor:
+        """(J,) achieved - wanted."""
+        return self.achieved - self.moments
+
+
+def fit_lambdas(
+    phi: Tensor,
+    moments: Tensor | Sequence[float],
+    *,
+    log_weights: Tensor | None = None,
+    log_b: Tensor | None = None,
+    valid: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    min_ess: float = 20.0,
+    tolerance: float = 1e-10,
+    max_iterations: int = 200,
+    progress: Callable[[int, dict[str, Any]], None] | None = None,
+) -> Fit:
+    r"""The lambdas at which p(x|c) = a(x|c) b(x) exp(lambda . phi(x)) / Z_c has the wanted moments.
+
+    .. math:: \lambda = \arg\min\ \mathrm{mean}_c \log Z_c(\lambda) - \lambda \cdot \bar\mu, \qquad
+        Z_c(\lambda) = \sum_m \tilde w_{cm}\, b_{cm}\, e^{\lambda \cdot \phi_{cm}}
+
+    The dual of the information projection: GDC, arXiv:2012.11635, section 2.2 (there minimised by SGD over
+    self-normalised importance weights); one lambda for all prompts as in CDPG, arXiv:2112.00791. The gradient is
+    mean_c E_p[phi|c] - mu, the Hessian mean_c Cov_p[phi|c], so Newton needs a dozen steps. With one binary feature of
+    base rate mu0, lambda = logit(mu) - logit(mu0).
+
+    Args:
+        phi: (C, M, J) features of M samples for each of C prompts; C = 1 where there are no prompts.
+        moments: (J,) wanted, each the mean over prompts.
+        log_weights: (C, M) nats, log a(x|c) - log q(x|c) for samples of a proposal q, up to a constant per prompt
+            (the weights are normalised within a prompt). Default: samples of the base, all weights equal. Every atom
+            of an enumerable space weighted by log a(x|c) makes the result exact; then set ``min_ess=0``.
+        log_b: (C, M) 0 or -inf: pointwise constraints.
+        valid: (C, M) bool: False marks a sample that is not there (other numbers of samples per prompt).
+        names: of the features, for errors.
+        min_ess: the effective sample size under which the result is not to be trusted.
+        tolerance: on the residuals, relative to the range of each feature.
+        progress: called with the iteration and a dict of ``dual``, ``residual`` (J,) and ``ess``.
+
+    Returns:
+        :class:`Fit`.
+
+    Raises:
+        InfeasibleMoment: outside or on the edge of the samples' range, alone or together with the others; a constant
+            feature; an effective sample size under ``min_ess``; no sample with any weight.
+        ValueError: shapes that do not fit, values that are NaN.
+
+    >>> phi = torch.tensor([[[0.0], [1.0]]])
+    >>> fit = fit_lambdas(phi, [0.5], log_weights=torch.tensor([[0.93, 0.07]]).log(), min_ess=0)
+    >>> round(fit.lambdas.item(), 5)
+    2.58669
+    """
+    phi, mu, log_w, log_b, names = _checked(phi, moments, log_weights, log_b, valid, names)
+    sampled, log_prior = (log_w > -torch.inf).any(-1), log_w + log_b
+    alive = (log_prior > -torch.inf).any(-1)
+    if not alive.any():
+        raise InfeasibleMoment(
+            f"None of {int((log_w > -torch.inf).sum())} samples satisfies the pointwise constraints: Z = 0. Draw more "
+            "samples, from a proposal that satisfies them more often."
+        )
+    phi, log_w, log_prior = phi[alive], log_w[alive], log_prior[alive]
+    c, reach = len(phi), Reach(phi, mu, log_prior > -torch.inf, names)
+    basis = reach.varying_directions()
+    theta, iterations = _newton(reach, basis, log_prior, tolerance, max_iterations, progress)
+
+    lambdas = basis @ theta / reach.scale
+    p = torch.softmax(log_prior + reach.x @ (basis @ theta), -1)
+    ess = c**2 / float((p**2).sum())
+    if len(mu) and ess < min_ess:
+        raise InfeasibleMoment(_little_weight(ess, min_ess, reach, torch.softmax(log_prior, -1)))
+    precision = torch.linalg.pinv(_scatter(reach.x @ basis, p, p), hermitian=True)
+    se_basis = basis @ precision
+    noise = _scatter(reach.x, p, p**2 / c)
+    lambda_cov = se_basis @ (basis.T @ noise @ basis) @ se_basis.T
+    log_z = torch.full(alive.shape, torch.nan, dtype=torch.float64).masked_fill(sampled, -torch.inf)
+    log_z_se, per_prompt = torch.full_like(log_z, torch.nan), torch.zeros_like(log_z)
+    log_z[alive] = torch.logsumexp(log_prior + phi @ lambdas, -1)
+    log_z_se[alive] = ((p - log_w.exp()) ** 2).sum(-1).sqrt()
+    per_prompt[alive] = 1 / (p**2).sum(-1)
+    return Fit(
+        lambdas=lambdas,
+        moments=mu,
+        achieved=_moments(phi, p),
+        base_moments=_moments(phi, torch.softmax(log_prior, -1)),
+        moment_se=noise.diagonal().sqrt() * reach.scale,
+        lambda_se=lambda_cov.diagonal().clamp(min=0).sqrt() / reach.scale,
+        log_z=log_z,
+        log_z_se=log_z_se,
+        ess=ess,
+        ess_per_prompt=per_prompt,
+        iterations=iterations,
+        converged=True,
+        samples=int((log_prior > -torch.inf).sum()),
+        skipped=(~alive).nonzero().flatten().tolist(),
+    )
+
+
+def _newton(
+    reach: Reach,
+    basis: Tensor,
+    log_prior: Tensor,
+    tolerance: float,
+    max_iterations: int,
+    progress: Callable[[int, dict[str, Any]], None] | None,
+) -> tuple[Tensor, int]:
+    """theta (R,), lambda in the basis of what varies, and the number of steps; raises where there is none."""
+    x = reach.x @ basis
+    theta = x.new_zeros(basis.size(1))
+
+    def dual(theta: Tensor) -> tuple[float, Tensor]:
+        energies = log_prior + x @ theta
+        return float(torch.logsumexp(energies, -1).mean()), torch.softmax(energies, -1)
+
+    value, p = dual(theta)
+    for iteration in range(max_iterations + 1):
+        residual = _moments(reach.x, p)  # wanted: 0
+        ess = len(p) ** 2 / float((p**2).sum())
+        logger.info(f"lambda, step {iteration}: dual {value:.6f}, residual {_largest(residual):.2e}, ESS {ess:.1f}")
+        if progress is not None:
+            progress(iteration, {"dual": value, "residual": residual * reach.scale, "ess": ess})
+        hessian = _scatter(x, p, p)
+        if _largest(residual) <= tolerance:
+            # On the edge lambda is infinite, and what is left of the variance there is what is left of the residual.
+            for direction in (basis @ torch.linalg.eigh(hessian).eigenvectors).T:
+                reach.check_together(direction, edge=EDGE)
+                reach.check_together(-direction, edge=EDGE)
+            return theta, iteration
+        reach.check_together(basis @ theta)  # outside, the dual falls for ever along a direction that proves it
+        gradient = _moments(x, p)
+        variances, vectors = torch.linalg.eigh(hessian)
+        step = -vectors @ ((vectors.T @ gradient) / variances.clamp(min=NULL))
+        step = step * min(1.0, LARGEST_STEP / float(step.norm()))
+        rate, slope = 1.0, float(gradient @ step)
+        rounding = 1e-14 * (1 + abs(value))
+        while (new := dual(theta + rate * step))[0] > value + 1e-4 * rate * slope + rounding and rate > 1e-12:
+            rate /= 2
+        theta, (value, p) = theta + rate * step, new
+    j = int(residual.abs().argmax())
+    raise InfeasibleMoment(
+        f"Lambda did not converge in {max_iterations} steps: {reach.describe(j)}, reached "
+        f"{float(reach.moments[j] + residual[j] * reach.scale[j]):.6g}. The moments are at the edge of what the "
+        "samples reach: draw more samples, or choose moments nearer to the base's."
+    )
+
+
+def _little_weight(ess: float, min_ess: float, reach: Reach, base: Tensor) -> str:
+    mean = _moments(reach.x, base)  # wanted: 0
+    shift = mean.abs() / _scatter(reach.x, base, base).diagonal().clamp(min=NULL).sqrt()
+    j = int(shift.argmax())
+    return (
+        f"Lambda would rest on an effective sample size of {ess:.1f} out of {int(reach.support.sum())} samples, "
+        f"expected at least {min_ess:g}. Hardest to reach: {reach.describe(j)}, mean of the weighted samples "
+        f"{float(reach.moments[j] + mean[j] * reach.scale[j]):.4g}. Draw more samples, from a better proposal, or "
+        "choose a moment nearer to that mean. (Where the points are all there is and not a sample: min_ess=0.)"
+    )
+
+
+def _moments(x: Tensor, p: Tensor) -> Tensor:
+    """(J,) the mean over prompts of E_p[x | c]."""
+    return (p.unsqueeze(-1) * x).sum(1).mean(0)
+
+
+def _scatter(x: Tensor, p: Tensor, weights: Tensor) -> Tensor:
+    """(J, J) the mean over prompts of sum_m weights (x - E_p[x])(x - E_p[x])^T."""
+    centred = x - (p.unsqueeze(-1) * x).sum(1, keepdim=True)
+    rows = (weights.sqrt().unsqueeze(-1) * centred).flatten(0, 1)
+    return rows.T @ rows / len(x)
+
+
+def _largest(residual: Tensor) -> float:
+    return float(residual.abs().max()) if len(residual) else 0.0
+
+
+def _checked(
+    phi: Tensor,
+    moments: Tensor | Sequence[float],
+    log_weights: Tensor | None,
+    log_b: Tensor | None,
+    valid: Tensor | None,
+    names: Sequence[str] | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    """Everything in float64 on the CPU; log-weights normalised per prompt; features 0 where there is no weight."""
+    if phi.ndim != 3 or not phi.size(0) or not phi.size(1):
+        raise ValueError(
+            f"phi has the shape {tuple(phi.shape)}, expected (prompts, samples, features) with at least one prompt and "
+            "sample. Without prompts: phi.unsqueeze(0)."
+        )
+    phi = phi.detach().to("cpu", torch.float64)
+    mu = torch.as_tensor(moments, dtype=torch.float64).detach().cpu()
+    if mu.shape != phi.shape[2:]:
+        raise ValueError(f"moments has the shape {tuple(mu.shape)}, expected one for each of {phi.size(2)} features.")
+    if not torch.isfinite(mu).all():
+        raise ValueError(f"moments are {mu.tolist()}, expected finite numbers.")
+    names = [f"feature {j}" for j in range(len(mu))] if names is None else list(names)
+    if len(names) != len(mu):
+        raise ValueError(f"names has {len(names)} entries for {len(mu)} features, expected one each.")
+    masks = []
+    for name, given in (("log_weights", log_weights), ("log_b", log_b), ("valid", valid)):
+        mask = torch.zeros(phi.shape[:2], dtype=torch.float64) if given is None else given.detach().cpu()
+        if mask.shape != phi.shape[:2]:
+            raise ValueError(f"{name} has the shape {tuple(mask.shape)}, expected {tuple(phi.shape[:2])} as phi.")
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+        masks.append(mask.double())
+    log_w = torch.where(masks[2] == 0, masks[0], -torch.inf)
+    log_b = torch.where(masks[2] == 0, masks[1], -torch.inf)
+    bad = ~(log_w < torch.inf) | ~(log_b < torch.inf)  # NaN or +inf
+    if bad.any():
+        prompt, sample = bad.nonzero()[0].tolist()
+        found = float(log_w[prompt, sample] + log_b[prompt, sample])
+        raise ValueError(
+            f"The log-weight of prompt {prompt}, sample {sample} is {found}, expected a number or -inf. Find the "
+            "log-prob that is NaN or infinite."
+        )
+    used = (log_w > -torch.inf) & (log_b > -torch.inf)
+    phi = torch.where(used.unsqueeze(-1), phi, 0.0)
+    if not torch.isfinite(phi).all():
+        prompt, sample, j = (~torch.isfinite(phi)).nonzero()[0].tolist()
+        raise ValueError(f"'{names[j]}' is {float(phi[prompt, sample, j])} on prompt {prompt}, sample {sample}.")
+    total = torch.logsumexp(log_w, -1, keepdim=True)
+    log_w = torch.where(total > -torch.inf, log_w - total, -torch.inf)
+    return phi, mu, log_w, log_b, names

@@ -1,0 +1,192 @@
+"""Sequence classifiers as features: reward models, and the probability of a label."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_align.targets.evaluate import Text, completion_text
+
+
+logger = logging.getLogger(__name__)
+
+READS = ("both", "completion")
+NO_LIMIT = 10**6  # tokenizers without a limit say something like 1e30
+
+
+class SequenceScorer:
+    """A reward function that runs a sequence classifier in batches, sorted by length.
+
+    The value is the one logit (``label`` None), the probability of ``label``, or with ``threshold`` whether that
+    probability reaches it. Loading waits until the first call.
+
+    Args:
+        model: an id or folder, or a loaded model.
+        tokenizer: its tokenizer; by default the one beside the model.
+        label: a label of the model's config, or its number.
+        threshold: between 0 and 1.
+        reads: ``"both"``: prompt and completion, joined as TRL joins them for a reward model (a dialogue through
+            the chat template); ``"completion"``: the completion's text alone.
+        special_tokens: whether the tokenizer adds its special tokens to plain text. TRL does not for reward models.
+        device: by default the current CUDA device where there is one, else the CPU.
+        max_length: tokens; longer texts lose their beginning, and how many did is said once. Default: the model's.
+        trust_remote_code: whether the model's repository may run code of its own.
+    """
+
+    def __init__(
+        self,
+        model: str | torch.nn.Module,
+        *,
+        tokenizer: Any = None,
+        revision: str | None = None,
+        label: str | int | None = None,
+        threshold: float | None = None,
+        reads: str = "both",
+        special_tokens: bool = False,
+        device: str | torch.device | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        if reads not in READS:
+            raise ValueError(f"reads is {reads!r}, expected 'both' (prompt and completion) or 'completion'.")
+        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 < threshold < 1):
+            raise ValueError(f"threshold is {threshold!r}, expected a probability between 0 and 1.")
+        if not (isinstance(batch_size, int) and batch_size > 0):
+            raise ValueError(f"batch_size is {batch_size!r}, expected a whole number above 0.")
+        self.model, self.tokenizer, self.revision = model, tokenizer, revision
+        self.label, self.threshold, self.reads, self.special_tokens = label, threshold, reads, special_tokens
+        self.device, self.batch_size, self.max_length = device, batch_size, max_length
+        self.trust_remote_code = trust_remote_code
+        self._ready = False
+        self._told_truncation = False
+
+    def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
+        self._load()
+        texts = [self._text(p, c) for p, c in zip(prompts, completions, strict=True)]
+        # Templates write their own special tokens.
+        special = self.special_tokens and not (self.reads == "both" and not isinstance(prompts[0], str))
+        ids = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
+        longest = self.max_length
+        too_long = sum(len(row) > longest for row in ids)
+        if too_long:
+            if not self._told_truncation:
+                logger.warning(
+                    f"{too_long} of {len(ids)} texts are longer than the {longest} tokens that {self._id} reads: they "
+                    "lose their beginning, here and later (said once)."
+                )
+                self._told_truncation = True
+        values = torch.empty(len(texts), dtype=torch.float64)
+        order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
+        side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = self.tokenizer(
+                [texts[i] for i in rows],
+                add_special_tokens=special,
+                truncation=bool(too_long),
+                max_length=longest if too_long else None,
+                padding=True,
+                padding_side="right",
+                return_tensors="pt",
+            )
+            with torch.inference_mode():
+                values[rows] = self._value(self.model(**batch.to(self.model.device)).logits).cpu()
+        self.tokenizer.truncation_side = side
+        return values.tolist()
+
+    def _value(self, logits: Tensor) -> Tensor:
+        logits = logits.double()
+        if self.label is None:
+            return logits[:, 0]
+        several = getattr(self.model.config, "problem_type", None) == "multi_label_classification"
+        p = torch.sigmoid(logits) if several or logits.size(-1) == 1 else torch.softmax(logits, -1)
+        p = p[:, self._column]
+        return p if self.threshold is None else (p >= self.threshold).double()
+
+    def _text(self, prompt: Text, completion: Text) -> str:
+        if self.reads == "completion":
+            return completion_text(completion)
+        if isinstance(prompt, str):
+            return prompt + completion_text(completion)
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        return self.tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
+
+    def _load(self) -> None:
+        if self._ready:
+            return
+        from transformers import AutoTokenizer
+
+        if isinstance(self.model, torch.nn.Module):
+            self._id = getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
+        else:
+            self._id = self.model
+            self.model = self._from_pretrained(self.model)
+            self.model.to(self.device or _default_device())
+        self.model.eval()
+        if self.tokenizer is None:
+            self.tokenizer = AutoTokenizer.from_pretrained(
+                self._id, revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        config = self.model.config.get_text_config()
+        if config.pad_token_id is None:  # with it the model finds the last token of a padded row
+            config.pad_token_id = self.tokenizer.pad_token_id
+        limits = [self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+        limit = min((n for n in limits if n and n < NO_LIMIT), default=NO_LIMIT)
+        self.max_length = min(self.max_length or limit, limit)
+        self._check_labels()
+        self._ready = True
+
+    def _from_pretrained(self, model_id: str) -> torch.nn.Module:
+        from transformers import AutoModelForSequenceClassification
+
+        kwargs = {"num_labels": 1} if self.label is None else {}
+        try:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                model_id,
+                revision=self.revision,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                **kwargs,
+            )
+        except RuntimeError as error:
+            if "size" not in str(error) and "mismatch" not in str(error):
+                raise
+            raise ValueError(
+                f"{model_id} does not load as a reward model with one score: {str(error).splitlines()[0]} For a "
+                "classifier of several labels write {classifier: " + model_id + ", label: ...}."
+            ) from error
+        if report["missing_keys"]:
+            raise ValueError(
+                f"{model_id} has no trained weights for {sorted(report['missing_keys'])}: they would be random. "
+                "Expected a sequence classifier, found a model without its head."
+            )
+        return model
+
+    def _check_labels(self) -> None:
+        labels = self.model.config.label2id or {}
+        if self.label is None:
+            if self.model.config.num_labels != 1:
+                raise ValueError(
+                    f"{self._id} has the labels {sorted(labels)}, expected one score. Choose one of them: "
+                    "{classifier: ..., label: ...}."
+                )
+            return
+        by_name = {name.lower(): number for name, number in labels.items()}
+        column = self.label if isinstance(self.label, int) else by_name.get(str(self.label).lower())
+        if isinstance(column, bool) or column is None or not 0 <= column < self.model.config.num_labels:
+            raise ValueError(f"{self._id} has no label {self.label!r}. Its labels: {', '.join(map(str, labels))}.")
+        self._column = column
+
+
+def _default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
