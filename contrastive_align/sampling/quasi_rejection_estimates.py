@@ -1,0 +1,299 @@
+r"""Quasi-rejection sampling: what it gives up in speed and in distance, estimated from one set of samples.
+
+A sample x of the proposal q is kept with probability min(1, P(x) / (beta q(x))), P the target's unnormalised score.
+What is kept follows p_beta(x) = min(P(x), beta q(x)) / Z_beta: the proposal as beta -> 0, the target p = P / Z as beta
+grows, with an acceptance rate of Z_beta / beta on the way. QRS, arXiv:2112.05702, section 3.
+
+Every number here is a mean over q, so that one set of samples serves for every beta. ``beta`` is in the scale of P / q
+as the target gives it, unnormalised; with ``log_z`` in that of p / q, where beta = 1 is the same for all prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+BISECTIONS = 100
+LARGEST_LOG = 600.0  # nats: exp of more is no float64
+
+
+@dataclass(frozen=True)
+class QRSEstimate:
+    """Quasi-rejection sampling at one beta, each number with the standard error of the samples it was taken from.
+
+    With several prompts, rates, divergences and moments are means over prompts. Divergences and moments leave out the
+    ``skipped`` prompts, for which all scores were -inf; their acceptance rate counts as the 0 it is. Where the weighted
+    points are all there is and not a sample, standard errors and effective sample sizes mean nothing.
+
+    Args:
+        beta: as it was given.
+        acceptance_rate: Z_beta / beta.
+        tvd: total variation distance of p and p_beta, between 0 and 1.
+        tvd_bound: 1 - Z_beta / Z, which is never below it.
+        kl: KL(p||p_beta), nats.
+        moments: E under p_beta of each feature; empty without features.
+        log_z, log_z_beta: nats, means over prompts, in the scale that beta is in.
+        ess: effective sample size of ``moments``: of the weights min(P, beta q) / q.
+        ess_target: the same of P / q, which log_z, the divergences and the bound rest on.
+        clipped: the share of q with P > beta q, which is where p_beta differs from p. At 0 no sample showed a
+            difference, and the divergences are 0 without being known to be.
+        n: samples that had any weight.
+        skipped: how many prompts were left out.
+    """
+
+    beta: float
+    acceptance_rate: float
+    acceptance_rate_se: float
+    tvd: float
+    tvd_se: float
+    tvd_bound: float
+    tvd_bound_se: float
+    kl: float
+    kl_se: float
+    moments: list[float]
+    moments_se: list[float]
+    log_z: float
+    log_z_se: float
+    log_z_beta: float
+    log_z_beta_se: float
+    ess: float
+    ess_target: float
+    clipped: float
+    n: int
+    skipped: int
+
+
+def qrs_estimates(
+    target_log_scores: Tensor,
+    proposal_logps: Tensor,
+    betas: Sequence[float],
+    *,
+    log_weights: Tensor | None = None,
+    features: Tensor | None = None,
+    log_z: float | Tensor | None = None,
+) -> list[QRSEstimate]:
+    r"""What quasi-rejection sampling would do at each beta.
+
+    .. math::
+        \text{acceptance} = E_q[\alpha], \quad \alpha = \min(1, r / \beta), \quad r = P / q, \quad Z = E_q[r], \quad
+        Z_\beta = \beta E_q[\alpha]
+
+        TVD(p, p_\beta) = \tfrac12 E_q |r / Z - \alpha / E_q[\alpha]| \le 1 - Z_\beta / Z
+
+        KL(p \| p_\beta) = E_q[r / Z \cdot \max(0, \log r - \log\beta)] + \log Z_\beta - \log Z
+
+    QRS, arXiv:2112.05702, section 3 (its estimators, there for normalised p; here Z is one of them). Standard errors by
+    the delta method for ratios of means.
+
+    Args:
+        target_log_scores: (n,) nats, log P(x), -inf where a pointwise constraint fails; or (C, M), M samples for each
+            of C prompts.
+        proposal_logps: the same shape, nats, log q(x).
+        betas: above 0, in the scale of P / q, or of p / q with ``log_z``.
+        log_weights: the same shape, nats, up to a constant for each prompt. Default: equal, for samples of q. With the
+            samples of another distribution s: log q - log s. With every atom of an enumerable space: log q, and all
+            results are exact. -inf marks what is not there.
+        features: (n, J) or (C, M, J), for the moments under p_beta.
+        log_z: nats, a number or (C,): log Z as known, which normalises P. It changes the scale of beta and of the
+            log Z that is returned, nothing else.
+
+    Returns:
+        One :class:`QRSEstimate` for each beta, in their order.
+
+    Raises:
+        ValueError: shapes that do not fit, NaN or +inf, a beta not above 0, or scores that are all -inf (Z = 0).
+
+    >>> p, q = torch.tensor([0.2, 0.8]), torch.tensor([0.5, 0.5])
+    >>> (estimate,) = qrs_estimates(p.log(), q.log(), [1.0], log_weights=q.log())
+    >>> round(estimate.acceptance_rate, 4), round(estimate.tvd_bound, 4)
+    (0.7, 0.3)
+    """
+    ratios = _Ratios(target_log_scores, proposal_logps, log_weights, log_z, features)
+    for beta in betas:
+        if not 0 < beta < math.inf:
+            raise ValueError(
+                f"beta is {beta}, expected a number above 0. The proposal itself is the limit of small ones."
+            )
+    return [ratios.estimate(math.log(beta)) for beta in betas]
+
+
+def choose_beta(
+    target_log_scores: Tensor,
+    proposal_logps: Tensor,
+    *,
+    acceptance: float | None = None,
+    tvd: float | None = None,
+    log_weights: Tensor | None = None,
+    features: Tensor | None = None,
+    log_z: float | Tensor | None = None,
+) -> QRSEstimate:
+    """The beta for a wished acceptance rate, or the least one for a wished distance, by bisection on log beta.
+
+    Both fall as beta grows, so that the answer is the only one. It is as good as the samples: read its standard errors.
+
+    Args:
+        acceptance: the wished acceptance rate, above 0.
+        tvd: the wished total variation distance of p and p_beta, above 0.
+        target_log_scores, proposal_logps, log_weights, features, log_z: see :func:`qrs_estimates`.
+
+    Returns:
+        The estimate at that beta, which is its ``.beta``.
+
+    Raises:
+        ValueError: both wishes or none, or an acceptance rate above what a vanishing beta has.
+
+    >>> p, q = torch.tensor([0.2, 0.8]), torch.tensor([0.5, 0.5])
+    >>> round(choose_beta(p.log(), q.log(), acceptance=0.7, log_weights=q.log()).beta, 6)
+    1.0
+    """
+    if (acceptance is None) == (tvd is None):
+        raise ValueError(f"acceptance={acceptance} and tvd={tvd}, expected exactly one of them as the wish.")
+    wish = acceptance if tvd is None else tvd
+    if not 0 < wish <= 1:
+        raise ValueError(f"The wish {wish} is not between 0 and 1.")
+    ratios = _Ratios(target_log_scores, proposal_logps, log_weights, log_z, features)
+    finite = ratios.log_r[ratios.log_r > -torch.inf]
+    # Below the least ratio nothing changes any more; above the largest p_beta = p, and acceptance only shrinks.
+    low, high = float(finite.min()), float(finite.max())
+    if tvd is None:
+        most = ratios.estimate(low)
+        if wish > most.acceptance_rate + 1e-12:
+            raise ValueError(
+                f"acceptance={wish:g} is above the highest there is, {most.acceptance_rate:.4g} at a beta of 0: the "
+                "target has no mass on the other samples. Wish for less, or propose from something nearer to it."
+            )
+        high -= math.log(wish)  # no ratio is above the largest: at most this share is accepted there
+    elif ratios.estimate(low).tvd <= wish:
+        high = low
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        estimate = ratios.estimate(middle)
+        above = estimate.acceptance_rate > wish if tvd is None else estimate.tvd > wish
+        low, high = (middle, high) if above else (low, middle)
+    if abs(high) > LARGEST_LOG:
+        raise ValueError(f"beta would be exp({high:.0f}), which is no float. Give log_z, so that P is normalised.")
+    return ratios.estimate(high)
+
+
+class _Ratios:
+    """The checked samples, (C, M) in float64 on the CPU, ready for any beta."""
+
+    def __init__(
+        self,
+        target_log_scores: Tensor,
+        proposal_logps: Tensor,
+        log_weights: Tensor | None,
+        log_z: float | Tensor | None,
+        features: Tensor | None,
+    ) -> None:
+        shape = tuple(target_log_scores.shape)
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise ValueError(f"target_log_scores has the shape {shape}, expected (samples,) or (prompts, samples).")
+        given = {"target_log_scores": target_log_scores, "proposal_logps": proposal_logps, "log_weights": log_weights}
+        scores, logps, log_w = (self._checked(name, tensor, shape) for name, tensor in given.items())
+        missing = log_w == -torch.inf
+        if missing.all(-1).any():
+            raise ValueError(f"Prompt {int(missing.all(-1).nonzero()[0])} has no sample: its log_weights are all -inf.")
+        never = (logps == -torch.inf) & ~missing
+        if never.any():
+            raise ValueError(
+                f"proposal_logps is -inf on sample {never.nonzero()[0].tolist()}, expected finite log-probs: what the "
+                "proposal never draws needs a log_weight of -inf."
+            )
+        log_r = torch.where(missing, -torch.inf, scores - torch.where(missing, 0.0, logps))
+        if log_z is not None:
+            known = torch.as_tensor(log_z, dtype=torch.float64).detach().cpu().flatten()
+            if len(known) not in (1, len(log_r)) or not torch.isfinite(known).all():
+                raise ValueError(f"log_z is {log_z}, expected a finite number or {len(log_r)}, one for each prompt.")
+            log_r = log_r - known.unsqueeze(-1)
+        alive = (log_r > -torch.inf).any(-1)
+        if not alive.any():
+            raise ValueError(
+                f"The target gives none of {int((~missing).sum())} samples any mass (all scores are -inf): Z = 0. Draw "
+                "more samples, from a proposal that satisfies the pointwise constraints."
+            )
+        self.prompts, self.n = len(alive), int((~missing).sum())
+        self.log_w, self.log_r = torch.log_softmax(log_w, -1)[alive], log_r[alive]
+        self.w = self.log_w.exp()
+        self.log_z = torch.logsumexp(self.log_w + self.log_r, -1)
+        self.r = (self.log_r - self.log_z.unsqueeze(-1)).exp()  # r / Z, whose mean is 1
+        phi = torch.zeros(*shape, 0) if features is None else features.detach().to("cpu", torch.float64)
+        if tuple(phi.shape[:-1]) != shape or not torch.isfinite(phi).all():
+            raise ValueError(f"features of shape {tuple(phi.shape)}, expected finite numbers of shape {(*shape, 'J')}.")
+        self.features = phi.double().reshape(*log_r.shape, phi.size(-1))[alive]
+
+    @staticmethod
+    def _checked(name: str, given: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+        tensor = torch.zeros(shape) if given is None else given.detach()
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, expected {shape} as target_log_scores.")
+        if not (tensor < torch.inf).all():
+            i = (~(tensor < torch.inf)).nonzero()[0].tolist()
+            raise ValueError(f"{name} is {tensor[tuple(i)].item()} on sample {i}, expected a number or -inf.")
+        return torch.atleast_2d(tensor.to("cpu", torch.float64))
+
+    def estimate(self, log_beta: float) -> QRSEstimate:
+        log_accept = (self.log_r - log_beta).clamp(max=0)
+        log_rate = torch.logsumexp(self.log_w + log_accept, -1)
+        rate, r = log_rate.exp(), self.r
+        accept = (log_accept - log_rate.unsqueeze(-1)).exp()  # alpha / E[alpha], whose mean is 1
+        log_z_beta = log_beta + log_rate
+        kept = (log_z_beta - self.log_z).exp()
+        excess = (self.log_r - log_beta).clamp(min=0)
+        sign = torch.sign(r - accept)
+        a, b, tvd = self._mean(sign * r), self._mean(sign * accept), self._mean((r - accept).abs()) / 2
+        kl = self._mean(r * excess)
+        p_beta = self.w * accept
+        moments = (p_beta.unsqueeze(-1) * self.features).sum(1)
+        # Each second entry is the influence of one sample: what its weight adds to the first.
+        acceptance, acceptance_se = self._over_prompts(rate, rate.unsqueeze(-1) * (accept - 1))
+        tvd, tvd_se = self._over_prompts(
+            tvd, (r - accept).abs() / 2 - _up(tvd) - _up(a) * (r - 1) / 2 + _up(b) * (accept - 1) / 2
+        )
+        bound, bound_se = self._over_prompts(-torch.expm1(log_z_beta - self.log_z), _up(kept) * (accept - r))
+        kl, kl_se = self._over_prompts(kl + log_z_beta - self.log_z, r * (excess - _up(kl)) + accept - r)
+        log_z, log_z_se = self._over_prompts(self.log_z, r - 1)
+        log_z_beta, log_z_beta_se = self._over_prompts(log_z_beta, accept - 1)
+        each = [
+            self._over_prompts(moments[:, j], accept * (self.features[..., j] - _up(moments[:, j])))
+            for j in range(moments.size(1))
+        ]
+        c, share = len(rate), len(rate) / self.prompts
+        return QRSEstimate(
+            beta=math.exp(min(log_beta, LARGEST_LOG)),
+            acceptance_rate=acceptance * share,
+            acceptance_rate_se=acceptance_se * share,
+            tvd=tvd,
+            tvd_se=tvd_se,
+            tvd_bound=max(bound, 0.0),
+            tvd_bound_se=bound_se,
+            kl=max(kl, 0.0),
+            kl_se=kl_se,
+            moments=[mean for mean, _ in each],
+            moments_se=[se for _, se in each],
+            log_z=log_z,
+            log_z_se=log_z_se,
+            log_z_beta=log_z_beta,
+            log_z_beta_se=log_z_beta_se,
+            ess=c**2 / float((p_beta**2).sum()),
+            ess_target=c**2 / float(((self.w * r) ** 2).sum()),
+            clipped=float((self.w * (excess > 0)).sum(-1).mean()) * share,
+            n=self.n,
+            skipped=self.prompts - c,
+        )
+
+    def _mean(self, values: Tensor) -> Tensor:
+        return (self.w * values).sum(-1)
+
+    def _over_prompts(self, values: Tensor, influence: Tensor) -> tuple[float, float]:
+        """The mean of (C,) values over prompts and its standard error, from the influence (C, M) of each sample."""
+        return float(values.mean()), float((self.w * influence).norm()) / len(values)
+
+
+def _up(x: Tensor) -> Tensor:
+    return x.unsqueeze(-1)

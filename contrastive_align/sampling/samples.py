@@ -1,0 +1,88 @@
+"""Completions with their log-probs, and what draws them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """n completions of some prompts, in the order in which they were drawn.
+
+    Args:
+        prompt_index: (n,) int64, the place of each sample's prompt in the list of prompts that was asked for.
+        completion_ids: n lists of token ids.
+        completions: n texts, or lists of messages.
+        logps: (n,) float64 nats, log q(x|c) under the proposal, summed over the completion's tokens.
+        base_logps: (n,) float64 nats, log a(x|c) under the base, -inf where the base cannot say it.
+
+    Raises:
+        ValueError: parts of different lengths, NaN, or a log-prob no sample can have.
+    """
+
+    prompt_index: Tensor
+    completion_ids: Sequence[Sequence[int]]
+    completions: Sequence[Any]
+    logps: Tensor
+    base_logps: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_index", torch.as_tensor(self.prompt_index, dtype=torch.int64).cpu())
+        for name in ("logps", "base_logps"):
+            object.__setattr__(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float64).detach().cpu())
+        parts = ("prompt_index", "completion_ids", "completions", "logps", "base_logps")
+        sizes = {name: len(getattr(self, name)) for name in parts}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(
+                f"The parts of Samples have the lengths {sizes}, expected one entry each for every sample."
+            )
+        bad = ~torch.isfinite(self.logps) | ~(self.base_logps < torch.inf)
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise ValueError(
+                f"Sample {i} has logps {self.logps[i].item()} and base_logps {self.base_logps[i].item()}, expected a "
+                "finite log-prob under the proposal that drew it, and a number or -inf under the base."
+            )
+
+    def __len__(self) -> int:
+        return len(self.logps)
+
+    def select(self, rows: Tensor) -> Samples:
+        """The samples of some rows: a bool mask (n,), or row numbers in the order wanted."""
+        rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+        numbers = rows.tolist()
+        return Samples(
+            self.prompt_index[rows],
+            [self.completion_ids[i] for i in numbers],
+            [self.completions[i] for i in numbers],
+            self.logps[rows],
+            self.base_logps[rows],
+        )
+
+    @staticmethod
+    def join(parts: Sequence[Samples]) -> Samples:
+        """All samples of the parts, in order."""
+        return Samples(
+            torch.cat([part.prompt_index for part in parts]) if parts else [],
+            [ids for part in parts for ids in part.completion_ids],
+            [completion for part in parts for completion in part.completions],
+            torch.cat([part.logps for part in parts]) if parts else [],
+            torch.cat([part.base_logps for part in parts]) if parts else [],
+        )
+
+
+class Proposal(Protocol):
+    """What quasi-rejection sampling draws from: a tuned policy, the base, a prompted base."""
+
+    def sample(self, prompts: Sequence[Any], n: int) -> Samples:
+        """n independent samples for each of the prompts, ``prompt_index`` counting from 0 in this call's list.
+
+        ``logps`` must be those of the distribution that the samples really came from: temperature 1, no top-p, no
+        top-k, the end of the text included.
+        """
+        ...
