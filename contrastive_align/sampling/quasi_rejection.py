@@ -86,7 +86,7 @@ class QuasiRejectionSampler:
     r"""Draws from p_beta(x|c), proportional to min(P(x|c), beta q(x|c)).
 
     A sample x of the proposal q is accepted with probability min(1, P(x|c) / (beta q(x|c))), each by itself, so that
-    the accepted ones are independent samples of p_beta. QRS, arXiv:2112.05702, algorithm 1.
+    the accepted ones are independent samples of p_beta. QRS, arXiv:2112.05702.
 
     Args:
         target: gives ``features`` and ``log_scores``; its base is the one whose log-probs the proposal reports.

@@ -2,7 +2,7 @@ r"""Quasi-rejection sampling: what it gives up in speed and in distance, estimat
 
 A sample x of the proposal q is kept with probability min(1, P(x) / (beta q(x))), P the target's unnormalised score.
 What is kept follows p_beta(x) = min(P(x), beta q(x)) / Z_beta: the proposal as beta -> 0, the target p = P / Z as beta
-grows, with an acceptance rate of Z_beta / beta on the way. QRS, arXiv:2112.05702, section 3.
+grows, with an acceptance rate of Z_beta / beta on the way. QRS, arXiv:2112.05702.
 
 Every number here is a mean over q, so that one set of samples serves for every beta. ``beta`` is in the scale of P / q
 as the target gives it, unnormalised; with ``log_z`` in that of p / q, where beta = 1 is the same for all prompts.
@@ -87,7 +87,7 @@ def qrs_estimates(
 
         KL(p \| p_\beta) = E_q[r / Z \cdot \max(0, \log r - \log\beta)] + \log Z_\beta - \log Z
 
-    QRS, arXiv:2112.05702, section 3 (its estimators, there for normalised p; here Z is one of them). Standard errors by
+    QRS, arXiv:2112.05702 (its estimators, there for normalised p; here Z is one of them). Standard errors by
     the delta method for ratios of means.
 
     Args:

@@ -83,7 +83,7 @@ def fit_lambdas(
     .. math:: \lambda = \arg\min\ \mathrm{mean}_c \log Z_c(\lambda) - \lambda \cdot \bar\mu, \qquad
         Z_c(\lambda) = \sum_m \tilde w_{cm}\, b_{cm}\, e^{\lambda \cdot \phi_{cm}}
 
-    The dual of the information projection: GDC, arXiv:2012.11635, section 2.2 (there minimised by SGD over
+    The dual of the information projection: GDC, arXiv:2012.11635 (there minimised by SGD over
     self-normalised importance weights); one lambda for all prompts as in CDPG, arXiv:2112.00791. The gradient is
     mean_c E_p[phi|c] - mu, the Hessian mean_c Cov_p[phi|c], so Newton needs a dozen steps. With one binary feature of
     base rate mu0, lambda = logit(mu) - logit(mu0).

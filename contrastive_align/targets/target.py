@@ -31,7 +31,7 @@ class Target:
 
     .. math:: P(x|c) = a(x|c) \prod_i b_i(x) \exp(\lambda \cdot \phi(x))
 
-    GDC, arXiv:2012.11635, eq. 2; one lambda for all prompts and one Z for each: CDPG, arXiv:2112.00791. The base a is
+    GDC, arXiv:2012.11635; one lambda for all prompts and one Z for each: CDPG, arXiv:2112.00791. The base a is
     whoever gave the log-probs that :meth:`log_scores` receives. A target knows no model, samples nothing and trains
     nothing.
 
