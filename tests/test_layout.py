@@ -135,10 +135,37 @@ def test_the_gradient_of_the_head_by_gradcheck():
     hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
     bias, labels = torch.randn(7, dtype=torch.float64), torch.randint(7, (5,))
     for scale, softcap in ((1.0, None), (0.3, 2.0)):
-        assert torch.autograd.gradcheck(
-            lambda h, w, b, scale=scale, cap=softcap: _ScoreTokens.apply(h, w, b, labels, scale, cap)[0],
-            tuple(t.requires_grad_() for t in (hidden, weight, bias)),
+
+        def log_probs(h, w, b, frozen=False, scale=scale, softcap=softcap):
+            return _ScoreTokens.apply(h, w, b, labels, scale, softcap, True, frozen)[0]
+
+        inputs = tuple(t.detach().requires_grad_() for t in (hidden, weight, bias))
+        assert torch.autograd.gradcheck(log_probs, inputs)
+        trained, frozen = (
+            torch.autograd.grad(log_probs(*inputs, frozen=f).square().sum(), inputs[0])[0] for f in (False, True)
         )
+        assert torch.allclose(trained, frozen, rtol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_head_against_a_plain_projection(softcap, monkeypatch):
+    """More tokens than a chunk, and chunks that blocks do not fill."""
+    from contrastive_align.models import head
+
+    monkeypatch.setattr(head, "CHUNK", 40 * 33)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(101, 16, dtype=torch.float64), torch.randn(33, 16, dtype=torch.float64)
+    labels = torch.randint(33, (101,))
+    found = head._ScoreTokens.apply(hidden, weight, None, labels, 0.5, softcap, True, False)
+    logits = 0.5 * hidden @ weight.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    log_p = logits.log_softmax(-1)
+    want = (log_p.gather(1, labels[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1), logits.mean(-1))
+    for a, b in zip(found, want, strict=False):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found[3], logits.argmax(-1) == labels)
+    bare = head._ScoreTokens.apply(hidden, weight, None, labels, 0.5, softcap, False, False)
+    assert torch.equal(bare[0], found[0])
 
 
 @pytest.mark.parametrize("name", CANNOT)
@@ -180,7 +207,7 @@ def test_the_packed_row():
     assert packed["input_ids"].tolist() == [[1, 2, 3, 4, 3]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
     assert packed["shift_labels"].tolist() == [[-100, -100, 4, 5, 6]]
-    assert layout.segments == [(0, 2, (2, 1))]
+    assert layout.segments == [(2, (2, 1))]
 
 
 def test_a_model_set_to_it_still_samples_and_saves_as_before(tmp_path):

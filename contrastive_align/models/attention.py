@@ -23,9 +23,8 @@ NAME = "shared_prompt"
 
 
 class Segment(NamedTuple):
-    """Where one group lies in the packed row: the shared prompt, then its branches."""
+    """The lengths of one group's part of the packed row: the shared prompt, then its branches."""
 
-    start: int
     prompt: int
     branches: tuple[int, ...]
 
@@ -62,7 +61,7 @@ def pack(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], SharedPrompt]:
     """
     totals, completions = batch["attention_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()
     ids, pieces, labels, positions, segments = batch["input_ids"], [], [], [], []
-    row = n = 0
+    row = 0
     for k in batch["valid"].sum(1).tolist():
         shared = totals[row] - completions[row] - 1
         pieces.append(ids[row, :shared])
@@ -73,8 +72,7 @@ def pack(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], SharedPrompt]:
             pieces.append(ids[i, shared:end])
             labels.append(ids[i, shared + 1 : end + 1])
             positions.append(torch.arange(shared, end, device=ids.device))
-        segments.append(Segment(n, shared, tuple(completions[row : row + k])))
-        n += shared + sum(completions[row : row + k])
+        segments.append(Segment(shared, tuple(completions[row : row + k])))
         row += k
     packed = {"input_ids": pieces, "position_ids": positions, "shift_labels": labels}
     return {name: torch.cat(parts)[None] for name, parts in packed.items()}, SharedPrompt(segments)
@@ -116,28 +114,22 @@ def shared_prompt_attention(
     shared_prompt.layers_seen += 1
     groups = query.size(1) // key.size(1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    # Split once: the gradient of a slice is as long as the row, that of a split is one concatenation.
+    sizes = [length for s in shared_prompt.segments for length in (s.prompt, *s.branches)]
+    pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     outputs = []
-    for start, prompt, branches in shared_prompt.segments:
-        end = start + prompt
-        prompt_k, prompt_v = key[:, :, start:end], value[:, :, start:end]
+    for prompt, branches in shared_prompt.segments:
+        q, prompt_k, prompt_v = next(pieces)
         if prompt:
             window = sliding_window if _cuts(sliding_window, prompt) else None
             mask = shared_prompt.mask(0, prompt, window, query) if softcap or window else None
-            outputs.append(_attend(query[:, :, start:end], prompt_k, prompt_v, mask, dropout, scaling, softcap))
+            outputs.append(_attend(q, prompt_k, prompt_v, mask, dropout, scaling, softcap))
         for branch in branches:
-            start, end = end, end + branch
+            q, k, v = next(pieces)
+            k, v = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
             window = sliding_window if _cuts(sliding_window, prompt + branch) else None
-            outputs.append(
-                _attend(
-                    query[:, :, start:end],
-                    torch.cat([prompt_k, key[:, :, start:end]], 2),
-                    torch.cat([prompt_v, value[:, :, start:end]], 2),
-                    shared_prompt.mask(prompt, branch, window, query),
-                    dropout,
-                    scaling,
-                    softcap,
-                )
-            )
+            mask = shared_prompt.mask(prompt, branch, window, query)
+            outputs.append(_attend(q, k, v, mask, dropout, scaling, softcap))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
 
 

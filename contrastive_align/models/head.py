@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 
-CHUNK = 512  # tokens whose logits stand in memory at once
+CHUNK = 2**24  # logits in memory at once, as many tokens of them as the vocabulary allows: 512 at 32,768 words
+BLOCK = 16  # tokens whose logits are read and written together, which a core's cache holds
 
 
 @dataclass
@@ -23,14 +24,16 @@ class ScoredTokens:
     """One value per scored token, in the order of the positions."""
 
     log_probs: Tensor
-    entropy: Tensor
-    mean_logits: Tensor
-    is_top1: Tensor
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
     aux_loss: None = None
 
 
 def add_head(model: PreTrainedModel) -> None:
     """Let ``model(..., shift_labels=..., fused_lm_head=True)`` score the positions with a label, and only these.
+
+    ``token_stats=False`` leaves out all but the log-probs, where that saves something.
 
     To be called after TRL's ``add_fused_lm_head``. Calls it does not serve (other arguments, other devices, router
     losses) go on to the forward that was there.
@@ -39,7 +42,7 @@ def add_head(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     scale, softcap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
 
-    def forward(self, *args, fused_lm_head=False, shift_labels=None, **kwargs):
+    def forward(self, *args, fused_lm_head=False, shift_labels=None, token_stats=True, **kwargs):
         served = fused_lm_head and shift_labels is not None and not kwargs.get("output_router_logits")
         if not served or shift_labels.device.type != "cpu":
             if shift_labels is not None:
@@ -48,8 +51,11 @@ def add_head(model: PreTrainedModel) -> None:
         hidden = self.base_model(*args, **kwargs).last_hidden_state
         scored = shift_labels != -100
         head = self.get_output_embeddings()
-        values = _ScoreTokens.apply(hidden[scored], head.weight, head.bias, shift_labels[scored], scale, softcap)
-        return ScoredTokens(*values)
+        hidden, labels = hidden[scored], shift_labels[scored]
+        trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+        frozen = torch.is_grad_enabled() and hidden.requires_grad and not trained
+        values = _ScoreTokens.apply(hidden, head.weight, head.bias, labels, scale, softcap, token_stats, frozen)
+        return ScoredTokens(*values) if token_stats else ScoredTokens(values[0])
 
     model.forward = types.MethodType(forward, model)
 
@@ -66,61 +72,126 @@ def logit_scale(config) -> float:
 
 
 class _ScoreTokens(torch.autograd.Function):
-    """log softmax(softcap(scale * (h W^T + b)))[label]; the backward pass makes the logits again."""
+    """log softmax(softcap(scale * (h W^T + b)))[label] of every token.
+
+    The backward pass makes the logits again; where the head is frozen (LoRA), the gradient of a log-prob with respect
+    to its hidden state is made at once in the forward pass instead, and nothing is computed twice.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, softcap):
-        compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-        ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.scale, ctx.softcap, ctx.compute = scale, softcap, compute
-        precise = torch.float64 if compute == torch.float64 else torch.float32
-        log_probs, entropy, mean_logits = (hidden.new_empty(len(labels), dtype=precise) for _ in range(3))
+    def forward(ctx, hidden, weight, bias, labels, scale, softcap, token_stats, frozen):
+        logits = _Logits(weight, bias, scale, softcap, len(labels))
+        log_probs, log_total, *stats = (hidden.new_empty(len(labels), dtype=logits.values.dtype) for _ in range(4))
         is_top1 = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
-        w, b = weight.to(compute), None if bias is None else bias.to(compute)
-        for i in range(0, len(labels), CHUNK):
-            part, y = slice(i, i + CHUNK), labels[i : i + CHUNK, None]
-            z = _logits(hidden[part].to(compute), w, b, scale, softcap)
-            mean_logits[part] = z.mean(-1)
-            is_top1[part] = z.argmax(-1) == y[:, 0]
+        entropy, mean_logits = stats
+        slopes = torch.empty_like(hidden) if frozen else None
+        for part in logits.chunks():
+            z, y = logits(hidden[part]), labels[part, None]
             chosen = z.gather(1, y)[:, 0]
-            top = z.amax(-1, keepdim=True)
-            z.sub_(top)
-            p = z.exp()
-            total = p.sum(-1)
-            log_probs[part] = chosen - top[:, 0] - total.log()
-            entropy[part] = total.log() - p.mul_(z).sum(-1) / total
+            for i in range(0, len(z), BLOCK):
+                block = slice(i, i + BLOCK)
+                here = slice(part.start + i, min(part.start + i + BLOCK, part.stop))
+                top = z[block].amax(-1, keepdim=True)
+                if token_stats:
+                    is_top1[here] = chosen[block] == top[:, 0]
+                    mean_logits[here] = z[block].mean(-1)
+                shifted = z[block] - top
+                p = shifted.exp()
+                total = p.sum(-1)
+                log_total[here] = total.log() + top[:, 0]
+                if token_stats:
+                    entropy[here] = total.log() - p.mul_(shifted).sum(-1) / total
+            log_probs[part] = chosen - log_total[part]
+            if frozen:
+                slopes[part] = logits.slopes(y, log_total[part], torch.ones_like(log_total[part])) @ logits.weight
+        ctx.frozen = frozen
+        if frozen:
+            ctx.save_for_backward(slopes)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, labels, log_total)
+            ctx.scale, ctx.softcap, ctx.compute = scale, softcap, logits.weight.dtype
         ctx.mark_non_differentiable(entropy, mean_logits, is_top1)
         return log_probs, entropy, mean_logits, is_top1
 
     @staticmethod
     def backward(ctx, grad, *_):
-        hidden, weight, bias, labels = ctx.saved_tensors
-        w, b = weight.to(ctx.compute), None if bias is None else bias.to(ctx.compute)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        grad_weight = grad_weight if ctx.needs_input_grad[1] else None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
-        for i in range(0, len(labels), CHUNK):
-            part, y = slice(i, i + CHUNK), labels[i : i + CHUNK, None]
-            h, g = hidden[part].to(ctx.compute), grad[part, None]
-            z = _logits(h, w, b, ctx.scale, ctx.softcap)
-            slope = None if ctx.softcap is None else 1 - (z / ctx.softcap).square()
-            # Probabilities that cannot matter go to 0: as denormal numbers they would slow the products 30 times.
-            d = F.threshold_(torch.softmax(z, -1), 1e-20, 0.0).mul_(-g)
-            d.scatter_add_(1, y, g.to(d.dtype))
-            if slope is not None:
-                d.mul_(slope)
-            d = d.mul_(ctx.scale).to(ctx.compute) if ctx.scale != 1.0 else d.to(ctx.compute)
-            grad_hidden[part] = (d @ w).to(hidden.dtype)
+        nothing = (None,) * 5
+        if ctx.frozen:
+            (slopes,) = ctx.saved_tensors
+            return (slopes * grad[:, None]).to(slopes.dtype), None, None, *nothing
+        hidden, weight, bias, labels, log_total = ctx.saved_tensors
+        logits = _Logits(weight, bias, ctx.scale, ctx.softcap, len(labels), ctx.compute)
+        wanted = ctx.needs_input_grad
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=precise) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and wanted[2] else None
+        for part in logits.chunks():
+            logits(hidden[part])
+            d = logits.slopes(labels[part, None], log_total[part], grad[part])
+            if grad_hidden is not None:
+                grad_hidden[part] = d @ logits.weight
             if grad_weight is not None:
-                grad_weight.addmm_(d.T.to(grad_weight.dtype), h.to(grad_weight.dtype))
+                grad_weight.addmm_(d.T.to(precise), hidden[part].to(logits.weight.dtype).to(precise))
             if grad_bias is not None:
-                grad_bias += d.sum(0).to(grad_bias.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), grad_bias, None, None, None
+                grad_bias += d.sum(0)
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, *nothing
 
 
-def _logits(h: Tensor, w: Tensor, b: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    z = F.linear(h, w, b)
-    z = z if z.dtype == torch.float64 else z.float()
-    z = z.mul_(scale) if scale != 1.0 else z
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
+class _Logits:
+    """softcap(scale * (h W^T + b)) of a chunk of tokens at a time, in float32 at least.
+
+    Every chunk is written into the same memory: on a CPU fresh pages cost as much again as the product.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, tokens: int, dtype=None
+    ):
+        if dtype is None:
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self.scale, self.softcap, self.tokens = scale, softcap, tokens
+        self._rows = max(1, min(tokens, CHUNK // weight.size(0)))
+        self._product = self.weight.new_empty(self._rows, weight.size(0))
+        precise = torch.promote_types(dtype, torch.float32)
+        self._values = self._product if precise == dtype else torch.empty_like(self._product, dtype=precise)
+        self.values = self._values
+
+    def chunks(self) -> list[slice]:
+        return [slice(i, min(i + self._rows, self.tokens)) for i in range(0, self.tokens, self._rows)]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        product, self.values = self._product[: len(hidden)], self._values[: len(hidden)]
+        hidden = hidden.to(self.weight.dtype)
+        if self.bias is None:
+            torch.mm(hidden, self.weight.T, out=product)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.T, out=product)
+        if self.values.dtype != product.dtype:
+            self.values.copy_(product)
+        if self.scale != 1.0:
+            self.values.mul_(self.scale)
+        if self.softcap is not None:
+            self.values.div_(self.softcap).tanh_().mul_(self.softcap)
+        return self.values
+
+    def slopes(self, labels: Tensor, log_total: Tensor, grad: Tensor) -> Tensor:
+        """grad * d log p[label] / d (h W^T + b) of the last chunk, written over its logits."""
+        chosen = self.values.gather(1, labels)
+        for i in range(0, len(labels), BLOCK):
+            block = slice(i, i + BLOCK)
+            z = self.values[block]
+            slope = -grad[block, None] * self.scale
+            if self.softcap is not None:
+                slope = slope * (1 - (z / self.softcap).square())
+            # Probabilities that cannot matter go to 0: as denormal numbers they would slow the products 30 times.
+            F.threshold_(z.sub_(log_total[block, None]).exp_(), 1e-20, 0.0).mul_(slope)
+        peak = grad[:, None] * self.scale
+        if self.softcap is not None:
+            peak = peak * (1 - (chosen / self.softcap).square())
+        self.values.scatter_add_(1, labels, peak.to(self.values.dtype))
+        if self._product.dtype == self.values.dtype:
+            return self.values
+        return self._product[: len(labels)].copy_(self.values)

@@ -33,18 +33,24 @@ class CompletionLogps:
 
 
 def completion_logps(
-    model: nn.Module, batch: dict[str, Tensor], *, layout: str = "padded", **forward_kwargs: Any
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    *,
+    layout: str = "padded",
+    token_stats: bool = True,
+    **forward_kwargs: Any,
 ) -> CompletionLogps:
     r"""log pi(y|x) of every completion of every group.
 
     .. math:: \log\pi(y|x) = \sum_t \log\pi(y_t | x, y_{<t})
 
     Args:
-        model: a causal language model with a fused LM head (TRL's, or ``models/head.py``), which returns the log-probs
-            of the labels without holding the logits of tokens x vocabulary.
+        model: a causal language model that went through ``models/head.py``'s ``add_head``, so that it returns the
+            log-probs of the labels without holding the logits of tokens x vocabulary.
         batch: what :class:`~contrastive_align.data.GroupCollator` returns.
         layout: ``"padded"``, a row for each completion, or ``"shared"``, one packed row in which the completions of a
             group share their prompt (see ``models/attention.py``; the model's attention must be set to it).
+        token_stats: whether ``tokens`` is wanted, which costs a few passes over the logits.
         forward_kwargs: passed to the model.
     """
     lengths = batch["completion_mask"][:, 1:].sum(1)
@@ -55,7 +61,7 @@ def completion_logps(
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
         shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"shift_labels": shift_labels}
-    outputs = model(**inputs, use_cache=False, fused_lm_head=True, **forward_kwargs)
+    outputs = model(**inputs, use_cache=False, fused_lm_head=True, token_stats=token_stats, **forward_kwargs)
     scored = inputs["shift_labels"] != -100  # completion tokens, completion after completion, under both layouts
     values = {name: getattr(outputs, name) for name in ("log_probs", "entropy", "mean_logits", "is_top1")}
     values = {name: v[scored] if v.dim() == 2 else v for name, v in values.items() if v is not None}

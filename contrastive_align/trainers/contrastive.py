@@ -35,6 +35,7 @@ from contrastive_align.models.head import add_head
 from contrastive_align.models.layout import choose_layout
 from contrastive_align.models.loading import check_output_dir
 from contrastive_align.models.logps import CompletionLogps, per_completion
+from contrastive_align.models.memory import keep_freed_memory
 from contrastive_align.trainers.contrastive_config import ContrastiveConfig
 from contrastive_align.trainers.metrics import Averages, Mean, Metric, group_metrics
 from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMixin
@@ -178,6 +179,8 @@ class ContrastiveTrainer(TokenBatchesMixin, ReferenceMixin, DPOTrainer):
             score_dtype = torch.float32 if args.device.type == "mps" else torch.float64  # which mps does not have
             data_collator = GroupCollator(processing_class.pad_token_id, args.pad_to_multiple_of, score_dtype)
 
+        if args.device.type == "cpu":
+            keep_freed_memory()
         self.data_reports: dict[str, DataReport] = {}
         self.last_evaluation: dict[str, Mean] = {}  # with standard errors
         self._averages = {"train": Averages(), "eval": Averages()}

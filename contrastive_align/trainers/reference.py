@@ -63,7 +63,7 @@ class ReferenceMixin:
                 self._without_new_adapter(),
                 self.accelerator.autocast(),
             ):
-                return completion_logps(model, inputs, layout=self.layout).logps
+                return completion_logps(model, inputs, layout=self.layout, token_stats=False).logps
         finally:
             model.train(was_training)
 
