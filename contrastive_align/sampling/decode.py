@@ -1,0 +1,408 @@
+"""Token ids drawn from a model's own distribution, with the log-probs they were drawn with.
+
+Plain sampling and nothing else: temperature 1, no top-p, no top-k, no penalties, whatever the generation config says.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from contrastive_align.sampling.cache import give_room
+
+
+KEEP_ENDED = 0.25  # ended rows are dropped when they are more than this share: it costs a copy of the others' cache
+SCORED_AT_ONCE = 2**24  # logits in memory at once when given completions are scored
+RANDOM_BITS = 63
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """K completions of each of C prompts.
+
+    Args:
+        completion_ids: C x K lists of token ids, EOS included where it was drawn.
+        logps: (C, K) float64 nats, summed over the completion's tokens, EOS included: from the very logits that it was
+            drawn with.
+        truncated: (C, K) bool: max_new_tokens came before EOS.
+    """
+
+    completion_ids: list[list[list[int]]]
+    logps: Tensor
+    truncated: Tensor
+
+
+@torch.no_grad()
+def draw(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    per_prompt: int,
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+    pad_token_id: int,
+    seeds: Sequence[int],
+    rows_at_once: int = 256,
+) -> Drawn:
+    r"""Draw completions token by token, the prompts being computed once for all of their samples.
+
+    .. math:: y_t = \arg\max_v \, \pi(v | x, y_{<t}) / E_{t,v}, \quad E_{t,v} \sim \text{Exponential}(1)
+
+    which has the distribution :math:`\pi`: the first of competing exponential clocks (the Gumbel-max trick without its
+    logarithms). Sample k of a prompt has its own noise, made from the prompt's seed and k. It is the same token ids
+    whatever is drawn beside it, in any process and after resuming, but for near-ties that other batches' rounding
+    turns. The global random state is neither read nor moved.
+
+    Args:
+        model: a transformers model, under PEFT or not. Causal ones continue the prompt; encoder-decoder ones read it in
+            the encoder. Without a KV cache, every step computes the whole row again. Dropout is off while drawing.
+        prompt_ids: C prompts, not empty.
+        per_prompt: K.
+        eos_token_ids: tokens that end a completion; may be none.
+        pad_token_id: any token of the vocabulary.
+        seeds: one for each prompt.
+        rows_at_once: how many samples are decoded together at most.
+
+    Raises:
+        ValueError: no seed for a prompt, an empty prompt, one that is too long for the model, or logits that are NaN.
+        NotImplementedError: a prompt-tuning adapter.
+    """
+    if per_prompt < 1 or max_new_tokens < 1 or rows_at_once < 1:
+        raise ValueError(
+            f"per_prompt={per_prompt}, max_new_tokens={max_new_tokens}, rows_at_once={rows_at_once}: expected at least "
+            "1 each."
+        )
+    if len(seeds) != len(prompt_ids):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompt_ids)} prompts, expected one for each.")
+    kind = _Kind.of(model)
+    kind.check_lengths([len(ids) for ids in prompt_ids], max_new_tokens)
+    sample_seeds = [_sample_seeds(seed, per_prompt) for seed in seeds]
+    completion_ids: list[list[list[int]]] = [[[] for _ in range(per_prompt)] for _ in prompt_ids]
+    logps = torch.zeros(len(prompt_ids), per_prompt, dtype=torch.float64)
+    truncated = torch.zeros(len(prompt_ids), per_prompt, dtype=torch.bool)
+    whole_prompts = rows_at_once // per_prompt * per_prompt or rows_at_once
+    with _evaluation(model):
+        for prompts in kind.beside_each_other([len(ids) for ids in prompt_ids]):
+            rows = [(c, k) for c in prompts for k in range(per_prompt)]
+            for i in range(0, len(rows), whole_prompts):
+                part = rows[i : i + whole_prompts]
+                decoder = kind.start(model, prompt_ids, [c for c, _ in part], pad_token_id)
+                part_seeds = [sample_seeds[c][k] for c, k in part]
+                ids, sums, cut = _decode(decoder, part_seeds, max_new_tokens, eos_token_ids, pad_token_id)
+                c, k = torch.tensor(part).unbind(1)
+                logps[c, k], truncated[c, k] = sums.cpu(), cut.cpu()
+                for (c, k), row in zip(part, ids, strict=True):
+                    completion_ids[c][k] = row
+    if not torch.isfinite(logps).all():
+        c, k = (~torch.isfinite(logps)).nonzero()[0].tolist()
+        raise ValueError(
+            f"Sample {k} of prompt {c} has the log-prob {logps[c, k].item()}: the model's logits are not finite. Its "
+            "weights may hold NaN, or its precision may be too low for it."
+        )
+    return Drawn(completion_ids, logps, truncated)
+
+
+def _decode(
+    decoder: _Cached | _EncoderDecoder | _Uncached, seeds: list[int], steps: int, eos: Sequence[int], pad: int
+) -> tuple[list[list[int]], Tensor, Tensor]:
+    """One row for each seed -> token ids, log-probs, whether the steps came to an end first."""
+    device, n = decoder.logits.device, len(seeds)
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    ends = torch.tensor(list(eos), dtype=torch.long, device=device)
+    ids = torch.full((n, steps), pad, device=device)
+    logps = torch.zeros(n, dtype=torch.float64, device=device)
+    lengths = torch.zeros(n, dtype=torch.long, device=device)
+    truncated = torch.zeros(n, dtype=torch.bool, device=device)
+    # The decoder's rows: which of the n they are, and whether they still run.
+    rows, running = torch.arange(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
+    runs = [True] * n
+    for step in range(steps):
+        tokens, token_logps = _race(decoder.logits, _exponential(decoder.logits.shape, generators, runs))
+        tokens = torch.where(running, tokens, pad)
+        ids[rows, step] = tokens
+        logps[rows] += token_logps.masked_fill(~running, 0.0)
+        lengths[rows] += running
+        running = running & ~torch.isin(tokens, ends)
+        runs = running.tolist()
+        if not any(runs) or step + 1 == steps:
+            break
+        if sum(runs) < (1 - KEEP_ENDED) * len(runs):
+            kept = running.nonzero().flatten()
+            generators = list(itertools.compress(generators, runs))
+            rows, running, tokens = rows[kept], running[kept], tokens[kept]
+            decoder.select(kept)
+            runs = [True] * len(kept)
+        decoder.step(tokens)
+    truncated[rows] = running
+    return [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)], logps, truncated
+
+
+def _race(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, V) logits and exponential noise -> n tokens and their log-probs in float64."""
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    top = logits.max(-1, keepdim=True).values
+    weights = (logits - top).exp_()
+    total = weights.sum(-1)
+    tokens = weights.div_(noise).argmax(-1)
+    chosen = logits.gather(-1, tokens.unsqueeze(-1)) - top
+    return tokens, chosen.squeeze(-1).double() - total.double().log()
+
+
+def _exponential(shape: tuple[int, int], generators: Sequence[torch.Generator], runs: Sequence[bool]) -> Tensor:
+    """Exponential(1) noise in float32, never 0, each row from its generator; any number in the rows that do not run.
+
+    The small numbers win the race. They are made from 63 random bits: steps of 2^-24, as uniform numbers in float32
+    have, would hardly ever draw the tokens with a probability below that.
+    """
+    bits = torch.ones(shape, dtype=torch.int64, device=generators[0].device)
+    for row, generator, run in zip(bits, generators, runs, strict=True):
+        if run:
+            row.random_(1, None, generator=generator)
+    return bits.float().mul_(2.0**-RANDOM_BITS).neg_().log1p_().neg_()
+
+
+def _sample_seeds(seed: int, n: int) -> list[int]:
+    """n seeds from one, the first ones whatever n."""
+    return torch.randint(2**RANDOM_BITS - 1, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    rows_at_once: int = 256,
+) -> Tensor:
+    """(n,) float64 nats: the log-prob of each completion after its prompt, summed over its tokens, dropout off.
+
+    The model is taken as it is and left as it was, with no head added; no gradient. Completions are not empty.
+    """
+    kind = _Kind.of(model)
+    lengths = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    kind.check_lengths([len(ids) for ids in prompt_ids], max(map(len, completion_ids), default=1))
+    logps = torch.zeros(len(lengths), dtype=torch.float64)
+    vocabulary = kind.base.get_output_embeddings().weight.size(0)
+    with _evaluation(model):
+        for alike in kind.beside_each_other(lengths):
+            longest = max(len(completion_ids[i]) for i in alike)
+            size = max(1, min(rows_at_once, SCORED_AT_ONCE // (vocabulary * (longest + 1))))
+            for i in range(0, len(alike), size):
+                rows = alike[i : i + size]
+                labels = [list(completion_ids[r]) for r in rows]
+                prompts = [list(prompt_ids[r]) for r in rows]
+                logps[rows] = _score_rows(model, kind, prompts, labels, pad_token_id).cpu()
+    return logps
+
+
+def _score_rows(
+    model: nn.Module, kind: _Kind, prompts: list[list[int]], completions: list[list[int]], pad: int
+) -> Tensor:
+    device, longest = kind.base.device, max(map(len, completions))
+    if kind.encoder_decoder:
+        ids, mask = _padded(prompts, pad, "right", device)
+        labels, scored = _padded(completions, pad, "right", device)
+        inputs, _ = _padded([[kind.start_token, *row[:-1]] for row in completions], pad, "right", device)
+        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=inputs, use_cache=False).logits
+    else:
+        rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        ids, mask = _padded(rows, pad, "left", device)
+        logits = model(**kind.inputs(ids, mask, keep=longest + 1), use_cache=False).logits[:, -longest - 1 : -1]
+        labels, scored = ids[:, -longest:], _padded(completions, pad, "left", device)[1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logps = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1).double() - logits.logsumexp(-1).double()
+    return logps.masked_fill(scored == 0, 0.0).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------- what a model can and takes
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a model takes.
+
+    Args:
+        base: the transformers model, without PEFT's wrapper.
+        takes: the names of its forward's arguments.
+        cached: it has a KV cache (or states) that rows can be selected from.
+        padded: prompts of different lengths can stand in one batch. Recurrent states may see the padding.
+        start_token: the decoder's first, of an encoder-decoder model.
+    """
+
+    base: PreTrainedModel
+    takes: frozenset[str]
+    cached: bool
+    padded: bool
+    encoder_decoder: bool
+    start_token: int | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Kind:
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise NotImplementedError(
+                f"{type(model).__name__} has a prompt-tuning adapter (virtual tokens), which is not sampled from here. "
+                "Use LoRA, or merge it into a model."
+            )
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # The class's own: heads that were added to the instance take anything.
+        takes = frozenset(inspect.signature(type(base).forward).parameters)
+        cached = "past_key_values" in takes and base._supports_default_dynamic_cache()
+        encoder_decoder = bool(base.config.is_encoder_decoder)
+        start = None
+        if encoder_decoder:
+            configs = (base.config, base.generation_config)
+            start = next((s for c in configs if (s := getattr(c, "decoder_start_token_id", None)) is not None), None)
+            if start is None or not cached:
+                raise NotImplementedError(
+                    f"{type(base).__name__} has decoder_start_token_id={start} and {'a' if cached else 'no'} cache: an "
+                    "encoder-decoder model needs both. Set model.config.decoder_start_token_id."
+                )
+        return cls(base, takes, cached, cached and not base._is_stateful, encoder_decoder, start)
+
+    def check_lengths(self, prompts: list[int], new: int) -> None:
+        if 0 in prompts:
+            raise ValueError(f"Prompt {prompts.index(0)} has no tokens, expected at least one (such as BOS).")
+        room = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        for c, length in enumerate(prompts):
+            needed = max(length, new) if self.encoder_decoder else length + new
+            if room is not None and needed > room:
+                raise ValueError(
+                    f"Prompt {c} has {length} tokens and max_new_tokens is {new}: {needed} positions, and "
+                    f"{type(self.base).__name__} has {room}. Shorten the prompt, or draw fewer tokens."
+                )
+
+    def beside_each_other(self, lengths: list[int]) -> list[list[int]]:
+        """Numbers of rows that may share batches, like lengths beside each other."""
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+        if self.padded:
+            return [order] if order else []
+        return [list(rows) for _, rows in itertools.groupby(order, key=lambda i: lengths[i])]
+
+    def inputs(self, ids: Tensor, mask: Tensor, keep: int) -> dict[str, Tensor | int]:
+        """The arguments of a causal model's forward, as far as it takes them."""
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
+        return {"input_ids": ids} | {name: value for name, value in given.items() if name in self.takes}
+
+    def start(
+        self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], prompts: list[int], pad: int
+    ) -> _Cached | _EncoderDecoder | _Uncached:
+        """A decoder with a row for each entry of ``prompts``; equal neighbours are computed once."""
+        distinct = [c for c, _ in itertools.groupby(prompts)]
+        ids, mask = _padded([prompt_ids[c] for c in distinct], pad, self.side, self.base.device)
+        decoder = (_EncoderDecoder if self.encoder_decoder else _Cached if self.cached else _Uncached)(model, self)
+        decoder.prefill(ids, mask)
+        if len(prompts) > len(distinct):
+            place = {c: i for i, c in enumerate(distinct)}
+            decoder.select(torch.tensor([place[c] for c in prompts], device=ids.device))
+        if self.cached:
+            give_room(decoder.cache)
+        return decoder
+
+    @property
+    def side(self) -> str:
+        return "right" if self.encoder_decoder else "left"
+
+
+class _Cached:
+    """A causal model and its cache. ``logits`` (rows, V) are those of the next token."""
+
+    def __init__(self, model: nn.Module, kind: _Kind) -> None:
+        self.model, self.kind = model, kind
+
+    def prefill(self, ids: Tensor, mask: Tensor) -> None:
+        outputs = self.model(**self.kind.inputs(ids, mask, keep=1), use_cache=True)
+        self.cache, self.logits, self.mask = outputs.past_key_values, outputs.logits[:, -1], mask
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, which may name one several times."""
+        self.cache.reorder_cache(rows)
+        self.logits, self.mask = self.logits[rows], self.mask[rows]
+
+    def step(self, tokens: Tensor) -> None:
+        self.mask = F.pad(self.mask, (0, 1), value=1)
+        inputs = self.kind.inputs(tokens.unsqueeze(-1), self.mask, keep=1)
+        if "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"][:, -1:]
+        self.logits = self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+
+class _EncoderDecoder:
+    """The prompt in the encoder, the completion in the decoder."""
+
+    def __init__(self, model: nn.Module, kind: _Kind) -> None:
+        self.model, self.kind, self.cache = model, kind, None
+
+    def prefill(self, ids: Tensor, mask: Tensor) -> None:
+        self.mask = mask
+        self.encoded = self.kind.base.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)[0]
+        self.step(ids.new_full((len(ids),), self.kind.start_token))
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.reorder_cache(rows)
+        self.logits, self.mask, self.encoded = self.logits[rows], self.mask[rows], self.encoded[rows]
+
+    def step(self, tokens: Tensor) -> None:
+        outputs = self.model(
+            decoder_input_ids=tokens.unsqueeze(-1),
+            encoder_outputs=BaseModelOutput(last_hidden_state=self.encoded),
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache, self.logits = outputs.past_key_values, outputs.logits[:, -1]
+
+
+class _Uncached:
+    """A causal model without a cache that it would share: all of the row, at every step."""
+
+    def __init__(self, model: nn.Module, kind: _Kind) -> None:
+        self.model, self.kind = model, kind
+
+    def prefill(self, ids: Tensor, mask: Tensor) -> None:
+        self.ids, self.mask = ids, mask
+        self.logits = self.model(**self.kind.inputs(ids, mask, keep=1), use_cache=False).logits[:, -1]
+
+    def select(self, rows: Tensor) -> None:
+        self.ids, self.mask, self.logits = self.ids[rows], self.mask[rows], self.logits[rows]
+
+    def step(self, tokens: Tensor) -> None:
+        self.prefill(torch.cat([self.ids, tokens.unsqueeze(-1)], 1), F.pad(self.mask, (0, 1), value=1))
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(n, L) ids and mask.
+
+    >>> _padded([[1, 2], [3]], 0, "left", "cpu")
+    (tensor([[1, 2],
+            [0, 3]]), tensor([[1, 1],
+            [0, 1]]))
+    """
+    width = max(map(len, rows))
+    gaps = [[0] * (width - len(row)) for row in rows]
+    left = side == "left"
+    ids = [[pad] * len(g) + list(r) if left else list(r) + [pad] * len(g) for g, r in zip(gaps, rows, strict=True)]
+    mask = [g + [1] * len(r) if left else [1] * len(r) + g for g, r in zip(gaps, rows, strict=True)]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """No dropout; afterwards every module is in the mode in which it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,151 @@
+"""A model as a proposal: the tuned policy, the base itself, or the base with a prompt in front."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from contrastive_align.sampling.decode import draw, score
+from contrastive_align.sampling.samples import Samples
+
+
+class PolicyProposal:
+    """Samples of a model, with their log-probs under it and under the base.
+
+    The base is, in this order: ``base``; a PEFT model with its adapter off; the model itself. It never sees ``prefix``.
+    Every call draws fresh samples: its noise comes from the seed and from how many calls there were before, which is
+    what ``state_dict`` holds. ``drawn`` and ``truncated`` count the samples, and those that ``max_new_tokens`` cut.
+
+    Args:
+        model: see :func:`~contrastive_align.sampling.decode.draw`; neither changed nor moved.
+        tokenizer: of the model and of its base.
+        base: another model of the same vocabulary.
+        max_new_tokens: a completion that is longer ends there, without EOS; its log-prob is that of its tokens.
+        seed: give each process another one where each has its own prompts.
+        prefix: what the model sees before each prompt: text; or messages, if the prompts are conversations.
+        eos_token_ids: what ends a completion. Default: the tokenizer's EOS.
+        rows_at_once: samples decoded together at most.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        base: nn.Module | None = None,
+        max_new_tokens: int,
+        seed: int = 0,
+        prefix: str | list[dict[str, Any]] = "",
+        eos_token_ids: Sequence[int] | None = None,
+        rows_at_once: int = 256,
+    ) -> None:
+        self.model, self.tokenizer, self.base = model, tokenizer, base
+        self.max_new_tokens, self.seed, self.prefix, self.rows_at_once = max_new_tokens, seed, prefix, rows_at_once
+        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self.eos_token_ids = eos if eos_token_ids is None else list(eos_token_ids)
+        self.pad_token_id = next((i for i in (tokenizer.pad_token_id, *self.eos_token_ids) if i is not None), 0)
+        self.calls = self.drawn = self.truncated = 0
+        if base is None and getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"{type(model).__name__} has an adapter that transformers loaded. Wrap the model with peft's "
+                "PeftModel, whose adapter can be taken off, or pass base=."
+            )
+
+    def sample(self, prompts: Sequence[Any], n: int) -> Samples:
+        """n samples for each prompt (text, or messages), prompt by prompt.
+
+        ``completion_ids`` are what was drawn, also where their text would be encoded in another way.
+        """
+        bare = [self._encode(prompt) for prompt in prompts]
+        seen = [self._encode(_join(self.prefix, prompt)) for prompt in prompts] if self.prefix else bare
+        seeds = np.random.SeedSequence([self.seed, self.calls]).generate_state(len(prompts), np.uint64)
+        drawn = draw(
+            self.model,
+            seen,
+            per_prompt=n,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_ids=self.eos_token_ids,
+            pad_token_id=self.pad_token_id,
+            seeds=[int(s) for s in seeds],
+            rows_at_once=self.rows_at_once,
+        )
+        self.calls += 1
+        self.drawn += drawn.truncated.numel()
+        self.truncated += int(drawn.truncated.sum())
+        ids = [row for rows in drawn.completion_ids for row in rows]
+        owner = torch.arange(len(prompts)).repeat_interleave(n)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        chats = [not isinstance(prompts[i], str) for i in owner.tolist()]
+        logps = drawn.logps.flatten()
+        return Samples(
+            prompt_index=owner,
+            completion_ids=ids,
+            completions=[
+                [{"role": "assistant", "content": text}] if chat else text
+                for text, chat in zip(texts, chats, strict=True)
+            ],
+            logps=logps,
+            base_logps=logps if self._is_base else self._score_base([bare[i] for i in owner.tolist()], ids),
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"calls": self.calls, "drawn": self.drawn, "truncated": self.truncated}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.calls, self.drawn, self.truncated = state["calls"], state["drawn"], state["truncated"]
+
+    @property
+    def _is_base(self) -> bool:
+        return self.base is None and not self.prefix and not is_peft_model(self.model)
+
+    def _score_base(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> torch.Tensor:
+        adapter_off = self.base is None and is_peft_model(self.model)
+        with _without_adapter(self.model) if adapter_off else nullcontext():
+            model = self.model if self.base is None else self.base
+            return score(
+                model, prompt_ids, completion_ids, pad_token_id=self.pad_token_id, rows_at_once=self.rows_at_once
+            )
+
+    def _encode(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.tokenizer(text=prompt)["input_ids"]
+        elif not self.tokenizer.chat_template:
+            raise ValueError(
+                "The prompt is a conversation, but the tokenizer has no chat template. Set tokenizer.chat_template, or "
+                "give plain text."
+            )
+        else:
+            ids = self.tokenizer.apply_chat_template(
+                prompt, tokenize=True, add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:  # the text and the tokenizer both have one
+            ids = ids[1:]
+        return ids
+
+
+@contextmanager
+def _without_adapter(model: nn.Module) -> Iterator[None]:
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, was in trained:  # PEFT sets an adapter training that it switches on
+            parameter.requires_grad_(was)
+
+
+def _join(prefix: Any, prompt: Any) -> Any:
+    if isinstance(prefix, str) == isinstance(prompt, str):
+        return prefix + prompt if isinstance(prompt, str) else [*prefix, *prompt]
+    raise TypeError(
+        f"prefix is a {type(prefix).__name__} and the prompt a {type(prompt).__name__}, expected text before text, or "
+        "messages before messages."
+    )
