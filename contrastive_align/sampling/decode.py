@@ -163,10 +163,12 @@ def _exponential(shape: tuple[int, int], generators: Sequence[torch.Generator], 
     The small numbers win the race. They are made from 63 random bits: steps of 2^-24, as uniform numbers in float32
     have, would hardly ever draw the tokens with a probability below that.
     """
-    bits = torch.ones(shape, dtype=torch.int64, device=generators[0].device)
+    bits = torch.empty(shape, dtype=torch.int64, device=generators[0].device)
     for row, generator, run in zip(bits, generators, runs, strict=True):
         if run:
             row.random_(1, None, generator=generator)
+        else:
+            row.fill_(1)
     return bits.float().mul_(2.0**-RANDOM_BITS).neg_().log1p_().neg_()
 
 
