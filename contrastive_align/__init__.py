@@ -6,7 +6,21 @@ from contrastive_align.versions import check_versions
 check_versions()
 
 from contrastive_align.losses import LOSSES  # noqa: E402 (after the check, so that it speaks first)
-from contrastive_align.trainers import ContrastiveConfig, ContrastiveTrainer  # noqa: E402
+from contrastive_align.targets import Constraint, Target  # noqa: E402
+from contrastive_align.trainers import (  # noqa: E402
+    ContrastiveConfig,
+    ContrastiveTrainer,
+    FDPGConfig,
+    FDPGTrainer,
+)
 
 
-__all__ = ["LOSSES", "ContrastiveConfig", "ContrastiveTrainer"]
+__all__ = [
+    "LOSSES",
+    "Constraint",
+    "ContrastiveConfig",
+    "ContrastiveTrainer",
+    "FDPGConfig",
+    "FDPGTrainer",
+    "Target",
+]

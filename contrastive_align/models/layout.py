@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from contrastive_align.models import attention
+from contrastive_align.models.head import add_head
 from contrastive_align.models.logps import completion_logps
 
 
@@ -18,6 +19,14 @@ LAYOUTS = ("auto", "shared", "padded")
 # What rounding may make of the difference, in nats per token.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 TOLERANCE_16_BIT = 5e-2
+
+
+def set_layout(models: list[PreTrainedModel], wanted: str, *, obstacle: str | None, autocast: bool) -> str:
+    """The layout under which all the models run: ``"shared"`` only where each of them can. Gives them their heads."""
+    for model in models:
+        add_head(model)
+    layouts = {choose_layout(model, wanted, obstacle=obstacle, autocast=autocast) for model in models}
+    return "shared" if layouts == {"shared"} else "padded"
 
 
 def choose_layout(

@@ -1,4 +1,4 @@
-"""Model + GroupBatch -> log-probs. No other place of the package turns a model's output into log-probs."""
+"""Model + GroupBatch -> log-probs, for training and references (what a sampler draws it scores as it draws)."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from contrastive_align.trainers.contrastive import ContrastiveTrainer
 from contrastive_align.trainers.contrastive_config import ContrastiveConfig
+from contrastive_align.trainers.fdpg import FDPGTrainer
+from contrastive_align.trainers.fdpg_config import FDPGConfig
 
 
-__all__ = ["ContrastiveConfig", "ContrastiveTrainer"]
+__all__ = ["ContrastiveConfig", "ContrastiveTrainer", "FDPGConfig", "FDPGTrainer"]

@@ -31,11 +31,9 @@ from contrastive_align.data import DataReport, GroupCollator, prepare_groups
 from contrastive_align.data.collate import to_table
 from contrastive_align.losses import LOSSES, is_preference, target_labels, temperature_for_entropy
 from contrastive_align.models import completion_logps, load_tokenizer, resolve_start, verify_saved, with_pad_token
-from contrastive_align.models.head import add_head
-from contrastive_align.models.layout import choose_layout
+from contrastive_align.models.layout import set_layout
 from contrastive_align.models.loading import check_output_dir
 from contrastive_align.models.logps import CompletionLogps, per_completion
-from contrastive_align.models.memory import keep_freed_memory
 from contrastive_align.trainers.contrastive_config import ContrastiveConfig
 from contrastive_align.trainers.metrics import Averages, Mean, Metric, group_metrics
 from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMixin
@@ -179,8 +177,6 @@ class ContrastiveTrainer(TokenBatchesMixin, ReferenceMixin, DPOTrainer):
             score_dtype = torch.float32 if args.device.type == "mps" else torch.float64  # which mps does not have
             data_collator = GroupCollator(processing_class.pad_token_id, args.pad_to_multiple_of, score_dtype)
 
-        if args.device.type == "cpu":
-            keep_freed_memory()
         self.data_reports: dict[str, DataReport] = {}
         self.last_evaluation: dict[str, Mean] = {}  # with standard errors
         self._averages = {"train": Averages(), "eval": Averages()}
@@ -226,11 +222,8 @@ class ContrastiveTrainer(TokenBatchesMixin, ReferenceMixin, DPOTrainer):
         models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
-        for model in models:
-            add_head(model)
-        told = {"obstacle": obstacle, "autocast": self.args.bf16 or self.args.fp16}
-        layouts = {choose_layout(model, self.args.layout, **told) for model in models}
-        self.layout = "shared" if layouts == {"shared"} else "padded"
+        autocast = self.args.bf16 or self.args.fp16
+        self.layout = set_layout(models, self.args.layout, obstacle=obstacle, autocast=autocast)
 
     @property
     def _zero_stage(self) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
 from contrastive_align.losses import LOSSES, canonical_loss_name
 from contrastive_align.models.layout import LAYOUTS
+from contrastive_align.trainers.options import check_positive, refuse
 
 
 # What TRL's class offers and groups of K do not have: option -> (why, the way out). Any value but TRL's default raises.
@@ -115,17 +116,12 @@ class ContrastiveConfig(DPOConfig):
             self.loss_type = [self.loss_type]
         self.loss_type = [canonical_loss_name(name) for name in self.loss_type]
         _check_loss_weights(self.loss_type, self.loss_weights)
-        defaults = {f.name: f.default for f in fields(DPOConfig)}
-        for name, (why, way_out) in NOT_SUPPORTED.items():
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not supported by ContrastiveTrainer: {why}. Way out: {way_out}."
-                )
+        refuse(self, DPOConfig, NOT_SUPPORTED, "ContrastiveTrainer")
         super().__post_init__()
-        _check_positive("beta", self.beta)
-        _check_positive("per_device_train_batch_size", self.per_device_train_batch_size)
-        _check_positive("per_device_eval_batch_size", self.per_device_eval_batch_size)
-        _check_positive("temperature_alpha", self.temperature_alpha)
+        check_positive("beta", self.beta)
+        check_positive("per_device_train_batch_size", self.per_device_train_batch_size)
+        check_positive("per_device_eval_batch_size", self.per_device_eval_batch_size)
+        check_positive("temperature_alpha", self.temperature_alpha)
         if self.max_tokens_per_batch is not None:
             self._check_batches_by_tokens()
         if self.layout not in LAYOUTS:
@@ -153,7 +149,7 @@ class ContrastiveConfig(DPOConfig):
             )
 
     def _check_batches_by_tokens(self) -> None:
-        _check_positive("max_tokens_per_batch", self.max_tokens_per_batch)
+        check_positive("max_tokens_per_batch", self.max_tokens_per_batch)
         if self.accelerator_config.split_batches:
             raise ValueError(
                 "accelerator_config.split_batches=True cuts batches of one size into equal parts, and with "
@@ -175,8 +171,3 @@ def _check_loss_weights(names: list[str], weights: list[float] | None) -> None:
         raise ValueError(
             f"loss_weights has {len(weights)} numbers for the {len(names)} losses {names}, expected one each."
         )
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} is {value}, expected a finite number above 0.")

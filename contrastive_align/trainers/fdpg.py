@@ -1,0 +1,469 @@
+"""FDPGTrainer: trl.RLOOTrainer towards a target. Wiring only; the mathematics is in losses/ and targets/."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+from trl import RLOOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, use_adapter
+
+from contrastive_align.data import GroupCollator
+from contrastive_align.losses import fdpg
+from contrastive_align.models import completion_logps, load_tokenizer, with_pad_token
+from contrastive_align.models.layout import set_layout
+from contrastive_align.sampling.decode import draw
+from contrastive_align.targets import Target
+from contrastive_align.trainers.distribution_metrics import distribution_metrics
+from contrastive_align.trainers.fdpg_config import FDPGConfig
+from contrastive_align.trainers.log_z import RunningLogZ
+
+
+logger = logging.get_logger(__name__)
+
+TARGET_FILE = "target.json"
+FIT_SAMPLES_PER_PROMPT = 256
+
+AnyDataset = Dataset | IterableDataset
+
+
+class FDPGTrainer(RLOOTrainer):
+    r"""Train a language model towards a target distribution under an f-divergence, from its own samples.
+
+    .. math:: \nabla D_f(\pi \| p) = E_{y \sim q}\Big[\frac{\pi(y)}{q(y)}\, f'\Big(\frac{\pi(y)}{p(y)}\Big)\,
+        \nabla \log \pi(y)\Big], \qquad p(y|c) = P(y|c) / Z_c
+
+    f-DPG, arXiv:2302.08215. DPG, GDC and CDPG are ``divergence="kl"``; RLHF with a KL penalty is
+    ``divergence="reverse_kl"`` on ``Target.from_reward``. A subclass of :class:`trl.RLOOTrainer` that takes its
+    arguments: prompts in, ``num_generations`` samples each, features by TRL's reward functions.
+
+    The base a(y|c) of the target is the model as it was given: its adapter off (LoRA), or a frozen copy.
+
+    ```python
+    from contrastive_align import FDPGConfig, FDPGTrainer
+    from contrastive_align.targets import Constraint, Target
+
+    target = Target([Constraint({"contains": "please"}, moment=0.5)])
+    trainer = FDPGTrainer(model, args=FDPGConfig(output_dir="out"), train_dataset=prompts, target=target)
+    trainer.train()  # finds the target's lambdas first, from samples of the base
+    ```
+
+    Args:
+        model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
+            peft_config: as in TRL.
+        reward_funcs: as in TRL; with no ``target``, theirs is base * exp(weighted sum of rewards / args.beta).
+        target: where to go. If its lambdas are unknown they are fitted when training starts.
+
+    Raises:
+        ValueError: an option or model this trainer does not support, with the way out.
+        InfeasibleMoment: a moment that no lambda reaches on samples of the base.
+        FeatureError: a feature that raises, or answers with something else than a number for each completion.
+    """
+
+    _tag_names = ("trl", "contrastive-align", "fdpg")
+    _name = "f-DPG"
+    _paper = {  # noqa: RUF012 (TRL's form)
+        "title": "Aligning Language Models with Preferences through f-divergence Minimization",
+        "id": "2302.08215",
+        "citation": textwrap.dedent("""\
+            @inproceedings{go2023aligning,
+                title        = {{Aligning Language Models with Preferences through f-divergence Minimization}},
+                author       = {Dongyoung Go and Tomasz Korbak and Germ{\\'{a}}n Kruszewski and Jos Rozen and Nahyeon Ryu and Marc Dymetman},
+                year         = 2023,
+                booktitle    = {International Conference on Machine Learning},
+                eprint       = {2302.08215},
+                archivePrefix = {arXiv},
+            }"""),  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any = None,
+        args: FDPGConfig | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: Any | None = None,
+        *,
+        target: Target | None = None,
+    ):
+        if args is None:
+            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = FDPGConfig(f"{model_id.split('/')[-1]}-FDPG")
+        elif not isinstance(args, FDPGConfig):
+            raise TypeError(f"args is a {type(args).__name__}, expected an FDPGConfig (it takes RLOOConfig's options).")
+        if isinstance(processing_class, ProcessorMixin):
+            raise ValueError("processing_class is a vision processor, expected a tokenizer: prompts are text here.")
+        if reward_processing_classes is not None:
+            raise ValueError(
+                "reward_processing_classes is not read here. Give the reward model as a feature with its tokenizer: "
+                "resolve_feature({'reward_model': model}, tokenizer=tokenizer)."
+            )
+        self.target = _target_of(target, reward_funcs, args)
+        if processing_class is None:
+            source = model if isinstance(model, str) else get_config_model_id(model.config)
+            processing_class = load_tokenizer(source, trust_remote_code=args.trust_remote_code)
+        with_pad_token(processing_class)
+
+        # TRL would load its reference from the hub id, even where the model was changed since, and only for beta != 0;
+        # the base of the target is the model as it was given.
+        without_reference = copy.copy(args)
+        without_reference.beta, without_reference.reward_weights = 0.0, None
+        super().__init__(
+            model=model,
+            reward_funcs=[_never_called],
+            args=without_reference,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        self.args.beta, self.args.reward_weights = args.beta, args.reward_weights
+        if self.model.config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(self.model).__name__} is an encoder-decoder, which this trainer does not support yet."
+            )
+        if self.aux_loss_enabled:
+            raise ValueError("A router loss has no place in the target. Set router_aux_loss_coef=0.")
+        self.base_model = self._frozen_copy()
+        models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
+        models += [] if self.base_model is None else [self.base_model]
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        obstacle = "its weights are sharded before it can be tried" if sharded else None
+        self.layout = set_layout(models, args.layout, obstacle=obstacle, autocast=args.bf16 or args.fp16)
+        self._collate = GroupCollator(self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
+        self.log_z = RunningLogZ()
+        self._evaluations = 0
+
+    def _frozen_copy(self) -> PreTrainedModel | None:
+        """The base, where it is not the policy without its adapter."""
+        if is_peft_model(self.model):
+            return None
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "Full fine-tuning with DeepSpeed or FSDP would need a sharded copy of the base, which is not "
+                "supported yet. Use LoRA (peft_config), whose base is the model with its adapter off."
+            )
+        base = copy.deepcopy(self.model)
+        base.__dict__.pop("forward", None)  # TRL's head, which would call the policy's forward
+        add_fused_lm_head(base)
+        disable_dropout_in_model(base)
+        return base.eval().requires_grad_(False)
+
+    # -------------------------------------------------------------------------------------------------------- target
+
+    def fit_target(self) -> None:
+        """Find the target's lambdas from samples of the base, and write them to ``output_dir``/target.json."""
+        # E_p[phi|c] of one sample is that sample's phi whatever lambda is: each prompt needs many.
+        prompts = _distinct_prompts(self.train_dataset, max(1, self.args.fit_samples // FIT_SAMPLES_PER_PROMPT))
+        per_prompt = math.ceil(self.args.fit_samples / len(prompts))
+        ids = self._prompt_ids([row["prompt"] for row in prompts])
+        with self._sampling(base=True) as model:
+            drawn = draw(
+                model, ids, per_prompt=per_prompt, seeds=self._seeds("fit", range(len(ids))), **self._draw_options()
+            )
+        phi = self._features(prompts, drawn.completion_ids)
+        fit = self.target.fit(phi.view(len(prompts), per_prompt, -1), min_ess=self.args.fit_min_ess)
+        logger.warning(
+            f"Target fitted on {phi.size(0)} samples of the base: "
+            + ", ".join(f"lambda({n}) = {v:.3f}" for n, v in zip(self.target.names, self.target.lambdas, strict=True))
+            + f"; effective sample size {fit.ess:.0f}."
+        )
+        if self.args.should_save:
+            Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            self.target.save(Path(self.args.output_dir) / TARGET_FILE)
+
+    def _features(self, rows: list[dict[str, Any]], completion_ids: list[list[list[int]]]) -> Tensor:
+        """phi (C * K, J) of K completions of each row."""
+        k = len(completion_ids[0])
+        columns = {
+            name: [row[name] for row in rows for _ in range(k)]
+            for name in rows[0]
+            if name not in ("prompt", "completion", "completion_ids")
+        }
+        flat = [ids for group in completion_ids for ids in group]
+        texts = self._tokenizer.batch_decode(flat, skip_special_tokens=True)
+        conversational = not isinstance(rows[0]["prompt"], str)
+        return self.target.features(
+            [row["prompt"] for row in rows for _ in range(k)],
+            [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
+            completion_ids=flat,
+            trainer_state=self.state,
+            log_extra=self._log_completion_extra,
+            log_metric=self._log_metric,
+            **columns,
+        )
+
+    # ------------------------------------------------------------------------------------------------------- sampling
+
+    def _prompt_ids(self, prompts: list[Any]) -> list[list[int]]:
+        prompt_ids, *_ = self._tokenize_prompts(prompts)
+        start = self._tokenizer.bos_token_id if self._tokenizer.bos_token_id is not None else self.eos_token_ids[0]
+        prompt_ids = [list(ids) or [start] for ids in prompt_ids]
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        for prompt, ids in zip(prompts, prompt_ids, strict=True):
+            if context and len(ids) + self.max_completion_length > context:
+                raise ValueError(
+                    f"A prompt of {len(ids)} tokens and max_completion_length={self.max_completion_length} exceed the "
+                    f"model's context of {context}: {str(prompt)[:80]!r}. Shorten or leave out the prompt, or lower "
+                    "max_completion_length."
+                )
+        return prompt_ids
+
+    def _draw_options(self) -> dict[str, Any]:
+        return {
+            "max_new_tokens": self.max_completion_length,
+            "eos_token_ids": self.eos_token_ids,
+            "pad_token_id": self._tokenizer.pad_token_id,
+        }
+
+    def _seeds(self, what: Any, places: Any) -> list[int]:
+        """A seed for each group: the same samples on any number of processes, and after resuming."""
+        return [_hash(self.args.seed, what, place) % 2**63 for place in places]
+
+    @contextlib.contextmanager
+    def _sampling(self, base: bool = False) -> Iterator[PreTrainedModel]:
+        """The policy or the base, to draw or score with: in evaluation mode and in the run's precision."""
+        with torch.no_grad(), self.accelerator.autocast(), contextlib.ExitStack() as stack:
+            if base and self.base_model is not None:
+                yield self.base_model
+                return
+            model = stack.enter_context(
+                unwrap_model_for_generation(
+                    self.model_wrapped,
+                    self.accelerator,
+                    gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                )
+            )
+            if base:
+                stack.enter_context(use_adapter(model, "ref" if "ref" in model.peft_config else None))
+            was_training = model.training
+            stack.callback(lambda: model.train(was_training))
+            yield model.eval()
+
+    def _draw(self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]):
+        """Completions (C, K) of the policy and their log-probs under it; None where these are still to be computed."""
+        if self.use_vllm or self.use_transformers_continuous_batching:
+            flat = self._generate_single_turn([ids for ids in prompt_ids for _ in range(per_prompt)], None, {})
+            return [flat[i : i + per_prompt] for i in range(0, len(flat), per_prompt)], None
+        with self._sampling() as model:
+            drawn = draw(model, prompt_ids, per_prompt=per_prompt, seeds=seeds, **self._draw_options())
+        return drawn.completion_ids, drawn.logps
+
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
+        """A micro-batch of whole groups; drawn for ``steps_per_generation`` of them at once, as in TRL."""
+        if not self.model.training:
+            k = self.num_generations_eval
+            self._evaluations += 1
+            return self._groups(generation_batch, k, 1, ("eval", self.state.global_step, self._evaluations))[0]
+        steps = self.args.steps_per_generation
+        if self._step % steps == 0 or self._buffered_inputs is None:
+            what = ("train", self._step // steps)
+            self._buffered_inputs = self._groups(generation_batch, self.num_generations, steps, what)
+        return self._buffered_inputs[self._step % steps]
+
+    @torch.no_grad()
+    def _groups(self, rows: list[dict[str, Any]], k: int, parts: int, what: Any) -> list[dict[str, Tensor]]:
+        """Draw K completions for each prompt, score them under base and target, cut into ``parts`` micro-batches."""
+        rows = rows[::k]  # TRL's sampler repeats every prompt K times in a row
+        prompt_ids = self._prompt_ids([row["prompt"] for row in rows])
+        first = self.accelerator.process_index * len(rows)
+        completion_ids, policy_logps = self._draw(prompt_ids, k, self._seeds(what, range(first, first + len(rows))))
+        size = len(rows) // parts
+        batches = []
+        for i in range(0, len(rows), size):
+            groups = zip(prompt_ids[i : i + size], completion_ids[i : i + size], strict=True)
+            examples = [{"prompt_ids": p, "completion_ids": c, "scores": [0.0] * k} for p, c in groups]
+            batch = self._collate(examples)
+            batches.append({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
+        base_logps = torch.cat([self._logps(batch, base=True) for batch in batches])
+        if policy_logps is None:
+            policy_logps = torch.cat([self._logps(batch) for batch in batches])
+        policy_logps = policy_logps.to(base_logps.device)
+        phi = self._features(rows, completion_ids).view(len(rows), k, -1).to(base_logps.device)
+        target_log_scores = self.target.log_scores(base_logps, phi)
+        keys = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in prompt_ids]
+        log_z = self._log_z_of(keys, target_log_scores - policy_logps)
+        self._log_groups(rows, completion_ids, phi, keys, policy_logps, base_logps, target_log_scores, log_z)
+        more = {"proposal_logps": policy_logps, "target_log_scores": target_log_scores, "log_z": log_z}
+        for j, batch in enumerate(batches):
+            batch.pop("scores")
+            batch.update({name: tensor[j * size : (j + 1) * size] for name, tensor in more.items()})
+        return batches
+
+    def _log_z_of(self, keys: list[str], log_weights: Tensor) -> Tensor:
+        """log Z (B,) of the prompts, these samples counted in; what all processes drew is counted on each of them."""
+        if self.model.training:
+            everywhere = gather_object(list(zip(keys, log_weights.tolist(), strict=True)))
+            self.log_z.add((key, torch.tensor(weights, dtype=torch.float64)) for key, weights in everywhere)
+            return self.log_z.of(keys).to(log_weights.device)
+        held_out = RunningLogZ()  # of an evaluation nothing is left in the training
+        held_out.add(zip(keys, log_weights, strict=True))
+        values = [self.log_z[key] if key in self.log_z else held_out[key] for key in keys]
+        return torch.tensor(values, dtype=torch.float64, device=log_weights.device)
+
+    def _logps(self, batch: dict[str, Tensor], base: bool = False) -> Tensor:
+        """(B, K) float64, in the layout of training."""
+        with self._sampling(base) as model:
+            return completion_logps(model, batch, layout=self.layout, token_stats=False).logps.double()
+
+    # ----------------------------------------------------------------------------------------------------------- loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """The mean over groups of :func:`~contrastive_align.losses.fdpg`; groups whose Z is still 0 count as 0."""
+        if return_outputs:
+            raise ValueError("return_outputs=True is not supported, as in TRL. Read the logged metrics.")
+        policy = completion_logps(model, inputs, layout=self.layout, token_stats=False)
+        some_mass = torch.isfinite(inputs["log_z"])
+        losses = fdpg(
+            policy.logps.double(),
+            inputs["proposal_logps"],
+            inputs["target_log_scores"],
+            log_z=inputs["log_z"],
+            divergence=self.args.divergence,
+            baseline=None if self.args.baseline == "none" else self.args.baseline,
+            valid=inputs["valid"] & some_mass.unsqueeze(1),
+            max_ratio=self.args.max_importance_ratio,
+        )
+        return losses.mean()
+
+    # -------------------------------------------------------------------------------------------------------- metrics
+
+    def _log_groups(self, rows, completion_ids, phi, keys, policy_logps, base_logps, target_log_scores, log_z) -> None:
+        mode = "train" if self.model.training else "eval"
+        k = policy_logps.size(1)
+        lengths = torch.tensor([[len(ids) for ids in group] for group in completion_ids], device=phi.device)
+        ended = torch.tensor(
+            [[ids[-1] in self.eos_token_ids for ids in group] for group in completion_ids], device=phi.device
+        )
+        gather = self.accelerator.gather
+        metrics = distribution_metrics(
+            policy_logps=gather(policy_logps),
+            base_logps=gather(base_logps),
+            target_log_scores=gather(target_log_scores),
+            log_z=gather(log_z),
+            phi=gather(phi),
+            names=self.target.names,
+            keys=gather_object(keys),
+            lengths=gather(lengths),
+            ended=gather(ended),
+            completion_ids=gather_object(completion_ids),
+        )
+        if mode == "train":
+            prompts = torch.tensor([len(rows) * k, int(lengths.sum())], device=phi.device)
+            self.state.num_input_tokens_seen += int(gather(prompts).view(-1, 2)[:, 1].sum())
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+        if self.log_completions:
+            texts = self._tokenizer.batch_decode([i for g in completion_ids for i in g], skip_special_tokens=True)
+            self._logs["prompt"].extend(gather_object([str(row["prompt"]) for row in rows for _ in range(k)]))
+            self._logs["completion"].extend(gather_object(texts))
+            for j, name in enumerate(self.target.names):
+                self._logs["rewards"][name].extend(gather(phi[..., j].flatten()).tolist())
+            self._logs["advantages"].extend(gather((target_log_scores - policy_logps).flatten()).tolist())
+
+    # --------------------------------------------------------------------------------------------- resuming and saving
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any):
+        if resume_from_checkpoint:
+            found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
+            resume_from_checkpoint = found or os.fspath(resume_from_checkpoint)
+            self._load_state(Path(resume_from_checkpoint))
+        elif not self.target.fitted:
+            self.fit_target()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            self.target.save(folder / TARGET_FILE)
+        state = {"step": self._step, "log_z": self.log_z.state_dict(), "groups": self._buffered_inputs}
+        torch.save(state, folder / _state_file(self.args.process_index))
+
+    def _load_state(self, checkpoint: Path) -> None:
+        """Target, running log Z and the groups already drawn: a resumed run draws none of them again."""
+        file = checkpoint / _state_file(self.args.process_index)
+        if not (checkpoint / TARGET_FILE).is_file() or not file.is_file():
+            raise ValueError(
+                f"{checkpoint} has no {TARGET_FILE} or no {file.name}: it was not written by an FDPGTrainer on this "
+                "many processes, and its samples and log Z cannot be continued. Start anew from its weights."
+            )
+        self.target.load(checkpoint / TARGET_FILE)
+        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        self._step, self._buffered_inputs = state["step"], state["groups"]
+        self.log_z.load_state_dict(state["log_z"])
+
+
+def _target_of(target: Target | None, reward_funcs: Any, args: FDPGConfig) -> Target:
+    if target is not None:
+        if not isinstance(target, Target):
+            raise TypeError(f"target is a {type(target).__name__}, expected a contrastive_align.targets.Target.")
+        if reward_funcs:
+            raise ValueError("Both target and reward_funcs are given, expected one: put the rewards into the target.")
+        if args.reward_weights is not None:
+            raise ValueError("reward_weights weighs reward_funcs, and a target is given. Leave it out.")
+        return target
+    if not reward_funcs:
+        raise ValueError(
+            "Nothing to train towards. Give target=Target([...]), or reward_funcs for base * exp(reward / beta)."
+        )
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(functions)
+    if len(weights) != len(functions):
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions.")
+    return Target.from_reward({"sum": [[w, f] for w, f in zip(weights, functions, strict=True)]}, args.beta)
+
+
+def _distinct_prompts(dataset: AnyDataset, at_most: int) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for row in dataset:
+        rows.setdefault(json.dumps(row["prompt"]), row)
+        if len(rows) == at_most:
+            break
+    return list(rows.values())
+
+
+def _hash(*parts: Any) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8])
+
+
+def _state_file(process: int) -> str:
+    return f"fdpg_state_{process}.pt"
+
+
+def _never_called(**columns: Any) -> list[float]:
+    """TRL wants a reward function; features are read through the target."""
+    raise AssertionError("TRL computed rewards by itself: FDPGTrainer's _prepare_inputs was not used.")
