@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 
-from contrastive_align.launch import contrastive
+from contrastive_align.launch import contrastive, fdpg
 from contrastive_align.launch.arguments import RENAMED, UsageError, parse
 
 
@@ -30,6 +30,7 @@ PUBLISHED = {
     "reward_qlora": ("ChenDRAG/ultrafeedback_reward", "run_reward.py"),
     "preference_qlora": ("ChenDRAG/ultrafeedback_preference", "run_preference.py"),
 }
+FDPG = ("fdpg", "fdpg_tiny", "fdpg_rlhf")
 KEY = re.compile(r"^\s*(?:- )?[A-Za-z_][\w.]*:(\s|$)")
 
 
@@ -45,18 +46,24 @@ def yaml_path(name: str) -> str:
     return str(ROOT / "yamls" / f"{name}.yaml")
 
 
+def parse_yaml(path: str | Path, *flags: str):
+    """As the script that the YAML is for."""
+    classes = fdpg.CLASSES if Path(path).stem.startswith("fdpg") else {}
+    return parse([str(path), *flags], prog="test", **classes)
+
+
 def accelerate_path(name: str) -> str:
     return str(ROOT / "recipes" / "accelerate_configs" / f"{name}.yaml")
 
 
 def test_the_files_are_there():
-    assert {p.stem for p in YAMLS} >= {*PUBLISHED, "reward_tiny"}
+    assert {p.stem for p in YAMLS} >= {*PUBLISHED, *FDPG, "reward_tiny"}
     assert {p.stem for p in (ROOT / "recipes" / "accelerate_configs").glob("*.yaml")} == set(ACCELERATE)
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
 def test_every_yaml_parses_strictly_and_in_todays_keys(path):
-    args = parse([str(path)], prog="test")
+    args = parse_yaml(path)
     written = yaml.safe_load(path.read_text())
     assert args.given == set(written)
     assert not set(written) & set(RENAMED)
@@ -70,7 +77,7 @@ def test_a_misspelt_key_is_refused(path, tmp_path):
     wrong = tmp_path / path.name
     wrong.write_text(re.sub(rf"(?m)^{key}:", f"{key}x:", path.read_text(), count=1))
     with pytest.raises(UsageError) as error:
-        parse([str(wrong)], prog="test")
+        parse_yaml(wrong)
     assert f"unknown key '{key}x'. Did you mean '{key}'?" in error.value.message
 
 
@@ -147,6 +154,30 @@ def test_tiny_is_the_bundled_default_run_spelt_out():
     assert spelt_out.model == default.model
     assert spelt_out.datasets == default.datasets
     assert spelt_out.training.to_dict() == default.training.to_dict()
+
+
+def test_fdpg_tiny_is_the_bundled_default_run_spelt_out():
+    spelt_out, default = fdpg._parse([yaml_path("fdpg_tiny")]), fdpg._parse([])
+    assert spelt_out.script == default.script
+    assert spelt_out.model == default.model
+    assert spelt_out.datasets == default.datasets
+    assert spelt_out.training.to_dict() == default.training.to_dict()
+
+
+@pytest.mark.parametrize("name", FDPG)
+def test_targets_of_the_fdpg_yamls(name):
+    args = fdpg._parse([yaml_path(name)])
+    target = fdpg._build_target(args)
+    assert len(target.names) == 1
+    assert args.training.per_device_train_batch_size % args.training.num_generations == 0
+    assert target.fitted == (name == "fdpg_rlhf")
+
+
+@pytest.mark.parametrize("recipe", ["fdpg_word", "fdpg_gdc"])
+def test_the_fdpg_recipes_name_files_that_exist(recipe):
+    text = (ROOT / "recipes" / recipe / "README.md").read_text()
+    for path in set(re.findall(r"(?:yamls|recipes)/[\w/]+\.\w+|run_\w+\.py", text)):
+        assert (ROOT / path).is_file(), path
 
 
 @pytest.mark.parametrize("name", ACCELERATE)

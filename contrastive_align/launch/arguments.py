@@ -57,14 +57,11 @@ class Arguments:
     """Everything a run was told, and what was chosen for it."""
 
     script: RunArguments
-    training: ContrastiveConfig
+    training: Any  # a ContrastiveConfig, or what ``parse`` was given instead
     model: ModelConfig
     datasets: DatasetMixtureConfig
     given: set[str]
     notes: list[str]
-
-
-_CLASSES = (RunArguments, ContrastiveConfig, ModelConfig, DatasetMixtureConfig)
 
 
 class UsageError(SystemExit):
@@ -76,19 +73,27 @@ class UsageError(SystemExit):
         self.message = message
 
 
-def parse(argv: Sequence[str] | None = None, *, prog: str, defaults: dict[str, Any] | None = None) -> Arguments:
+def parse(
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    defaults: dict[str, Any] | None = None,
+    script: type[RunArguments] = RunArguments,
+    training: type = ContrastiveConfig,
+) -> Arguments:
     """``[config.yaml] [--flag=value ...]`` -> :class:`Arguments`.
 
     The YAML may stand first or come with ``--config``; flags go before YAML, YAML before ``defaults`` (these are
     for what was not given). Every key and flag must be known. ``env:`` in the YAML sets environment
-    variables, as in TRL.
+    variables, as in TRL. ``script`` and ``training`` are the dataclasses that say which there are.
 
     Raises:
         UsageError: an unknown key or flag (with the nearest known one), a value of the wrong type, a missing YAML.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    classes = (script, training, ModelConfig, DatasetMixtureConfig)
     parser = TrlParser(
-        _CLASSES,
+        classes,
         prog=prog,
         usage=f"{prog} [config.yaml] [--flag=value ...]    (all flags: {prog} --help)",
         allow_abbrev=False,
@@ -104,7 +109,7 @@ def parse(argv: Sequence[str] | None = None, *, prog: str, defaults: dict[str, A
     for key in config:
         if key not in known:
             raise UsageError(f"{config_path}: unknown key '{key}'{_nearest(str(key), known)}")
-    _check_kinds(config, where=config_path or "")
+    _check_kinds(config, classes, where=config_path or "")
     flags = _modernise_flags(flags, notes, known)
     given = set(config) | {_flag_name(f, known) for f in flags if f.startswith("--")}
 
@@ -123,14 +128,14 @@ def parse(argv: Sequence[str] | None = None, *, prog: str, defaults: dict[str, A
     parser.set_defaults_with_config(**objects)
     tokens = [token for k, v in config.items() if k not in objects for token in _as_tokens(actions[k], v)]
     try:
-        script, training, model, datasets, unused = parser.parse_args_into_dataclasses(
+        *parsed, unused = parser.parse_args_into_dataclasses(
             tokens + flags, look_for_args_file=False, return_remaining_strings=True
         )
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
     if unused:
         raise UsageError(f"'{' '.join(unused)}' belongs to no flag. Usage: {prog} [config.yaml] [--flag=value ...]")
-    return Arguments(script, training, model, datasets, given, notes)
+    return Arguments(*parsed, given, notes)
 
 
 def _usage_error(prog: str, message: str):
@@ -266,10 +271,10 @@ def _nearest(name: str, known: set[str], prefix: str = "") -> str:
     return f". Did you mean '{prefix}{near[0]}'?" if near else ". See --help for all."
 
 
-def _check_kinds(config: dict[str, Any], where: str) -> None:
+def _check_kinds(config: dict[str, Any], classes: Sequence[type], where: str) -> None:
     """Refuse null, a mapping or a list for a key that takes none; argparse checks the rest."""
-    hints = {name: hint for cls in _CLASSES for name, hint in typing.get_type_hints(cls).items()}
-    defaults = {f.name: f.default for cls in _CLASSES for f in fields(cls)}
+    hints = {name: hint for cls in classes for name, hint in typing.get_type_hints(cls).items()}
+    defaults = {f.name: f.default for cls in classes for f in fields(cls)}
     for key, value in config.items():
         kind = next((kind for kind in (type(None), dict, list) if isinstance(value, kind)), None)
         if kind is None or _admits(hints[key], kind) or (value is None and defaults[key] is None):

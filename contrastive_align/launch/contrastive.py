@@ -5,26 +5,31 @@ from __future__ import annotations
 import logging as std_logging
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers.trainer_utils import get_last_checkpoint
-from trl import get_peft_config, get_quantization_config
 from trl.models import unwrap_model_for_generation
 
 from contrastive_align import demo
 from contrastive_align.data import DataReport, detect_spelling
 from contrastive_align.launch.arguments import Arguments, UsageError, parse
+from contrastive_align.launch.common import (
+    check_model_flags,
+    checkpoint_of,
+    ignore_bias_buffers,
+    model_arguments,
+    model_entry,
+    print_on_main,
+    save,
+    versions,
+)
 from contrastive_align.launch.datasets import load_splits, take
+from contrastive_align.launch.memory import keep_freed_memory
 from contrastive_align.report import Change, Summary
 from contrastive_align.sampling import sample_completions
 from contrastive_align.trainers import ContrastiveTrainer
-from contrastive_align.versions import SUPPORTED
 
 
 DEMO_NAME = "the bundled demo data"
@@ -46,6 +51,8 @@ def main(argv: Sequence[str] | None = None, *, preference: bool = False) -> Summ
     """Align a model on scored completions (or pairs) as the command line says; see ``README.md``."""
     prog = "run_preference.py" if preference else "run_reward.py"
     args = _parse(argv, prog, preference)
+    if args.training.device.type == "cpu":
+        keep_freed_memory()
     try:
         train, test, data_name = _load_data(args, preference)
         trainer = _build_trainer(args, train, test)
@@ -53,7 +60,7 @@ def main(argv: Sequence[str] | None = None, *, preference: bool = False) -> Summ
         if std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
             raise
         raise UsageError(f"{error}\n(--log_level=debug shows where)") from error
-    say = _print_on_main
+    say = print_on_main
     summary = _describe(args, trainer, data_name)
     say(summary.opening())
     for note in args.notes:
@@ -68,14 +75,10 @@ def main(argv: Sequence[str] | None = None, *, preference: bool = False) -> Summ
     is_demo_data = data_name == DEMO_NAME
     before = _demo_rewards(trainer, test) if is_demo_data else []
     started = time.perf_counter()
-    resume = args.training.resume_from_checkpoint
-    resume = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
-    if resume is True and get_last_checkpoint(args.training.output_dir) is None:
-        raise UsageError(f"--resume_from_checkpoint=true, but {args.training.output_dir} holds no checkpoint.")
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=checkpoint_of(args))
     summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
 
-    _save(args, trainer, summary, data_name)  # before anything else can fail
+    save(args, trainer, summary, None if is_demo_data else data_name)  # before anything else can fail
     _measure(summary, trainer, test)
     if is_demo_data:
         after = _demo_rewards(trainer, test)
@@ -91,14 +94,7 @@ def main(argv: Sequence[str] | None = None, *, preference: bool = False) -> Summ
 
 def _parse(argv: Sequence[str] | None, prog: str, preference: bool) -> Arguments:
     args = parse(argv, prog=prog)
-    lora = sorted(name for name in args.given if name.startswith(("lora_", "use_rslora", "use_dora")))
-    quantised = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(args.model, name)]
-    alone = quantised or ([] if "use_peft" in args.given else lora)
-    if alone and not args.model.use_peft:
-        raise UsageError(f"--{alone[0]} is given without --use_peft, which it needs. Add --use_peft.")
-    resume = str(args.training.resume_from_checkpoint or "")
-    if resume.lower() not in ("", "true", "false", "none") and not Path(resume).is_dir():
-        raise UsageError(f"--resume_from_checkpoint: no folder '{resume}' (looked in {Path.cwd()}).")
+    check_model_flags(args)
     defaults: dict[str, Any] = {"output_dir": "runs/preference" if preference else "runs/reward"}
     if args.model.model_name_or_path is None:
         defaults |= {"model_name_or_path": demo.MODEL_PATH, **DEMO_MODEL}
@@ -136,32 +132,13 @@ def _load_data(args: Arguments, preference: bool) -> tuple[Any, Any, str]:
 
 
 def _build_trainer(args: Arguments, train: Any, test: Any) -> ContrastiveTrainer:
-    model, training = args.model, args.training
-    init = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
-    }
-    if model.model_name_or_path == demo.MODEL_PATH:
-        init.pop("revision")
-    training.model_init_kwargs = init
-    if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
-        model.lora_target_modules = [
-            model.lora_target_modules
-        ]  # TRL unpacks a single name, which peft reads as a regex
     trainer = ContrastiveTrainer(
-        model=model.model_name_or_path,
-        args=training,
         train_dataset=train,
         eval_dataset=test,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
+        **model_arguments(args),
     )
-    if args.script.ignore_bias_buffers:  # as TRL's script: DDP trips over boolean buffers of some models
-        trainer.model._ddp_params_and_buffers_to_ignore = [
-            name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
-        ]
+    if args.script.ignore_bias_buffers:
+        ignore_bias_buffers(trainer)
     return trainer
 
 
@@ -173,11 +150,6 @@ def _describe(args: Arguments, trainer: ContrastiveTrainer, data_name: str) -> S
     weights = training.loss_weights or [1.0] * len(training.loss_type)
     named = zip(training.loss_type, weights, strict=True)
     losses = " + ".join(f"{weight:g} {loss}" if len(weights) > 1 else loss for loss, weight in named)
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    size = f"{_millions(parameters)} parameters, {_millions(trained)} trained"
-    bits = "4-bit " if model.load_in_4bit else "8-bit " if model.load_in_8bit else ""
-    adapted = f", LoRA r={model.lora_r}" if is_peft_model(trainer.model) else ""
     name = "the bundled demo model" if model.model_name_or_path == demo.MODEL_PATH else trainer.start_description
     return Summary(
         method={
@@ -190,19 +162,10 @@ def _describe(args: Arguments, trainer: ContrastiveTrainer, data_name: str) -> S
             "learning_rate": training.learning_rate,
             "seed": training.seed,
         },
-        model={
-            "line": f"{name} ({size}{adapted}, {bits}{str(trainer.model.dtype).removeprefix('torch.')})",
-            "name_or_path": model.model_name_or_path,
-            "revision": model.model_revision,
-            "start": trainer.start_description,
-            "quantisation": bits.strip() or None,
-            "peft": is_peft_model(trainer.model),
-            "parameters": parameters,
-            "trained_parameters": trained,
-        },
+        model=model_entry(args, trainer, name, start=trainer.start_description),
         reference=_reference_line(trainer, name),
         data={split: _data_entry(data_name, report) for split, report in trainer.data_reports.items()},
-        versions={package: version(package) for package in [*SUPPORTED, "contrastive_align"]},
+        versions=versions(),
     )
 
 
@@ -223,15 +186,6 @@ def _data_entry(name: str, report: DataReport) -> dict[str, Any]:
         ks = ", ".join(f"{k}: {n}" for k, n in report.groups_by_k.items())
         line = f"{name}: {report.groups} groups of {report.rows} rows ({report.spelling} columns; groups by K {ks})"
     return {"line": line, "notes": report.notes(), "name": name, **report.as_dict()}
-
-
-def _millions(n: int) -> str:
-    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"
-
-
-def _print_on_main(text: str) -> None:
-    if PartialState().is_main_process:
-        print(f"\n{text}" if "\n" in text else text, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- what is measured
@@ -275,16 +229,3 @@ def _demo_rewards(trainer: ContrastiveTrainer, test: Dataset) -> list[float]:
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
         samples = sample_completions(model, trainer.processing_class, prompts, seed=trainer.args.seed, **DEMO_SAMPLES)
     return [sum(demo.reward([p] * len(s), s)) / len(s) for p, s in zip(prompts, samples, strict=True)]
-
-
-def _save(args: Arguments, trainer: ContrastiveTrainer, summary: Summary, data_name: str) -> None:
-    output_dir = args.training.output_dir
-    trainer.save_model(output_dir)
-    card_data = None if data_name == DEMO_NAME else data_name
-    trainer.create_model_card(model_name=Path(output_dir).name, dataset_name=card_data)
-    auto = "peft.AutoPeftModelForCausalLM" if is_peft_model(trainer.model) else "transformers.AutoModelForCausalLM"
-    summary.saved = {
-        "saved": output_dir,
-        "summary": f"{output_dir}/summary.json",
-        "load with": f'{auto}.from_pretrained("{output_dir}")',
-    }

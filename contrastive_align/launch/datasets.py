@@ -24,12 +24,12 @@ Splits = DatasetDict | IterableDatasetDict
 
 
 def load_splits(
-    script: RunArguments, mixture: DatasetMixtureConfig, *, want_eval: bool, seed: int, on_bad_row: str
+    script: RunArguments, mixture: DatasetMixtureConfig, *, want_eval: bool, seed: int, on_bad_row: str | None
 ) -> tuple[Any, Any]:
     """Training and evaluation rows of ``dataset_name`` or ``datasets``.
 
     Evaluation rows come from ``dataset_test_split``, or are split off with ``test_split_size``; None where neither is
-    there and ``want_eval`` is False.
+    there and ``want_eval`` is False. ``on_bad_row`` is None where rows are prompts and not groups.
 
     Raises:
         UsageError: both or neither source, a missing file or split.
@@ -94,7 +94,7 @@ def _as_builder(part: DatasetConfig) -> DatasetConfig:
     return dataclasses.replace(part, path=BUILDERS[path.suffix.lower()], data_files=str(path))
 
 
-def _load_named(name: str, config: str | None, streaming: bool, on_bad_row: str) -> Splits:
+def _load_named(name: str, config: str | None, streaming: bool, on_bad_row: str | None) -> Splits:
     path = Path(name).expanduser()
     builder = BUILDERS.get(path.suffix.lower())
     if config is not None and (builder or path.is_file()):
@@ -118,7 +118,7 @@ def _load_named(name: str, config: str | None, streaming: bool, on_bad_row: str)
         raise UsageError(f"'{name}' is no local file or folder, and the hub cannot be reached: {error}") from error
 
 
-def _load_file(name: str, path: Path, builder: str, streaming: bool, on_bad_row: str) -> Splits:
+def _load_file(name: str, path: Path, builder: str, streaming: bool, on_bad_row: str | None) -> Splits:
     if not path.is_file():
         raise UsageError(f"no file '{name}' (looked in {Path.cwd()}){_neighbour(path)}")
     if not path.stat().st_size:
@@ -148,7 +148,7 @@ def _neighbour(path: Path) -> str:
     return f". Did you mean '{folder / near[0]}'?" if near else "."
 
 
-def _read_json_lines(path: Path, error: Exception, on_bad_row: str) -> Splits:
+def _read_json_lines(path: Path, error: Exception, on_bad_row: str | None) -> Splits:
     """A JSON file whose rows do not make one table: find the row that is to blame, or drop such rows."""
     try:
         found = _json_rows(path)
@@ -161,10 +161,11 @@ def _read_json_lines(path: Path, error: Exception, on_bad_row: str) -> Splits:
                 raise BadRow(f"{path.name}, row {number}: not JSON: {row}")
             if not isinstance(row, dict):
                 raise BadRow(f"{path.name}, row {number}: {type(row).__name__}, expected an object with columns.")
-            read_group(row, number, detect_spelling(list(row), row), source=path.name)
+            if on_bad_row is not None:
+                read_group(row, number, detect_spelling(list(row), row), source=path.name)
         except ValueError as bad:
             bad = bad if isinstance(bad, BadRow) else BadRow(f"{path.name}, row {number}: {bad}")
-            if on_bad_row == "raise":
+            if on_bad_row != "drop":
                 raise bad from error
             problems.append(str(bad))
             rows.append({UNREADABLE: str(bad)})  # dropped and counted later on, so that the others keep their numbers

@@ -1,0 +1,235 @@
+"""Base, target, tuned model and tuned model + QRS, measured on the same prompts with samples of their own."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrastive_align.losses import (
+    Estimate,
+    average_estimate,
+    estimate_divergence,
+    estimate_kl_base,
+    estimate_log_z,
+    estimate_moments,
+)
+from contrastive_align.report import Number, TargetChange
+from contrastive_align.sampling import PolicyProposal, QRSResult, QuasiRejectionSampler, Samples, choose_beta
+from contrastive_align.trainers import FDPGTrainer
+
+
+Distributions = dict[str, dict[str, Number]]
+TO_TARGET = {"kl": "KL(p||pi)", "reverse_kl": "KL(pi||p)", "js": "JS", "tv": "TV"}
+TO_BASE = "KL(pi||base)"
+# Names of the table -> names of summary.json.
+METRICS = {label: f"{name}_target" for name, label in TO_TARGET.items()} | {TO_BASE: "kl_base"}
+BUDGET = 5  # proposals for each accepted sample that is expected, before QRS gives a prompt up
+
+
+def measure(
+    trainer: FDPGTrainer, rows: Sequence[dict[str, Any]], *, samples: int, acceptance: float | None, seed: int
+) -> tuple[Distributions, list[str]]:
+    """The columns of the table, and remarks; ``samples`` of each distribution, spread evenly over the rows.
+
+    ``base`` is measured on samples of the base, ``tuned`` on samples of the policy, ``target`` by importance weights on
+    those of the two that are nearer to it, ``tuned+QRS`` on what :class:`QuasiRejectionSampler` accepts of further
+    ones, its beta chosen for the wished acceptance rate; its divergences are importance-weighted from the policy's
+    samples. Standard errors are those over prompts.
+    """
+    per_prompt = math.ceil(samples / len(rows))
+    remarks: list[str] = []
+    with trainer._sampling(base=True) as model:
+        base = _Measured(trainer, rows, _proposal(trainer, model, seed, of_base=True), per_prompt)
+    columns = {"base": base.column(base.logps), "target": {}}
+    with trainer._sampling() as model:
+        tuned = _Measured(trainer, rows, _proposal(trainer, model, seed + 1), per_prompt)
+        columns["tuned"] = tuned.column(tuned.logps)
+        columns["target"] = max(base, tuned, key=lambda measured: measured.ess).target_column()
+        if acceptance is not None:
+            try:
+                proposal = _proposal(trainer, model, seed + 2)
+                columns["tuned+QRS"] = _quasi_rejection(trainer, rows, proposal, tuned, per_prompt, acceptance, remarks)
+            except ValueError as error:
+                remarks.append(f"no quasi-rejection sampling: {error}")
+    return columns, remarks
+
+
+def metrics_of(columns: Distributions, names: Sequence[str], moments: Sequence[float], prompts: int) -> dict[str, Any]:
+    """``summary.json``'s names -> :class:`TargetChange`, from the columns of the table."""
+    base, target, tuned, qrs = (columns.get(name, {}) for name in ("base", "target", "tuned", "tuned+QRS"))
+    wanted = {f"moment/{name}": moment for name, moment in zip(names, moments, strict=True)}
+    metrics = {}
+    for row in [*wanted, *METRICS]:
+        before, after = base.get(row), tuned.get(row)
+        if before is None or after is None:
+            continue
+        goal = wanted.get(row, math.nan)
+        if math.isnan(goal):  # a reward's moment is not wanted but follows; so does the distance from the base
+            goal = target[row].value if row in target else 0.0
+        metrics[METRICS.get(row, row)] = TargetChange(
+            before=before.value,
+            after=after.value,
+            se=math.hypot(before.se or 0.0, after.se or 0.0),
+            n=int(tuned["samples"].value),
+            before_se=before.se,
+            after_se=after.se,
+            target=goal,
+            qrs=qrs[row].value if row in qrs else None,
+            qrs_se=qrs[row].se if row in qrs else None,
+            prompts=prompts,
+        )
+    return metrics
+
+
+class _Measured:
+    """K samples for each of C prompts, with everything that is measured on them; tensors are (C, K), phi (C, K, J)."""
+
+    def __init__(self, trainer: FDPGTrainer, rows: Sequence[dict], proposal: PolicyProposal, per_prompt: int) -> None:
+        self.names = trainer.target.names
+        self.samples = proposal.sample([row["prompt"] for row in rows], per_prompt)
+        shape = (len(rows), per_prompt)
+        self.logps, self.base_logps = self.samples.logps.view(shape), self.samples.base_logps.view(shape)
+        phi = _features(trainer, rows, self.samples)
+        self.phi = phi.view(*shape, -1)
+        self.scores = trainer.target.log_scores(self.base_logps, self.phi)
+        log_z = estimate_log_z(self.logps, self.scores)
+        self.log_z, self.ess = log_z.value, float(log_z.ess.sum())
+
+    def column(self, logps: Tensor) -> dict[str, Number]:
+        """Of the distribution whose log-probs these are, the samples weighted towards it."""
+        column = self._moments(logps)
+        for divergence, label in TO_TARGET.items():
+            column[label] = _number(estimate_divergence(divergence, logps, self.logps, self.scores))
+        column[TO_BASE] = _number(estimate_kl_base(logps, self.base_logps, proposal_logps=self.logps))
+        return column | _texts(self.samples)
+
+    def target_column(self) -> dict[str, Number]:
+        normalised = (self.scores - self.log_z.unsqueeze(1))[torch.isfinite(self.log_z)]
+        at = torch.isfinite(self.log_z)
+        distance = estimate_kl_base(normalised, self.base_logps[at], proposal_logps=self.logps[at])
+        return (
+            self._moments(self.scores) | dict.fromkeys(TO_TARGET.values(), Number(0.0)) | {TO_BASE: _number(distance)}
+        )
+
+    def _moments(self, logps: Tensor) -> dict[str, Number]:
+        mean = average_estimate(estimate_moments(self.phi, logps, self.logps))
+        return {
+            f"moment/{n}": Number(v, s)
+            for n, v, s in zip(self.names, mean.value.tolist(), mean.se.tolist(), strict=True)
+        }
+
+
+def _quasi_rejection(
+    trainer: FDPGTrainer,
+    rows: Sequence[dict[str, Any]],
+    proposal: PolicyProposal,
+    tuned: _Measured,
+    per_prompt: int,
+    acceptance: float,
+    remarks: list[str],
+) -> dict[str, Number]:
+    some = torch.isfinite(tuned.log_z)  # a prompt whose Z is 0 would never be accepted
+    if not some.all():
+        remarks.append(
+            f"{int((~some).sum())} of {len(rows)} prompts have no sample with mass under the target: no QRS there"
+        )
+    rows = [row for row, kept in zip(rows, some.tolist(), strict=True) if kept]
+    if not rows:
+        raise ValueError("no prompt has a sample with mass under the target.")
+    log_z, logps, scores = tuned.log_z[some], tuned.logps[some], tuned.scores[some]
+    beta = choose_beta(scores, logps, acceptance=acceptance, log_z=log_z).beta
+    sampler = QuasiRejectionSampler(
+        trainer.target, proposal, beta, log_z=log_z, batch_size=max(1, math.ceil(per_prompt / acceptance / 2))
+    )
+    result = sampler.sample(
+        [row["prompt"] for row in rows],
+        per_prompt,
+        budget=math.ceil(BUDGET * per_prompt / acceptance),
+        columns=_columns(rows),
+        generator=torch.Generator().manual_seed(proposal.seed),
+    )
+    column = _means_over_prompts(result, tuned.names)
+    p_beta = torch.minimum(scores - log_z.unsqueeze(1), math.log(beta) + logps)
+    p_beta = p_beta - estimate_log_z(logps, p_beta).value.unsqueeze(1)
+    for divergence, label in TO_TARGET.items():
+        column[label] = _number(estimate_divergence(divergence, p_beta, logps, scores))
+    column[TO_BASE] = _number(estimate_kl_base(p_beta, tuned.base_logps[some], proposal_logps=logps))
+    rate, proposed = result.acceptance_rate, int(result.proposed.sum())
+    return column | _texts(result.samples) | {"acceptance": Number(rate, math.sqrt(rate * (1 - rate) / proposed))}
+
+
+def _means_over_prompts(result: QRSResult, names: Sequence[str]) -> dict[str, Number]:
+    index = result.samples.prompt_index
+    counts = torch.bincount(index, minlength=len(result.proposed)).double()
+    sums = torch.zeros(len(counts), len(names), dtype=torch.float64).index_add_(0, index, result.phi.double())
+    means = (sums / counts.unsqueeze(1))[counts > 0]
+    if len(means) == 1:
+        se = result.phi.double().std(0) / math.sqrt(len(index))
+    else:
+        se = means.std(0) / math.sqrt(len(means))
+    values = zip(names, means.mean(0).tolist(), se.tolist(), strict=True)
+    return {f"moment/{name}": Number(mean, error) for name, mean, error in values}
+
+
+def _texts(samples: Samples) -> dict[str, Number]:
+    ids = samples.completion_ids
+    bigrams = [pair for row in ids for pair in itertools.pairwise(row)]
+    return {
+        "distinct-2": Number(len(set(bigrams)) / len(bigrams) if bigrams else math.nan),
+        "tokens": Number(sum(map(len, ids)) / len(ids)),
+        "samples": Count(len(ids)),
+    }
+
+
+class Count(Number):
+    """A whole number."""
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+class _AsTrained(PolicyProposal):
+    """Prompts become the tokens that the trainer makes of them."""
+
+    def __init__(self, trainer: FDPGTrainer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._trainer = trainer
+
+    def _encode(self, prompt: Any) -> list[int]:
+        return self._trainer._prompt_ids([prompt])[0]
+
+
+def _proposal(trainer: FDPGTrainer, model: Any, seed: int, *, of_base: bool = False) -> PolicyProposal:
+    base = trainer.base_model
+    if of_base:  # a frozen copy is its own base; an adapter's base is the model, its adapter being off here
+        base = None if base is not None else model
+    return _AsTrained(
+        trainer,
+        model,
+        trainer.processing_class,
+        base=base,
+        max_new_tokens=trainer.max_completion_length,
+        eos_token_ids=trainer.eos_token_ids,
+        seed=seed,
+    )
+
+
+def _features(trainer: FDPGTrainer, rows: Sequence[dict[str, Any]], samples: Samples) -> Tensor:
+    index = samples.prompt_index.tolist()
+    columns = {name: [values[i] for i in index] for name, values in _columns(rows).items()}
+    prompts = [rows[i]["prompt"] for i in index]
+    return trainer.target.features(prompts, samples.completions, completion_ids=samples.completion_ids, **columns)
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
+
+
+def _number(estimate: Estimate) -> Number:
+    mean = average_estimate(estimate)
+    return Number(mean.value.item(), mean.se.item())

@@ -1,0 +1,179 @@
+"""run_fdpg.py from the command line to summary.json and the picture."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+from trl import DatasetMixtureConfig
+
+from contrastive_align import demo
+from contrastive_align.launch.arguments import RunArguments, UsageError
+from contrastive_align.launch.fdpg import main
+from contrastive_align.launch.prompts import load_prompts, repeat
+from contrastive_align.report import Number
+from contrastive_align.report.distributions import distribution_rows
+
+
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "--max_train_samples=8", "--fit_samples=512", "--per_device_train_batch_size=32", "--num_generations=8",
+    "--max_completion_length=32", "--eval_samples=160", "--eval_prompts=4", "--disable_tqdm=true",
+]  # fmt: skip
+PLEASE = "--features=[{contains: please, moment: 0.5}]"
+
+
+def test_the_embedded_default(tmp_path, capsys):
+    summary = main(["--max_steps=2", *SMALL, f"--output_dir={tmp_path}"])
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["method"]["divergence"] == "js" and written["model"]["name_or_path"] == demo.MODEL_PATH
+    assert written["data"]["train"]["rows"] == 8 and written["training"]["steps"] == 2
+    moment = written["metrics"]["moment/contains:please"]
+    assert {"before", "after", "se", "n", "target", "qrs", "qrs_se"} <= moment.keys()
+    assert moment["target"] == 0.5 and moment["n"] == 160 and moment["before"] < 0.3 and moment["se"] > 0
+    assert moment["qrs"] > moment["before"]
+    for name in ("kl_base", "kl_target", "reverse_kl_target", "js_target", "tv_target"):
+        assert {"before", "after", "target", "qrs"} <= written["metrics"][name].keys()
+    assert written["metrics"]["kl_base"]["before"] == 0 < written["metrics"]["kl_base"]["target"]
+    columns = summary.distributions
+    assert list(columns) == ["base", "target", "tuned", "tuned+QRS"]
+    assert columns["tuned+QRS"]["samples"].value == 160 and 0.3 < columns["tuned+QRS"]["acceptance"].value < 0.7
+    assert columns["tuned+QRS"]["KL(p||pi)"].value < columns["tuned"]["KL(p||pi)"].value
+    assert columns["target"]["moment/contains:please"].value == pytest.approx(0.5, abs=0.2)
+    shown = capsys.readouterr().out
+    assert "the bundled demo model" in shown and "tuned+QRS" in shown and "E[contains:please] = 0.5" in shown
+    assert (tmp_path / "moments_and_divergences.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "target.json").read_text())["constraints"][0]["lambda"] > 0
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_own_model_one_prompt_lora_and_a_function(tiny_llama, tmp_path):
+    code = tmp_path / "features.py"
+    code.write_text("def short(prompts, completions, **columns):\n    return [len(c) < 40 for c in completions]\n")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {tiny_llama()}\nuse_peft: true\nlora_target_modules: [q_proj]\nprompt: Say.\n"
+        f"features:\n  - {{function: '{code}:short', moment: 0.6, name: short}}\n  - {{contains: e, moment: 0.5}}\n"
+        "max_steps: 2\ndivergence: kl\n"
+    )
+    out = tmp_path / "out"
+    summary = main([str(config), *SMALL[1:], f"--output_dir={out}"])
+    assert summary.model["peft"] and summary.method["divergence"] == "kl" and "adapter off" in summary.reference
+    assert {"moment/short", "moment/contains:e"} <= summary.metrics.keys()
+    assert summary.metrics["moment/short"].target == 0.6 and summary.metrics["moment/short"].prompts == 1
+    AutoPeftModelForCausalLM.from_pretrained(out)
+
+
+def test_a_text_file_and_a_reward(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Ask Anna to close the door.\n\nAsk Ben to feed the cat.\n")
+    reward = ["--reward_funcs", "contrastive_align.demo:reward", "--beta=0.2", "--divergence=reverse_kl"]
+    flags = [f"--dataset_name={prompts}", *SMALL[1:], "--max_steps=1", "--qrs_acceptance=0", f"--output_dir={tmp_path}"]
+    summary = main([*reward, *flags])
+    assert "base * exp(reward / 0.2)" in summary.method["line"] and summary.data["train"]["rows"] == 2
+    change = summary.metrics["moment/reward"]
+    assert change.target > change.before and change.qrs is None
+    assert "tuned+QRS" not in summary.distributions
+
+
+def test_resuming(tmp_path):
+    flags = [
+        *SMALL[1:],
+        "--max_train_samples=16",
+        "--eval_samples=0",
+        "--save_strategy=steps",
+        "--save_steps=1",
+        "--max_steps=3",
+    ]
+    main([*flags, f"--output_dir={tmp_path / 'whole'}"])
+    resume = f"--resume_from_checkpoint={tmp_path / 'whole' / 'checkpoint-2'}"
+    main([*flags, f"--output_dir={tmp_path / 'resumed'}", resume])
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("whole", "resumed"))
+    assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
+
+
+FEATURES = """
+def raises(prompts, completions, **columns):
+    return [1 / 0]
+def nan(prompts, completions, **columns):
+    return [float("nan")] * len(completions)
+def few(prompts, completions, **columns):
+    return [0.5]
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--divergenc=js"], "unknown flag '--divergenc'. Did you mean '--divergence'?"),
+        (["--divergence=hinge"], "hinge"),
+        (["--temperature=0.7"], "temperature"),
+        (["--prompt=Say."], "nothing to train towards"),
+        ([f"--model_name_or_path={demo.MODEL_PATH}"], "nothing to train towards"),
+        (["--features=[{contains: please}]"], "expected a constraint: a feature with its moment"),
+        (["--features=[{containz: please, moment: 0.5}]"], "expected exactly one of"),
+        (["--features=[{contains: please, moment: 0.5, whole: 1}]"], "unknown key 'whole'"),
+        (["--features={contains: please, moment: 0.5}"], "expected a list"),
+        ([PLEASE, "--reward_funcs=a.py:f"], "both features and reward_funcs"),
+        ([PLEASE, "--beta=0.1"], "--beta belongs to --reward_funcs"),
+        ([PLEASE, "--prompt=a", "--dataset_name=b"], "both a prompt and a dataset"),
+        ([PLEASE, "--dataset_name=./nothing.txt"], "no file 'nothing.txt'"),
+        ([PLEASE, "--qrs_acceptance=2"], "qrs_acceptance is 2.0"),
+        (["--reward_funcs=contrastive_align.demo:rewrd"], "no function 'rewrd'"),
+        (["--features=[{contains: please, moment: 1.5}]"], "contains:please"),
+        (["--features=[{contains: zebra, moment: 0.5}]"], "contains:zebra"),
+        (["--features=[{function: 'features.py:raises', moment: 0.5}]"], "raised ZeroDivisionError"),
+        (["--features=[{function: 'features.py:nan', moment: 0.5}]"], "expected a finite number"),
+        (["--features=[{function: 'features.py:few', moment: 0.5}]"], "returned 1 values"),
+    ],
+)
+def test_wrong_input_is_a_message_and_exit_2(flags, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("features.py").write_text(FEATURES)
+    with pytest.raises(UsageError) as error:
+        main([*flags, *SMALL, "--output_dir=out"])
+    assert error.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not Path("out/summary.json").exists()
+
+
+def test_prompts(tmp_path):
+    def load(rows):
+        file = tmp_path / "rows.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        return load_prompts(
+            RunArguments(dataset_name=str(file)), DatasetMixtureConfig(), None, want_eval=False, seed=0
+        )[0]
+
+    rows = load([{"prompt": "a", "completions": ["b", "c"], "scores": [1, 0], "topic": "x"}])
+    assert rows.column_names == ["prompt", "topic"]
+    assert len(repeat(rows, 3)) == 3 and len(repeat(rows, 1)) == 1
+    chat = [{"role": "user", "content": "a"}]
+    assert load([{"prompt": chat}])[0]["prompt"] == chat
+    for bad, said in [
+        ({"text": "a"}, "no 'prompt'"),
+        ({"prompt": [*chat, {"role": "assistant", "content": "b"}]}, "row 0"),
+    ]:
+        with pytest.raises(UsageError) as error:
+            load([bad])
+        assert said in error.value.message
+
+
+def test_the_table_leaves_empty_what_was_not_measured():
+    rows = distribution_rows({"tuned": {"x": Number(1.0), "y": Number(float("nan"))}, "base": {"x": Number(0.5, 0.1)}})
+    assert rows == [("", "base", "tuned"), ("x", "0.5000 +- 0.1000", "1.0000"), ("y", "", "-")]
+
+
+def test_as_a_user_starts_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_fdpg.py"), "--max_steps=1", "--qrs_acceptance=0", *SMALL],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "runs" / "fdpg" / "summary.json").is_file()
+    assert "moment/contains:please" in done.stdout
