@@ -1,6 +1,10 @@
 """FDPGTrainer against an enumerable space: four tokens of a vocabulary of six, every completion's probability known."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,13 +30,17 @@ def has_b(completion_ids, **columns):
     return [float(B in ids) for ids in completion_ids]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def make_tokenizer():
     backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", padding_side="left"
     )
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
 
 
 def build(seed=0, **shape):
@@ -272,6 +280,26 @@ def test_bad_input_is_refused(tokenizer, tmp_path):
         options(tmp_path, num_generations=7)
     with pytest.raises(ValueError, match="alpha"):
         options(tmp_path, divergence="hellinger")
+
+
+def test_two_processes_equal_one(tmp_path):
+    """The samples of a group depend on its place in the step alone; log Z counts what all processes drew."""
+    found = []
+    for processes in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
+        out = tmp_path / f"on_{processes}.pt"
+        done = subprocess.run(
+            [sys.executable, *launch, str(Path(__file__).with_name("fdpg_worker.py")), str(out)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append(torch.load(out))
+    one, two = found
+    assert max((one["weights"][n] - p).abs().max().item() for n, p in two["weights"].items()) < 5e-6
+    assert one["log_z"].keys() == two["log_z"].keys()
+    for key, (log_sum, n) in one["log_z"].items():
+        assert two["log_z"][key] == [pytest.approx(log_sum, abs=1e-5), n]
+    assert two["kl_target"] == pytest.approx(one["kl_target"], rel=1e-4)
 
 
 def test_trl_still_asks_the_places_we_override(tokenizer, tmp_path, monkeypatch):
