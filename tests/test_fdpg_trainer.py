@@ -158,9 +158,10 @@ def test_the_first_gradient_is_that_of_the_divergence(tokenizer, tmp_path):
 
 
 def test_rewards_alone_are_the_target_of_kl_control(tokenizer, tmp_path):
+    data = PROMPTS.add_column("completions", ["not the samples"] * len(PROMPTS))  # which a feature must not be given
     trainer = FDPGTrainer(
         build(), reward_funcs=[has_a, has_b], args=options(tmp_path, reward_weights=[1.0, -2.0], beta=0.5),
-        train_dataset=PROMPTS, processing_class=tokenizer,
+        train_dataset=data, processing_class=tokenizer,
     )  # fmt: skip
     phi = trainer.target.features(["a"], ["x"], completion_ids=[[A, B]])
     assert trainer.target.energy(phi).tolist() == pytest.approx([-1.0 / 0.5])

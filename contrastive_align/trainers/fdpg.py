@@ -40,6 +40,18 @@ logger = logging.get_logger(__name__)
 TARGET_FILE = "target.json"
 FIT_SAMPLES_PER_PROMPT = 256
 
+# What a feature is given by these names is not the dataset's column.
+_NOT_COLUMNS = (
+    "prompt",
+    "prompts",
+    "completion",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+)
+
 AnyDataset = Dataset | IterableDataset
 
 
@@ -200,11 +212,7 @@ class FDPGTrainer(RLOOTrainer):
     def _features(self, rows: list[dict[str, Any]], completion_ids: list[list[list[int]]]) -> Tensor:
         """phi (C * K, J) of K completions of each row."""
         k = len(completion_ids[0])
-        columns = {
-            name: [row[name] for row in rows for _ in range(k)]
-            for name in rows[0]
-            if name not in ("prompt", "completion", "completion_ids")
-        }
+        columns = {name: [row[name] for row in rows for _ in range(k)] for name in rows[0] if name not in _NOT_COLUMNS}
         flat = [ids for group in completion_ids for ids in group]
         texts = self._tokenizer.batch_decode(flat, skip_special_tokens=True)
         conversational = not isinstance(rows[0]["prompt"], str)
