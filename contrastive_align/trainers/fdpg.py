@@ -22,7 +22,13 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, use_adapter
+from trl.trainer.utils import (
+    RepeatSampler,
+    add_fused_lm_head,
+    disable_dropout_in_model,
+    get_config_model_id,
+    use_adapter,
+)
 
 from contrastive_align.data import GroupCollator
 from contrastive_align.losses import fdpg
@@ -295,6 +301,11 @@ class FDPGTrainer(RLOOTrainer):
             self._buffered_inputs = self._groups(generation_batch, self.num_generations, steps, what)
         return self._buffered_inputs[self._step % steps]
 
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        sampler = super()._get_train_sampler(dataset)
+        sampler.__class__ = _EpochSampler
+        return sampler
+
     @torch.no_grad()
     def _groups(self, rows: list[dict[str, Any]], k: int, parts: int, what: Any) -> list[dict[str, Tensor]]:
         """Draw K completions for each prompt, score them under base and target, cut into ``parts`` micro-batches."""
@@ -435,6 +446,14 @@ class FDPGTrainer(RLOOTrainer):
         self.log_z.load_state_dict(state["log_z"])
 
 
+class _EpochSampler(RepeatSampler):
+    """TRL's sampler, its order a function of seed and epoch, so that a run resumed in a later epoch continues it."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+
 def _target_of(target: Target | None, reward_funcs: Any, args: FDPGConfig) -> Target:
     if target is not None:
         if not isinstance(target, Target):
@@ -465,7 +484,7 @@ def _distinct_prompts(dataset: AnyDataset, at_most: int) -> list[dict[str, Any]]
 
 
 def _hash(*parts: Any) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8])
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
 def _state_file(process: int) -> str:
