@@ -33,7 +33,9 @@ class ScoredTokens:
 def add_head(model: PreTrainedModel) -> None:
     """Let ``model(..., shift_labels=..., fused_lm_head=True)`` score the positions with a label, and only these.
 
-    ``token_stats=False`` leaves out all but the log-probs, where that saves something.
+    ``token_stats=False`` leaves out all but the log-probs, where that saves something. With ``token_objective=fn`` the
+    call returns ``fn(hidden, labels, weight, bias, scale, softcap)`` of these positions' hidden states (n, H), on any
+    device: see :func:`~contrastive_align.models.logps.completion_objective`.
 
     To be called after TRL's ``add_fused_lm_head``. Calls it does not serve (other arguments, other devices, router
     losses) go on to the forward that was there.
@@ -42,9 +44,15 @@ def add_head(model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     scale, softcap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
 
-    def forward(self, *args, fused_lm_head=False, shift_labels=None, token_stats=True, **kwargs):
+    def forward(self, *args, fused_lm_head=False, shift_labels=None, token_stats=True, token_objective=None, **kwargs):
         served = fused_lm_head and shift_labels is not None and not kwargs.get("output_router_logits")
-        if not served or shift_labels.device.type != "cpu":
+        if token_objective is not None and not served:
+            raise ValueError(
+                "token_objective needs fused_lm_head=True, shift_labels, and output_router_logits=False: "
+                f"found {fused_lm_head=}, shift_labels {'missing' if shift_labels is None else 'given'}, "
+                f"output_router_logits={kwargs.get('output_router_logits', False)}."
+            )
+        if not served or (shift_labels.device.type != "cpu" and token_objective is None):
             if shift_labels is not None:
                 kwargs["shift_labels"] = shift_labels
             return before(*args, fused_lm_head=fused_lm_head, **kwargs)
@@ -52,6 +60,8 @@ def add_head(model: PreTrainedModel) -> None:
         scored = shift_labels != -100
         head = self.get_output_embeddings()
         hidden, labels = hidden[scored], shift_labels[scored]
+        if token_objective is not None:
+            return token_objective(hidden, labels, head.weight, head.bias, scale, softcap)
         trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
         frozen = torch.is_grad_enabled() and hidden.requires_grad and not trained
         values = _ScoreTokens.apply(hidden, head.weight, head.bias, labels, scale, softcap, token_stats, frozen)
