@@ -128,16 +128,20 @@ def test_the_head_gives_what_the_logits_give(name):
     assert torch.allclose(result.logps[batch["valid"]], want, atol=1e-4)
 
 
-def test_the_gradient_of_the_head_by_gradcheck():
+@pytest.mark.parametrize("keep", [0, 3 * 7, 10**6])
+def test_the_gradient_of_the_head_by_gradcheck(keep, monkeypatch):
+    """No logits kept, a chunk of them, all; and backward passes one after the other through one graph."""
+    from contrastive_align.models import head
     from contrastive_align.models.head import _ScoreTokens
 
+    monkeypatch.setattr(head, "CHUNK", 2 * 7)
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
     bias, labels = torch.randn(7, dtype=torch.float64), torch.randint(7, (5,))
     for scale, softcap in ((1.0, None), (0.3, 2.0)):
 
         def log_probs(h, w, b, frozen=False, scale=scale, softcap=softcap):
-            return _ScoreTokens.apply(h, w, b, labels, scale, softcap, True, frozen)[0]
+            return _ScoreTokens.apply(h, w, b, labels, scale, softcap, True, frozen, keep)[0]
 
         inputs = tuple(t.detach().requires_grad_() for t in (hidden, weight, bias))
         assert torch.autograd.gradcheck(log_probs, inputs)
@@ -145,6 +149,24 @@ def test_the_gradient_of_the_head_by_gradcheck():
             torch.autograd.grad(log_probs(*inputs, frozen=f).square().sum(), inputs[0])[0] for f in (False, True)
         )
         assert torch.allclose(trained, frozen, rtol=1e-12)
+        twice = log_probs(*inputs).square().sum()
+        first, second = (torch.autograd.grad(twice, inputs, retain_graph=True) for _ in range(2))
+        assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(first, second, strict=True))
+
+
+def test_graphs_side_by_side_do_not_share_their_logits():
+    from contrastive_align.models.head import _ScoreTokens
+
+    torch.manual_seed(0)
+    weight, labels = torch.randn(7, 4, requires_grad=True), torch.randint(7, (5,))
+
+    def run(*hidden):
+        graphs = [_ScoreTokens.apply(h, weight, None, labels, 1.0, None, False, False, 10**6)[0].sum() for h in hidden]
+        return [torch.autograd.grad(graph, weight)[0] for graph in graphs]
+
+    one, other = torch.randn(2, 5, 4)
+    for a, b in zip(run(one, other), run(one) + run(other), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

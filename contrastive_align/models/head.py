@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 
 CHUNK = 2**24  # logits in memory at once, as many tokens of them as the vocabulary allows: 512 at 32,768 words
+KEPT = 2**26  # logits that stay for the backward pass (256 MB in float32), which makes the others again
 BLOCK = 16  # tokens whose logits are read and written together, which a core's cache holds
 
 
@@ -63,8 +64,9 @@ def add_head(model: PreTrainedModel) -> None:
         if token_objective is not None:
             return token_objective(hidden, labels, head.weight, head.bias, scale, softcap)
         trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-        frozen = torch.is_grad_enabled() and hidden.requires_grad and not trained
-        values = _ScoreTokens.apply(hidden, head.weight, head.bias, labels, scale, softcap, token_stats, frozen)
+        backward = torch.is_grad_enabled()
+        frozen, keep = backward and hidden.requires_grad and not trained, KEPT if backward and trained else 0
+        values = _ScoreTokens.apply(hidden, head.weight, head.bias, labels, scale, softcap, token_stats, frozen, keep)
         return ScoredTokens(*values) if token_stats else ScoredTokens(values[0])
 
     model.forward = types.MethodType(forward, model)
@@ -84,19 +86,21 @@ def logit_scale(config) -> float:
 class _ScoreTokens(torch.autograd.Function):
     """log softmax(softcap(scale * (h W^T + b)))[label] of every token.
 
-    The backward pass makes the logits again; where the head is frozen (LoRA), the gradient of a log-prob with respect
-    to its hidden state is made at once in the forward pass instead, and nothing is computed twice.
+    The backward pass makes the logits again, but for the first ``KEPT`` of them; where the head is frozen (LoRA), the
+    gradient of a log-prob with respect to its hidden state is made at once in the forward pass instead, and nothing is
+    computed twice.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, softcap, token_stats, frozen):
+    def forward(ctx, hidden, weight, bias, labels, scale, softcap, token_stats, frozen, keep=0):
         logits = _Logits(weight, bias, scale, softcap, len(labels))
+        logits.keep(keep)
         log_probs, log_total, *stats = (hidden.new_empty(len(labels), dtype=logits.values.dtype) for _ in range(4))
         is_top1 = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
         entropy, mean_logits = stats
         slopes = torch.empty_like(hidden) if frozen else None
         for part in logits.chunks():
-            z, y = logits(hidden[part]), labels[part, None]
+            z, y = logits(hidden, part), labels[part, None]
             chosen = z.gather(1, y)[:, 0]
             for i in range(0, len(z), BLOCK):
                 block = slice(i, i + BLOCK)
@@ -119,25 +123,26 @@ class _ScoreTokens(torch.autograd.Function):
             ctx.save_for_backward(slopes)
         else:
             ctx.save_for_backward(hidden, weight, bias, labels, log_total)
-            ctx.scale, ctx.softcap, ctx.compute = scale, softcap, logits.weight.dtype
+            ctx.scale, ctx.softcap, ctx.compute, ctx.kept = scale, softcap, logits.weight.dtype, logits.kept
         ctx.mark_non_differentiable(entropy, mean_logits, is_top1)
         return log_probs, entropy, mean_logits, is_top1
 
     @staticmethod
     def backward(ctx, grad, *_):
-        nothing = (None,) * 5
+        nothing = (None,) * 6
         if ctx.frozen:
             (slopes,) = ctx.saved_tensors
             return (slopes * grad[:, None]).to(slopes.dtype), None, None, *nothing
         hidden, weight, bias, labels, log_total = ctx.saved_tensors
-        logits = _Logits(weight, bias, ctx.scale, ctx.softcap, len(labels), ctx.compute)
+        kept, ctx.kept = ctx.kept, None  # what is read is written over: a second backward pass computes it anew
+        logits = _Logits(weight, bias, ctx.scale, ctx.softcap, len(labels), ctx.compute, kept)
         wanted = ctx.needs_input_grad
         precise = torch.promote_types(weight.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=precise) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and wanted[2] else None
         for part in logits.chunks():
-            logits(hidden[part])
+            logits(hidden, part, again=True)
             d = logits.slopes(labels[part, None], log_total[part], grad[part])
             if grad_hidden is not None:
                 grad_hidden[part] = d @ logits.weight
@@ -145,19 +150,45 @@ class _ScoreTokens(torch.autograd.Function):
                 grad_weight.addmm_(d.T.to(precise), hidden[part].to(logits.weight.dtype).to(precise))
             if grad_bias is not None:
                 grad_bias += d.sum(0)
+        _give_back(logits.kept)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, *nothing
 
 
+_spare: dict[torch.dtype, Tensor] = {}
+
+
+def _reused(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory for (rows, columns), the last step's where it is large enough."""
+    spare = _spare.pop(dtype, None)
+    if spare is None or spare.numel() < rows * columns:
+        spare = torch.empty(rows * columns, dtype=dtype)
+    return spare[: rows * columns].view(rows, columns)
+
+
+def _give_back(memory: Tensor) -> None:
+    if memory.numel():
+        whole = memory.new_empty(0).set_(memory.untyped_storage())
+        _spare[memory.dtype] = whole
+
+
 class _Logits:
     """softcap(scale * (h W^T + b)) of a chunk of tokens at a time, in float32 at least.
 
-    Every chunk is written into the same memory: on a CPU fresh pages cost as much again as the product.
+    A chunk that ``kept`` has rows for is written there and can be read again; all others are written into the same
+    memory: on a CPU fresh pages cost as much again as the product.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, tokens: int, dtype=None
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        tokens: int,
+        dtype: torch.dtype | None = None,
+        kept: Tensor | None = None,
     ):
         if dtype is None:
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
@@ -167,19 +198,31 @@ class _Logits:
         self._product = self.weight.new_empty(self._rows, weight.size(0))
         precise = torch.promote_types(dtype, torch.float32)
         self._values = self._product if precise == dtype else torch.empty_like(self._product, dtype=precise)
+        self.kept = self._values[:0] if kept is None else kept
         self.values = self._values
+
+    def keep(self, most: int) -> None:
+        """Let the first chunks of at most ``most`` logits stay."""
+        rows = min(self.tokens, most // self._values.size(1)) // self._rows * self._rows
+        self.kept = _reused(rows, self._values.size(1), self._values.dtype)
 
     def chunks(self) -> list[slice]:
         return [slice(i, min(i + self._rows, self.tokens)) for i in range(0, self.tokens, self._rows)]
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        product, self.values = self._product[: len(hidden)], self._values[: len(hidden)]
-        hidden = hidden.to(self.weight.dtype)
+    def __call__(self, hidden: Tensor, part: slice, again: bool = False) -> Tensor:
+        """The logits of these tokens; ``again``: as they were kept, where they were."""
+        stays = part.stop <= len(self.kept)
+        self.values = self.kept[part] if stays else self._values[: part.stop - part.start]
+        if stays and again:
+            return self.values
+        hidden = hidden[part].to(self.weight.dtype)
+        in_place = self._product.dtype == self.values.dtype
+        product = self.values if in_place else self._product[: len(hidden)]
         if self.bias is None:
             torch.mm(hidden, self.weight.T, out=product)
         else:
             torch.addmm(self.bias, hidden, self.weight.T, out=product)
-        if self.values.dtype != product.dtype:
+        if not in_place:
             self.values.copy_(product)
         if self.scale != 1.0:
             self.values.mul_(self.scale)
