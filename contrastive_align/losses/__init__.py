@@ -3,6 +3,7 @@
 A new loss is three edits: the function, its line in ``LOSSES``, its test; a divergence likewise in ``DIVERGENCES``.
 """
 
+from contrastive_align.losses.conditional import KL_DIRECTIONS, ConditionalTerms, conditional
 from contrastive_align.losses.contrastive import (
     biased_nca,
     dpo,
@@ -70,12 +71,15 @@ def canonical_loss_name(name: str) -> str:
 __all__ = [
     "ALIASES",
     "DIVERGENCES",
+    "KL_DIRECTIONS",
     "LOSSES",
+    "ConditionalTerms",
     "Estimate",
     "average_estimate",
     "biased_nca",
     "canonical_divergence_name",
     "canonical_loss_name",
+    "conditional",
     "divergence",
     "divergence_value",
     "dpo",
