@@ -1,0 +1,109 @@
+"""Answers and calls on disk: a judge never asks twice, and never more often than it may."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from contrastive_align.feedback.judge_answers import Verdict
+
+
+logger = logging.get_logger(__name__)
+
+
+def content_key(**what: Any) -> str:
+    """SHA-256 of everything that an answer depends on."""
+    text = json.dumps(what, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class AnswerCache:
+    """A folder of two files, both only ever appended to.
+
+    ``answers.jsonl``: a line per answer, ``{"key", "answer", "verdict", "calls"}``: the reply as it came, what was read
+    in it (null where nothing could be), and how many calls it took. Each line is one write, so that a kill
+    loses no more than the line it interrupts; such a line is passed over.
+
+    ``calls``: a byte per call, written before the call is made: the file's size is what a budget is compared with.
+    Several processes may share a folder; they share its budget too.
+
+    Args:
+        folder: made if it is not there.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.answers_file, self.calls_file = self.folder / "answers.jsonl", self.folder / "calls"
+        self._lock = threading.Lock()
+        self._verdicts: dict[str, Verdict | None] = {}
+        self._open_line = False
+        if self.answers_file.exists():
+            self._load()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._verdicts
+
+    def __getitem__(self, key: str) -> Verdict | None:
+        return self._verdicts[key]
+
+    def __len__(self) -> int:
+        return len(self._verdicts)
+
+    @property
+    def calls(self) -> int:
+        """How many calls were made, over all restarts."""
+        return self.calls_file.stat().st_size if self.calls_file.exists() else 0
+
+    def take_call(self, budget: int | None) -> bool:
+        """Count one call; False, and not counted, where the budget is used up."""
+        if budget is not None and self.calls >= budget:
+            return False
+        fd = os.open(self.calls_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            os.write(fd, b".")
+            # Where this byte came to lie: of two that saw the last call free, one is past the budget.
+            return budget is None or os.lseek(fd, 0, os.SEEK_CUR) <= budget
+        finally:
+            os.close(fd)
+
+    def add(self, key: str, answer: str, verdict: Verdict | None, calls: int) -> None:
+        """Remember an answer: in one write, so that lines of several writers do not mix."""
+        found = None if verdict is None else {"text": verdict.text, "score": verdict.score}
+        line = json.dumps({"key": key, "answer": answer, "verdict": found, "calls": calls}).encode() + b"\n"
+        with self._lock:
+            line = b"\n" + line if self._open_line else line
+            fd = os.open(self.answers_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                written = os.write(fd, line)
+            finally:
+                os.close(fd)
+            self._open_line = written < len(line)
+            if self._open_line:
+                raise OSError(f"{self.answers_file}: {written} of {len(line)} bytes written. Is the disk full?")
+            self._verdicts[key] = verdict
+
+    def _load(self) -> None:
+        damaged = []
+        with self.answers_file.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                self._open_line = not line.endswith(b"\n")
+                try:
+                    row = json.loads(line)
+                    found = row["verdict"]
+                    verdict = None if found is None else Verdict(str(found["text"]), float(found["score"]))
+                    self._verdicts[row["key"]] = verdict
+                except (ValueError, KeyError, TypeError):
+                    if line.strip():
+                        damaged.append(number)
+        if damaged:
+            logger.warning(
+                f"{self.answers_file}: {len(damaged)} lines cannot be read (line {damaged[0]} first), as after a kill "
+                "in the middle of a write. What they answered is asked again."
+            )
