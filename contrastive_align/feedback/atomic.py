@@ -1,0 +1,38 @@
+"""A file is there whole, or not at all: written under another name, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes ``path`` when the block ends without an error.
+
+    A process killed in the block leaves ``path`` as it was, and a file that :func:`leftovers` finds.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened: the rename is then durable a little later
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def leftovers(folder: Path, pattern: str) -> list[Path]:
+    """Files that writers of ``pattern`` left unfinished."""
+    return sorted(folder.glob(f"{pattern}.*.tmp"))

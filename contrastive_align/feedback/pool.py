@@ -1,0 +1,208 @@
+"""All samples of all rounds: on disk, a file a round; in memory, a few numbers a sample."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from contrastive_align.feedback.atomic import leftovers
+from contrastive_align.feedback.quantiles import LEFT_OUT, balanced_order, keep
+from contrastive_align.feedback.rounds import Round, Sample, rounds_in, write_round
+
+
+NEW = -2  # in a table that is being labelled: the sample has had no label yet
+
+
+class _Columns:
+    """The numbers of all samples of some rounds, in the order of files and rows."""
+
+    def __init__(self, rounds: Sequence[Round]) -> None:
+        self._rounds = rounds
+        parts = [r.column("prompt_index", np.int64) for r in rounds]
+        sizes = [len(part) for part in parts]
+        self.ends = np.cumsum(sizes)
+        self.prompt_index = np.concatenate(parts)
+        self.round = np.repeat(np.array([r.number for r in rounds], dtype=np.int32), sizes)
+        self.row = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
+        self.score = np.concatenate([r.column("score", np.float64) for r in rounds])
+        self.finished = np.concatenate([r.column("finished", bool) for r in rounds])
+        self.length = np.concatenate([r.lengths() for r in rounds])
+
+    @cached_property
+    def feedback(self) -> tuple[NDArray[np.int32], list[str]]:
+        # Made when first asked for: where scores make the labels, no text need be held in memory.
+        codes: dict[str, int] = {}
+        parts = [r.feedback_codes(codes) for r in self._rounds]
+        return np.concatenate(parts), list(codes)
+
+
+class Table:
+    """The samples that a pool holds after a round, as numpy columns of N entries; what a label is a function of.
+
+    Attributes:
+        round, row: where it is stored.
+        prompt_index: the prompt's row in the dataset.
+        score: float64, NaN for none.
+        finished: bool.
+        length: tokens.
+        label: its label; -1: never drawn. While labels are being made: that of the round before, -2 for new samples.
+    """
+
+    def __init__(self, columns: _Columns, index: NDArray, label: NDArray) -> None:
+        self._columns, self.index, self.label = columns, index, label
+        self.round, self.row = columns.round[index], columns.row[index]
+        self.prompt_index, self.score = columns.prompt_index[index], columns.score[index]
+        self.finished, self.length = columns.finished[index], columns.length[index]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def feedback_codes(self) -> NDArray[np.int32]:
+        """(N,) numbers in ``feedback_values``; -1 for none."""
+        return self._columns.feedback[0][self.index]
+
+    @property
+    def feedback_values(self) -> list[str]:
+        """Every distinct feedback of the pool, in the order in which they came."""
+        return self._columns.feedback[1]
+
+
+class Pool:
+    """Samples of all rounds so far, of which some are kept, each with a label.
+
+    After round r: of the samples kept after round r - 1 a share of 1 - ``drop_factor`` stays, label by label; those of
+    round r come to them; all are labelled anew, as Quark, arXiv:2205.13636, sorts its pool again. This is replayed from
+    the files, so that it is the same after an interruption, in another process, and for a past round.
+
+    A round is a file, ``round-00001.arrow`` and so on. It is there whole or not at all: a process killed at any moment
+    loses at most the round that it was writing. One process writes; others see the round after :meth:`reload`.
+
+    Args:
+        folder: made if it is not there.
+        label: table -> (N,) int, 0 the best, -1 left out; usually the ``label`` of a condition. A pure function.
+        drop_factor: 0 keeps all samples, 1 only those of the newest round.
+        seed: of the choice of the samples that stay.
+
+    Raises:
+        ValueError: a round is missing or damaged, with the file's name and the way out.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, label: Callable[[Table], ArrayLike], drop_factor: float = 0.0, seed: int = 0
+    ) -> None:
+        keep([], drop_factor=drop_factor, rng_seed=seed)  # checks it
+        self.folder, self.drop_factor, self.seed, self._label = Path(folder), drop_factor, seed, label
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._rounds: list[Round] = []
+        self.reload()
+
+    def reload(self) -> None:
+        """Read the rounds that have been written since."""
+        known = {r.number: r for r in self._rounds if r.is_current()}
+        self._set_rounds([known.get(number) or Round(self.folder, number) for number in rounds_in(self.folder)])
+
+    def _set_rounds(self, rounds: list[Round]) -> None:
+        self._rounds = rounds
+        self._columns = _Columns(rounds) if rounds else None
+        self._table: Table | None = None
+        self._through = 0
+
+    @property
+    def rounds(self) -> list[int]:
+        return [r.number for r in self._rounds]
+
+    @property
+    def steps(self) -> dict[int, int]:
+        """Round -> optimizer steps made when it was sampled."""
+        return {r.number: r.step for r in self._rounds}
+
+    def add(self, samples: Iterable[Sample]) -> None:
+        """Write the next round.
+
+        Raises:
+            ValueError: no samples; one of another round or step; the round was written by another process. Nothing is
+                written then.
+        """
+        number = len(self._rounds) + 1
+        if len(rounds_in(self.folder)) >= number:
+            raise ValueError(f"{self.folder} already has round {number}: call reload(). Rounds are never overwritten.")
+        for path in leftovers(self.folder, "round-*.arrow"):
+            path.unlink()
+        write_round(self.folder, number, samples)
+        self._set_rounds([*self._rounds, Round(self.folder, number)])
+
+    def table(self, through: int | None = None) -> Table:
+        """The samples kept after round ``through``, by default the last, with their labels."""
+        through = len(self._rounds) if through is None else through
+        if not 1 <= through <= len(self._rounds):
+            raise ValueError(f"Round {through} is not in {self.folder}, which has rounds {self.rounds}. Add it first.")
+        if self._table is None or self._through != through:
+            self._table, self._through = self._replay(through), through
+        return self._table
+
+    def _replay(self, through: int) -> Table:
+        if self.drop_factor in (0, 1):  # what came before has no say in it
+            first = through if self.drop_factor else 1
+            return self._labelled(np.arange(self._start(first), self._start(through + 1)), None)
+        table = self._labelled(np.arange(self._start(2)), None)
+        for number in range(2, through + 1):
+            stays = keep(table.label, drop_factor=self.drop_factor, rng_seed=(self.seed, number))
+            new = np.arange(self._start(number), self._start(number + 1))
+            table = self._labelled(np.concatenate([table.index[stays], new]), table.label[stays])
+        return table
+
+    def _start(self, number: int) -> int:
+        return int(self._columns.ends[number - 2]) if number > 1 else 0
+
+    def _labelled(self, index: NDArray, earlier: NDArray | None) -> Table:
+        before = np.full(len(index), NEW, dtype=np.int32)
+        if earlier is not None:
+            before[: len(earlier)] = earlier
+        table = Table(self._columns, index, before)
+        label = np.asarray(self._label(table))
+        if label.shape != index.shape or label.dtype.kind != "i" or label.min() < LEFT_OUT:
+            raise ValueError(
+                f"The pool's label function returned {label.dtype} of shape {label.shape}, lowest {label.min()}; "
+                f"expected an integer for each of {len(index)} samples, 0 the best, -1 for one to be left out."
+            )
+        return Table(self._columns, index, label.astype(np.int32))
+
+    def read(self, indices: ArrayLike, through: int | None = None) -> list[Sample]:
+        """The samples at these places of ``table(through)``, in their order."""
+        table, indices = self.table(through), np.asarray(indices, dtype=np.int64)
+        numbers, rows = table.round[indices], table.row[indices]
+        found: list[Sample | None] = [None] * len(indices)
+        for number in np.unique(numbers):
+            places = np.flatnonzero(numbers == number)
+            for place, sample in zip(places, self._rounds[number - 1].read(rows[places]), strict=True):
+                found[place] = sample
+        return found
+
+    def __len__(self) -> int:
+        return len(self.table()) if self._rounds else 0
+
+    def __getitem__(self, i: int) -> Sample:
+        return self.read([i])[0]
+
+    def draws(
+        self, n: int, seed: int | Sequence[int], through: int | None = None
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """n draws for training, balanced over labels: (n,) places in ``table(through)`` and their (n,) labels."""
+        table = self.table(through)
+        indices = balanced_order(table.label, table.finished, n=n, seed=seed)
+        return indices, table.label[indices]
+
+    def counts(self, through: int | None = None) -> dict[int, dict[int, int]]:
+        """Round -> label -> how many samples of it are kept."""
+        table = self.table(through)
+        pairs = Counter(zip(table.round.tolist(), table.label.tolist(), strict=True))
+        counts: dict[int, dict[int, int]] = {}
+        for (number, label), count in sorted(pairs.items()):
+            counts.setdefault(number, {})[label] = count
+        return counts
