@@ -22,13 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import (
-    RepeatSampler,
-    add_fused_lm_head,
-    disable_dropout_in_model,
-    get_config_model_id,
-    use_adapter,
-)
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, use_adapter
 
 from contrastive_align.data import GroupCollator
 from contrastive_align.losses import fdpg
@@ -37,7 +31,16 @@ from contrastive_align.models.layout import set_layout
 from contrastive_align.sampling.decode import draw
 from contrastive_align.targets import Target
 from contrastive_align.trainers.distribution_metrics import distribution_metrics
+from contrastive_align.trainers.encoder_decoder import (
+    EncoderDecoderCollator,
+    add_encoder_decoder_head,
+    decoder_start_token,
+    encoder_decoder_logps,
+    load_encoder_decoder,
+    without_functional_dropout,
+)
 from contrastive_align.trainers.fdpg_config import FDPGConfig
+from contrastive_align.trainers.fdpg_inputs import EpochSampler, distinct_prompts, hash_of, never_called, target_of
 from contrastive_align.trainers.log_z import RunningLogZ
 
 
@@ -71,7 +74,8 @@ class FDPGTrainer(RLOOTrainer):
     ``divergence="reverse_kl"`` on ``Target.from_reward``. A subclass of :class:`trl.RLOOTrainer` that takes its
     arguments: prompts in, ``num_generations`` samples each, features by TRL's reward functions.
 
-    The base a(y|c) of the target is the model as it was given: its adapter off (LoRA), or a frozen copy.
+    The base a(y|c) of the target is the model as it was given: its adapter off (LoRA), or a frozen copy. Causal models
+    continue the prompt; encoder-decoder models (T5, BART, Marian) read it in the encoder.
 
     ```python
     from contrastive_align import FDPGConfig, FDPGTrainer
@@ -138,7 +142,7 @@ class FDPGTrainer(RLOOTrainer):
                 "reward_processing_classes is not read here. Give the reward model as a feature with its tokenizer: "
                 "resolve_feature({'reward_model': model}, tokenizer=tokenizer)."
             )
-        self.target = _target_of(target, reward_funcs, args)
+        self.target = target_of(target, reward_funcs, args)
         if processing_class is None:
             source = model if isinstance(model, str) else get_config_model_id(model.config)
             processing_class = load_tokenizer(source, trust_remote_code=args.trust_remote_code)
@@ -148,9 +152,11 @@ class FDPGTrainer(RLOOTrainer):
         # the base of the target is the model as it was given.
         without_reference = copy.copy(args)
         without_reference.beta, without_reference.reward_weights = 0.0, None
+        if isinstance(model, str) and (loaded := load_encoder_decoder(model, args, quantization_config)) is not None:
+            model, quantization_config, without_reference.model_init_kwargs = loaded, None, None
         super().__init__(
             model=model,
-            reward_funcs=[_never_called],
+            reward_funcs=[never_called],
             args=without_reference,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -161,19 +167,22 @@ class FDPGTrainer(RLOOTrainer):
             peft_config=peft_config,
         )
         self.args.beta, self.args.reward_weights = args.beta, args.reward_weights
-        if self.model.config.is_encoder_decoder:
-            raise ValueError(
-                f"{type(self.model).__name__} is an encoder-decoder, which this trainer does not support yet."
-            )
+        self.args.model_init_kwargs = args.model_init_kwargs
         if self.aux_loss_enabled:
             raise ValueError("A router loss has no place in the target. Set router_aux_loss_coef=0.")
+        if args.disable_dropout:
+            without_functional_dropout(self.model)
         self.base_model = self._frozen_copy()
         models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
         models += [] if self.base_model is None else [self.base_model]
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        obstacle = "its weights are sharded before it can be tried" if sharded else None
-        self.layout = set_layout(models, args.layout, obstacle=obstacle, autocast=args.bf16 or args.fp16)
-        self._collate = GroupCollator(self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
+        self.is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
+        if self.is_encoder_decoder:
+            self._set_encoder_decoder(models)
+        else:
+            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            obstacle = "its weights are sharded before it can be tried" if sharded else None
+            self.layout = set_layout(models, args.layout, obstacle=obstacle, autocast=args.bf16 or args.fp16)
+            self._collate = GroupCollator(self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
         self.log_z = RunningLogZ()
         self._evaluations = 0
 
@@ -192,12 +201,31 @@ class FDPGTrainer(RLOOTrainer):
         disable_dropout_in_model(base)
         return base.eval().requires_grad_(False)
 
+    def _set_encoder_decoder(self, models: list[PreTrainedModel]) -> None:
+        for wrong, why in {
+            "layout='shared'": self.args.layout == "shared",
+            "use_vllm": self.use_vllm,
+            "use_transformers_continuous_batching": self.use_transformers_continuous_batching,
+            "FSDP": self.is_fsdp_enabled,
+            "DeepSpeed": self.is_deepspeed_enabled,
+        }.items():
+            if why:
+                raise ValueError(
+                    f"{wrong} is not supported for {type(models[0]).__name__}, an encoder-decoder. Leave it out: the "
+                    "prompt is read once for all of its completions by its own encoder."
+                )
+        for model in models:
+            add_encoder_decoder_head(model)
+        self.layout = "padded"
+        start = decoder_start_token(models[0])
+        self._collate = EncoderDecoderCollator(self._tokenizer.pad_token_id, start, self.args.pad_to_multiple_of)
+
     # -------------------------------------------------------------------------------------------------------- target
 
     def fit_target(self) -> None:
         """Find the target's lambdas from samples of the base, and write them to ``output_dir``/target.json."""
         # E_p[phi|c] of one sample is that sample's phi whatever lambda is: each prompt needs many.
-        prompts = _distinct_prompts(self.train_dataset, max(1, self.args.fit_samples // FIT_SAMPLES_PER_PROMPT))
+        prompts = distinct_prompts(self.train_dataset, max(1, self.args.fit_samples // FIT_SAMPLES_PER_PROMPT))
         per_prompt = math.ceil(self.args.fit_samples / len(prompts))
         ids = self._prompt_ids([row["prompt"] for row in prompts])
         with self._sampling(base=True) as model:
@@ -240,7 +268,8 @@ class FDPGTrainer(RLOOTrainer):
         prompt_ids = [list(ids) or [start] for ids in prompt_ids]
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
-            if context and len(ids) + self.max_completion_length > context:
+            needed = (max if self.is_encoder_decoder else sum)((len(ids), self.max_completion_length))
+            if context and needed > context:
                 raise ValueError(
                     f"A prompt of {len(ids)} tokens and max_completion_length={self.max_completion_length} exceed the "
                     f"model's context of {context}: {str(prompt)[:80]!r}. Shorten or leave out the prompt, or lower "
@@ -257,7 +286,7 @@ class FDPGTrainer(RLOOTrainer):
 
     def _seeds(self, what: Any, places: Any) -> list[int]:
         """A seed for each group: the same samples on any number of processes, and after resuming."""
-        return [_hash(self.args.seed, what, place) % 2**63 for place in places]
+        return [hash_of(self.args.seed, what, place) % 2**63 for place in places]
 
     @contextlib.contextmanager
     def _sampling(self, base: bool = False) -> Iterator[PreTrainedModel]:
@@ -301,9 +330,9 @@ class FDPGTrainer(RLOOTrainer):
             self._buffered_inputs = self._groups(generation_batch, self.num_generations, steps, what)
         return self._buffered_inputs[self._step % steps]
 
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
         sampler = super()._get_train_sampler(dataset)
-        sampler.__class__ = _EpochSampler
+        sampler.__class__ = EpochSampler
         return sampler
 
     @torch.no_grad()
@@ -331,7 +360,7 @@ class FDPGTrainer(RLOOTrainer):
         self._log_groups(rows, completion_ids, phi, keys, policy_logps, base_logps, target_log_scores, log_z)
         more = {"proposal_logps": policy_logps, "target_log_scores": target_log_scores, "log_z": log_z}
         for j, batch in enumerate(batches):
-            batch.pop("scores")
+            batch.pop("scores", None)
             batch.update({name: tensor[j * size : (j + 1) * size] for name, tensor in more.items()})
         return batches
 
@@ -349,7 +378,13 @@ class FDPGTrainer(RLOOTrainer):
     def _logps(self, batch: dict[str, Tensor], base: bool = False) -> Tensor:
         """(B, K) float64, in the layout of training."""
         with self._sampling(base) as model:
-            return completion_logps(model, batch, layout=self.layout, token_stats=False).logps.double()
+            return self._completion_logps(model, batch)
+
+    def _completion_logps(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """(B, K) float64, with a gradient where one is wanted."""
+        if self.is_encoder_decoder:
+            return encoder_decoder_logps(model, batch).double()
+        return completion_logps(model, batch, layout=self.layout, token_stats=False).logps.double()
 
     # ----------------------------------------------------------------------------------------------------------- loss
 
@@ -363,10 +398,9 @@ class FDPGTrainer(RLOOTrainer):
         """The mean over groups of :func:`~contrastive_align.losses.fdpg`; groups whose Z is still 0 count as 0."""
         if return_outputs:
             raise ValueError("return_outputs=True is not supported, as in TRL. Read the logged metrics.")
-        policy = completion_logps(model, inputs, layout=self.layout, token_stats=False)
         some_mass = torch.isfinite(inputs["log_z"])
         losses = fdpg(
-            policy.logps.double(),
+            self._completion_logps(model, inputs),
             inputs["proposal_logps"],
             inputs["target_log_scores"],
             log_z=inputs["log_z"],
@@ -446,51 +480,5 @@ class FDPGTrainer(RLOOTrainer):
         self.log_z.load_state_dict(state["log_z"])
 
 
-class _EpochSampler(RepeatSampler):
-    """TRL's sampler, its order a function of seed and epoch, so that a run resumed in a later epoch continues it."""
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.shuffle:
-            self.generator.manual_seed(self.seed + epoch)
-
-
-def _target_of(target: Target | None, reward_funcs: Any, args: FDPGConfig) -> Target:
-    if target is not None:
-        if not isinstance(target, Target):
-            raise TypeError(f"target is a {type(target).__name__}, expected a contrastive_align.targets.Target.")
-        if reward_funcs:
-            raise ValueError("Both target and reward_funcs are given, expected one: put the rewards into the target.")
-        if args.reward_weights is not None:
-            raise ValueError("reward_weights weighs reward_funcs, and a target is given. Leave it out.")
-        return target
-    if not reward_funcs:
-        raise ValueError(
-            "Nothing to train towards. Give target=Target([...]), or reward_funcs for base * exp(reward / beta)."
-        )
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(functions)
-    if len(weights) != len(functions):
-        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions.")
-    return Target.from_reward({"sum": [[w, f] for w, f in zip(weights, functions, strict=True)]}, args.beta)
-
-
-def _distinct_prompts(dataset: AnyDataset, at_most: int) -> list[dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {}
-    for row in dataset:
-        rows.setdefault(json.dumps(row["prompt"]), row)
-        if len(rows) == at_most:
-            break
-    return list(rows.values())
-
-
-def _hash(*parts: Any) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
-
-
 def _state_file(process: int) -> str:
     return f"fdpg_state_{process}.pt"
-
-
-def _never_called(**columns: Any) -> list[float]:
-    """TRL wants a reward function; features are read through the target."""
-    raise AssertionError("TRL computed rewards by itself: FDPGTrainer's _prepare_inputs was not used.")
