@@ -296,6 +296,16 @@ def test_bad_input_is_refused(tokenizer, tmp_path):
         options(tmp_path, divergence="hellinger")
 
 
+def test_too_few_prompts_for_a_step_are_refused(tokenizer, tmp_path):
+    rows = [{"prompt": text} for text in ("a", "a", "b")]
+    with pytest.raises(ValueError, match=r"3 rows \(2 distinct prompts\).* for 4 at once.*\* 2\)"):
+        trained(tokenizer, tmp_path, moment_target(), data=Dataset.from_list(rows), steps_per_generation=2)
+    trainer = trained(
+        tokenizer, tmp_path, moment_target(), data=Dataset.from_list(rows * 2), steps_per_generation=2, max_steps=2
+    )
+    assert trainer.state.global_step == 2
+
+
 def test_two_processes_equal_one(tmp_path):
     """The samples of a group depend on its place in the step alone; log Z counts what all processes drew."""
     found = []

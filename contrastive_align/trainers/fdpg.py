@@ -40,7 +40,14 @@ from contrastive_align.trainers.encoder_decoder import (
     without_functional_dropout,
 )
 from contrastive_align.trainers.fdpg_config import FDPGConfig
-from contrastive_align.trainers.fdpg_inputs import EpochSampler, distinct_prompts, hash_of, never_called, target_of
+from contrastive_align.trainers.fdpg_inputs import (
+    EpochSampler,
+    check_enough_prompts,
+    distinct_prompts,
+    hash_of,
+    never_called,
+    target_of,
+)
 from contrastive_align.trainers.log_z import RunningLogZ
 
 
@@ -142,6 +149,7 @@ class FDPGTrainer(RLOOTrainer):
                 "reward_processing_classes is not read here. Give the reward model as a feature with its tokenizer: "
                 "resolve_feature({'reward_model': model}, tokenizer=tokenizer)."
             )
+        check_enough_prompts(train_dataset, args)
         self.target = target_of(target, reward_funcs, args)
         if processing_class is None:
             source = model if isinstance(model, str) else get_config_model_id(model.config)

@@ -52,6 +52,25 @@ def distinct_prompts(dataset: Dataset | IterableDataset, at_most: int) -> list[d
     return list(rows.values())
 
 
+def check_enough_prompts(dataset: Dataset | IterableDataset | None, args: FDPGConfig) -> None:
+    """Refuse a dataset that does not fill one step: TRL's sampler leaves out what does not, and would train on nothing.
+
+    Raises:
+        ValueError: fewer rows than samples are drawn for at once, over all processes.
+    """
+    needed = args.generation_batch_size // args.num_generations
+    if not isinstance(dataset, Dataset) or len(dataset) >= needed:
+        return
+    distinct = len(distinct_prompts(dataset, needed)) if "prompt" in dataset.column_names else 0
+    raise ValueError(
+        f"train_dataset has {len(dataset)} rows ({distinct} distinct prompts), and samples are drawn for {needed} at "
+        f"once: generation_batch_size={args.generation_batch_size} samples over all processes, num_generations="
+        f"{args.num_generations} for each. No step would be filled. Lower per_device_train_batch_size or "
+        "steps_per_generation (gradient_accumulation_steps, where that is left out), raise num_generations, or repeat "
+        f"the rows: concatenate_datasets([train_dataset] * {-(-needed // max(1, len(dataset)))})."
+    )
+
+
 def hash_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
