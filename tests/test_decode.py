@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -29,8 +30,8 @@ from transformers import (
 )
 
 from contrastive_align.models import attention
-from contrastive_align.sampling import Drawn, PolicyProposal, draw
-from contrastive_align.sampling.decode import _exponential, _race, score
+from contrastive_align.sampling import Drawn, PolicyProposal, decode, draw
+from contrastive_align.sampling.decode import _changed, _exponential, _race, score
 
 
 VOCABULARY, PAD, EOS = 24, 0, (1, 2, 3, 4)
@@ -160,6 +161,99 @@ def test_the_distribution_is_the_models():
     chi2 = float((((seen - n * p) ** 2) / (n * p))[enough].sum())
     freedom = int(enough.sum()) - 1
     assert abs(chi2 - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+def reshaped(p: list[float], temperature: float, top_p: float, suppressed: tuple[int, ...]) -> list[float]:
+    """The distribution to be drawn from, by the definitions, in Python's own arithmetic."""
+    weights = [0.0 if v in suppressed else x ** (1 / temperature) for v, x in enumerate(p)]
+    weights = [x / sum(weights) for x in weights]
+    kept, reached = set(), 0.0
+    for v in sorted(range(len(p)), key=lambda v: -weights[v]):
+        if reached < top_p:
+            kept.add(v)
+            reached += weights[v]
+    return [x / reached if v in kept else 0.0 for v, x in enumerate(weights)]
+
+
+CHANGES = [
+    {"temperature": 0.5},
+    {"temperature": 3.0},
+    {"top_p": 0.7},
+    {"suppress_ids": (0, 3, 3)},
+    {"temperature": 2.0, "top_p": 0.6, "suppress_ids": [2]},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_the_distribution_is_the_one_asked_for(changes):
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(LlamaConfig(**{**CAUSAL, "vocab_size": 7})).double()
+    asked = {"temperature": 1.0, "top_p": 1.0, "suppress_ids": (), **changes}
+
+    @torch.no_grad()
+    def next_tokens(ids: list[int]) -> list[float]:
+        p = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1).tolist()
+        return reshaped(p, asked["temperature"], asked["top_p"], asked["suppress_ids"])
+
+    prompt, eos, n = [2, 3, 4], 1, 8_000
+    exact = {}
+    for first, p in enumerate(next_tokens(prompt)):
+        if first == eos:
+            exact[first,] = p
+        else:
+            exact |= {(first, second): p * q for second, q in enumerate(next_tokens([*prompt, first]))}
+    assert sum(exact.values()) == pytest.approx(1, abs=1e-12)
+    settings = {"per_prompt": n, "max_new_tokens": 2, "eos_token_ids": [eos], "rows_at_once": 20_000}
+    drawn = draw_from(model, [prompt], [0], **settings, **changes)
+    seen = Counter(map(tuple, drawn.completion_ids[0]))
+    possible = {ids: p for ids, p in exact.items() if p > 0}
+    assert set(seen) <= set(possible)
+    assert not {v for ids in seen for v in ids} & set(asked["suppress_ids"])
+    for ids, p in possible.items():
+        assert abs(seen[ids] - n * p) < 4 * (n * p * (1 - p)) ** 0.5 + 1, ids
+    for ids, logp in zip(drawn.completion_ids[0], drawn.logps[0].tolist(), strict=True):
+        assert logp == pytest.approx(math.log(exact[tuple(ids)]), abs=1e-10)
+
+
+def test_asking_for_nothing_changes_nothing(monkeypatch):
+    model = make("llama")
+    before = draw_from(model)
+    monkeypatch.setattr(decode, "_changed", lambda *_, **__: pytest.fail("a pass over the logits for nothing"))
+    same = draw_from(model, temperature=1.0, top_p=1.0, suppress_ids=[])
+    assert same.completion_ids == before.completion_ids
+    assert torch.equal(same.logps, before.logps)
+
+
+def test_extreme_changes_are_greedy():
+    model = make("llama", torch.float32)
+    cold = draw_from(model, temperature=1e-30, per_prompt=2)
+    narrow = draw_from(model, top_p=1e-9, per_prompt=2)
+    assert cold.completion_ids == narrow.completion_ids
+    assert all(first == second for first, second in cold.completion_ids)
+    assert (cold.logps == 0).all()
+    assert (narrow.logps == 0).all()
+    tied = _changed(torch.zeros(1, 4), 1.0, 0.5, torch.tensor([], dtype=torch.long))
+    assert tied.tolist() == [[0, 0, -math.inf, -math.inf]]
+
+
+@pytest.mark.parametrize("name", ["t5", "mamba"])
+def test_changes_hold_for_every_kind_of_model(name):
+    drawn = draw_from(make(name), suppress_ids=EOS, temperature=0.9)
+    assert drawn.truncated.all()
+    assert not {v for row in drawn.completion_ids for ids in row for v in ids} & set(EOS)
+
+
+def test_changes_that_are_refused():
+    model = make("llama")
+    for temperature in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"temperature=.*do_sample=False"):
+            draw_from(model, temperature=temperature)
+    for top_p in (0.0, 1.1, math.nan):
+        with pytest.raises(ValueError, match="top_p="):
+            draw_from(model, top_p=top_p)
+    for ids, found in (([24], "id 24"), ([-1], "id -1"), (range(24), "all of them")):
+        with pytest.raises(ValueError, match=f"suppress_ids has {found}, and LlamaForCausalLM has 24 tokens"):
+            draw_from(model, suppress_ids=ids)
 
 
 def test_noise_is_exponential_and_fine_near_zero():

@@ -1,15 +1,17 @@
 """Token ids drawn from a model's own distribution, with the log-probs they were drawn with.
 
-Plain sampling and nothing else: temperature 1, no top-p, no top-k, no penalties, whatever the generation config says.
+Plain sampling unless asked: temperature 1, no top-p, no top-k, no penalties, whatever the generation config says. What
+is asked for (``temperature``, ``top_p``, ``suppress_ids``) changes the distribution, and the log-probs are that one's.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ class Drawn:
     Args:
         completion_ids: C x K lists of token ids, EOS included where it was drawn.
         logps: (C, K) float64 nats, summed over the completion's tokens, EOS included: from the very logits that it was
-            drawn with.
+            drawn with, after ``suppress_ids``, ``temperature`` and ``top_p``.
         truncated: (C, K) bool: max_new_tokens came before EOS.
     """
 
@@ -52,15 +54,19 @@ def draw(
     pad_token_id: int,
     seeds: Sequence[int],
     rows_at_once: int = 256,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    suppress_ids: Sequence[int] = (),
 ) -> Drawn:
     r"""Draw completions token by token, the prompts being computed once for all of their samples.
 
     .. math:: y_t = \arg\max_v \, \pi(v | x, y_{<t}) / E_{t,v}, \quad E_{t,v} \sim \text{Exponential}(1)
 
-    which has the distribution :math:`\pi`: the first of competing exponential clocks (the Gumbel-max trick without its
-    logarithms). Sample k of a prompt has its own noise, made from the prompt's seed and k. It is the same token ids
-    whatever is drawn beside it, in any process and after resuming, but for near-ties that other batches' rounding
-    turns. The global random state is neither read nor moved.
+    which has the distribution :math:`\pi`, the model's own unless one of the last three arguments changes it: the first
+    of competing exponential clocks (the Gumbel-max trick without its logarithms). Sample k of a prompt has its own
+    noise, made from the prompt's seed and k. It is the same token ids whatever is drawn beside it, in any process and
+    after resuming, but for near-ties that other batches' rounding turns. The global random state is neither read nor
+    moved.
 
     Args:
         model: a transformers model, under PEFT or not. Causal ones continue the prompt; encoder-decoder ones read it in
@@ -71,9 +77,18 @@ def draw(
         pad_token_id: any token of the vocabulary.
         seeds: one for each prompt.
         rows_at_once: how many samples are decoded together at most.
+        temperature: T > 0; each token from :math:`\pi(v)^{1/T}`, normalised.
+        top_p: in (0, 1]; each token from the smallest set of tokens, the likeliest first, whose probability reaches it
+            (Holtzman et al., arXiv 1904.09751), after the temperature. Of tokens with equal probability, those with the
+            lower ids come first.
+        suppress_ids: tokens that are never drawn. They are taken out first, so that ``top_p`` is a share of the others.
+
+    The log-probs are those of the distribution drawn from. With the defaults, this is the model's own; otherwise
+    ``score`` gives the model's own log-probs of what was drawn.
 
     Raises:
-        ValueError: no seed for a prompt, an empty prompt, one that is too long for the model, or logits that are NaN.
+        ValueError: no seed for a prompt, an empty prompt, one that is too long for the model, logits that are NaN, or a
+            temperature, top_p or suppressed token outside its range.
         NotImplementedError: a prompt-tuning adapter.
     """
     if per_prompt < 1 or max_new_tokens < 1 or rows_at_once < 1:
@@ -85,6 +100,7 @@ def draw(
         raise ValueError(f"{len(seeds)} seeds for {len(prompt_ids)} prompts, expected one for each.")
     kind = _Kind.of(model)
     kind.check_lengths([len(ids) for ids in prompt_ids], max_new_tokens)
+    change = _change_of(kind, temperature, top_p, suppress_ids)
     sample_seeds = [_sample_seeds(seed, per_prompt) for seed in seeds]
     completion_ids: list[list[list[int]]] = [[[] for _ in range(per_prompt)] for _ in prompt_ids]
     logps = torch.zeros(len(prompt_ids), per_prompt, dtype=torch.float64)
@@ -97,7 +113,7 @@ def draw(
                 part = rows[i : i + whole_prompts]
                 decoder = kind.start(model, prompt_ids, [c for c, _ in part], pad_token_id)
                 part_seeds = [sample_seeds[c][k] for c, k in part]
-                ids, sums, cut = _decode(decoder, part_seeds, max_new_tokens, eos_token_ids, pad_token_id)
+                ids, sums, cut = _decode(decoder, part_seeds, max_new_tokens, eos_token_ids, pad_token_id, change)
                 c, k = torch.tensor(part).unbind(1)
                 logps[c, k], truncated[c, k] = sums.cpu(), cut.cpu()
                 for (c, k), row in zip(part, ids, strict=True):
@@ -112,7 +128,12 @@ def draw(
 
 
 def _decode(
-    decoder: _Cached | _EncoderDecoder | _Uncached, seeds: list[int], steps: int, eos: Sequence[int], pad: int
+    decoder: _Cached | _EncoderDecoder | _Uncached,
+    seeds: list[int],
+    steps: int,
+    eos: Sequence[int],
+    pad: int,
+    change: Callable[[Tensor], Tensor] | None,
 ) -> tuple[list[list[int]], Tensor, Tensor]:
     """One row for each seed -> token ids, log-probs, whether the steps came to an end first."""
     device, n = decoder.logits.device, len(seeds)
@@ -126,7 +147,8 @@ def _decode(
     rows, running = torch.arange(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
     runs = [True] * n
     for step in range(steps):
-        tokens, token_logps = _race(decoder.logits, _exponential(decoder.logits.shape, generators, runs))
+        logits = decoder.logits if change is None else change(decoder.logits)
+        tokens, token_logps = _race(logits, _exponential(logits.shape, generators, runs))
         tokens = torch.where(running, tokens, pad)
         ids[rows, step] = tokens
         logps[rows] += token_logps.masked_fill(~running, 0.0)
@@ -144,6 +166,49 @@ def _decode(
         decoder.step(tokens)
     truncated[rows] = running
     return [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)], logps, truncated
+
+
+def _change_of(
+    kind: _Kind, temperature: float, top_p: float, suppress_ids: Sequence[int]
+) -> Callable[[Tensor], Tensor] | None:
+    """What is done to the logits before each draw; None where that is nothing."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(
+            f"temperature={temperature}, expected a finite number above 0. For greedy completions use "
+            "model.generate(do_sample=False)."
+        )
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}, expected a number above 0 and at most 1 (1 keeps every token).")
+    suppressed = sorted(set(suppress_ids))
+    if suppressed:
+        vocabulary = kind.base.get_output_embeddings().weight.size(0)
+        outside = [i for i in suppressed if not 0 <= i < vocabulary]
+        if outside or len(suppressed) == vocabulary:
+            found = f"id {outside[0]}" if outside else "all of them"
+            raise ValueError(f"suppress_ids has {found}, and {type(kind.base).__name__} has {vocabulary} tokens.")
+    if temperature == 1 and top_p == 1 and not suppressed:
+        return None
+    ids = torch.tensor(suppressed, dtype=torch.long, device=kind.base.device)
+    return partial(_changed, temperature=temperature, top_p=top_p, suppressed=ids)
+
+
+def _changed(logits: Tensor, temperature: float, top_p: float, suppressed: Tensor) -> Tensor:
+    """(n, V) logits of the distribution to draw from.
+
+    >>> _changed(torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log(), 1.0, 0.6, torch.tensor([0])).exp()
+    tensor([[0.0000, 0.0000, 0.3000, 0.2000]])
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if len(suppressed):
+        logits = logits.index_fill(-1, suppressed, -torch.inf)
+    if temperature != 1:
+        logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # a small one must not make infinities
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        reached = ordered.softmax(-1).cumsum(-1)
+        dropped = F.pad(reached[:, :-1], (1, 0)) >= top_p  # the tokens before it are enough
+        logits = logits.masked_fill(torch.empty_like(dropped).scatter_(-1, order, dropped), -torch.inf)
+    return logits
 
 
 def _race(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
