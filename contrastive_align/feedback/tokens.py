@@ -1,0 +1,231 @@
+"""Special tokens that condition a prompt: their rows in the model, how LoRA trains these, how an adapter is loaded."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Sequence
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.utils.other import EMBEDDING_LAYER_NAMES
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def add_condition_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], *, seed: int
+) -> list[int]:
+    r"""Give a model special tokens to be conditioned on, such as one for each quantile (Quark, arXiv 2205.13636).
+
+    The tokenizer never splits them, and ``decode(..., skip_special_tokens=True)`` leaves them out. The embedding grows
+    only where their ids do not fit into the rows that there are: many models have more rows than tokens. Every new row,
+    in the input embedding and (untied) in the head and its bias, is drawn around the rows of the old tokens:
+
+    .. math:: e_d \sim \mathcal{N}(\mu_d, \sigma_d^2), \quad \mu_d, \sigma_d \text{ the mean and spread of dimension } d
+
+    in float32 at least, from ``seed`` alone: the global random state is neither read nor moved. Old rows stay as they
+    are, bit for bit. Tokens that the tokenizer has are left alone, and so are their rows: calling this again changes
+    nothing, and neither does a model that was trained with them. (Where the tokenizer has them and the model lacks
+    their rows, as when an adapter's tokenizer meets the bare base, the rows are made.)
+
+    Args:
+        model: without PEFT's wrapper, on one device. To be called before the adapter is added.
+        tokenizer: changed in place.
+        tokens: their texts, such as ``<quantile_0>``.
+        seed: with the same model and tokens, the same seed makes the same rows.
+
+    Returns:
+        their ids, in the order of ``tokens``.
+
+    Raises:
+        ValueError: a text that is empty, there twice, or an ordinary word of the vocabulary; a model under PEFT;
+            weights that are quantised or partitioned.
+    """
+    tokens = list(tokens)
+    _check_texts(tokens, tokenizer)
+    _check_weights(model)
+    old_tokens = len(tokenizer)
+    new = [token for token in tokens if token not in tokenizer.get_vocab()]
+    if new:
+        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    _give_rows(model, max(ids, default=-1) + 1, fresh=tokenizer.convert_tokens_to_ids(new), old=old_tokens, seed=seed)
+    return ids
+
+
+def with_trainable_rows(peft_config: PeftConfig, model: PreTrainedModel, token_ids: Sequence[int]) -> PeftConfig:
+    """A copy of a LoRA config under which the rows of ``token_ids`` are trained, and saved with the adapter.
+
+    Fused heads multiply the hidden states with ``lm_head.weight`` itself, so that nothing may stand between the two:
+
+    - untied embeddings: ``trainable_token_indices`` on the input embedding. Only these rows are trained, in float32,
+      and saved. Their rows in the head, which only say how likely a condition is as the next token, stay.
+    - tied embeddings: ``modules_to_save`` with ``ensure_weight_tying``, one matrix for input and head. **All of its
+      rows** are trained, in the model's own precision, and saved. A learning rate made for LoRA moves them too.
+
+    Args:
+        peft_config: left as it is. Its own ``modules_to_save`` and ``trainable_token_indices`` are kept.
+        model: the model that the config is for, with the rows (``add_condition_tokens``), without PEFT's wrapper.
+        token_ids: the rows; none (a model that was trained with its conditions before) leaves the config as it is.
+
+    Raises:
+        ValueError: not LoRA, LoRA on the embedding itself, ``trainable_token_indices`` with tied embeddings, or a tied
+            head with a bias, which PEFT would drop.
+    """
+    config = copy.deepcopy(peft_config)
+    if not token_ids:
+        return config
+    _check_weights(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"{type(config).__name__} cannot train the rows of new tokens, expected a LoraConfig. Use LoRA, or train "
+            "the whole model."
+        )
+    if _targets(config.target_modules, name):
+        raise ValueError(
+            f"target_modules has the embedding {name!r}: LoRA on it does not train single rows. Remove it from "
+            "target_modules; the condition tokens' rows are trained without it."
+        )
+    saved = list(config.modules_to_save or ())
+    rows = config.trainable_token_indices
+    if head is not None and head.weight is embedding.weight:
+        if rows:
+            raise ValueError(
+                f"trainable_token_indices={rows} with tied embeddings ({name}), which PEFT does not train "
+                "beside the whole matrix. Remove trainable_token_indices: all rows are trained here."
+            )
+        if getattr(head, "bias", None) is not None:
+            raise ValueError(
+                f"{type(model).__name__} ties its head to {name} and has a bias in it, which PEFT drops when it trains "
+                "the two together. Train the whole model, or condition by phrases instead of tokens."
+            )
+        # PEFT ties what it knows as an embedding by name, and finds the module's own name by itself.
+        config.modules_to_save = saved + [n for n in dict.fromkeys((name, EMBEDDING_LAYER_NAMES[0])) if n not in saved]
+        config.ensure_weight_tying = True
+        return config
+    if not _targets(saved, name):
+        if not isinstance(rows, dict):
+            rows = {name: rows or []}
+        key = next((key for key in rows if _targets([key], name)), name)
+        config.trainable_token_indices = {**rows, key: sorted({*rows.get(key, ()), *token_ids})}
+    return config
+
+
+def load_with_condition_tokens(
+    model: PreTrainedModel,
+    adapter: str | os.PathLike,
+    *,
+    tokens: Sequence[str] = (),
+    seed: int = 42,
+    is_trainable: bool = False,
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A base as it was published, and a saved adapter that was trained with condition tokens -> model and tokenizer.
+
+        base = AutoModelForCausalLM.from_pretrained("the/base")
+        model, tokenizer = load_with_condition_tokens(base, "output_dir")
+
+    The base gets the rows that the adapter's tokenizer needs, then the adapter brings its own.
+
+    Args:
+        model: the base; it is changed in place, and the adapter's wrapper goes around it.
+        adapter: a folder with the adapter and its tokenizer.
+        tokens: the condition tokens. Needed only where the base has more rows than tokens, and only for how likely the
+            conditions themselves are as the next token: it is then known that these rows are to be made as well.
+        seed: the run's. Of what the adapter does not bring (the rows of the conditions in an untied head, which is not
+            trained), the same seed makes the same rows.
+        is_trainable: to go on training it.
+
+    Raises:
+        ValueError: as ``add_condition_tokens``; or a token that the adapter's tokenizer has not.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    missing = [token for token in tokens if token not in tokenizer.get_vocab()]
+    if missing:
+        raise ValueError(f"The tokenizer of {adapter} has no token {missing[0]!r}: it was not trained with it.")
+    _check_weights(model)
+    rows = max(tokenizer.get_vocab().values()) + 1
+    fresh = tokenizer.convert_tokens_to_ids(list(tokens))
+    _give_rows(model, rows, fresh=fresh, old=rows, seed=seed)
+    return PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable), tokenizer
+
+
+@torch.no_grad()
+def _give_rows(model: PreTrainedModel, rows: int, *, fresh: list[int], old: int, seed: int) -> None:
+    """Let the model have so many rows at least; the ``fresh`` ones, and all that it lacked, are drawn from the old."""
+    embedding = model.get_input_embeddings()
+    had = embedding.weight.size(0)
+    if rows > had:
+        devices = [embedding.weight.device] if embedding.weight.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # the resizing draws rows of its own
+            model.resize_token_embeddings(rows, mean_resizing=False)
+    fresh = sorted({*fresh, *range(had, rows)})
+    if not fresh:
+        return
+    known = min(old, had, fresh[0])  # new tokens come after all the old ones
+    generator = torch.Generator().manual_seed(seed)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = [embedding.weight]
+    if head is not None:
+        weights += [] if head.weight is embedding.weight else [head.weight]
+        weights += [] if getattr(head, "bias", None) is None else [head.bias]
+    for weight in weights:
+        weight[fresh] = _alike(weight[:known], len(fresh), generator).to(weight)
+
+
+def _alike(rows: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """n rows with the mean and spread of the given ones, each dimension by itself."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    noise = torch.randn(n, *rows.shape[1:], generator=generator).to(rows)
+    return rows.mean(0) + rows.std(0, correction=0) * noise
+
+
+def _check_texts(tokens: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    vocabulary = tokenizer.get_vocab()
+    for i, token in enumerate(tokens):
+        if not token or token != token.strip():
+            raise ValueError(f"Condition token {i} is {token!r}, expected a text without spaces around it.")
+        if token in tokens[:i]:
+            raise ValueError(f"Condition token {i} is {token!r}, which is there before. Give each its own text.")
+        if token in vocabulary and token not in tokenizer.all_special_tokens:
+            raise ValueError(
+                f"Condition token {i} is {token!r}, an ordinary token of the vocabulary (id {vocabulary[token]}): "
+                "texts may hold it. Choose a text that no token has, such as '<quantile_0>'."
+            )
+
+
+def _check_weights(model: PreTrainedModel) -> None:
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The model has an adapter already, which was made for the rows it has. Add the condition tokens to the "
+            "base, then the adapter; load_with_condition_tokens does this for a saved one."
+        )
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for what, module in (("input embedding", embedding), ("head", head)):
+        if module is None:
+            continue
+        weight: nn.Parameter | None = getattr(module, "weight", None)
+        if weight is None or not weight.is_floating_point() or weight.element_size() < 2:
+            raise ValueError(
+                f"The {what} of {type(model).__name__} is quantised ({type(module).__name__}), and tokens cannot be "
+                "added to it. Leave it out of the quantisation, or condition by phrases instead of tokens."
+            )
+        if weight.dim() != 2 or not weight.numel():
+            raise ValueError(
+                f"The {what} of {type(model).__name__} has the shape {tuple(weight.shape)}, expected (tokens, width): "
+                "it may be partitioned (ZeRO-3). Add the tokens, save the model, and start from what was saved."
+            )
+
+
+def _targets(names: Sequence[str] | str | None, name: str) -> bool:
+    """Whether PEFT would take the module for one of these names, or for this regular expression.
+
+    >>> _targets(["q_proj", "embed_tokens"], "model.embed_tokens"), _targets("all-linear", "model.embed_tokens")
+    (True, False)
+    """
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == given or name.endswith(f".{given}") for given in names or ())
