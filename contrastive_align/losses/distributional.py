@@ -101,6 +101,33 @@ def fdpg(
     return (coefficients * log_pi).sum(-1) / valid.sum(-1).clamp(min=1)
 
 
+@torch.no_grad()
+def mean_slope(
+    policy_logps: Tensor,
+    proposal_logps: Tensor,
+    target_log_scores: Tensor,
+    *,
+    log_z: Tensor,
+    divergence: str,
+) -> Tensor:
+    r"""E_pi[f'(t)] of each prompt, from the samples of :func:`fdpg`: minus the mean pseudo-reward.
+
+    .. math:: \sum_i w_i f'(t_i) / \sum_i w_i, \qquad w = \pi / q
+
+    Args: as in :func:`fdpg`.
+
+    Returns:
+        (B,); not finite where f' is not, or log_z.
+
+    >>> logps = torch.tensor([[-1.0, -2.0]])
+    >>> mean_slope(logps, logps, logps + 0.5, log_z=torch.tensor([0.5]), divergence="kl")  # at the target
+    tensor([-1.])
+    """
+    log_t = policy_logps - target_log_scores + log_z.unsqueeze(-1)
+    shares = (policy_logps - proposal_logps).log_softmax(-1)
+    return slope_of(canonical_divergence_name(divergence))(log_t, shares).sum(-1)
+
+
 def _leave_one_out(baseline: str, slope, log_t: Tensor, log_ratio: Tensor, valid: Tensor) -> Tensor:
     """(B, K)."""
     if baseline != "leave_one_out":

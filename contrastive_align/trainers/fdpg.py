@@ -26,6 +26,7 @@ from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_c
 
 from contrastive_align.data import GroupCollator
 from contrastive_align.losses import fdpg
+from contrastive_align.losses.distributional import mean_slope
 from contrastive_align.models import completion_logps, load_tokenizer, with_pad_token
 from contrastive_align.models.layout import set_layout
 from contrastive_align.sampling.decode import draw
@@ -39,6 +40,7 @@ from contrastive_align.trainers.encoder_decoder import (
     load_encoder_decoder,
     without_functional_dropout,
 )
+from contrastive_align.trainers.fdpg_baseline import WindowBaseline
 from contrastive_align.trainers.fdpg_config import FDPGConfig
 from contrastive_align.trainers.fdpg_inputs import (
     EpochSampler,
@@ -192,6 +194,7 @@ class FDPGTrainer(RLOOTrainer):
             self.layout = set_layout(models, args.layout, obstacle=obstacle, autocast=args.bf16 or args.fp16)
             self._collate = GroupCollator(self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
         self.log_z = RunningLogZ()
+        self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
         self._evaluations = 0
 
     def _frozen_copy(self) -> PreTrainedModel | None:
@@ -367,6 +370,8 @@ class FDPGTrainer(RLOOTrainer):
         log_z = self._log_z_of(keys, target_log_scores - policy_logps)
         self._log_groups(rows, completion_ids, phi, keys, policy_logps, base_logps, target_log_scores, log_z)
         more = {"proposal_logps": policy_logps, "target_log_scores": target_log_scores, "log_z": log_z}
+        if self.baseline is not None:
+            more["baseline"] = self._window_baseline(policy_logps, policy_logps, target_log_scores, log_z)
         for j, batch in enumerate(batches):
             batch.pop("scores", None)
             batch.update({name: tensor[j * size : (j + 1) * size] for name, tensor in more.items()})
@@ -382,6 +387,14 @@ class FDPGTrainer(RLOOTrainer):
         held_out.add(zip(keys, log_weights, strict=True))
         values = [self.log_z[key] if key in self.log_z else held_out[key] for key in keys]
         return torch.tensor(values, dtype=torch.float64, device=log_weights.device)
+
+    def _window_baseline(self, *logs: Tensor) -> Tensor:
+        """(B,) what earlier steps say; then these samples are counted in, for the next ones."""
+        before = torch.full_like(logs[-1], self.baseline.value)
+        if self.model.training:
+            slopes = mean_slope(*logs[:-1], log_z=logs[-1], divergence=self.args.divergence)
+            self.baseline.add(self.accelerator.gather(slopes))
+        return before
 
     def _logps(self, batch: dict[str, Tensor], base: bool = False) -> Tensor:
         """(B, K) float64, in the layout of training."""
@@ -413,7 +426,7 @@ class FDPGTrainer(RLOOTrainer):
             inputs["target_log_scores"],
             log_z=inputs["log_z"],
             divergence=self.args.divergence,
-            baseline=None if self.args.baseline == "none" else self.args.baseline,
+            baseline={"none": None, "window": inputs.get("baseline")}.get(self.args.baseline, self.args.baseline),
             valid=inputs["valid"] & some_mass.unsqueeze(1),
             max_ratio=self.args.max_importance_ratio,
         )
@@ -472,6 +485,8 @@ class FDPGTrainer(RLOOTrainer):
         if self.args.should_save:
             self.target.save(folder / TARGET_FILE)
         state = {"step": self._step, "log_z": self.log_z.state_dict(), "groups": self._buffered_inputs}
+        if self.baseline is not None:
+            state["baseline"] = self.baseline.state_dict()
         torch.save(state, folder / _state_file(self.args.process_index))
 
     def _load_state(self, checkpoint: Path) -> None:
@@ -486,6 +501,8 @@ class FDPGTrainer(RLOOTrainer):
         state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
         self._step, self._buffered_inputs = state["step"], state["groups"]
         self.log_z.load_state_dict(state["log_z"])
+        if self.baseline is not None and "baseline" in state:  # else the run began with another baseline
+            self.baseline.load_state_dict(state["baseline"])
 
 
 def _state_file(process: int) -> str:

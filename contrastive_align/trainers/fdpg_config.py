@@ -11,6 +11,7 @@ from contrastive_align.models.layout import LAYOUTS
 from contrastive_align.trainers.options import check_positive, refuse
 
 
+BASELINES = ("leave_one_out", "window", "none")
 _PLAIN = "the samples must come from the very distribution whose log-probs weigh them"
 _CLIPPED = "PPO's surrogate clips a ratio that f-DPG uses as an importance weight"
 # What RLOO offers and f-DPG does not mean: option -> (why, the way out). Any value but TRL's default raises.
@@ -45,7 +46,10 @@ class FDPGConfig(RLOOConfig):
             What is minimised between policy and target: kl (DPG, GDC, CDPG), reverse_kl (on `Target.from_reward` the
             KL-controlled reward of RLHF), js, tv, chi2, reverse_chi2 or alpha:<a>.
         baseline (`str`, defaults to `"leave_one_out"`):
-            Taken off the pseudo-reward: `"leave_one_out"`, the mean over the other samples of the prompt, or `"none"`.
+            Taken off the pseudo-reward: `"leave_one_out"`, the mean over the other samples of the prompt; `"window"`,
+            the mean over all prompts of earlier steps; or `"none"`.
+        baseline_window (`int`, defaults to `10`):
+            With `baseline="window"`: over how many of the last times samples were drawn.
         max_importance_ratio (`float`, *optional*):
             pi/q is cut here. It is 1 where every optimiser step has samples of its own.
         fit_samples (`int`, defaults to `4096`):
@@ -68,7 +72,10 @@ class FDPGConfig(RLOOConfig):
     )
     baseline: str = field(
         default="leave_one_out",
-        metadata={"help": "Taken off the pseudo-reward.", "choices": ["leave_one_out", "none"]},
+        metadata={"help": "Taken off the pseudo-reward.", "choices": list(BASELINES)},
+    )
+    baseline_window: int = field(
+        default=10, metadata={"help": "With baseline='window': its mean is over so many of the last steps."}
     )
     max_importance_ratio: float | None = field(
         default=None, metadata={"help": "Importance weights policy/proposal are cut here."}
@@ -94,8 +101,9 @@ class FDPGConfig(RLOOConfig):
         refuse(self, RLOOConfig, NOT_SUPPORTED, "FDPGTrainer")
         super().__post_init__()
         self.divergence = canonical_divergence_name(self.divergence)
-        if self.baseline not in ("leave_one_out", "none"):
-            raise ValueError(f"baseline is {self.baseline!r}, expected 'leave_one_out' or 'none'.")
+        if self.baseline not in BASELINES:
+            raise ValueError(f"baseline is {self.baseline!r}, expected one of {', '.join(BASELINES)}.")
+        check_positive("baseline_window", self.baseline_window)
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}.")
         if self.max_importance_ratio is not None:
