@@ -3,12 +3,13 @@
 python benchmarks/judge.py                     # 1,000 items, 16 calls in flight, 50 ms a reply
 python benchmarks/judge.py --items 100 --share 0
 
-Three times to compare with, all from what the server saw:
+Two times to compare with, from the calls that the server saw:
 
 - ideal: calls * latency / concurrency, as if a fault were an answer like any other;
-- with the faults' own waits: a call that hangs holds its place for the whole timeout instead of the latency, and
-  whatever comes last cannot be earlier than the longest chain of one item's own timeouts and Retry-After;
-- no faults: the same items, one call each, measured likewise with ``--share 0``.
+- with calls that hang at their timeout: those hold their place for the timeout, not the latency.
+
+What stays above the second is CPU time and the end of the run, when the last items that failed, or failed several times
+in a row, wait for their back-off and Retry-After and nothing else is left to do.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ def measure(args: argparse.Namespace, server: subprocess.Popen, folder: str) -> 
     import openai  # noqa: F401  its import is not what is measured
 
     judge = Judge("feedback", concurrency=args.concurrency, **options)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     verdicts = judge(prompts, completions)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     seen, report = counts_of(server), judge.report()
 
     restarted = Judge("feedback", concurrency=args.concurrency, **options)
@@ -89,6 +90,7 @@ def measure(args: argparse.Namespace, server: subprocess.Popen, folder: str) -> 
         "seconds": round(seconds, 2),
         "ideal: calls * latency / concurrency": f"{ideal:.2f} s, ratio {seconds / ideal:.2f}",
         "with calls that hang at their timeout": f"{own_waits:.2f} s, ratio {seconds / own_waits:.2f}",
+        "the judge's own CPU time": f"{cpu:.2f} s, {1000 * cpu / calls:.1f} ms a call",
         "calls after a restart": calls_again,
         "seconds after a restart": round(seconds_again, 2),
         "same verdicts after a restart": again == verdicts,

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 Job = TypeVar("Job")
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds, of waits that the server does not set
+FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0  # seconds, of waits that the server does not set
 BEGUN_PER_WORKER = 4
 _JITTER = random.Random()  # not the global one, whose seed is the user's
 
@@ -23,7 +23,7 @@ def backoff(faults: int, retry_after: float | None) -> float:
 
     A server's ``Retry-After`` is the least that is waited.
 
-    >>> 2.0 <= backoff(4, None) <= 4.0 and 10.0 <= backoff(1, retry_after=10) <= 10.5
+    >>> 1.0 <= backoff(4, None) <= 2.0 and 10.0 <= backoff(1, retry_after=10) <= 10.25
     True
     """
     wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (faults - 1)) * _JITTER.uniform(0.5, 1.0)
