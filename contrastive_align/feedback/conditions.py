@@ -127,10 +127,10 @@ def resolve_condition(spec: str | Mapping[str, Any] | Condition) -> Condition:
         return spec
     options = {"kind": spec} if isinstance(spec, str) else spec
     if not isinstance(options, Mapping):
-        raise ValueError(f"The condition is {spec!r}, expected one of {list(CONDITIONS)}, or a mapping with 'kind'.")
+        raise ValueError(f"The condition is {spec!r}, expected one of {sorted(CONDITIONS)}, or a mapping with 'kind'.")
     kind = options.get("kind")
-    if kind not in CONDITIONS:
-        raise ValueError(f"The condition's kind is {kind!r}, expected one of {list(CONDITIONS)}.")
+    if not isinstance(kind, str) or kind not in CONDITIONS:
+        raise ValueError(f"The condition's kind is {kind!r}, expected one of {sorted(CONDITIONS)}.")
     accepted = [f.name for f in fields(CONDITIONS[kind])]
     if unknown := [name for name in options if name not in ("kind", *accepted)]:
         raise ValueError(f"The condition {kind} has no option {', '.join(map(repr, unknown))}; it has {accepted}.")
