@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from contrastive_align.data import formats
-from contrastive_align.data.formats import BadRow, Columns, Group, check_scores, detect_spelling, read_group
+from contrastive_align.data.formats import BadRow, Columns, Group, Text, check_scores, detect_spelling, read_group
 
 
 logger = logging.get_logger(__name__)
@@ -120,28 +120,41 @@ def _fit(ids: TokenisedGroup, max_length: int | None, max_prompt_length: int | N
 
 
 def _encode(group: Group, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
+    prompt_ids = tokenise_prompt(group.prompt, tokenizer, **group.template_kwargs)
     if group.is_conversational:
-        if not tokenizer.chat_template:
-            raise ValueError(
-                f"The dataset holds conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat "
-                "template. Set tokenizer.chat_template, or give prompts and completions as plain text."
-            )
         render = tokenizer.apply_chat_template
-        prompt_ids = render(
-            group.prompt, tokenize=True, add_generation_prompt=True, return_dict=True, **group.template_kwargs
-        )["input_ids"]
         full_ids = [
             render(group.prompt + completion, tokenize=True, return_dict=True, **group.template_kwargs)["input_ids"]
             for completion in group.completions
         ]
     else:
-        prompt_ids = tokenizer(text=group.prompt)["input_ids"]
         eos = tokenizer.eos_token
         full_ids = [
             tokenizer(text=group.prompt + c + ("" if c.endswith(eos) else eos))["input_ids"] for c in group.completions
         ]
-    bos = tokenizer.bos_token_id
-    return _one_bos(prompt_ids, bos), [_one_bos(ids, bos) for ids in full_ids]
+    return prompt_ids, [_one_bos(ids, tokenizer.bos_token_id) for ids in full_ids]
+
+
+def tokenise_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[int]:
+    """Token ids of a prompt alone: text as the tokenizer reads it; messages by its chat template, up to the answer.
+
+    BOS at most once, at the front.
+
+    Raises:
+        ValueError: messages, and a tokenizer without a chat template.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer(text=prompt)["input_ids"]
+    elif tokenizer.chat_template:
+        ids = tokenizer.apply_chat_template(
+            prompt, tokenize=True, add_generation_prompt=True, return_dict=True, **template_kwargs
+        )["input_ids"]
+    else:
+        raise ValueError(
+            f"The dataset holds conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat template. "
+            "Set tokenizer.chat_template, or give prompts and completions as plain text."
+        )
+    return _one_bos(ids, tokenizer.bos_token_id)
 
 
 def _one_bos(ids: list[int], bos: int | None) -> list[int]:

@@ -71,6 +71,13 @@ class Condition(ABC):
         """The text that asks for the best with this prompt; the same every time."""
         return self.best
 
+    def askable(self) -> dict[str, str]:
+        """Name -> text of every condition that a model can be asked for without having seen a sample, best first."""
+        return {name: name for name in self.names()}
+
+    def check_generations(self, n: int) -> None:
+        """Raise ValueError where n completions of a prompt are too few to be labelled."""
+
     @property
     def tokens(self) -> list[str]:
         """Special tokens that the tokenizer and the model must be given."""

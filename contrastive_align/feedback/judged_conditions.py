@@ -97,6 +97,9 @@ class Text(Condition):
     def names(self, table: Table | None = None) -> list[str]:
         return [f"score {score}" for score in range(TOP_SCORE, -1, -1)]
 
+    def askable(self) -> dict[str, str]:
+        return {f"exemplar {i}": text for i, text in enumerate(self.exemplars)}
+
     @property
     def best(self) -> str:
         """The first exemplar."""

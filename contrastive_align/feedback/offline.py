@@ -1,0 +1,122 @@
+"""Completions that have scores or feedback already -> samples of a pool."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from contrastive_align.data.formats import PROMPT_COLUMNS, BadRow, Group, Text
+from contrastive_align.data.tokenise import NoRoom, tokenise_group
+from contrastive_align.feedback.rounds import Sample
+
+
+logger = logging.get_logger(__name__)
+
+# One completion a row, or a list of them: (completion, score, feedback).
+SINGLE = ("completion", "score", "feedback")
+LISTS = ("completions", "scores", "feedbacks")
+_ALIASES = {"response": "completion", "responses": "completions", "reward": "score", "rewards": "scores"}
+
+
+def read_scored(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None, on_bad_row: str = "raise"
+) -> tuple[list[Sample], dict[str, Any]]:
+    """Samples of round 1 from rows with ``prompt`` and either ``completion`` with ``score`` and/or ``feedback``, or lists
+    of K of them (``completions``, ``scores``, ``feedbacks``).
+
+    A score or feedback may be None: the sample is there and is left out of what is drawn. Completions end in one EOS.
+
+    Args:
+        max_length: prompt and completion together, without the condition; a longer completion keeps its beginning and
+            has no EOS. A prompt that leaves no room is dropped and counted.
+        on_bad_row: ``"raise"``, or ``"drop"``: left out, counted.
+
+    Returns:
+        The samples, and counts: ``rows``, ``completions``, ``dropped``, ``cut``, ``no_score``.
+
+    Raises:
+        BadRow: with row and column.
+        ValueError: no such columns.
+    """
+    columns = {_ALIASES.get(name, name): name for name in dataset.column_names}
+    names = LISTS if "completions" in columns else SINGLE
+    prompt_column = next((name for name in PROMPT_COLUMNS if name in columns), None)
+    if prompt_column is None or names[0] not in columns or not {names[1], names[2]} & set(columns):
+        raise ValueError(
+            f"The dataset has the columns {sorted(dataset.column_names)}. Expected 'prompt' and 'completion' with 'score' "
+            "or 'feedback' (or 'completions' with 'scores' or 'feedbacks', lists of K) to learn from, or give reward_funcs "
+            "or a judge to sample and score."
+        )
+    found = [columns.get(name) for name in names]
+    report = {"rows": len(dataset), "completions": 0, "dropped": 0, "cut": 0, "no_score": 0}
+    samples, first_bad = [], []
+    for number, row in enumerate(dataset):
+        try:
+            parts = list(_parts(row, row[columns[prompt_column]], found, names is LISTS, number))
+            for k, (prompt, completion, score, feedback) in enumerate(parts):
+                ids, whole = _tokens(prompt, completion, tokenizer, max_length, f"row {number}, completion {k}")
+                report["cut"] += not whole
+                report["no_score"] += score is None and feedback is None
+                samples.append(Sample(prompt, ids, completion, score, feedback, whole, number, k, 1, 0))
+        except BadRow as error:
+            if on_bad_row == "raise" and not isinstance(error, NoRoom):
+                raise
+            report["dropped"] += 1
+            first_bad += [str(error)] if len(first_bad) < 3 else []
+    report["completions"] = len(samples)
+    if report["dropped"]:
+        logger.warning(f"{report['dropped']} of {len(dataset)} rows are dropped: {'; '.join(first_bad)}")
+    if not samples:
+        raise ValueError(f"None of the {len(dataset)} rows is left to train on. {'; '.join(first_bad)}")
+    return samples, report
+
+
+def _parts(
+    row: Mapping[str, Any], prompt: Any, columns: list[str | None], lists: bool, number: int
+) -> Iterator[tuple[Text, str, float | None, str | None]]:
+    completions, scores, feedbacks = (None if name is None else row[name] for name in columns)
+    if not lists:
+        completions, scores, feedbacks = [completions], [scores], [feedbacks]
+    if not prompt:
+        raise BadRow(f"row {number}: the prompt is {prompt!r}, expected text or messages.")
+    n = len(completions or [])
+    scores = [None] * n if scores is None else scores
+    feedbacks = [None] * n if feedbacks is None else feedbacks
+    for name, values in zip(columns[1:], (scores, feedbacks), strict=True):
+        if len(values) != n:
+            raise BadRow(f"row {number}: '{name}' has {len(values)} entries for {n} completions, expected one each.")
+    for k, (completion, score, feedback) in enumerate(zip(completions or [], scores, feedbacks, strict=True)):
+        where = f"row {number}, '{columns[0]}'" + (f"[{k}]" if lists else "")
+        text = completion[-1]["content"] if isinstance(completion, list) and completion else completion
+        if not isinstance(text, str) or not text:
+            raise BadRow(f"{where} is {completion!r}, expected text that is not empty.")
+        if score is not None and (isinstance(score, bool | str) or not math.isfinite(score)):
+            raise BadRow(f"{where}: its score is {score!r}, expected a finite number or None.")
+        if feedback is not None and not isinstance(feedback, str):
+            raise BadRow(f"{where}: its feedback is {feedback!r}, expected text or None.")
+        yield prompt, text, None if score is None else float(score), feedback
+
+
+def _tokens(
+    prompt: Text, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, where: str
+) -> tuple[list[int], bool]:
+    """Ids of a completion, EOS included unless it was cut; and whether it is whole."""
+    answer = completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
+    try:
+        ids = tokenise_group(Group(prompt, [answer], [0.0]), tokenizer, max_length=max_length)
+    except BadRow as error:
+        raise type(error)(f"{where}: {error}") from error
+    if not ids.moved_boundary or not isinstance(prompt, str):
+        return ids.completion_ids[0], not ids.cut_completions
+    # The prompt's last token would be another one with this completion behind it. The model will be asked with the
+    # prompt's own tokens, so the completion's are those of its text alone.
+    alone = [*tokenizer(text=completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    room = len(alone) if max_length is None else max_length - len(ids.prompt_ids) - ids.moved_boundary
+    if room < 1:
+        raise NoRoom(f"{where}: the prompt leaves no room for a completion token under max_length={max_length}.")
+    return alone[:room], len(alone) <= room

@@ -1,0 +1,34 @@
+"""Which checkpoint a run goes on from."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a folder that was written to its end, or None.
+
+    The Trainer writes ``trainer_state.json`` after all else, so a checkpoint without a readable one was cut off by
+    whatever stopped the run. Such ones are left where they are and said.
+    """
+    found = [(int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r".*-(\d+)", p.name))]
+    for _, folder in sorted(found, reverse=True):
+        if _is_whole(folder):
+            return folder
+        logger.warning(f"{folder} was not written to its end and is skipped.")
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return "global_step" in json.loads((folder / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False

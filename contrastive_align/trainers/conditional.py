@@ -1,0 +1,553 @@
+"""ConditionalTrainer: trl.SFTTrainer on completions conditioned on how good they are. Wiring only."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import Tensor, nn
+from transformers import (
+    BitsAndBytesConfig,
+    DataCollator,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from transformers.utils import logging
+from trl import SFTTrainer
+from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
+
+from contrastive_align.data.formats import Text
+from contrastive_align.data.tokenise import tokenise_prompt
+from contrastive_align.feedback.conditions import Condition, resolve_condition
+from contrastive_align.feedback.offline import read_scored
+from contrastive_align.feedback.pool import Pool
+from contrastive_align.feedback.tokens import add_condition_tokens, with_trainable_rows
+from contrastive_align.models import load_tokenizer, resolve_start, with_pad_token
+from contrastive_align.models.layout import set_layout
+from contrastive_align.models.loading import check_output_dir
+from contrastive_align.models.logps import completion_objective
+from contrastive_align.models.token_loss import token_loss
+from contrastive_align.targets.features import resolve_feature
+from contrastive_align.trainers.checkpoints import last_whole_checkpoint
+from contrastive_align.trainers.coefficients import AdaptiveCoefficient
+from contrastive_align.trainers.conditional_config import ConditionalConfig
+from contrastive_align.trainers.conditional_evaluation import ConditionalEvaluationMixin
+from contrastive_align.trainers.conditioned_rows import ConditionedCollator, ConditionedRows, bare
+from contrastive_align.trainers.rounds import RoundsMixin, frozen_copy
+
+
+logger = logging.get_logger(__name__)
+
+STATE_FILE = "conditional_state.json"
+
+AnyDataset = Dataset | IterableDataset
+
+
+class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
+    r"""Train a language model on its own completions, each conditioned on how good it was; then ask for the best.
+
+    .. math:: \ell_t = -\log \pi(y_t | c, x, y_{<t}) + \beta_{KL}\, KL_t - \beta_H\, H_t
+
+    averaged over the completion tokens of an optimiser step; c says how good y is, the reference of the KL sees x alone.
+    Quark (arXiv:2205.13636), ALT (arXiv:2407.16970) and SteerLM are configurations of it. A subclass of
+    :class:`trl.SFTTrainer` that takes its arguments.
+
+    Online, with ``reward_funcs`` or a ``judge``, an epoch is a round: sample completions of the prompts (the first round
+    unconditioned, later ones conditioned on the best), score them, add them to the pool, train on draws from it. Offline,
+    the dataset has completions with scores or feedback already, and an epoch is a pass over draws from these.
+
+    ```python
+    from contrastive_align import ConditionalConfig, ConditionalTrainer
+
+    trainer = ConditionalTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=ConditionalConfig(output_dir="out", num_train_epochs=4),
+        train_dataset=prompts,  # a column 'prompt'
+        reward_funcs=my_reward,  # as for TRL's GRPOTrainer
+        condition="quantile_tokens",
+    )
+    trainer.train()
+    ```
+
+    Args:
+        model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, optimizer_cls_and_kwargs,
+            quantization_config, peft_config: as in TRL. A model id may also be a LoRA adapter.
+        reward_funcs: TRL reward functions, reward-model ids or feature specs (see ``targets/features.py``); several are
+            summed by ``args.reward_weights``.
+        judge: a :class:`~contrastive_align.feedback.judge.Judge`, in place of reward functions.
+        condition: a :class:`~contrastive_align.feedback.conditions.Condition`, its kind, or a mapping.
+
+    Raises:
+        ValueError: an option, model or data this trainer does not support, with the way out.
+    """
+
+    # compute_loss divides by the tokens of the whole optimiser step itself.
+    loss_is_scaled_for_ga = True
+
+    _tag_names = ("trl", "contrastive-align", "conditional")
+    _name = "Conditional training"
+    _paper = {  # noqa: RUF012 (TRL's form)
+        "title": "Quark: Controllable Text Generation with Reinforced Unlearning",
+        "id": "2205.13636",
+        "citation": textwrap.dedent("""\
+            @inproceedings{lu2022quark,
+                title        = {{Quark: Controllable Text Generation with Reinforced Unlearning}},
+                author       = {Ximing Lu and Sean Welleck and Jack Hessel and Liwei Jiang and Lianhui Qin and Peter West and Prithviraj Ammanabrolu and Yejin Choi},
+                year         = 2022,
+                booktitle    = {Advances in Neural Information Processing Systems 35},
+                eprint       = {2205.13636},
+                archivePrefix = {arXiv},
+            }"""),  # noqa: E501
+    }
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: ConditionalConfig | None = None,
+        data_collator: DataCollator | None = None,
+        train_dataset: AnyDataset | None = None,
+        eval_dataset: AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: Any | None = None,
+        formatting_func: Callable | None = None,
+        *,
+        reward_funcs: Any = None,
+        judge: Any = None,
+        condition: str | dict[str, Any] | Condition = "quantile_tokens",
+    ):
+        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
+        if args is None:
+            args = ConditionalConfig(f"{model_id.split('/')[-1]}-conditional")
+        elif not isinstance(args, ConditionalConfig):
+            raise TypeError(
+                f"args is a {type(args).__name__}, expected a ConditionalConfig (it takes SFTConfig's options)."
+            )
+        _refuse(
+            data_collator=data_collator,
+            compute_loss_func=compute_loss_func,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+            formatting_func=formatting_func,
+        )
+        if isinstance(processing_class, ProcessorMixin):
+            raise ValueError("processing_class is a vision processor, expected a tokenizer: prompts are text here.")
+        if not isinstance(train_dataset, Dataset):
+            raise TypeError(
+                f"train_dataset is a {type(train_dataset).__name__}, expected a datasets.Dataset: a round takes prompts "
+                "in an order of its own, which a stream does not have."
+            )
+        self.condition = resolve_condition(condition)
+        self.judge, self.feature = judge, _feature_of(reward_funcs, judge, args)
+        self.online = judge is not None or self.feature is not None
+
+        args = copy.copy(args)
+        model, processing_class = self._load(model, processing_class, args, quantization_config, model_id)
+        with_pad_token(processing_class)
+        adapter = peft_config is not None or is_peft_model(model)
+        check_output_dir(args.output_dir, adapter=adapter)
+        if model.config.is_encoder_decoder:
+            raise ValueError(f"{type(model).__name__} is an encoder-decoder, expected a causal language model.")
+        self.has_reference = args.kl_coef != 0
+        self.reference = frozen_copy(model) if self.has_reference and not adapter else None
+        peft_config = self._give_tokens(model, processing_class, peft_config, args)
+        if args.unfrozen_layers_ratio < 1:
+            _freeze_lower_layers(model, args.unfrozen_layers_ratio, adapter)
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=ConditionedCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+            peft_config=peft_config,
+        )
+        if self.reference is not None:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise ValueError(
+                    "Full fine-tuning with DeepSpeed or FSDP would need a sharded copy of the reference, which is not "
+                    "supported. Use LoRA (peft_config), or kl_coef=0, which needs no reference."
+                )
+            self.reference.to(self.accelerator.device)
+        if self.aux_loss_enabled:
+            raise ValueError("A router loss has no place in this loss. Set router_aux_loss_coef=0.")
+        models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
+        models += [] if self.reference is None else [self.reference]
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        obstacle = "its weights are sharded before it can be tried" if sharded else None
+        self.layout = set_layout(models, args.layout, obstacle=obstacle, autocast=args.bf16 or args.fp16)
+        self.kl_coef = AdaptiveCoefficient(args.kl_coef, target=args.kl_target, horizon=args.coef_horizon)
+        self.entropy_coef = AdaptiveCoefficient(
+            args.entropy_coef, target=args.entropy_target, horizon=args.coef_horizon, sign=-1
+        )
+        self._prepare_pool()
+        self.add_callback(_RoundStart(self))
+
+    def _load(
+        self, model: Any, processing_class: Any, args: ConditionalConfig, quantization_config: Any, model_id: str
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model as an object, since tokens may come to it before TRL wraps it."""
+        source, revision = model_id, (args.model_init_kwargs or {}).get("revision")
+        if isinstance(model, str):
+            start = resolve_start(
+                model,
+                output_dir=args.output_dir,
+                model_init_kwargs=args.model_init_kwargs,
+                quantization_config=quantization_config,
+                trust_remote_code=args.trust_remote_code,
+                allow_pickled_adapter=args.allow_pickled_adapter,
+            )
+            kwargs = dict(args.model_init_kwargs or {})
+            if start.model != model:
+                logger.warning(f"Start and reference: {start.description}")
+                kwargs.pop("revision", None)
+                revision = None
+            source, model = start.tokenizer_source, start.model
+            if isinstance(model, str):
+                if quantization_config is not None:
+                    kwargs["quantization_config"] = quantization_config
+                if args.distributed_state.num_processes > 1:
+                    kwargs["device_map"] = None  # as TRL: each process holds its own copy, on its own device
+                kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+                model = create_model_from_path(model, **kwargs)
+            args.model_init_kwargs = None
+        if processing_class is None:
+            processing_class = load_tokenizer(source, revision=revision, trust_remote_code=args.trust_remote_code)
+        return model, processing_class
+
+    def _give_tokens(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, peft_config: Any, args: ConditionalConfig
+    ) -> Any:
+        tokens = self.condition.tokens
+        self.condition_ids: list[int] = []
+        if not tokens:
+            return peft_config
+        known = set(tokenizer.get_vocab())
+        new = [token for token in tokens if token not in known]
+        if is_peft_model(model):
+            if new:
+                raise ValueError(
+                    f"The model has an adapter already, and its tokenizer lacks {new[0]!r}: rows for new tokens cannot "
+                    "be added under it. Merge the adapter first, or use condition='phrases', which needs no tokens."
+                )
+            self.condition_ids = tokenizer.convert_tokens_to_ids(tokens)
+            return peft_config
+        self.condition_ids = add_condition_tokens(model, tokenizer, tokens, seed=args.seed)
+        if peft_config is None:
+            return None
+        return with_trainable_rows(peft_config, model, self.condition_ids)
+
+    # ---------------------------------------------------------------------------------------------------------- data
+
+    def _prepare_dataset(self, dataset: AnyDataset, *args: Any) -> AnyDataset:
+        return dataset  # rows are made from the pool, round by round
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["prompt_ids", "bare_ids", "completion_ids"]
+
+    def encode(self, prompt: Text) -> list[int]:
+        """Token ids of a prompt, with or without condition."""
+        ids = tokenise_prompt(prompt, self._tokenizer)
+        start = self._tokenizer.bos_token_id
+        return ids or [self.eos_token_ids[0] if start is None else start]
+
+    def _prepare_pool(self) -> None:
+        """The pool and how many draws a round has; from scored data the pool's one round is written at once."""
+        self.eos_token_ids = _eos_ids(self.model, self._tokenizer)
+        args, folder = self.args, Path(self.args.pool_dir or Path(self.args.output_dir) / "pool")
+        self.data_report: dict[str, Any] = {}
+        if self.online:
+            self.prompts = self._usable_prompts(self.train_dataset)
+            self.prompts_per_round = args.prompts_per_round or len(self.prompts)
+            if self.prompts_per_round > len(self.prompts):
+                raise ValueError(
+                    f"prompts_per_round is {self.prompts_per_round} and the dataset has {len(self.prompts)} prompts that "
+                    "can be used. Lower it, or raise num_generations for more completions a round."
+                )
+            self.condition.check_generations(args.num_generations)
+            draws = args.draws_per_round or self.prompts_per_round * args.num_generations
+        else:
+            samples, self.data_report = read_scored(
+                self.train_dataset, self._tokenizer, max_length=args.max_length, on_bad_row=args.on_bad_row
+            )
+            folder = folder.with_name(f"{folder.name}-{_fingerprint(samples, self.condition)}")
+        self.pool = Pool(folder, label=self.condition.label, drop_factor=args.drop_factor, seed=args.seed)
+        if not self.online:
+            if not self.pool.rounds and self.accelerator.is_main_process:
+                self.pool.add(samples)
+            self.accelerator.wait_for_everyone()
+            self.pool.reload()
+            labelled = int((self.pool.table(1).label >= 0).sum())
+            self.data_report["left_out"] = len(samples) - labelled
+            if labelled < len(samples):
+                logger.warning(
+                    f"{len(samples) - labelled} of {len(samples)} completions have no score or feedback: left out."
+                )
+            draws = args.draws_per_round or labelled
+        step = args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        length = math.ceil(draws / step) * step
+        self.rows = ConditionedRows(self.pool, self.condition, self.encode, length, args.max_length)
+
+    def _usable_prompts(self, dataset: Dataset) -> Dataset:
+        """The prompts that leave room for a completion; the others are counted."""
+        if "prompt" not in dataset.column_names:
+            raise ValueError(
+                f"train_dataset has the columns {dataset.column_names}, expected 'prompt' to sample from. Rename one: "
+                "dataset.rename_column(old, 'prompt')."
+            )
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limits = [x for x in (context, self.args.max_length) if x]
+        room = min(limits, default=2**31) - self.args.max_completion_length
+        long = []
+        for i, prompt in enumerate(dataset["prompt"]):
+            conditioned = [self.condition.apply(prompt, text) for text in self.condition.askable().values()]
+            if max(len(self.encode(p)) for p in [prompt, *conditioned]) > room:
+                long.append(i)
+        self.data_report = {"rows": len(dataset), "too_long": len(long)}
+        if not long:
+            return dataset
+        logger.warning(
+            f"{len(long)} of {len(dataset)} prompts are longer than {room} tokens (condition included) and are left out; "
+            f"the first rows are {long[:5]}. max_length={self.args.max_length}, the model's context is {context} and "
+            f"max_completion_length={self.args.max_completion_length}."
+        )
+        if len(long) == len(dataset):
+            raise ValueError("No prompt is short enough: see the warning above. Raise max_length, or lower "
+                             "max_completion_length.")  # fmt: skip
+        gone = set(long)
+        return dataset.select([i for i in range(len(dataset)) if i not in gone])
+
+    def get_train_dataloader(self):
+        return self._get_dataloader(
+            dataset=self.rows,
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=torch.utils.data.SequentialSampler,
+            is_training=True,
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
+        """The micro-batches of one optimiser step, and how many completion tokens they hold over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = sum(batch["completion_mask"].sum() for batch in batches)
+        total = self.accelerator.gather(torch.as_tensor(tokens, device=device)).sum()
+        return batches, total
+
+    # ---------------------------------------------------------------------------------------------------------- loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """The loss of one micro-batch: the sum over its completion tokens, over the tokens of the optimiser step."""
+        if return_outputs:
+            raise ValueError("return_outputs=True is not supported: no logits are built. Read the logged metrics.")
+        reference = None
+        if self.has_reference:
+            with self.sampling(reference=True) as reference_model:
+                reference = completion_objective(reference_model, bare(inputs), _as_it_is, layout=self.layout)
+        tokens = inputs["completion_mask"].sum() if num_items_in_batch is None else num_items_in_batch
+        processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
+
+        def objective(hidden, labels, weight, bias, scale, softcap):
+            options = {}
+            if reference is not None:
+                ref_hidden, _, ref_weight, ref_bias, ref_scale, ref_softcap = reference
+                options = {
+                    "reference": (ref_hidden, ref_weight, ref_bias),
+                    "ref_scale": ref_scale,
+                    "ref_softcap": ref_softcap,
+                }
+            return token_loss(
+                hidden,
+                weight,
+                bias,
+                labels,
+                scale=scale,
+                softcap=softcap,
+                kl_coef=self.kl_coef.value,
+                entropy_coef=self.entropy_coef.value,
+                kl_direction=self.args.kl_direction,
+                outside=tuple(self.condition_ids),
+                **options,
+            )
+
+        terms = completion_objective(model, inputs, objective, layout=self.layout)
+        self._note(terms, inputs)
+        return terms.loss * processes / tokens
+
+    def _note(self, terms: Any, inputs: dict[str, Tensor]) -> None:
+        """Per-token means over all processes."""
+        if not self.model.training:
+            return
+        parts = [terms.nll.sum(), terms.kl.sum(), terms.entropy.sum(), terms.nll.new_tensor(len(terms.nll))]
+        parts += [inputs["attention_mask"].sum().to(terms.nll), inputs["valid"].sum().to(terms.nll)]
+        nll, kl, entropy, n, seen, rows = self.accelerator.gather(torch.stack(parts).double()[None]).sum(0).tolist()
+        self._total_train_tokens += int(seen)
+        metrics = self._metrics["train"]
+        metrics["nll"].append(nll / n)
+        metrics["entropy"].append(entropy / n)
+        metrics["entropy_coef"].append(self.entropy_coef.value)
+        metrics["num_tokens"] = [self._total_train_tokens]
+        self.entropy_coef.update(entropy / n, int(rows))
+        if self.has_reference:
+            metrics["kl"].append(kl / n)
+            metrics["kl_coef"].append(self.kl_coef.value)
+            self.kl_coef.update(kl / n, int(rows))
+
+    # --------------------------------------------------------------------------------------------- resuming and saving
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any):
+        """As TRL. ``resume_from_checkpoint=True`` goes on from the newest checkpoint that was written to its end, and
+        from the start where there is none; what the pool has already is not sampled again either way."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        elif not resume_from_checkpoint and self.online and self.pool.rounds:
+            raise ValueError(
+                f"{self.pool.folder} has the samples of an earlier run (rounds {self.pool.rounds}). Go on with "
+                "resume_from_checkpoint=True, or give another output_dir or pool_dir to start anew."
+            )
+        if resume_from_checkpoint:
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            self._load_state(Path(resume_from_checkpoint))
+        if self.online and self.args.max_steps <= 0 and self.args.num_train_epochs != int(self.args.num_train_epochs):
+            raise ValueError(f"num_train_epochs is {self.args.num_train_epochs}, expected a whole number of rounds.")
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:  # before the Trainer's files, of which the last says that the checkpoint is whole
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            state = {"kl_coef": self.kl_coef.state_dict(), "entropy_coef": self.entropy_coef.state_dict()}
+            (folder / STATE_FILE).write_text(json.dumps({**state, "condition": self.condition.spec}))
+        super()._save_checkpoint(model, trial)
+
+    def _load_state(self, checkpoint: Path) -> None:
+        file = checkpoint / STATE_FILE
+        if not file.is_file():
+            raise ValueError(
+                f"{checkpoint} has no {STATE_FILE}: it was not written by a ConditionalTrainer, or not to its end. Give "
+                "another checkpoint, or start anew from its weights."
+            )
+        state = json.loads(file.read_text())
+        if state["condition"] != self.condition.spec:
+            raise ValueError(
+                f"{checkpoint} was trained under {state['condition']}, and this run's condition is "
+                f"{self.condition.spec}. Use the same condition, or start anew from its weights."
+            )
+        self.kl_coef.load_state_dict(state["kl_coef"])
+        self.entropy_coef.load_state_dict(state["entropy_coef"])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As TRL; the condition goes with the model: ``Condition.load(output_dir).apply_best(prompt)`` asks for the best."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self.best_condition().save(output_dir or self.args.output_dir)
+
+
+class _RoundStart(TrainerCallback):
+    def __init__(self, trainer: ConditionalTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        steps = len(self.trainer.rows) // (
+            args.train_batch_size * self.trainer.accelerator.num_processes * args.gradient_accumulation_steps
+        )
+        self.trainer.begin_round(state.global_step // steps + 1)
+
+
+def _as_it_is(*values: Any) -> tuple[Any, ...]:
+    return values
+
+
+def _eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a completion: the tokenizer's EOS and those of the generation config."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    found = [] if found is None else found if isinstance(found, list) else [found]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *found]))
+
+
+def _feature_of(reward_funcs: Any, judge: Any, args: ConditionalConfig) -> Any:
+    if judge is not None and reward_funcs is not None:
+        raise ValueError("Both reward_funcs and judge are given, expected one of them.")
+    if reward_funcs is None:
+        if args.reward_weights is not None:
+            raise ValueError("reward_weights weighs reward_funcs, and none are given. Leave it out.")
+        return None
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(functions)
+    if len(weights) != len(functions):
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions.")
+    if len(functions) == 1 and weights == [1.0]:
+        return resolve_feature(functions[0], trust_remote_code=args.trust_remote_code)
+    return resolve_feature(
+        {"sum": [[w, f] for w, f in zip(weights, functions, strict=True)]}, trust_remote_code=args.trust_remote_code
+    )
+
+
+def _refuse(**given: Any) -> None:
+    ways = {
+        "data_collator": "rows are collated in two forms, with and without condition",
+        "compute_loss_func": "the loss is this class's; subclass it and override compute_loss",
+        "compute_metrics": "no logits are built; read trainer.evaluate()'s metrics",
+        "preprocess_logits_for_metrics": "no logits are built; read trainer.evaluate()'s metrics",
+        "formatting_func": "prompts and completions are told apart by their columns; map the dataset before",
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} is not supported by ConditionalTrainer: {ways[name]}.")
+
+
+def _freeze_lower_layers(model: PreTrainedModel, ratio: float, adapter: bool) -> None:
+    if adapter:
+        raise ValueError(
+            "unfrozen_layers_ratio freezes layers of a whole model, and here an adapter is trained. Give LoRA its layers "
+            "with layers_to_transform."
+        )
+    decoder = model.get_decoder()
+    layers = next(
+        (m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers),
+        None,
+    )
+    if layers is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list of layers that unfrozen_layers_ratio could be a share of."
+        )
+    for layer in layers[: len(layers) - max(1, round(ratio * len(layers)))]:
+        layer.requires_grad_(False)
+
+
+def _fingerprint(samples: list[Any], condition: Condition) -> str:
+    import hashlib
+
+    digest = hashlib.sha256(json.dumps(condition.spec, sort_keys=True).encode())
+    for s in samples:
+        digest.update(repr((s.prompt, s.completion_ids, s.score, s.feedback)).encode())
+    return digest.hexdigest()[:12]
