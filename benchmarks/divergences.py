@@ -73,7 +73,8 @@ def rows_of(summaries: dict[tuple[str, int], dict]) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    lines = [["", "runs", *COLUMNS], ["---"] * (len(COLUMNS) + 2)]
+    header = [name.replace("||", ", ") for name in COLUMNS]  # Markdown would take the bars for its own
+    lines = [["", "runs", *header], ["---"] * (len(COLUMNS) + 2)]
     for row in rows:
         cells = []
         for name in COLUMNS:

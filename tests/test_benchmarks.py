@@ -1,9 +1,14 @@
-"""The speed benchmark on a model of two layers: its table has its rows, and its floor is what a hand counts."""
+"""The benchmarks on tiny models: their tables have their rows, and the floor is what a hand counts."""
 
+import importlib
+import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from contrastive_align import demo
 
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -114,3 +119,104 @@ def test_no_gpu_is_said(benchmarks, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         speed.main(["--gpu"])
     assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------ f-DPG
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """A script of benchmarks/, by its name."""
+    monkeypatch.syspath_prepend(FOLDER)
+    names = []
+
+    def load(name):
+        names.append(name)
+        return importlib.import_module(name)
+
+    yield load
+    for name in names:
+        sys.modules.pop(name)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"What is {n} and {n}?"}) + "\n" for n in range(6)))
+    return str(path)
+
+
+def test_a_step_of_each_contender_on_the_same_work(script, questions, tmp_path, capsys, monkeypatch):
+    step = script("fdpg_step")
+    monkeypatch.setattr(step.warnings, "simplefilter", lambda *_: None)
+    monkeypatch.setattr(step.logging, "disable", lambda *_: None)
+    flags = ["--prompts", "2", "--k", "4", "--new-tokens", "3", "--steps", "1", "--json", str(tmp_path / "step.json")]
+    step.main(["--model", demo.MODEL_PATH, "--data", questions, *flags])
+
+    said = capsys.readouterr().out.splitlines()
+    header, _, *lines = cells("\n".join(said[1:6]))
+    assert [line[0] for line in lines] == ["ours", "trl", "floor"]
+    found = json.loads((tmp_path / "step.json").read_text())
+    for line, row in zip(lines, found["rows"].values(), strict=True):
+        assert line[header.index("tokens a completion")] == "3.0"  # nothing ends a completion
+        assert len(row["seconds"]["total"]) == 1  # the warm-up is not counted
+        parts = {name: row["seconds"][name][0] for name in step.PARTS}
+        assert all(seconds > 0 for seconds in parts.values())
+        assert sum(parts.values()) == pytest.approx(row["seconds"]["total"][0])
+    medians = {name: row["median"]["total"] for name, row in found["rows"].items()}
+    assert found["trl_over_ours"] == medians["trl"] / medians["ours"]
+    assert found["ours_over_floor"] == medians["ours"] / medians["floor"]
+
+
+def test_a_step_needs_its_prompts_and_its_model(script, questions, monkeypatch, capsys):
+    step = script("fdpg_step")
+    with pytest.raises(SystemExit, match="has 6 prompts, and 4 steps of 2 need 8"):
+        step.prompts_of(Path(questions), 4, 2)
+    assert [len(prompts) for prompts in step.prompts_of(Path(questions), 3, 2)] == [2, 2, 2]
+    monkeypatch.delenv("CONTRASTIVE_ALIGN_MODELS", raising=False)
+    with pytest.raises(SystemExit):
+        step.parse(["--data", questions])
+    assert "give --model, or set CONTRASTIVE_ALIGN_MODELS" in capsys.readouterr().err
+
+
+def summary_of(moment: float) -> str:
+    names = {"KL(p||pi)": 0.1, "KL(pi||p)": 0.2, "TV": 0.3, "KL(pi||base)": 0.4, "distinct-2": 0.5}
+    column = {"moment/contains:please": moment} | names
+    tuned = {name: {"value": value, "se": 0.0} for name, value in column.items()}
+    target = {name: tuned[name] for name in ("moment/contains:please", "KL(pi||base)")}
+    return json.dumps({"distributions": {"base": tuned, "target": target, "tuned": tuned}})
+
+
+def test_divergences_runs_what_is_missing_and_averages_over_seeds(script, tmp_path, monkeypatch, capsys):
+    divergences, ran = script("divergences"), []
+
+    def fake(command, **kwargs):
+        flags = dict(flag.removeprefix("--").split("=") for flag in command[2:])
+        ran.append((flags["divergence"], flags["seed"], flags["max_steps"]))
+        moment = {"1": 0.4, "2": 0.6}[flags["seed"]]
+        (Path(flags["output_dir"]) / "summary.json").write_text(summary_of(moment))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(divergences.subprocess, "run", fake)
+    flags = ["--divergences", "js", "alpha:0.5", "--steps", "3", "--out", str(tmp_path), "--json", f"{tmp_path}/t.json"]
+    divergences.main([*flags, "--seeds", "1"])
+    assert ran == [("js", "1", "3"), ("alpha:0.5", "1", "3")]
+    capsys.readouterr()
+    divergences.main([*flags, "--seeds", "1", "2"])
+    assert ran[2:] == [("js", "2", "3"), ("alpha:0.5", "2", "3")]  # the others were there
+
+    header, _, *lines = cells(capsys.readouterr().out)
+    rows = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
+    assert list(rows) == ["base", "target", "js", "alpha:0.5"]
+    assert (rows["base"]["runs"], rows["js"]["runs"]) == ("4", "2")
+    assert rows["js"]["moment"] == "0.5000 +- 0.1414" and rows["js"]["TV"] == "0.3000 +- 0.0000"
+    assert rows["target"]["distinct-2"] == "" and rows["target"]["KL(pi, base)"] == "0.4000 +- 0.0000"
+    saved = {row["row"]: row for row in json.loads((tmp_path / "t.json").read_text())}
+    assert saved["js"]["moment"]["values"] == [0.4, 0.6]
+
+
+def test_a_run_that_fails_is_told_with_its_log(script, tmp_path, monkeypatch):
+    divergences = script("divergences")
+    monkeypatch.setattr(divergences.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2))
+    with pytest.raises(SystemExit, match=r"run_fdpg\.py.* failed; its output is in .*js-seed1/run\.log"):
+        divergences.main(["--divergences", "js", "--seeds", "1", "--out", str(tmp_path)])
