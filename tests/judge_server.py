@@ -12,7 +12,7 @@
 ``"nonsense"``     a well-formed reply whose text follows no instruction
 ``"hang"``         no answer
 ``"close"``        the connection closed without an answer
-``"drip"``         a body that goes on, a space at a time
+``"drip"``         a body of spaces, a few at a time, that is not done after seconds
 ``(status, it)``   another HTTP status, with this text as the error's message, or this mapping as the error
 a mapping          this JSON, with status 200
 =================  ==================================================================================
@@ -34,7 +34,7 @@ from typing import Any
 
 
 FAULTS = ("429", "429 after", "500", "cut", "cut json", "nonsense", "hang", "close")
-HANG = 30.0  # seconds, or until the server stops
+HANG, DRIP = 30.0, 3.0  # seconds, or until the server stops
 
 
 class JudgeServer:
@@ -149,8 +149,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, _completion("I would rather not say."))
         elif behaviour == "drip":
             self._send(200, b"", {"Content-Length": "1000000"})
-            while not judge.wait(0.02):
+            end = time.monotonic() + DRIP
+            while time.monotonic() < end and not judge.wait(0.02):
                 self.wfile.write(b" ")
+            self.close_connection = True
         elif isinstance(behaviour, Mapping):
             self._send(200, behaviour)
         else:
