@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from contrastive_align.models.token_loss import head_parameters
+
 
 CHUNK = 2**24  # logits in memory at once, as many tokens of them as the vocabulary allows: 512 at 32,768 words
 KEPT = 2**26  # logits that stay for the backward pass (256 MB in float32), which makes the others again
@@ -62,7 +64,7 @@ def add_head(model: PreTrainedModel) -> None:
         head = self.get_output_embeddings()
         hidden, labels = hidden[scored], shift_labels[scored]
         if token_objective is not None:
-            return token_objective(hidden, labels, head.weight, head.bias, scale, softcap)
+            return token_objective(hidden, labels, *head_parameters(head), scale, softcap)
         trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
         backward = torch.is_grad_enabled()
         frozen, keep = backward and hidden.requires_grad and not trained, KEPT if backward and trained else 0

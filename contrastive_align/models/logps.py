@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +55,7 @@ def completion_logps(
         forward_kwargs: passed to the model.
     """
     lengths = batch["completion_mask"][:, 1:].sum(1)
-    if layout == "shared":
-        inputs, forward_kwargs["shared_prompt"] = pack(batch)
-        inputs["attention_mask"] = inputs["input_ids"].new_zeros((1, 1, 1, 1), dtype=torch.bool)  # made: none is built
-    else:
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")} | {"shift_labels": shift_labels}
+    inputs = _inputs(batch, layout)
     outputs = model(**inputs, use_cache=False, fused_lm_head=True, token_stats=token_stats, **forward_kwargs)
     scored = inputs["shift_labels"] != -100  # completion tokens, completion after completion, under both layouts
     values = {name: getattr(outputs, name) for name in ("log_probs", "entropy", "mean_logits", "is_top1")}
@@ -76,6 +71,47 @@ def completion_logps(
         owner=owner,
         aux_loss=getattr(outputs, "aux_loss", None),
     )
+
+
+def completion_objective(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    objective: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float | None], Any],
+    *,
+    layout: str = "padded",
+    **forward_kwargs: Any,
+) -> Any:
+    """What ``objective`` makes of the completion tokens, inside the model's forward pass.
+
+    ``objective(hidden, labels, weight, bias, scale, softcap)`` gets the last hidden states (n, H) that predict the n
+    completion tokens ``labels`` (n,), and the head: its weight (V, H) and bias (V,) or None, what the logits are
+    multiplied by, and their softcap or None. :func:`~contrastive_align.models.token_loss.token_loss` is made for it;
+    ``lambda hidden, *_: hidden`` gives a reference's hidden states to it.
+
+    The tokens come completion after completion, in the order of the batch's rows, under both layouts, and whatever the
+    prompts are. So those of two batches with the same completions are the same tokens in the same order, though the
+    policy sees a conditioned prompt and the reference the bare one.
+
+    Args:
+        model: a causal language model that went through ``models/head.py``'s ``add_head``.
+        batch: what :class:`~contrastive_align.data.GroupCollator` returns.
+        objective: called once.
+        layout: as in :func:`completion_logps`.
+        forward_kwargs: passed to the model.
+    """
+    inputs = _inputs(batch, layout)
+    return model(**inputs, use_cache=False, fused_lm_head=True, token_objective=objective, **forward_kwargs)
+
+
+def _inputs(batch: dict[str, Tensor], layout: str) -> dict[str, Any]:
+    """What a model is given for a batch: only completion tokens have a label, completion after completion."""
+    if layout == "shared":
+        inputs, shared_prompt = pack(batch)
+        mask = inputs["input_ids"].new_zeros((1, 1, 1, 1), dtype=torch.bool)  # made, so that none is built
+        return {**inputs, "attention_mask": mask, "shared_prompt": shared_prompt}
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")} | {"shift_labels": shift_labels}
 
 
 def per_completion(values: Tensor, valid: Tensor) -> Tensor:

@@ -1,0 +1,243 @@
+"""The conditional loss of many tokens and its gradient, a chunk of logits at a time.
+
+Two vocabularies of logits for every token of a batch would not fit. What each token weighs is known before the loss is,
+so the gradient is made in the forward pass, chunk by chunk, right where the logits are, and nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from contrastive_align.losses import conditional
+
+
+CHUNK = 2**23  # logits of the policy in memory at once, as many tokens of them as the vocabulary allows
+BLOCK = 2**19  # of these, the logits that a CPU takes through the loss at once, which its cache holds
+NEGLIGIBLE = 1e-20  # slopes below are 0: as denormal numbers they would slow the products 30 times
+
+
+@dataclass
+class TokenTerms:
+    """``loss`` is a scalar with a gradient; the others are (n,), nats per token, without."""
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+def token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    reference: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ref_scale: float = 1.0,
+    ref_softcap: float | None = None,
+    kl_coef: float,
+    entropy_coef: float,
+    kl_direction: str,
+    outside: tuple[int, ...] = (),
+    weights: Tensor | None = None,
+) -> TokenTerms:
+    r"""The weighted sum of :func:`~contrastive_align.losses.conditional` over the completion tokens of a batch.
+
+    .. math:: L = \sum_t w_t\, \ell_t(z_t), \qquad
+        z_t = \mathrm{softcap} \cdot \tanh\big( \mathrm{scale}\, (W h_t + b) / \mathrm{softcap} \big)
+
+    The logits z are in float32 at least and in memory for a chunk of tokens only; under autocast the products with W
+    run in autocast's dtype. Differentiable once, in ``hidden``, ``weight`` and ``bias``.
+
+    Args:
+        hidden: (n, H) the policy's last hidden states at the positions that predict ``labels``.
+        weight: (V, H) of the policy's head.
+        bias: (V,) of the policy's head, or None.
+        labels: (n,) token ids.
+        reference: hidden states (n, H_ref), weight (V_ref, H_ref) and bias of the reference, V_ref <= V, used without a
+            gradient; None where ``kl_coef`` is 0 and the KL is not to be measured.
+        scale: what the policy multiplies its logits by.
+        softcap: the policy's ``final_logit_softcapping``, or None.
+        ref_scale: as ``scale``, of the reference.
+        ref_softcap: as ``softcap``, of the reference.
+        kl_coef: weight of the KL.
+        entropy_coef: weight of the entropy bonus.
+        kl_direction: ``"reverse"`` or ``"forward"``.
+        outside: ids of the tokens that stand for conditions, cut off before the KL.
+        weights: (n,) w_t without a gradient, 1 if not given. A token of weight 0 has no part in loss and gradient,
+            whatever its values.
+
+    Returns:
+        The scalar loss and the three terms of every token.
+
+    Raises:
+        ValueError: what :func:`~contrastive_align.losses.conditional` raises, or sizes that do not go together.
+        RuntimeError: a second backward pass through the same loss.
+
+    >>> hidden, head = torch.zeros(2, 3, requires_grad=True), torch.eye(4, 3)
+    >>> terms = token_loss(hidden, head, None, torch.tensor([0, 1]), kl_coef=0.0, entropy_coef=0.0,
+    ...                    kl_direction="reverse", weights=torch.tensor([0.5, 0.5]))
+    >>> terms.loss.backward()
+    >>> round(terms.loss.item(), 4), hidden.grad  # log 4, and half of p - one-hot for the first three words
+    (1.3863, tensor([[-0.3750,  0.1250,  0.1250],
+            [ 0.1250, -0.3750,  0.1250]]))
+    """
+    _check(hidden, weight, bias, labels, weights)
+    policy = _Head(weight, bias, scale, softcap)
+    if reference is not None:
+        ref_hidden, ref_weight, ref_bias = (None if x is None else x.detach() for x in reference)
+        _check(ref_hidden, ref_weight, ref_bias, labels, None, of="reference ")
+        reference = (ref_hidden, _Head(ref_weight, ref_bias, ref_scale, ref_softcap))
+    terms = {
+        "kl_coef": kl_coef, "entropy_coef": entropy_coef, "kl_direction": kl_direction, "outside": tuple(outside)
+    }  # fmt: skip
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    return TokenTerms(*_TokenLoss.apply(hidden, weight, bias, labels, weights, policy, reference, terms, wanted))
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, weights, policy, reference, terms, wanted):
+        n = len(labels)
+        weights = hidden.new_ones(n, dtype=policy.precise) if weights is None else weights.detach().to(policy.precise)
+        # Slopes are of order 1, whatever the tokens weigh, so that 16 bits hold them; backward multiplies them by this.
+        unit = weights.abs().max() if n else weights.new_ones(())
+        unit = torch.where(unit > 0, unit, 1)
+        losses, *measured = (weights.new_zeros(n) for _ in range(4))
+        grads = _Gradients(hidden, weight, bias, policy, wanted)
+        rows = max(1, CHUNK // len(weight))
+        block_rows = max(1, BLOCK // len(weight)) if hidden.device.type == "cpu" else rows
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in _slices(0, n, rows):
+                products = policy.products(hidden[part])
+                ref_products = None if reference is None else reference[1].products(reference[0][part])
+                for block in _slices(part.start, part.stop, block_rows):
+                    local = slice(block.start - part.start, block.stop - part.start)
+                    product = products[local].detach().requires_grad_(any(wanted))
+                    with torch.set_grad_enabled(any(wanted)):
+                        found = conditional(
+                            policy.logits(product),
+                            labels[block],
+                            reference_logits=None if reference is None else reference[1].logits(ref_products[local]),
+                            **terms,
+                        )
+                    for whole, values in zip((losses, *measured), found, strict=True):
+                        whole[block] = values.detach()
+                    if any(wanted):
+                        (slopes,) = torch.autograd.grad(found.loss, product, weights[block] / unit)
+                        slopes[weights[block] == 0] = 0.0
+                        products[local] = F.hardshrink(slopes, NEGLIGIBLE)
+                if any(wanted):
+                    grads.add(products, part)
+        ctx.grads, ctx.unit = grads, unit
+        ctx.mark_non_differentiable(*measured)
+        return (weights * losses.masked_fill(weights == 0, 0.0)).sum(), *measured
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        if ctx.grads is None:
+            raise RuntimeError("The gradient of this token_loss was used already: call token_loss again.")
+        grads, ctx.grads = ctx.grads, None  # in place below, since a head's gradient is as large as the head
+        return *grads.times(grad * ctx.unit), *(None,) * 6
+
+
+class _Head:
+    """softcap(scale * (h W^T + b)), in two steps: the products of a chunk, and the logits made from some of them.
+
+    Every chunk is written into the same memory: on a CPU fresh pages cost as much again as the product.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None):
+        device, dtype = weight.device.type, weight.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+        self.weight, self.bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+        self.scale, self.softcap = scale, softcap
+        self.precise = torch.promote_types(dtype, torch.float32)
+        self._memory: Tensor | None = None
+
+    def products(self, hidden: Tensor) -> Tensor:
+        """(m, H) -> (m, V), to be used before the next call."""
+        if self._memory is None:  # the first chunk is the longest
+            self._memory = self.weight.new_empty(len(hidden), len(self.weight))
+        out, hidden = self._memory[: len(hidden)], hidden.detach().to(self.weight.dtype)
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.T, out=out)
+        return torch.addmm(self.bias, hidden, self.weight.T, out=out)
+
+    def logits(self, products: Tensor) -> Tensor:
+        z = products.to(self.precise)
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+class _Gradients:
+    """d L / d (hidden, weight, bias), summed in float32 at least, from the slopes d L / d (h W^T + b)."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head, wanted: list[bool]):
+        self._inputs, self._head = hidden.detach(), head
+        self._dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        self.hidden = torch.empty_like(hidden, dtype=head.precise) if wanted[0] else None
+        self.weight = torch.zeros_like(weight, dtype=head.precise) if wanted[1] else None
+        self.bias = torch.zeros_like(bias, dtype=head.precise) if wanted[2] else None
+
+    def add(self, slopes: Tensor, part: slice) -> None:
+        if self.hidden is not None:
+            self.hidden[part] = slopes @ self._head.weight
+        if self.weight is not None:
+            h = self._inputs[part].to(slopes.dtype)
+            if self.weight.dtype == slopes.dtype:
+                self.weight.addmm_(slopes.T, h)
+            else:  # products in 16 bits, a piece of the vocabulary at a time, to be summed in 32
+                for words in _slices(0, len(self.weight), 2**14):
+                    self.weight[words] += slopes[:, words].T @ h
+        if self.bias is not None:
+            self.bias += slopes.sum(0, dtype=self.bias.dtype)
+
+    def times(self, factor: Tensor) -> list[Tensor | None]:
+        return [
+            None if x is None else x.mul_(factor).to(dtype)
+            for x, dtype in zip((self.hidden, self.weight, self.bias), self._dtypes, strict=True)
+        ]
+
+
+def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of an LM head as it computes now: under PEFT the trained copy while its adapter is on.
+
+    Raises:
+        NotImplementedError: the head carries an adapter of another kind (LoRA), which is no weight of its own.
+    """
+    if hasattr(head, "get_base_layer") and hasattr(head, "active_adapters") and not hasattr(head, "original_module"):
+        raise NotImplementedError(
+            f"The LM head is a {type(head).__module__}.{type(head).__name__}: an adapter on the head is not in its "
+            "weight. Train the head in full, modules_to_save=['lm_head'], or leave it out of target_modules."
+        )
+    # A wrapper that trains single tokens has the weight, but not the bias, which stays the original's.
+    return head.weight, head.bias if hasattr(head, "bias") else head.original_module.bias
+
+
+def _slices(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor | None, of: str = ""
+) -> None:
+    n, size = len(labels), len(weight)
+    if hidden.shape != (n, weight.shape[-1]):
+        raise ValueError(
+            f"{of}hidden is {tuple(hidden.shape)} for {n} labels and a {of}weight {tuple(weight.shape)}, expected "
+            f"{(n, weight.shape[-1])}: one hidden state for each label."
+        )
+    if bias is not None and bias.shape != (size,):
+        raise ValueError(f"{of}bias is {tuple(bias.shape)}, expected {(size,)}, as its weight has {size} rows.")
+    if weights is not None and weights.shape != (n,):
+        raise ValueError(f"weights are {tuple(weights.shape)}, expected {(n,)}: one for each label.")
