@@ -324,8 +324,9 @@ def test_a_merged_model_loads(name, dtype, trained, tmp_path):
 
 @QUIET
 @pytest.mark.parametrize("name", ["llama", "llama_tied"])
-def test_an_adapter_on_a_padded_base_and_a_base_in_a_folder(name, tmp_path):
-    make(name, vocab_size=OLD + 3).save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize("padding", [3, 8])  # too little, which PEFT answers by saving all rows; and enough
+def test_an_adapter_on_a_padded_base_and_a_base_in_a_folder(name, padding, tmp_path):
+    make(name, vocab_size=OLD + padding).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     tokenizer = copy.deepcopy(TOKENIZER)
     ids = add_condition_tokens(base, tokenizer, TOKENS, seed=1)
