@@ -14,12 +14,12 @@ import pytest
 import yaml
 from judge_server import FAULTS, JudgeServer, scored, some_faults
 
-from contrastive_align.feedback import judge_schedule
+from contrastive_align.calls import schedule
+from contrastive_align.calls.endpoint import _seconds
+from contrastive_align.calls.schedule import backoff, run_jobs
 from contrastive_align.feedback.judge import Judge, JudgeError, Verdict, resolve_judge
 from contrastive_align.feedback.judge_answers import Categories, Feedback, Unparsable, read_template, render
 from contrastive_align.feedback.judge_cache import AnswerCache
-from contrastive_align.feedback.judge_endpoint import _seconds
-from contrastive_align.feedback.judge_schedule import backoff, run_jobs
 
 
 pytest.importorskip("openai")
@@ -441,6 +441,13 @@ def test_a_call_is_counted_before_it_is_made(make):
         assert counts(judge, "over_budget", "calls") == (1, 2) and len(server.calls) == 2
 
 
+def test_the_reason_is_kept_with_the_verdict(make):
+    with JudgeServer(lambda text: {"analysis": f"because of {text}", "feedback": "good", "score": 2}) as server:
+        fresh = make(server)(["p"], ["c"])
+        cached = make(server)(["p"], ["c"])
+    assert [v.analysis for v in (*fresh, *cached)] == ["because of p|c"] * 2 and len(server.calls) == 1
+
+
 # ------------------------------------------------------------------------------------------------------- the key
 
 
@@ -588,7 +595,7 @@ def test_a_server_that_refuses_everything_is_not_shown_everything():
 
     with pytest.raises(JudgeError, match="enough"):
         run_jobs(range(100), work, concurrency=2)
-    assert len(set(tried)) == 2 * judge_schedule.BEGUN_PER_WORKER
+    assert len(set(tried)) == 2 * schedule.BEGUN_PER_WORKER
 
 
 def test_an_interrupt_stops_the_asking(monkeypatch):

@@ -1,6 +1,6 @@
 """A language model as judge of completions, behind any OpenAI-compatible endpoint (ALT, arXiv 2407.16970).
 
-judge_answers.py asks and reads, judge_cache.py keeps, judge_endpoint.py makes a call, judge_schedule.py many.
+judge_answers.py asks and reads, judge_cache.py keeps, judge_endpoint.py makes a call, calls/schedule.py many.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from typing import Any
 
 from transformers.utils import logging
 
+from contrastive_align.calls.endpoint import LONGEST_RETRY_AFTER, Fault
+from contrastive_align.calls.schedule import backoff, run_jobs
 from contrastive_align.feedback.judge_answers import Unparsable, Verdict, answers_from, read_template, render
 from contrastive_align.feedback.judge_cache import AnswerCache, content_key
-from contrastive_align.feedback.judge_endpoint import Endpoint, Fault, JudgeError, Reply
+from contrastive_align.feedback.judge_endpoint import JudgeEndpoint, JudgeError, Reply
 from contrastive_align.feedback.judge_options import check_address, check_counts, check_model, check_number
-from contrastive_align.feedback.judge_schedule import backoff, run_jobs
 
 
 __all__ = ["Judge", "JudgeError", "Verdict", "resolve_judge"]
@@ -27,7 +28,6 @@ __all__ = ["Judge", "JudgeError", "Verdict", "resolve_judge"]
 logger = logging.get_logger(__name__)
 
 COUNTS = ("items", "answered", "unparsable", "failed", "over_budget", "cached", "repeated", "calls", "retried")
-LONGEST_RETRY_AFTER = 600.0  # seconds
 
 
 class Judge:
@@ -116,7 +116,7 @@ class Judge:
         if new:
             request = {"model": self._model, "temperature": self._temperature, "max_tokens": self._max_tokens}
             try:
-                with Endpoint(self._base_url, self._timeout, **request) as endpoint:
+                with JudgeEndpoint(self._base_url, self._timeout, **request) as endpoint:
                     run_jobs(new, lambda job: self._work(job, endpoint), concurrency=min(self._concurrency, len(new)))
             finally:
                 self._count_outcomes(jobs)
@@ -168,7 +168,7 @@ class Judge:
             jobs.setdefault(key, _Job(key, question)).rows.append(row)
         return jobs
 
-    def _work(self, job: _Job, endpoint: Endpoint) -> float | None:
+    def _work(self, job: _Job, endpoint: JudgeEndpoint) -> float | None:
         """One call for the job: None when it is settled, else the seconds to wait before the next."""
         if not self._cache.take_call(self._budget):
             return job.settle("over_budget", f"the budget of {self._budget} calls is used up")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ class Verdict:
     Args:
         text: the category, exactly as it was given, or the feedback in words.
         score: higher is better. Categories: 0 for the last (worst) to their number - 1 for the first; text: 0 to 3.
+        analysis: what the judge gave as its reason; None where it gave none.
     """
 
     text: str
     score: float
+    analysis: str | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,11 @@ class Categories:
         return f'Answer with a single JSON object whose "category" is exactly one of: {json.dumps(self.names)}.'
 
     def parse(self, reply: str) -> Verdict:
-        found = _read_object(reply, {"category": str}, {"analysis": str})["category"]
+        found = _read_object(reply, {"category": str}, {"analysis": str})
         for rank, name in enumerate(self.names):
-            if _folded(name) == _folded(found):
-                return Verdict(name, float(len(self.names) - 1 - rank))
-        raise Unparsable(f"the category {found[:80]!r} is none of {list(self.names)}")
+            if _folded(name) == _folded(found["category"]):
+                return Verdict(name, float(len(self.names) - 1 - rank), found.get("analysis"))
+        raise Unparsable(f"the category {found['category'][:80]!r} is none of {list(self.names)}")
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Feedback:
             raise Unparsable(f"the feedback has {len(words)} words, expected 1 to {self.max_words}")
         if not 0 <= found["score"] <= BEST_SCORE:
             raise Unparsable(f"the score is {found['score']}, expected 0 to {BEST_SCORE}")
-        return Verdict(" ".join(words), float(found["score"]))
+        return Verdict(" ".join(words), float(found["score"]), found.get("analysis"))
 
 
 def answers_from(spec: str | Sequence[str], max_words: int) -> Categories | Feedback:

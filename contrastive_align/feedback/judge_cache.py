@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class AnswerCache:
 
     def add(self, key: str, answer: str, verdict: Verdict | None, calls: int) -> None:
         """Remember an answer: in one write, so that lines of several writers do not mix."""
-        found = None if verdict is None else {"text": verdict.text, "score": verdict.score}
+        found = None if verdict is None else asdict(verdict)
         line = json.dumps({"key": key, "answer": answer, "verdict": found, "calls": calls}).encode() + b"\n"
         with self._lock:
             line = b"\n" + line if self._open_line else line
@@ -97,8 +98,7 @@ class AnswerCache:
                 try:
                     row = json.loads(line)
                     found = row["verdict"]
-                    verdict = None if found is None else Verdict(str(found["text"]), float(found["score"]))
-                    self._verdicts[row["key"]] = verdict
+                    self._verdicts[row["key"]] = None if found is None else _verdict(found)
                 except (ValueError, KeyError, TypeError):
                     if line.strip():
                         damaged.append(number)
@@ -107,3 +107,8 @@ class AnswerCache:
                 f"{self.answers_file}: {len(damaged)} lines cannot be read (line {damaged[0]} first), as after a kill "
                 "in the middle of a write. What they answered is asked again."
             )
+
+
+def _verdict(found: dict[str, Any]) -> Verdict:
+    analysis = found.get("analysis")
+    return Verdict(str(found["text"]), float(found["score"]), None if analysis is None else str(analysis))

@@ -1,28 +1,15 @@
-"""One call of an OpenAI-compatible endpoint: a reply, a fault that may pass, or an error that will not."""
+"""One call of a judge: a reply, a fault that may pass, or an error that will not."""
 
 from __future__ import annotations
 
 import json
-import os
-import time
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import urlsplit
+
+from contrastive_align.calls.endpoint import CallError, Endpoint, Fault, Unreadable
 
 
-PASSING = (408, 409, 425, 429)  # and every 5xx
-NO_KEY = "EMPTY"  # what local servers take for a key
-WHAT_TO_CHECK = {
-    400: "Check the model's name, max_tokens and temperature, and whether the item is longer than the model reads.",
-    401: "Check the environment variable OPENAI_API_KEY, which must belong to this endpoint.",
-    403: "Check that the key may use this model, and that this address may be used from where you are.",
-    404: "Check base_url, which usually ends in /v1, and the model's name.",
-    429: "Check the account's credit: waiting does not help.",
-}
-
-
-class JudgeError(RuntimeError):
+class JudgeError(CallError):
     """The endpoint refuses in a way that asking again does not change."""
 
 
@@ -34,49 +21,23 @@ class Reply:
     cut: bool = False
 
 
-@dataclass(frozen=True)
-class Fault:
-    """A failure that may pass; ``retry_after`` in seconds where the server says so."""
-
-    reason: str
-    retry_after: float | None = None
-
-
-class Endpoint:
-    """Makes calls while its ``with`` block lasts. The key is read from the environment, and leaves with the block.
+class JudgeEndpoint(Endpoint):
+    """Makes chat calls while its ``with`` block lasts.
 
     Args:
-        base_url: of the API, usually ending in ``/v1``; None: ``OPENAI_BASE_URL``, else OpenAI's own.
-        timeout: seconds for a whole reply, however it trickles in.
-
-    Raises:
-        ImportError: ``openai`` is not installed.
-        ValueError: no key, where one is needed.
+        base_url, timeout: as :class:`~contrastive_align.calls.endpoint.Endpoint`.
+        **request: what is the same in every call: model, temperature, max_tokens.
     """
 
+    who, error = "judge", JudgeError
+    checks = {  # noqa: RUF012 (a constant of the class)
+        **Endpoint.checks,
+        400: "Check the model's name, max_tokens and temperature, and whether the item is longer than the model reads.",
+    }
+
     def __init__(self, base_url: str | None, timeout: float, **request: Any) -> None:
-        try:
-            import openai
-        except ImportError as error:
-            raise ImportError('A judge needs openai: pip install "contrastive-align[judge]".') from error
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
-        self._key = os.environ.get("OPENAI_API_KEY") or (NO_KEY if base_url else None)
-        if self._key is None:
-            raise ValueError(
-                "No key for the judge: set the environment variable OPENAI_API_KEY, or base_url for a server that "
-                "needs none, for instance base_url: http://localhost:8000/v1."
-            )
-        self._openai, self._timeout, self._request = openai, timeout, request
-        # Its own retries are off: they would be neither counted nor held to the budget.
-        self._client = openai.OpenAI(api_key=self._key, base_url=base_url, timeout=timeout, max_retries=0)
-        parts = urlsplit(str(self._client.base_url))
-        self.address = f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
-
-    def __enter__(self) -> Endpoint:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._client.close()
+        super().__init__(base_url, timeout)
+        self._request = request
 
     def ask(self, messages: list[dict[str, str]]) -> Reply | Fault:
         """One call.
@@ -84,74 +45,13 @@ class Endpoint:
         Raises:
             JudgeError: 400, 401, 403, 404 and their like, with what the server said and what to check.
         """
-        status = None
-        try:
-            body = self._body(messages)
-        except self._openai.APIStatusError as error:
-            status, said, headers = error.status_code, self._said(error), error.response.headers
-            code = error.body.get("code") if isinstance(error.body, dict) else None
-        except self._openai.APITimeoutError:
-            return Fault(f"no answer within {self._timeout:g} s")
-        except self._openai.APIConnectionError as error:
-            return Fault(f"{error.message} {self._clean(str(error.__cause__ or ''))}".strip())
-        except _Broken as error:
-            return Fault(self._clean(str(error)))
-        if status is None:
-            return self._read(body)
-        # Outside the handler: an error raised there would drag the request, and with it the key, along.
-        if (status in PASSING or status >= 500) and code != "insufficient_quota":
-            return Fault(f"status {status}: {said}", _seconds(headers.get("Retry-After")))
-        check = WHAT_TO_CHECK.get(status, "Check base_url, the model's name and its options.")
-        raise JudgeError(f"{self.address} refuses with status {status}: {said} {check}")
+        create = self._client.chat.completions.with_streaming_response.create
+        return self.call(create, self._read, messages=messages, **self._request)
 
-    def _body(self, messages: list[dict[str, str]]) -> bytes:
-        """Read as it comes: the client's own timeout starts anew with every byte."""
-        end = time.monotonic() + self._timeout
-        with self._client.chat.completions.with_streaming_response.create(messages=messages, **self._request) as reply:
-            chunks = []
-            try:
-                for chunk in reply.iter_bytes():
-                    chunks.append(chunk)
-                    if time.monotonic() > end:
-                        raise _Broken(f"no whole answer within {self._timeout:g} s")
-            except _Broken:
-                raise
-            except Exception as error:  # of whichever HTTP library the client is built on
-                raise _Broken(f"the answer broke off: {type(error).__name__} {error}") from None
-        return b"".join(chunks)
-
-    def _read(self, body: bytes) -> Reply | Fault:
+    def _read(self, body: bytes) -> Reply:
         try:
             choice = json.loads(body)["choices"][0]
             content = choice["message"].get("content")
         except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            return Fault(f"not a chat completion: {self._clean(body[:200].decode(errors='replace'))!r}")
-        return Reply(self._clean(content if isinstance(content, str) else ""), choice.get("finish_reason") == "length")
-
-    def _said(self, error: Any) -> str:
-        body = error.body
-        said = body.get("message") if isinstance(body, dict) else None
-        said = said if isinstance(said, str) else error.response.text
-        return repr(self._clean(said.strip())[:300])
-
-    def _clean(self, text: str) -> str:
-        """Some servers repeat the key in what they say."""
-        return text if self._key == NO_KEY else text.replace(self._key, "[key]")
-
-
-class _Broken(Exception):
-    """The body did not come to its end."""
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """``Retry-After``: seconds, or a date."""
-    if retry_after is None:
-        return None
-    try:
-        seconds = float(retry_after)
-    except ValueError:
-        try:
-            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
-        except (ValueError, TypeError):
-            return None
-    return max(0.0, seconds) if seconds == seconds else None
+            raise Unreadable("not a chat completion") from None
+        return Reply(self.clean(content if isinstance(content, str) else ""), choice.get("finish_reason") == "length")
