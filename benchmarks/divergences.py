@@ -8,7 +8,7 @@ for divergence, seed and number of steps, in a process of its own: some two minu
 from its summary.json, which is written last, so that a run that is already there is not repeated and one that was
 broken off is.
 
-Columns: the feature's moment (the target's is 0.5), KL to the target in both directions, its TV, KL(pi||base), and
+Columns: the feature's moment, KL to the target in both directions, its TV, KL(pi||base), and
 distinct-2 (distinct bigrams of tokens over all bigrams); the mean over seeds +- their standard deviation. The rows
 ``base`` and ``target`` are what the runs measured of these two, ``+QRS`` what quasi-rejection sampling accepts of the
 tuned models' samples. All divergences share one learning rate, although their pseudo-rewards differ in scale.
@@ -89,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --seed would be taken for --seeds
         epilog="Flags that are not listed go to run_fdpg.py; use another --out for them.",
     )
     parser.add_argument("--divergences", nargs="+", default=list(DIVERGENCES))
