@@ -150,7 +150,7 @@ def test_a_step_of_each_contender_on_the_same_work(script, questions, tmp_path, 
     step = script("fdpg_step")
     monkeypatch.setattr(step.warnings, "simplefilter", lambda *_: None)
     monkeypatch.setattr(step.logging, "disable", lambda *_: None)
-    flags = ["--prompts", "2", "--k", "4", "--new-tokens", "3", "--steps", "1", "--json", str(tmp_path / "step.json")]
+    flags = ["--prompts", "2", "--k", "4", "--new-tokens", "16", "--steps", "1", "--json", str(tmp_path / "step.json")]
     step.main(["--model", demo.MODEL_PATH, "--data", questions, *flags])
 
     said = capsys.readouterr().out.splitlines()
@@ -158,7 +158,7 @@ def test_a_step_of_each_contender_on_the_same_work(script, questions, tmp_path, 
     assert [line[0] for line in lines] == ["ours", "trl", "floor"]
     found = json.loads((tmp_path / "step.json").read_text())
     for line, row in zip(lines, found["rows"].values(), strict=True):
-        assert line[header.index("tokens a completion")] == "3.0"  # nothing ends a completion
+        assert line[header.index("tokens a completion")] == "16.0"  # nothing ends a completion
         assert len(row["seconds"]["total"]) == 1  # the warm-up is not counted
         parts = {name: row["seconds"][name][0] for name in step.PARTS}
         assert all(seconds > 0 for seconds in parts.values())
