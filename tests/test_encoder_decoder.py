@@ -82,14 +82,14 @@ def test_log_probs_are_the_models_own(kind):
         {"prompt_ids": [3, 4, 5, 3, 2], "completion_ids": [[3, 2], [4, 5, 3, 3], [2]]},
         {"prompt_ids": [5, 2], "completion_ids": [[0, 1, 4], [5]]},
     ]
-    collate = EncoderDecoderCollator(0, model.config.decoder_start_token_id)
+    collate = EncoderDecoderCollator(0, None, model.config.decoder_start_token_id)
     add_encoder_decoder_head(model)
     calls = []
     model.get_encoder().register_forward_hook(lambda module, args, kwargs, out: calls.append(out[0]), with_kwargs=True)
     heads = []
     model.get_output_embeddings().register_forward_hook(lambda module, args, out: heads.append(args[0].flatten(0, -2)))
     found = encoder_decoder_logps(model, collate(groups))
-    wider = EncoderDecoderCollator(0, model.config.decoder_start_token_id, pad_to_multiple_of=8)(groups)
+    wider = EncoderDecoderCollator(0, 8, model.config.decoder_start_token_id)(groups)
     assert wider["input_ids"].shape == (2, 8) and wider["labels"].shape == (5, 8)
     assert torch.allclose(found, encoder_decoder_logps(model, wider), atol=1e-5)
     assert [out.shape[0] for out in calls] == [2, 2]  # a prompt is encoded once

@@ -318,7 +318,13 @@ def test_two_processes_equal_one(tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(torch.load(out))
-    one, two = found
+    for way in ("plain", "kept"):
+        check_equal(found[0][way], found[1][way])
+    assert found[0]["kept"]["replacements"] == found[1]["kept"]["replacements"] >= 1
+    assert found[0]["kept"]["baseline"] == pytest.approx(found[1]["kept"]["baseline"], abs=1e-5)
+
+
+def check_equal(one, two):
     assert max((one["weights"][n] - p).abs().max().item() for n, p in two["weights"].items()) < 5e-6
     assert one["log_z"].keys() == two["log_z"].keys()
     for key, (log_sum, n) in one["log_z"].items():

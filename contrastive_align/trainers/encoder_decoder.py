@@ -46,6 +46,21 @@ def load_encoder_decoder(
     return create_model_from_path(model_id, architecture=AutoModelForSeq2SeqLM, **kwargs)
 
 
+def refuse_for_encoder_decoder(args: Any, *, sharded: bool) -> None:
+    """Options that would leave the model without its encoder, or were never tried with one."""
+    for name, wrong in {
+        "layout='shared'": args.layout == "shared",
+        "use_vllm": args.use_vllm,
+        "use_transformers_continuous_batching": args.use_transformers_continuous_batching,
+        "DeepSpeed or FSDP": sharded,
+    }.items():
+        if wrong:
+            raise ValueError(
+                f"{name} is not supported for an encoder-decoder. Leave it out; the encoder reads a prompt once for "
+                "all of its completions in any case."
+            )
+
+
 @dataclass
 class EncoderDecoderCollator:
     """Batch groups of any K for an encoder-decoder. B prompts, N completions, row after row.
@@ -54,7 +69,7 @@ class EncoderDecoderCollator:
     - ``decoder_input_ids``, ``labels`` (N, L): start token + completion[:-1]; completion, -100 where there is none
     - ``prompt_of`` (N,): the prompt of each completion; ``valid`` (B, K): False where a group has fewer
 
-    >>> batch = EncoderDecoderCollator(pad_token_id=0, start_token_id=9)([
+    >>> batch = EncoderDecoderCollator(0, None, start_token_id=9)([
     ...     {"prompt_ids": [1, 2], "completion_ids": [[4], [5, 6]]}, {"prompt_ids": [3], "completion_ids": [[7, 8]]},
     ... ])
     >>> batch["input_ids"].tolist(), batch["prompt_of"].tolist()
@@ -64,8 +79,8 @@ class EncoderDecoderCollator:
     """
 
     pad_token_id: int
+    pad_to_multiple_of: int | None
     start_token_id: int
-    pad_to_multiple_of: int | None = None
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         prompts = [list(e["prompt_ids"]) for e in examples]
@@ -196,7 +211,7 @@ def _check(model: PreTrainedModel) -> None:
         {"prompt_ids": tokens(5), "completion_ids": [tokens(3), tokens(6)]},
         {"prompt_ids": tokens(9), "completion_ids": [tokens(4), tokens(2)]},
     ]
-    collate = EncoderDecoderCollator(model.config.get_text_config().pad_token_id or 0, decoder_start_token(model))
+    collate = EncoderDecoderCollator(model.config.get_text_config().pad_token_id or 0, None, decoder_start_token(model))
     batch = {name: tensor.to(model.device) for name, tensor in collate(examples).items()}
     was_training = model.training
     try:

@@ -38,6 +38,7 @@ from contrastive_align.trainers.encoder_decoder import (
     decoder_start_token,
     encoder_decoder_logps,
     load_encoder_decoder,
+    refuse_for_encoder_decoder,
     without_functional_dropout,
 )
 from contrastive_align.trainers.fdpg_baseline import WindowBaseline
@@ -50,12 +51,13 @@ from contrastive_align.trainers.fdpg_inputs import (
     never_called,
     target_of,
 )
+from contrastive_align.trainers.fdpg_state import TARGET_FILE, load_state, save_state
 from contrastive_align.trainers.log_z import RunningLogZ
+from contrastive_align.trainers.proposal import kept_proposal
 
 
 logger = logging.get_logger(__name__)
 
-TARGET_FILE = "target.json"
 FIT_SAMPLES_PER_PROMPT = 256
 
 # What a feature is given by these names is not the dataset's column.
@@ -186,15 +188,20 @@ class FDPGTrainer(RLOOTrainer):
         models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
         models += [] if self.base_model is None else [self.base_model]
         self.is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        pad = (self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
         if self.is_encoder_decoder:
-            self._set_encoder_decoder(models)
+            refuse_for_encoder_decoder(args, sharded=sharded)
+            for each in models:
+                add_encoder_decoder_head(each)
+            self.layout, self._collate = "padded", EncoderDecoderCollator(*pad, decoder_start_token(models[0]))
         else:
-            sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
             obstacle = "its weights are sharded before it can be tried" if sharded else None
             self.layout = set_layout(models, args.layout, obstacle=obstacle, autocast=args.bf16 or args.fp16)
-            self._collate = GroupCollator(self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
+            self._collate = GroupCollator(*pad)
         self.log_z = RunningLogZ()
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
+        self.kept_proposal = kept_proposal(args, sharded=sharded)
         self._evaluations = 0
 
     def _frozen_copy(self) -> PreTrainedModel | None:
@@ -211,25 +218,6 @@ class FDPGTrainer(RLOOTrainer):
         add_fused_lm_head(base)
         disable_dropout_in_model(base)
         return base.eval().requires_grad_(False)
-
-    def _set_encoder_decoder(self, models: list[PreTrainedModel]) -> None:
-        for wrong, why in {
-            "layout='shared'": self.args.layout == "shared",
-            "use_vllm": self.use_vllm,
-            "use_transformers_continuous_batching": self.use_transformers_continuous_batching,
-            "FSDP": self.is_fsdp_enabled,
-            "DeepSpeed": self.is_deepspeed_enabled,
-        }.items():
-            if why:
-                raise ValueError(
-                    f"{wrong} is not supported for {type(models[0]).__name__}, an encoder-decoder. Leave it out: the "
-                    "prompt is read once for all of its completions by its own encoder."
-                )
-        for model in models:
-            add_encoder_decoder_head(model)
-        self.layout = "padded"
-        start = decoder_start_token(models[0])
-        self._collate = EncoderDecoderCollator(self._tokenizer.pad_token_id, start, self.args.pad_to_multiple_of)
 
     # -------------------------------------------------------------------------------------------------------- target
 
@@ -320,12 +308,21 @@ class FDPGTrainer(RLOOTrainer):
             stack.callback(lambda: model.train(was_training))
             yield model.eval()
 
+    @property
+    def policy(self) -> nn.Module:
+        """The model that is trained, without what wraps it for several processes."""
+        return self.accelerator.unwrap_model(self.model)
+
     def _draw(self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]):
-        """Completions (C, K) of the policy and their log-probs under it; None where these are still to be computed."""
+        """Completions (C, K) of the proposal, their log-probs under it; None where these are still to be computed."""
         if self.use_vllm or self.use_transformers_continuous_batching:
             flat = self._generate_single_turn([ids for ids in prompt_ids for _ in range(per_prompt)], None, {})
             return [flat[i : i + per_prompt] for i in range(0, len(flat), per_prompt)], None
-        with self._sampling() as model:
+        kept = self.kept_proposal if self.model.training else None
+        with contextlib.ExitStack() as stack:
+            model = stack.enter_context(self._sampling(base=kept is not None and kept.is_base))
+            if kept is not None:
+                stack.enter_context(kept.in_place_of(self.policy))
             drawn = draw(model, prompt_ids, per_prompt=per_prompt, seeds=seeds, **self._draw_options())
         return drawn.completion_ids, drawn.logps
 
@@ -352,7 +349,7 @@ class FDPGTrainer(RLOOTrainer):
         rows = rows[::k]  # TRL's sampler repeats every prompt K times in a row
         prompt_ids = self._prompt_ids([row["prompt"] for row in rows])
         first = self.accelerator.process_index * len(rows)
-        completion_ids, policy_logps = self._draw(prompt_ids, k, self._seeds(what, range(first, first + len(rows))))
+        completion_ids, proposal_logps = self._draw(prompt_ids, k, self._seeds(what, range(first, first + len(rows))))
         size = len(rows) // parts
         batches = []
         for i in range(0, len(rows), size):
@@ -361,17 +358,22 @@ class FDPGTrainer(RLOOTrainer):
             batch = self._collate(examples)
             batches.append({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
         base_logps = torch.cat([self._logps(batch, base=True) for batch in batches])
-        if policy_logps is None:
+        policy_logps = proposal_logps
+        if proposal_logps is None or (self.kept_proposal is not None and self.model.training):
             policy_logps = torch.cat([self._logps(batch) for batch in batches])
         policy_logps = policy_logps.to(base_logps.device)
+        proposal_logps = policy_logps if proposal_logps is None else proposal_logps.to(base_logps.device)
         phi = self._features(rows, completion_ids).view(len(rows), k, -1).to(base_logps.device)
         target_log_scores = self.target.log_scores(base_logps, phi)
         keys = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in prompt_ids]
-        log_z = self._log_z_of(keys, target_log_scores - policy_logps)
-        self._log_groups(rows, completion_ids, phi, keys, policy_logps, base_logps, target_log_scores, log_z)
-        more = {"proposal_logps": policy_logps, "target_log_scores": target_log_scores, "log_z": log_z}
+        log_z = self._log_z_of(keys, target_log_scores - proposal_logps)
+        logs = {"policy_logps": policy_logps, "proposal_logps": proposal_logps, "target_log_scores": target_log_scores}
+        self._log_groups(rows, completion_ids, phi, keys, base_logps, log_z, **logs)
+        more = {"proposal_logps": proposal_logps, "target_log_scores": target_log_scores, "log_z": log_z}
         if self.baseline is not None:
-            more["baseline"] = self._window_baseline(policy_logps, policy_logps, target_log_scores, log_z)
+            more["baseline"] = self._window_baseline(log_z, **logs)
+        if self.kept_proposal is not None and self.model.training:
+            self._compare_proposal(keys, **logs)
         for j, batch in enumerate(batches):
             batch.pop("scores", None)
             batch.update({name: tensor[j * size : (j + 1) * size] for name, tensor in more.items()})
@@ -388,13 +390,20 @@ class FDPGTrainer(RLOOTrainer):
         values = [self.log_z[key] if key in self.log_z else held_out[key] for key in keys]
         return torch.tensor(values, dtype=torch.float64, device=log_weights.device)
 
-    def _window_baseline(self, *logs: Tensor) -> Tensor:
+    def _window_baseline(self, log_z: Tensor, **logs: Tensor) -> Tensor:
         """(B,) what earlier steps say; then these samples are counted in, for the next ones."""
-        before = torch.full_like(logs[-1], self.baseline.value)
+        before = torch.full_like(log_z, self.baseline.value)
         if self.model.training:
-            slopes = mean_slope(*logs[:-1], log_z=logs[-1], divergence=self.args.divergence)
+            slopes = mean_slope(**logs, log_z=log_z, divergence=self.args.divergence)
             self.baseline.add(self.accelerator.gather(slopes))
         return before
+
+    def _compare_proposal(self, keys: list[str], **logs: Tensor) -> None:
+        logs = {name: self.accelerator.gather(tensor) for name, tensor in logs.items()}
+        found = self.kept_proposal.compare(self.policy, gather_object(keys), log_z=self.log_z, **logs)
+        self._metrics["train"]["proposal/replaced"].append(float(found is not None and found.replaced))
+        if found is not None:
+            self._metrics["train"][f"proposal/{self.args.proposal_criterion}_gap"].append(found.gap)
 
     def _logps(self, batch: dict[str, Tensor], base: bool = False) -> Tensor:
         """(B, K) float64, in the layout of training."""
@@ -434,18 +443,17 @@ class FDPGTrainer(RLOOTrainer):
 
     # -------------------------------------------------------------------------------------------------------- metrics
 
-    def _log_groups(self, rows, completion_ids, phi, keys, policy_logps, base_logps, target_log_scores, log_z) -> None:
+    def _log_groups(self, rows, completion_ids, phi, keys, base_logps, log_z, **logs: Tensor) -> None:
         mode = "train" if self.model.training else "eval"
-        k = policy_logps.size(1)
+        k = base_logps.size(1)
         lengths = torch.tensor([[len(ids) for ids in group] for group in completion_ids], device=phi.device)
         ended = torch.tensor(
             [[ids[-1] in self.eos_token_ids for ids in group] for group in completion_ids], device=phi.device
         )
         gather = self.accelerator.gather
         metrics = distribution_metrics(
-            policy_logps=gather(policy_logps),
+            **{name: gather(tensor) for name, tensor in logs.items()},
             base_logps=gather(base_logps),
-            target_log_scores=gather(target_log_scores),
             log_z=gather(log_z),
             phi=gather(phi),
             names=self.target.names,
@@ -465,7 +473,8 @@ class FDPGTrainer(RLOOTrainer):
             self._logs["completion"].extend(gather_object(texts))
             for j, name in enumerate(self.target.names):
                 self._logs["rewards"][name].extend(gather(phi[..., j].flatten()).tolist())
-            self._logs["advantages"].extend(gather((target_log_scores - policy_logps).flatten()).tolist())
+            log_weights = logs["target_log_scores"] - logs["policy_logps"]
+            self._logs["advantages"].extend(gather(log_weights.flatten()).tolist())
 
     # --------------------------------------------------------------------------------------------- resuming and saving
 
@@ -473,37 +482,11 @@ class FDPGTrainer(RLOOTrainer):
         if resume_from_checkpoint:
             found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
             resume_from_checkpoint = found or os.fspath(resume_from_checkpoint)
-            self._load_state(Path(resume_from_checkpoint))
+            load_state(self, Path(resume_from_checkpoint))
         elif not self.target.fitted:
             self.fit_target()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.args.should_save:
-            self.target.save(folder / TARGET_FILE)
-        state = {"step": self._step, "log_z": self.log_z.state_dict(), "groups": self._buffered_inputs}
-        if self.baseline is not None:
-            state["baseline"] = self.baseline.state_dict()
-        torch.save(state, folder / _state_file(self.args.process_index))
-
-    def _load_state(self, checkpoint: Path) -> None:
-        """Target, running log Z and the groups already drawn: a resumed run draws none of them again."""
-        file = checkpoint / _state_file(self.args.process_index)
-        if not (checkpoint / TARGET_FILE).is_file() or not file.is_file():
-            raise ValueError(
-                f"{checkpoint} has no {TARGET_FILE} or no {file.name}: it was not written by an FDPGTrainer on this "
-                "many processes, and its samples and log Z cannot be continued. Start anew from its weights."
-            )
-        self.target.load(checkpoint / TARGET_FILE)
-        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
-        self._step, self._buffered_inputs = state["step"], state["groups"]
-        self.log_z.load_state_dict(state["log_z"])
-        if self.baseline is not None and "baseline" in state:  # else the run began with another baseline
-            self.baseline.load_state_dict(state["baseline"])
-
-
-def _state_file(process: int) -> str:
-    return f"fdpg_state_{process}.pt"
+        save_state(self, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")

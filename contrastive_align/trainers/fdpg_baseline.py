@@ -14,8 +14,8 @@ class WindowBaseline:
 
     .. math:: b = \frac{1}{W} \sum_{s=1}^{W} \frac{1}{B} \sum_c \hat E_{\pi_s}\big[f'(t) | c\big]
 
-    It knows earlier samples only, so it is independent of those it is taken off from, and the gradient stays unbiased;
-    a moving average is what DPG with a baseline uses (arXiv:2206.00761). Before the first samples it is 0.
+    It knows earlier samples only, so it is independent of those it is taken off from, and the gradient stays unbiased.
+    Before the first samples it is 0.
 
     >>> import torch
     >>> baseline = WindowBaseline(2)

@@ -9,8 +9,10 @@ from trl import RLOOConfig
 from contrastive_align.losses.divergences import canonical_divergence_name
 from contrastive_align.models.layout import LAYOUTS
 from contrastive_align.trainers.options import check_positive, refuse
+from contrastive_align.trainers.proposal import CRITERIA
 
 
+PROPOSALS = ("policy", "kept")
 BASELINES = ("leave_one_out", "window", "none")
 _PLAIN = "the samples must come from the very distribution whose log-probs weigh them"
 _CLIPPED = "PPO's surrogate clips a ratio that f-DPG uses as an importance weight"
@@ -50,6 +52,14 @@ class FDPGConfig(RLOOConfig):
             the mean over all prompts of earlier steps; or `"none"`.
         baseline_window (`int`, defaults to `10`):
             With `baseline="window"`: over how many of the last times samples were drawn.
+        proposal (`str`, defaults to `"policy"`):
+            What samples are drawn from: `"policy"`, as it is; or `"kept"`, the base at first, replaced by the policy
+            when that is nearer to the target (KL-adaptive DPG, GDC). It costs a forward of the policy on the samples
+            and, once it was replaced, a copy of the trained weights: of the adapter, or of the whole model.
+        proposal_criterion (`str`, defaults to `"kl"`):
+            With `proposal="kept"`: nearer by kl, KL(target||.), tv or js.
+        proposal_window (`int`, defaults to `10`):
+            With `proposal="kept"`: by the samples of how many of the last times samples were drawn.
         max_importance_ratio (`float`, *optional*):
             pi/q is cut here. It is 1 where every optimiser step has samples of its own.
         fit_samples (`int`, defaults to `4096`):
@@ -76,6 +86,19 @@ class FDPGConfig(RLOOConfig):
     )
     baseline_window: int = field(
         default=10, metadata={"help": "With baseline='window': its mean is over so many of the last steps."}
+    )
+    proposal: str = field(
+        default="policy",
+        metadata={
+            "help": "Samples come from the policy, or from one 'kept' until the policy is nearer to the target.",
+            "choices": list(PROPOSALS),
+        },
+    )
+    proposal_criterion: str = field(
+        default="kl", metadata={"help": "With proposal='kept': nearer by this.", "choices": list(CRITERIA)}
+    )
+    proposal_window: int = field(
+        default=10, metadata={"help": "With proposal='kept': by the samples of so many of the last steps."}
     )
     max_importance_ratio: float | None = field(
         default=None, metadata={"help": "Importance weights policy/proposal are cut here."}
@@ -104,6 +127,15 @@ class FDPGConfig(RLOOConfig):
         if self.baseline not in BASELINES:
             raise ValueError(f"baseline is {self.baseline!r}, expected one of {', '.join(BASELINES)}.")
         check_positive("baseline_window", self.baseline_window)
+        for name, known in (("proposal", PROPOSALS), ("proposal_criterion", CRITERIA)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}.")
+        check_positive("proposal_window", self.proposal_window)
+        if self.proposal == "kept" and (self.use_vllm or self.use_transformers_continuous_batching):
+            raise ValueError(
+                "proposal='kept' is drawn from by exchanging weights, which use_vllm and "
+                "use_transformers_continuous_batching do not see. Leave these out, or set proposal='policy'."
+            )
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}.")
         if self.max_importance_ratio is not None:
