@@ -8,6 +8,7 @@ from peft import LoraConfig
 from test_fdpg_trainer import PROMPTS, SPACE, build, exact_logps, has_a, make_tokenizer, moment_target, trained
 
 from contrastive_align.losses import divergence_value
+from contrastive_align.trainers import fdpg as trainer_module
 from contrastive_align.trainers.log_z import RunningLogZ
 from contrastive_align.trainers.proposal import KeptProposal
 
@@ -123,6 +124,21 @@ def test_samples_are_the_proposals_and_weighed_by_it(tokenizer, tmp_path):
     ids, logps = trainer._draw([prompt], 64, [7])  # an evaluation is of the policy
     batch = trainer._collate([{"prompt_ids": prompt, "completion_ids": ids[0], "scores": [0.0] * 64}])
     assert torch.allclose(logps, trainer._logps(batch), atol=1e-5)
+
+
+def test_log_z_weighs_samples_by_what_drew_them(tokenizer, tmp_path, monkeypatch):
+    seen, real = [], trainer_module.fdpg
+    monkeypatch.setattr(trainer_module, "fdpg", lambda *a, **k: seen.append((*a[:3], k["log_z"])) or real(*a, **k))
+    trained(
+        tokenizer, tmp_path, moment_target(), data=PROMPTS.select([0] * 8), proposal="kept", proposal_window=2,
+        max_steps=6, per_device_train_batch_size=32,
+    )  # fmt: skip
+    weights = []
+    for _, proposal, target, log_z in seen:
+        weights.append((target - proposal).exp())
+        assert log_z.item() == pytest.approx(torch.cat(weights).mean().log().item(), abs=1e-9)
+    policy, proposal = seen[-1][:2]
+    assert not torch.allclose(policy.detach(), proposal, atol=1e-2)
 
 
 @pytest.mark.parametrize("lora", [False, True])
