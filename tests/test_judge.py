@@ -384,7 +384,7 @@ def test_a_line_holds_key_answer_verdict_and_calls(make, tmp_path):
         (verdict,) = make(server)(["p"], ["c"])
     (row,) = map(json.loads, (tmp_path / "cache" / "answers.jsonl").read_text().splitlines())
     assert json.loads(row["answer"]) == scored("p|c") and row["calls"] == 2 and len(row["key"]) == 64
-    assert row["verdict"] == {"text": verdict.text, "score": verdict.score}
+    assert row["verdict"] == {"text": verdict.text, "score": verdict.score, "analysis": verdict.analysis}
 
 
 def test_a_short_write_is_an_error_and_the_next_line_is_whole(tmp_path, monkeypatch):

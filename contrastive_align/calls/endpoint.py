@@ -19,7 +19,9 @@ NO_KEY = "EMPTY"  # what local servers take for a key
 
 
 class CallError(RuntimeError):
-    """The server refuses in a way that asking again does not change."""
+    """The server refuses in a way that asking again does not change, with this HTTP status."""
+
+    status: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ class Endpoint:
         if (status in PASSING or status >= 500) and code != "insufficient_quota":
             return Fault(f"status {status}: {said}", _seconds(headers.get("Retry-After")))
         check = self.checks.get(status, "Check base_url, the model's name and its options.")
-        raise self.error(f"{self.address} refuses with status {status}: {said} {check}")
+        refused = self.error(f"{self.address} refuses with status {status}: {said} {check}")
+        refused.status = status
+        raise refused
 
     def _body(self, create: Callable[..., Any], request: dict[str, Any]) -> bytes:
         """Read as it comes: the client's own timeout starts anew with every byte."""

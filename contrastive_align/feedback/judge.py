@@ -16,11 +16,11 @@ from typing import Any
 from transformers.utils import logging
 
 from contrastive_align.calls.endpoint import LONGEST_RETRY_AFTER, Fault
+from contrastive_align.calls.options import check_address, check_counts, check_model, check_number
 from contrastive_align.calls.schedule import backoff, run_jobs
 from contrastive_align.feedback.judge_answers import Unparsable, Verdict, answers_from, read_template, render
 from contrastive_align.feedback.judge_cache import AnswerCache, content_key
 from contrastive_align.feedback.judge_endpoint import JudgeEndpoint, JudgeError, Reply
-from contrastive_align.feedback.judge_options import check_address, check_counts, check_model, check_number
 
 
 __all__ = ["Judge", "JudgeError", "Verdict", "resolve_judge"]

@@ -1,4 +1,4 @@
-"""A judge's options, checked before anything is asked."""
+"""Options of whatever calls a server, checked before anything is asked."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_number(name: str, value: Any, expected: str, *, allowed: bool = True) 
 
 def check_model(model: Any) -> None:
     if not isinstance(model, str) or not model:
-        raise ValueError(f"model: found {model!r}, expected the judge's name at the endpoint.")
+        raise ValueError(f"model: found {model!r}, expected the model's name at the endpoint.")
 
 
 def check_address(base_url: Any) -> None:
