@@ -8,6 +8,8 @@ check_versions()
 from contrastive_align.losses import LOSSES  # noqa: E402 (after the check, so that it speaks first)
 from contrastive_align.targets import Constraint, Target  # noqa: E402
 from contrastive_align.trainers import (  # noqa: E402
+    ConditionalConfig,
+    ConditionalTrainer,
     ContrastiveConfig,
     ContrastiveTrainer,
     FDPGConfig,
@@ -17,6 +19,8 @@ from contrastive_align.trainers import (  # noqa: E402
 
 __all__ = [
     "LOSSES",
+    "ConditionalConfig",
+    "ConditionalTrainer",
     "Constraint",
     "ContrastiveConfig",
     "ContrastiveTrainer",

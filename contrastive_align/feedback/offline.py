@@ -26,7 +26,7 @@ _ALIASES = {"response": "completion", "responses": "completions", "reward": "sco
 def read_scored(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None, on_bad_row: str = "raise"
 ) -> tuple[list[Sample], dict[str, Any]]:
-    """Samples of round 1 from rows with ``prompt`` and either ``completion`` with ``score`` and/or ``feedback``, or lists
+    """Samples of round 1 from rows with ``prompt``, ``completion`` and ``score`` or ``feedback`` or both, or with lists
     of K of them (``completions``, ``scores``, ``feedbacks``).
 
     A score or feedback may be None: the sample is there and is left out of what is drawn. Completions end in one EOS.
@@ -48,9 +48,9 @@ def read_scored(
     prompt_column = next((name for name in PROMPT_COLUMNS if name in columns), None)
     if prompt_column is None or names[0] not in columns or not {names[1], names[2]} & set(columns):
         raise ValueError(
-            f"The dataset has the columns {sorted(dataset.column_names)}. Expected 'prompt' and 'completion' with 'score' "
-            "or 'feedback' (or 'completions' with 'scores' or 'feedbacks', lists of K) to learn from, or give reward_funcs "
-            "or a judge to sample and score."
+            f"The dataset has the columns {sorted(dataset.column_names)}. Expected 'prompt' and 'completion' with "
+            "'score' or 'feedback' (or 'completions' with 'scores' or 'feedbacks', lists of K) to learn from; or give "
+            "reward_funcs or a judge to sample and score."
         )
     found = [columns.get(name) for name in names]
     report = {"rows": len(dataset), "completions": 0, "dropped": 0, "cut": 0, "no_score": 0}

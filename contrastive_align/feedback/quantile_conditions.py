@@ -55,8 +55,8 @@ class _Quantiles(Condition):
     def check_generations(self, n: int) -> None:
         if self.per_prompt and n < self.quantiles:
             raise ValueError(
-                f"num_generations is {n}, expected at least {self.quantiles}, one for each quantile of a prompt. Raise it, "
-                "ask for fewer quantiles, or sort all prompts' samples together (per_prompt: false)."
+                f"num_generations is {n}, expected at least {self.quantiles}, one for each quantile of a prompt. Raise "
+                "it, ask for fewer quantiles, or sort all prompts' samples together (per_prompt: false)."
             )
 
     def text(self, sample: Sample, label: int) -> str:

@@ -59,13 +59,13 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
 
     .. math:: \ell_t = -\log \pi(y_t | c, x, y_{<t}) + \beta_{KL}\, KL_t - \beta_H\, H_t
 
-    averaged over the completion tokens of an optimiser step; c says how good y is, the reference of the KL sees x alone.
-    Quark (arXiv:2205.13636), ALT (arXiv:2407.16970) and SteerLM are configurations of it. A subclass of
+    averaged over the completion tokens of an optimiser step; c says how good y is, the reference of the KL sees x
+    alone. Quark (arXiv:2205.13636), ALT (arXiv:2407.16970) and SteerLM are configurations of it. A subclass of
     :class:`trl.SFTTrainer` that takes its arguments.
 
-    Online, with ``reward_funcs`` or a ``judge``, an epoch is a round: sample completions of the prompts (the first round
-    unconditioned, later ones conditioned on the best), score them, add them to the pool, train on draws from it. Offline,
-    the dataset has completions with scores or feedback already, and an epoch is a pass over draws from these.
+    Online, with ``reward_funcs`` or a ``judge``, an epoch is a round: sample completions of the prompts (the first
+    round unconditioned, later ones conditioned on the best), score them, add them to the pool, train on draws from it.
+    Offline, the dataset has completions with scores or feedback already, and an epoch is a pass over draws from these.
 
     ```python
     from contrastive_align import ConditionalConfig, ConditionalTrainer
@@ -151,8 +151,8 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
             raise ValueError("processing_class is a vision processor, expected a tokenizer: prompts are text here.")
         if not isinstance(train_dataset, Dataset):
             raise TypeError(
-                f"train_dataset is a {type(train_dataset).__name__}, expected a datasets.Dataset: a round takes prompts "
-                "in an order of its own, which a stream does not have."
+                f"train_dataset is a {type(train_dataset).__name__}, expected a datasets.Dataset: a round takes "
+                "prompts in an order of its own, which a stream does not have."
             )
         self.condition = resolve_condition(condition)
         self.judge, self.feature = judge, _feature_of(reward_funcs, judge, args)
@@ -285,8 +285,8 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
             self.prompts_per_round = args.prompts_per_round or len(self.prompts)
             if self.prompts_per_round > len(self.prompts):
                 raise ValueError(
-                    f"prompts_per_round is {self.prompts_per_round} and the dataset has {len(self.prompts)} prompts that "
-                    "can be used. Lower it, or raise num_generations for more completions a round."
+                    f"prompts_per_round is {self.prompts_per_round} and the dataset has {len(self.prompts)} prompts "
+                    "that can be used. Lower it, or raise num_generations for more completions a round."
                 )
             self.condition.check_generations(args.num_generations)
             draws = args.draws_per_round or self.prompts_per_round * args.num_generations
@@ -331,8 +331,8 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
         if not long:
             return dataset
         logger.warning(
-            f"{len(long)} of {len(dataset)} prompts are longer than {room} tokens (condition included) and are left out; "
-            f"the first rows are {long[:5]}. max_length={self.args.max_length}, the model's context is {context} and "
+            f"{len(long)} of {len(dataset)} prompts are longer than {room} tokens (condition included) and are left "
+            f"out; the first rows are {long[:5]}. max_length={self.args.max_length}, the model's context is {context}, "
             f"max_completion_length={self.args.max_completion_length}."
         )
         if len(long) == len(dataset):
@@ -416,11 +416,11 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
         metrics["entropy"].append(entropy / n)
         metrics["entropy_coef"].append(self.entropy_coef.value)
         metrics["num_tokens"] = [self._total_train_tokens]
-        self.entropy_coef.update(entropy / n, int(rows))
+        self.entropy_coef.update(entropy / n, n=int(rows))
         if self.has_reference:
             metrics["kl"].append(kl / n)
             metrics["kl_coef"].append(self.kl_coef.value)
-            self.kl_coef.update(kl / n, int(rows))
+            self.kl_coef.update(kl / n, n=int(rows))
 
     # --------------------------------------------------------------------------------------------- resuming and saving
 
@@ -453,8 +453,8 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
         file = checkpoint / STATE_FILE
         if not file.is_file():
             raise ValueError(
-                f"{checkpoint} has no {STATE_FILE}: it was not written by a ConditionalTrainer, or not to its end. Give "
-                "another checkpoint, or start anew from its weights."
+                f"{checkpoint} has no {STATE_FILE}: it was not written by a ConditionalTrainer, or not to its end. "
+                "Give another checkpoint, or start anew from its weights."
             )
         state = json.loads(file.read_text())
         if state["condition"] != self.condition.spec:
@@ -466,7 +466,7 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
         self.entropy_coef.load_state_dict(state["entropy_coef"])
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As TRL; the condition goes with the model: ``Condition.load(output_dir).apply_best(prompt)`` asks for the best."""
+        """As TRL; the condition goes with it: ``Condition.load(output_dir).apply_best(prompt)`` asks for the best."""
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.best_condition().save(output_dir or self.args.output_dir)
@@ -528,8 +528,8 @@ def _refuse(**given: Any) -> None:
 def _freeze_lower_layers(model: PreTrainedModel, ratio: float, adapter: bool) -> None:
     if adapter:
         raise ValueError(
-            "unfrozen_layers_ratio freezes layers of a whole model, and here an adapter is trained. Give LoRA its layers "
-            "with layers_to_transform."
+            "unfrozen_layers_ratio freezes layers of a whole model, and here an adapter is trained. Give LoRA its "
+            "layers with layers_to_transform."
         )
     decoder = model.get_decoder()
     layers = next(

@@ -34,8 +34,9 @@ class ConditionalEvaluationMixin:
         """Online: sample ``num_generations`` completions of each prompt under each condition and under none;
         ``<prefix>_reward_given/<condition>`` is their mean reward, ``.../se`` its standard error over prompts.
 
-        Offline: completions that have scores or feedback; ``<prefix>_nll/<label>_given/<condition>`` is their mean negative
-        log-likelihood per token under the best and the worst condition, ``<prefix>_nll/<label>`` under their own.
+        Offline: completions that have scores or feedback; ``<prefix>_nll/<label>_given/<condition>`` is their mean
+        negative log-likelihood per token under the best and the worst condition, ``<prefix>_nll/<label>`` under their
+        own.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
@@ -74,9 +75,9 @@ class ConditionalEvaluationMixin:
         return metrics
 
     def rewards_given(self, dataset: Dataset, *, conditions: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Condition -> the mean reward of each prompt's completions (NaN: none was scored). ``"nothing"``: no condition.
+        """Condition -> the mean reward of each prompt's completions, NaN where none was scored.
 
-        The samples of a prompt have the same seeds under every condition and in every evaluation.
+        ``"nothing"`` is no condition. A prompt's seeds are the same under every condition and in every evaluation.
         """
         askable: dict[str, str | None] = {UNCONDITIONED: None, **self.best_condition().askable()}
         names = list(askable) if conditions is None else list(conditions)
@@ -123,7 +124,7 @@ class ConditionalEvaluationMixin:
         return metrics
 
     def _nll(self, samples: list[Sample], texts: list[str | None]) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) negative log-likelihood in nats and (N,) tokens of completions, each under a condition (None: under none)."""
+        """(N,) negative log-likelihoods in nats and (N,) tokens of completions, each under a condition or none."""
         n, collate = len(samples), GroupCollator(self._tokenizer.pad_token_id)
         own = np.array_split(np.arange(n), self.accelerator.num_processes)[self.accelerator.process_index]
         found = []

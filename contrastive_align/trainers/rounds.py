@@ -207,7 +207,7 @@ class RoundsMixin:
         return np.array([orders[place // n][place % n] for place in places])
 
     def best_condition(self, through: int | None = None) -> Condition:
-        """The condition with which the best is asked for: of a judge's words, those that the best samples were given."""
+        """The condition to ask for the best with: of a judge's words, those that the best samples were given."""
         condition = self.condition
         if not isinstance(condition, FreeText) or condition.exemplars or not self.pool.rounds:
             return condition

@@ -1,0 +1,38 @@
+"""Trains a tiny policy in rounds on one process or two, and writes down what came out. Run by its test.
+
+python conditional_worker.py OUT FOLDER
+torchrun --nproc_per_node 2 conditional_worker.py OUT FOLDER
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+
+import torch
+from datasets import Dataset
+from test_conditional_trainer import PROMPTS, build
+
+from contrastive_align.demo import MODEL_PATH
+
+
+if __name__ == "__main__":
+    out, folder = sys.argv[1:]
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    trainer = build(
+        MODEL_PATH,
+        folder,
+        prompts_per_round=3,
+        per_device_train_batch_size=10 // processes,
+        optim="sgd",  # Adam would make a whole step of a gradient's last bit
+        learning_rate=0.1,
+    )
+    trainer.train()
+    given = trainer.rewards_given(Dataset.from_dict({"prompt": PROMPTS[:3]}), conditions=["<quantile_0>"])
+    if trainer.accelerator.is_main_process:
+        found = [
+            asdict(s) for n in trainer.pool.rounds for s in trainer.pool._rounds[n - 1].read(torch.arange(15).numpy())
+        ]
+        weights = {name.removeprefix("module."): p.detach() for name, p in trainer.model.named_parameters()}
+        given = given["<quantile_0>"].tolist()
+        torch.save({"samples": json.dumps(found), "weights": weights, "reward_given": given}, out)

@@ -1,0 +1,391 @@
+"""ConditionalTrainer: the loss it computes, its rounds, and what a run that was stopped leaves behind."""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTTrainer
+
+from contrastive_align import ConditionalConfig, ConditionalTrainer
+from contrastive_align.demo import reward
+from contrastive_align.demo.task import all_prompts
+from contrastive_align.feedback import Condition, Phrases, QuantileTokens
+from contrastive_align.trainers.checkpoints import last_whole_checkpoint
+
+
+PROMPTS = all_prompts()[::97][:8]
+
+
+def build(model, folder, *, rows=None, reward_funcs=reward, condition="quantile_tokens", more=None, **options):
+    options = {
+        "num_train_epochs": 2,
+        "prompts_per_round": 4,
+        "num_generations": 5,
+        "max_completion_length": 6,
+        "per_device_train_batch_size": 10,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        **options,
+    }
+    if rows is None:
+        rows = Dataset.from_dict({"prompt": PROMPTS, "place": list(range(len(PROMPTS)))})
+    return ConditionalTrainer(
+        model,
+        ConditionalConfig(str(folder), **options),
+        train_dataset=rows,
+        reward_funcs=reward_funcs,
+        condition=condition,
+        **(more or {}),
+    )
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def samples(trainer, per_round=20):
+    return [s for n in trainer.pool.rounds for s in trainer.pool._rounds[n - 1].read(np.arange(per_round))]
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_the_loss_is_that_of_full_logits(tiny_llama, tmp_path, direction, layout):
+    trainer = build(
+        tiny_llama(), tmp_path, kl_direction=direction, layout=layout, kl_coef=0.3, entropy_coef=0.2, more={}
+    )
+    trainer.begin_round(1)
+    rows = [trainer.rows[i] for i in range(6)]
+    with torch.no_grad():  # off the reference, so that there is a KL
+        for p in trainer.model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    batch = trainer.data_collator(rows)
+    loss = trainer.compute_loss(trainer.model, batch)
+
+    policy = AutoModelForCausalLM.from_config(trainer.model.config).double().eval()
+    policy.load_state_dict(trainer.model.state_dict())
+    reference = AutoModelForCausalLM.from_pretrained(tiny_llama(), dtype=torch.float64).eval()
+    total, tokens = 0.0, 0
+    for row in rows:
+        y = torch.tensor(row["completion_ids"])
+        z = policy(torch.tensor([row["prompt_ids"] + row["completion_ids"]])).logits[0, -len(y) - 1 : -1]
+        r = reference(torch.tensor([row["bare_ids"] + row["completion_ids"]])).logits[0, -len(y) - 1 : -1]
+        known = r.size(1)
+        assert len(set(range(z.size(1))) - set(range(known))) == 5 == len(trainer.condition_ids)
+        p, q = z[:, :known].softmax(-1), r.softmax(-1)
+        kl = (p * (p / q).log()).sum(-1) if direction == "reverse" else (q * (q / p).log()).sum(-1)
+        whole = z.softmax(-1)
+        nll = -whole.log().gather(1, y[:, None])[:, 0]
+        total = total + (nll + 0.3 * kl + 0.2 * (whole * whole.log()).sum(-1)).sum()
+        tokens += len(y)
+    assert torch.allclose(loss.double(), total / tokens, rtol=1e-5)
+
+    loss.backward()
+    (total / tokens).backward()
+    wanted = dict(policy.named_parameters())
+    for name, p in trainer.model.named_parameters():
+        assert torch.allclose(p.grad.double(), wanted[name].grad, atol=1e-5 * wanted[name].grad.abs().max() + 1e-8), (
+            name
+        )
+
+
+def test_without_a_kl_there_is_no_reference(tiny_llama, tmp_path):
+    trainer = build(tiny_llama(), tmp_path, kl_coef=0.0)
+    assert trainer.reference is None
+    trainer.train()
+    history = trainer.state.log_history
+    assert not any("kl" in entry or "round/reference_perplexity" in entry for entry in history)
+    assert any("nll" in entry for entry in history)
+
+
+# ---------------------------------------------------------------------------------------------------------- the rounds
+
+
+def test_rounds_fill_the_pool_and_train_on_balanced_draws(tiny_llama, tmp_path):
+    trainer = build(tiny_llama(), tmp_path, num_train_epochs=3, drop_factor=0.0)
+    trainer.train()
+    assert trainer.pool.rounds == [1, 2, 3] and trainer.pool.steps == {1: 0, 2: 2, 3: 4}
+    assert trainer.state.global_step == 6
+    found = samples(trainer)
+    assert len({(s.round, s.prompt_index, s.sample_index) for s in found}) == len(found) == 60
+    # Two rounds see each of the eight prompts once, the third begins anew.
+    seen = [{s.prompt_index for s in found if s.round == n} for n in (1, 2, 3)]
+    assert [len(s) for s in seen] == [4, 4, 4] and seen[0] | seen[1] == set(range(8))
+    for s in found:
+        assert s.prompt == PROMPTS[s.prompt_index] and s.score == reward([s.prompt], [s.completion])[0]
+        assert (s.completion_ids[-1] in trainer.eos_token_ids) == s.finished
+        assert not set(s.completion_ids) & set(trainer.condition_ids)
+    labels = np.asarray(trainer.rows._labels)
+    assert (np.bincount(labels) == 4).all()
+    assert {entry["round/number"] for entry in trainer.state.log_history if "round/number" in entry} == {1, 2, 3}
+    assert [p.name for p in sorted((tmp_path / "rounds").iterdir())] == [f"round-00{n}.png" for n in (1, 2, 3)]
+
+
+def test_the_first_round_is_unconditioned_and_later_ones_ask_for_the_best(tiny_llama, tmp_path, monkeypatch):
+    seen = []
+    generate = ConditionalTrainer.generate
+
+    def watched(self, prompts, per_prompt, seeds, *, conditions=None):
+        seen.append(conditions)
+        return generate(self, prompts, per_prompt, seeds, conditions=conditions)
+
+    monkeypatch.setattr(ConditionalTrainer, "generate", watched)
+    build(tiny_llama(), tmp_path).train()
+    assert seen == [None, ["<quantile_0>"] * 4]
+
+
+def test_a_round_trains_on_the_condition_of_its_quantile(tiny_llama, tmp_path):
+    trainer = build(tiny_llama(), tmp_path, condition=Phrases())
+    trainer.begin_round(1)
+    table, tokenizer = trainer.pool.table(1), trainer._tokenizer
+    for i, (place, label) in enumerate(zip(trainer.rows._draws, trainer.rows._labels, strict=True)):
+        row, sample = trainer.rows[i], trainer.pool.read([place], 1)[0]
+        assert table.label[place] == label
+        prompt = f"{Phrases().names()[label]}. input: {sample.prompt}"
+        assert row["prompt_ids"] == tokenizer(prompt)["input_ids"]
+        assert row["bare_ids"] == tokenizer(sample.prompt)["input_ids"]
+        assert row["completion_ids"] == sample.completion_ids
+
+
+class Stop(TrainerCallback):
+    """A process that dies in this step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tiny_llama, tmp_path, step):
+    options = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 2, "kl_target": 0.02, "coef_horizon": 50}
+    whole = build(tiny_llama(), tmp_path / "whole", **options)
+    whole.train()
+    stopped = build(tiny_llama(), tmp_path / "stopped", **options, more={"callbacks": [Stop(step)]})
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = build(tiny_llama(), tmp_path / "stopped", **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert samples(resumed) == samples(whole)
+    assert resumed.kl_coef.value == pytest.approx(whole.kl_coef.value)
+    for name, p in weights(whole).items():
+        assert torch.allclose(p, weights(resumed)[name], atol=1e-6), name
+
+
+def test_a_checkpoint_that_was_cut_off_is_skipped(tiny_llama, tmp_path):
+    trainer = build(tiny_llama(), tmp_path, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-4"
+    state = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    state.unlink()
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    again = build(tiny_llama(), tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert samples(again) == samples(trainer)
+
+
+def test_an_earlier_run_is_not_overwritten(tiny_llama, tmp_path):
+    build(tiny_llama(), tmp_path).train()
+    before = {p: p.read_bytes() for p in (tmp_path / "pool").iterdir()}
+    with pytest.raises(ValueError, match="samples of an earlier run"):
+        build(tiny_llama(), tmp_path).train()
+    assert {p: p.read_bytes() for p in (tmp_path / "pool").iterdir()} == before
+
+
+def test_another_condition_cannot_go_on(tiny_llama, tmp_path):
+    build(tiny_llama(), tmp_path, save_strategy="epoch").train()
+    with pytest.raises(ValueError, match="was trained under"):
+        build(tiny_llama(), tmp_path, condition="phrases").train(resume_from_checkpoint=True)
+
+
+# ------------------------------------------------------------------------------------------------- feedback and models
+
+
+def test_lora_has_one_copy_and_its_reference_is_the_base(tiny_llama, tmp_path):
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = build(tiny_llama(), tmp_path, more={"peft_config": lora}, kl_coef=0.5)
+    assert trainer.reference is None and trainer.has_reference
+    trainer.train()
+    ids = torch.tensor([trainer.encode(PROMPTS[0])])
+    with trainer.sampling(reference=True) as reference:
+        found = reference(ids).logits[..., :512]
+    wanted = AutoModelForCausalLM.from_pretrained(tiny_llama())(ids).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
+    with trainer.sampling() as policy:
+        assert not torch.allclose(policy(ids).logits[..., :512], wanted, atol=1e-2)
+    trainer.save_model()
+    prompt = Condition.load(tmp_path).apply_best(PROMPTS[0])
+    assert prompt == "<quantile_0>" + PROMPTS[0]
+
+    from contrastive_align.feedback.tokens import load_with_condition_tokens
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama())
+    loaded, tokenizer = load_with_condition_tokens(base, tmp_path, tokens=QuantileTokens().tokens)
+    assert isinstance(loaded, PeftModel)
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    with torch.no_grad():
+        found, wanted = loaded(ids).logits, trainer.model.eval()(ids).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_a_saved_model_loads_with_its_tokens_and_condition(tiny_llama, tmp_path):
+    trainer = build(tiny_llama(), tmp_path)
+    trainer.train()
+    trainer.save_model()
+    model, tokenizer = (cls.from_pretrained(tmp_path) for cls in (AutoModelForCausalLM, AutoTokenizer))
+    ids = torch.tensor([tokenizer(Condition.load(tmp_path).apply_best(PROMPTS[0]))["input_ids"]])
+    assert ids[0, 0] == trainer.condition_ids[0]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5)
+
+
+class Judged:
+    """Words and a score 0..3, of which every fourth is missing."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, prompts, completions):
+        self.asked += zip(prompts, completions, strict=True)
+        words = ["bad", "so so", "fine", None, "excellent"]
+        return [
+            SimpleNamespace(text=words[i % 5], score=float(min(i % 5, 3))) if i % 5 != 3 else None
+            for i in range(len(prompts))
+        ]
+
+
+def test_a_judges_words_condition_and_its_missing_answers_are_left_out(tiny_llama, tmp_path):
+    judge = Judged()
+    trainer = build(tiny_llama(), tmp_path / "run", reward_funcs=None, condition="text", more={"judge": judge})
+    trainer.train()
+    found = samples(trainer)
+    assert len(judge.asked) == 40
+    assert sum(s.feedback is None for s in found) == 8
+    assert trainer.best_condition().exemplars == ("excellent",)
+    trainer.save_model()
+    assert Condition.load(tmp_path / "run").apply_best("Hi") == "feedback: excellent input: Hi"
+
+
+@pytest.mark.parametrize("condition", ["quantile_tokens", "phrases"])
+def test_scored_data_needs_no_sampling(tiny_llama, tmp_path, condition, caplog):
+    rows = Dataset.from_list(
+        [
+            {"prompt": p, "completion": f" {i} blue.", "score": None if i == 3 else float(i % 7)}
+            for i, p in enumerate(PROMPTS * 4)
+        ]
+    )
+    with caplog.at_level(logging.WARNING, "contrastive_align"):
+        trainer = build(
+            tiny_llama(), tmp_path, rows=rows, reward_funcs=None, condition={"kind": condition, "per_prompt": False},
+            num_train_epochs=2,
+        )  # fmt: skip
+    assert trainer.data_report["no_score"] == trainer.data_report["left_out"] == 1
+    assert len(trainer.rows) == 40  # 31 draws, whole steps of 10
+    trainer.train()
+    assert trainer.state.global_step == 8 and trainer.pool.rounds == [1]
+    metrics, (best, *_, worst) = trainer.evaluate(rows), trainer.condition.names()
+    for name in (best, f"{best}_given/{best}", f"{best}_given/{worst}", f"{worst}_given/{best}"):
+        assert metrics[f"eval_nll/{name}"] > 0
+    assert metrics[f"eval_nll/{best}"] == metrics[f"eval_nll/{best}_given/{best}"]
+
+
+def test_evaluation_rewards_under_each_condition(tiny_llama, tmp_path):
+    trainer = build(tiny_llama(), tmp_path)
+    data = Dataset.from_dict({"prompt": PROMPTS[:3]})
+    metrics = trainer.evaluate(data)
+    for name in ["nothing", *QuantileTokens().names()]:
+        assert 0 <= metrics[f"eval_reward_given/{name}"] <= 1 and metrics[f"eval_reward_given/{name}/se"] >= 0
+    assert trainer.evaluate(data)["eval_reward_given/nothing"] == metrics["eval_reward_given/nothing"]
+
+
+def test_lower_layers_freeze(tiny_llama, tmp_path):
+    trainer = build(tiny_llama(num_hidden_layers=4), tmp_path, unfrozen_layers_ratio=0.25)
+    trainable = [all(p.requires_grad for p in layer.parameters()) for layer in trainer.model.model.layers]
+    assert trainable == [False, False, False, True]
+    before = weights(trainer)
+    trainer.train()
+    moved = [not torch.equal(before[n], p) for n, p in weights(trainer).items() if "layers.0." in n or "layers.3." in n]
+    assert moved == [False] * (len(moved) // 2) + [True] * (len(moved) // 2)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_generations": 3}, "at least 5, one for each quantile"),
+        ({"prompts_per_round": 9}, "the dataset has 8 prompts"),
+        ({"more": {"judge": Judged()}}, "Both reward_funcs and judge"),
+        ({"reward_funcs": None}, "Expected 'prompt' and 'completion'"),
+        ({"condition": "quantiles"}, "kind is 'quantiles'"),
+        ({"more": {"formatting_func": str}}, "formatting_func is not supported"),
+        ({"packing": True}, "packing=True is not supported"),
+        ({"save_only_model": True, "save_strategy": "steps"}, "no run can go on from"),
+        ({"max_completion_length": 600}, "No prompt is short enough"),
+        ({"kl_coef": 0.0, "kl_target": 0.1}, "would stay so"),
+        ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers for 1"),
+    ],
+)
+def test_what_is_refused(tiny_llama, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(tiny_llama(), tmp_path, **options)
+
+
+def test_a_broken_reward_leaves_no_half_round(tiny_llama, tmp_path):
+    def broken(prompts, completions, **columns):
+        raise RuntimeError("the scorer is down")
+
+    trainer = build(tiny_llama(), tmp_path, reward_funcs=broken)
+    with pytest.raises(Exception, match="the scorer is down"):
+        trainer.train()
+    assert list((tmp_path / "pool").iterdir()) == []
+
+
+def test_trl_still_calls_what_is_overridden():
+    source = Path(sys.modules[SFTTrainer.__module__].__file__).read_text()
+    for call in ("self._prepare_dataset(", "def _set_signature_columns_if_needed(self)", "self._metrics = {"):
+        assert call in source, f"trl.SFTTrainer has no {call!r} any more"
+    assert "self._total_train_tokens = 0" in source
+
+
+# --------------------------------------------------------------------------------------------------------- processes
+
+
+def test_two_processes_equal_one(tmp_path):
+    found = []
+    for n, launch in enumerate(([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
+        out = tmp_path / f"{n}.pt"
+        worker = Path(__file__).with_name("conditional_worker.py")
+        done = subprocess.run(
+            [sys.executable, *launch, str(worker), str(out), str(tmp_path / f"run{n}")], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(torch.load(out, weights_only=True))
+    one, two = found
+    assert json.loads(one["samples"]) == json.loads(two["samples"])
+    for name, p in one["weights"].items():
+        assert torch.allclose(p, two["weights"][name], atol=2e-6), name
+    assert one["reward_given"] == pytest.approx(two["reward_given"])
