@@ -107,9 +107,7 @@ def test_a_prompt_that_always_fails_is_an_error_that_names_it():
 
 def test_what_will_not_pass_is_refused_at_once():
     with SamplingServer(models=("another",)) as server:
-        with pytest.raises(
-            CallError, match=r"Prompt 0: .*status 404: .*`base` does not exist.* Check base_url"
-        ):
+        with pytest.raises(CallError, match=r"Prompt 0: .*status 404: .*`base` does not exist.* Check base_url"):
             sampler(server)(["a"], per_prompt=1, max_tokens=4, seeds=[1])
         assert len(server.calls) == 1
 
@@ -208,3 +206,99 @@ def test_loading_is_tried_again_too(tmp_path):
         ask = sampler(server)
         ask.set_adapter("step-1", adapter(tmp_path / "adapter"))
         assert ask.adapter == "step-1" and ask.waits == [(1, None)]
+
+
+# ------------------------------------------------------------------------------------------------ inside the training
+
+
+def train(tiny_llama, folder, sampler, *, condition="phrases", peft=True, completions=False, **more):
+    from datasets import Dataset
+    from peft import LoraConfig
+
+    from contrastive_align import ConditionalConfig, ConditionalTrainer
+
+    args = ConditionalConfig(
+        str(folder), num_train_epochs=2, num_generations=5, max_completion_length=4, per_device_train_batch_size=10,
+        learning_rate=1e-2, save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    columns = {"prompt": ["Ask Anna to close the door.\n", "Tell Ben to make the tea.\n"]}
+    if completions:
+        columns |= {"completions": [list("abcde")] * 2, "scores": [[1.0, 2.0, 3.0, 4.0, 5.0]] * 2}
+    return ConditionalTrainer(
+        tiny_llama(),
+        args,
+        train_dataset=Dataset.from_dict(columns),
+        condition=condition,
+        peft_config=LoraConfig(r=2, target_modules=["q_proj"]) if peft else None,
+        sampler=sampler,
+        **{"reward_funcs": lambda completions, **_: [float(len(c)) for c in completions], **more},
+    )
+
+
+def test_every_round_samples_from_the_weights_of_its_step(tiny_llama, tmp_path):
+    from safetensors.torch import load
+
+    with SamplingServer() as server:
+        trainer = train(tiny_llama, tmp_path, sampler(server))
+        weights = []
+        begin = trainer.begin_round
+
+        def watched(number):
+            begin(number)
+            found = load(server.loaded[trainer.sampler.adapter])
+            own = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if "lora" in n}
+            assert found.keys() == own.keys() and all((found[n] == own[n]).all() for n in own)
+            weights.append(found)
+
+        trainer.begin_round = watched
+        trainer.train()
+        steps = trainer.state.global_step // 2
+        names = [name.rsplit("-step-", 1)[1] for name in server.history]
+        assert names == ["0", str(steps), "0"] and [n[0] for n in server.history] == ["+", "+", "-"]
+        bodies = [body for path, _, body in server.calls if path == "/v1/completions"]
+    assert any((weights[0][n] != weights[1][n]).any() for n in weights[0])
+    # The prompt's own tokens in the first round, those under the best condition in the second.
+    tokenizer, best = trainer.processing_class, trainer.condition.apply_best
+    prompts = trainer.prompts["prompt"]
+    expected = [p for p in prompts] + [best(p) for p in prompts]
+    assert sorted(body["prompt"] for body in bodies) == sorted(tokenizer(p)["input_ids"] for p in expected)
+    assert (tmp_path / "sampling_adapter" / "adapter_config.json").is_file()
+
+
+def test_texts_are_encoded_again_with_an_end_where_they_ended(tiny_llama, tmp_path):
+    texts = ["Please close the door Anna", "Please close", "", "Anna", "the"]
+    with SamplingServer(write=lambda model, prompt, seed, i: texts[i]) as server:
+        trainer = train(tiny_llama, tmp_path, sampler(server))
+        (group,) = trainer.generate(["Ask Anna"], 5, [1])
+    tokenizer = trainer.processing_class
+    assert [(c["text"], c["finished"]) for c in group] == [("Please close the door", False)] + [
+        (t, True) for t in texts[1:]
+    ]
+    for c in group:
+        ids = tokenizer(c["text"], add_special_tokens=False)["input_ids"]
+        assert c["ids"] == ids + [tokenizer.eos_token_id] * c["finished"]
+
+
+def test_the_adapter_is_pushed_once_a_step(tiny_llama, tmp_path):
+    with SamplingServer() as server:
+        trainer = train(tiny_llama, tmp_path, sampler(server))
+        trainer.generate(["a"], 1, [1])
+        trainer.generate([], 1, [])
+        trainer.generate(["b"], 1, [1])
+        assert len(server.history) == 1
+        trainer.state.global_step = 1
+        trainer.generate([], 1, [])
+        assert len(server.history) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"peft": False}, "the whole model is trained.*LoRA"),
+        ({"condition": "quantile_tokens"}, "'quantile_tokens' adds tokens"),
+    ],
+)
+def test_what_a_server_cannot_be_given_is_refused(tiny_llama, tmp_path, options, match):
+    with pytest.raises(ValueError, match=match):
+        train(tiny_llama, tmp_path, ServerSampler("http://127.0.0.1:9/v1", "base"), **options)

@@ -45,6 +45,7 @@ from contrastive_align.trainers.conditional_config import ConditionalConfig
 from contrastive_align.trainers.conditional_evaluation import ConditionalEvaluationMixin
 from contrastive_align.trainers.conditioned_rows import ConditionedCollator, ConditionedRows, bare
 from contrastive_align.trainers.rounds import RoundsMixin, frozen_copy
+from contrastive_align.trainers.server_sampling import check_sampler
 
 
 logger = logging.get_logger(__name__)
@@ -87,6 +88,8 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
             summed by ``args.reward_weights``.
         judge: a :class:`~contrastive_align.feedback.judge.Judge`, in place of reward functions.
         condition: a :class:`~contrastive_align.feedback.conditions.Condition`, its kind, or a mapping.
+        sampler: a :class:`~contrastive_align.sampling.server.ServerSampler`, which draws completions on a server that has
+            the base model; it is handed the adapter whenever that has changed. LoRA only.
 
     Raises:
         ValueError: an option, model or data this trainer does not support, with the way out.
@@ -132,6 +135,7 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
         reward_funcs: Any = None,
         judge: Any = None,
         condition: str | dict[str, Any] | Condition = "quantile_tokens",
+        sampler: Any = None,
     ):
         model_id = model if isinstance(model, str) else get_config_model_id(model.config)
         if args is None:
@@ -156,6 +160,7 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
             )
         self.condition = resolve_condition(condition)
         self.judge, self.feature = judge, _feature_of(reward_funcs, judge, args)
+        self.sampler = sampler
         self.online = judge is not None or self.feature is not None
 
         args = copy.copy(args)
@@ -203,6 +208,8 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
         self.entropy_coef = AdaptiveCoefficient(
             args.entropy_coef, target=args.entropy_target, horizon=args.coef_horizon, sign=-1
         )
+        if sampler is not None:
+            check_sampler(self)
         self._prepare_pool()
         self.add_callback(_RoundStart(self))
 

@@ -30,6 +30,7 @@ from contrastive_align.report.rounds import plot_round
 from contrastive_align.sampling.decode import draw
 from contrastive_align.sampling.seeds import seed_of
 from contrastive_align.targets.evaluate import Feature, call_feature
+from contrastive_align.trainers.server_sampling import generate_on_server
 
 
 logger = logging.get_logger(__name__)
@@ -47,6 +48,7 @@ class RoundsMixin:
     prompts: Dataset
     feature: Feature | None
     judge: Any
+    sampler: Any
     reference: PreTrainedModel | None
     layout: str
 
@@ -83,6 +85,8 @@ class RoundsMixin:
         """
         conditions = conditions or [None] * len(prompts)
         seen = [p if c is None else self.condition.apply(p, c) for p, c in zip(prompts, conditions, strict=True)]
+        if self.sampler is not None:
+            return generate_on_server(self, seen, per_prompt, seeds)
         if not prompts:
             return []
         with self.sampling() as model:
