@@ -1,0 +1,308 @@
+"""``run_conditional.py``: parse -> prompts and feedback -> trainer -> rounds -> measure -> save."""
+
+from __future__ import annotations
+
+import contextlib
+import logging as std_logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import set_seed
+
+from contrastive_align import demo
+from contrastive_align.feedback import resolve_condition
+from contrastive_align.feedback.judge import JudgeError
+from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, parse
+from contrastive_align.launch.ask import ask_best
+from contrastive_align.launch.common import (
+    check_model_flags,
+    checkpoint_of,
+    ignore_bias_buffers,
+    model_arguments,
+    print_on_main,
+    save,
+)
+from contrastive_align.launch.conditional_measure import Measurement, describe, draw_picture, rounds_of
+from contrastive_align.launch.datasets import take
+from contrastive_align.launch.feedback import build_judge, check_reward, load_scored, read_spec, with_feedback
+from contrastive_align.launch.memory import keep_freed_memory
+from contrastive_align.launch.prompts import from_rows, load_prompts
+from contrastive_align.report import Summary
+from contrastive_align.targets import resolve_feature
+from contrastive_align.trainers import ConditionalConfig, ConditionalTrainer
+
+
+DEMO_PROMPTS, DEMO_SCORED = "the bundled demo prompts", "the bundled demo data"
+DEMO_REWARD = "contrastive_align.demo:reward"
+DEMO_OUTPUT = "runs/conditional"
+# What the bundled model and the bundled data are trained with, where nothing else is said.
+DEMO_MODEL = {"max_completion_length": 40, "learning_rate": 3e-3, "gradient_checkpointing": False}
+DEMO_DATA = {
+    "per_device_train_batch_size": 32,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 20,
+    "save_strategy": "no",
+    "eval_prompts": 200,
+}
+DEMO_ROUNDS = {"prompts_per_round": 256}
+JUDGED_PROMPTS = 16  # measured with a judge, which is slow or costs money, where nothing else is said
+
+
+@dataclass
+class ConditionalArguments(RunArguments):
+    """Where the prompts come from, what says how good a completion is, how that becomes a condition.
+
+    Args:
+        prompt: one prompt, instead of a dataset.
+        condition: its kind, or a mapping with options: ``{kind: phrases, phrases: toxicity}``.
+        reward: ``file.py:function``, a reward-model id or a mapping (see ``targets.features``), or a list of them,
+            summed by ``reward_weights``.
+        judge: a mapping of the arguments of :class:`~contrastive_align.feedback.judge.Judge`; the key is in the
+            environment.
+        score_column, feedback_column: of completions that have scores or words already: nothing is sampled.
+        negate_score: lower scores are better, as of toxicity.
+        eval_reward: measures what was learned from scored completions; nothing is trained on it.
+        eval_prompts: prompts on which rewards are measured before and after, of the evaluation split if there is one;
+            ``num_generations`` completions each under every condition. 0 leaves that out.
+        best: a prompt for which the trained model ``model_name_or_path`` is asked for its best; nothing is trained.
+    """
+
+    prompt: str | None = field(default=None, metadata={"help": "One prompt, instead of a dataset."})
+    condition: dict | str | None = field(
+        default=None, metadata={"help": "quantile_tokens, phrases, categories, text, attributes; or '{kind: ...}'."}
+    )
+    reward: list | str | dict | None = field(
+        default=None, metadata={"help": "file.py:function, a reward-model id, or '{classifier: ..., label: ...}'."}
+    )
+    judge: dict | str | None = field(
+        default=None, metadata={"help": "'{model: name, base_url: address, budget: 1000}'."}
+    )
+    score_column: str | None = field(default=None, metadata={"help": "Scores that the completions have already."})
+    negate_score: bool = field(default=False, metadata={"help": "Lower scores are better."})
+    feedback_column: str | None = field(default=None, metadata={"help": "Words that the completions have already."})
+    eval_reward: list | str | dict | None = field(
+        default=None, metadata={"help": "Of scored completions: a reward to measure with."}
+    )
+    eval_prompts: int = field(default=100, metadata={"help": "Prompts measured before and after; 0: none."})
+    best: str | None = field(default=None, metadata={"help": "A prompt to ask a trained model for its best with."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("condition", "reward", "judge", "eval_reward"):
+            setattr(self, name, read_spec(name, getattr(self, name)))
+        columns = [name for name in ("score_column", "feedback_column", "negate_score") if getattr(self, name)]
+        source = next((name for name in ("reward", "judge") if getattr(self, name) is not None), None)
+        if self.reward is not None and self.judge is not None:
+            raise ValueError("both reward and judge are given. Give one: what says how good a completion is.")
+        if source and columns:
+            raise ValueError(f"{columns[0]} is of completions that are there, and {source} judges new ones. Give one.")
+        if source and self.eval_reward is not None:
+            raise ValueError(f"eval_reward is for scored completions; with {source}, that is what is measured.")
+        if self.eval_prompts < 0:
+            raise ValueError(f"eval_prompts is {self.eval_prompts}, expected at least 0.")
+
+    @property
+    def own_data(self) -> bool:
+        return self.prompt is not None or self.dataset_name is not None
+
+    @property
+    def names_columns(self) -> bool:
+        return bool(self.score_column or self.feedback_column or self.negate_score)
+
+
+CLASSES = {"script": ConditionalArguments, "training": ConditionalConfig}
+
+
+def main(argv: Sequence[str] | None = None) -> Summary | list[str]:
+    """Conditional training as the command line says; see ``README.md``. With ``--best``, the samples."""
+    args = _parse(argv)
+    if args.script.best is not None:
+        with _as_usage_error():
+            return ask_best(args)
+    if args.training.device.type == "cpu":
+        keep_freed_memory()
+    with _as_usage_error():
+        set_seed(args.training.seed)
+        checkpoint = _checkpoint(args)
+        train, test, data_name = _load_data(args)
+        if _is_throwaway(args) and not checkpoint:
+            _clear_pool(args)
+        trainer = _build_trainer(args, train, test)
+        _check_pool(args, trainer, checkpoint)
+    say = print_on_main
+    summary = describe(args, trainer, data_name, train, test)
+    say(summary.opening())
+    for note in args.notes:
+        say(f"note: {note}")
+    earlier = Path(args.training.output_dir) / "summary.json"
+    if earlier.is_file() and not checkpoint:
+        say(f"note: {args.training.output_dir} holds an earlier run, which this one replaces")
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        earlier.unlink(missing_ok=True)  # it speaks of other weights
+
+    with _as_usage_error():
+        measurement = Measurement(trainer, train, test, args.script.eval_prompts)
+        started = time.perf_counter()
+        trainer.train(resume_from_checkpoint=checkpoint)
+    summary.training = {
+        "steps": trainer.state.global_step,
+        "seconds": round(time.perf_counter() - started, 1),
+        "rounds": rounds_of(trainer),
+    }
+    save(args, trainer, summary, None if not (args.script.own_data or args.datasets.datasets) else data_name)
+    started = time.perf_counter()
+    with _as_usage_error():
+        measurement.after(summary)
+    summary.training["seconds_measuring"] = round(time.perf_counter() - started, 1)
+    if trainer.judge is not None:
+        summary.training["judge"] = trainer.judge.report()
+    if trainer.args.should_save:
+        draw_picture(trainer, summary)
+        summary.write(args.training.output_dir)
+    say(summary.closing())
+    if args.training.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+    return summary
+
+
+@contextlib.contextmanager
+def _as_usage_error() -> Iterator[None]:
+    """What the user can mend is a message, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, AttributeError, ImportError, JudgeError) as error:
+        from_us = not isinstance(error, AttributeError) or "has no function" in str(error)
+        if not from_us or std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
+            raise
+        raise UsageError(f"{error}\n(--log_level=debug shows where)") from error
+
+
+def _parse(argv: Sequence[str] | None) -> Arguments:
+    args = parse(argv, prog="run_conditional.py", **CLASSES)
+    check_model_flags(args)
+    script = args.script
+    own_data = script.own_data or bool(args.datasets.datasets)
+    own_model = args.model.model_name_or_path is not None
+    defaults: dict[str, Any] = {}
+    if script.best is not None:
+        return args
+    defaults["output_dir"] = DEMO_OUTPUT
+    if not own_model:
+        defaults |= {"model_name_or_path": demo.MODEL_PATH, **DEMO_MODEL}
+    if not own_data:
+        defaults |= DEMO_DATA
+    offline = _is_offline(script) and (own_data or script.names_columns)
+    if offline and not own_data:
+        defaults["eval_reward"] = DEMO_REWARD
+        if script.condition is None:  # the bundled prompts have two to six completions each, too few to be sorted alone
+            defaults["condition"] = {"kind": "quantile_tokens", "per_prompt": False}
+    elif not own_data:
+        defaults |= DEMO_ROUNDS
+        if script.judge is None:
+            defaults["reward"] = DEMO_REWARD
+    if script.judge is not None:
+        defaults["eval_prompts"] = JUDGED_PROMPTS
+    only_prompts = script.prompt is not None or str(script.dataset_name).lower().endswith(".txt")
+    if offline and only_prompts:
+        raise UsageError(
+            "nothing says how good a completion is. Give --reward=file.py:function (or a reward-model id), "
+            "--judge='{model: ...}', or a dataset whose completions have scores or feedback."
+        )
+    for name in ("prompts_per_round", "drop_factor"):
+        if offline and name in args.given:
+            raise UsageError(f"--{name} belongs to sampling, and these completions are there already. Leave it out.")
+    return parse(argv, prog="run_conditional.py", defaults=defaults, **CLASSES)
+
+
+def _is_offline(script: ConditionalArguments) -> bool:
+    return script.reward is None and script.judge is None
+
+
+def _checkpoint(args: Arguments) -> str | bool | None:
+    """As the other scripts; but the newest checkpoint may be none, since the pool is worth going on with alone."""
+    return True if str(args.training.resume_from_checkpoint).lower() == "true" else checkpoint_of(args)
+
+
+def _load_data(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
+    script, training = args.script, args.training
+    condition = resolve_condition(script.condition or "quantile_tokens")
+    columns = {name: getattr(script, name) for name in ("score_column", "negate_score", "feedback_column")}
+    want_eval = training.eval_strategy != "no" or training.do_eval
+    if not script.own_data and not args.datasets.datasets:
+        splits = demo.load_reward_dataset()
+        train, test = take(splits["train"], script.max_train_samples), take(splits["test"], script.max_eval_samples)
+        if _is_offline(script):
+            return with_feedback(train, condition, **columns), with_feedback(test, condition, **columns), DEMO_SCORED
+        return from_rows(train, DEMO_PROMPTS), from_rows(test, DEMO_PROMPTS), DEMO_PROMPTS
+    if _is_offline(script):
+        train, test = load_scored(
+            script, args.datasets, condition=condition, want_eval=want_eval, seed=training.seed, **columns
+        )
+        name = script.dataset_name or ", ".join(part.path for part in args.datasets.datasets)
+    else:
+        train, test, name = load_prompts(script, args.datasets, script.prompt, want_eval=want_eval, seed=training.seed)
+    unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
+    if test is None and unused:
+        raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
+    return train, test, name
+
+
+def _is_throwaway(args: Arguments) -> bool:
+    """The bundled model on the bundled prompts, in the folder of the default: its samples are cheap."""
+    mine = {"model_name_or_path", "dataset_name", "datasets", "prompt", "reward", "judge", "output_dir", "pool_dir"}
+    return not mine & args.given
+
+
+def _clear_pool(args: Arguments) -> None:
+    state = PartialState()
+    if state.is_main_process:
+        shutil.rmtree(Path(args.training.output_dir) / "pool", ignore_errors=True)
+    state.wait_for_everyone()
+
+
+def _build_trainer(args: Arguments, train: Dataset, test: Dataset | None) -> ConditionalTrainer:
+    script, training = args.script, args.training
+    condition = resolve_condition(script.condition or "quantile_tokens")
+    judge = None if script.judge is None else build_judge(script.judge, condition, training.output_dir)
+    context = {"device": training.device, "trust_remote_code": training.trust_remote_code}
+    rewards = None
+    if script.reward is not None:
+        check_reward(condition)
+        specs = script.reward if isinstance(script.reward, list) else [script.reward]
+        rewards = [resolve_feature(spec, **context) for spec in specs]
+    measured = script.eval_prompts and not (_is_offline(script) and script.eval_reward is None)
+    if judge is not None and measured:
+        args.notes.append(
+            f"measuring on {script.eval_prompts} prompts asks the judge about {training.num_generations} completions "
+            "of each under every condition, beside those of the rounds; --eval_prompts=0 leaves it out"
+        )
+    trainer = ConditionalTrainer(
+        train_dataset=train,
+        eval_dataset=test if training.eval_strategy != "no" else None,
+        reward_funcs=rewards,
+        judge=judge,
+        condition=condition,
+        **model_arguments(args),
+    )
+    if script.eval_reward is not None:
+        trainer.feature = resolve_feature(script.eval_reward, **context)  # asked by rewards_given alone
+    if script.ignore_bias_buffers:
+        ignore_bias_buffers(trainer)
+    return trainer
+
+
+def _check_pool(args: Arguments, trainer: ConditionalTrainer, checkpoint: str | bool | None) -> None:
+    """Before anything is measured: train() would refuse the same."""
+    if trainer.online and trainer.pool.rounds and not checkpoint:
+        raise UsageError(
+            f"{trainer.pool.folder} has the samples of an earlier run (rounds {trainer.pool.rounds}). Go on with "
+            "--resume_from_checkpoint=true, or start anew in another --output_dir or --pool_dir."
+        )

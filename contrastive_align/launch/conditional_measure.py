@@ -1,0 +1,214 @@
+"""What a conditional run was, and what each condition gets from its model: the parts of ``summary.json``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+
+from contrastive_align import demo
+from contrastive_align.launch.arguments import Arguments
+from contrastive_align.launch.common import model_entry, versions
+from contrastive_align.launch.datasets import take
+from contrastive_align.report import Change, Summary
+from contrastive_align.report.conditional import plot_rewards
+from contrastive_align.trainers import ConditionalTrainer
+from contrastive_align.trainers.conditional_evaluation import UNCONDITIONED
+
+
+PICTURE = "rewards.png"
+GIVEN = "reward_given/"
+
+
+# ------------------------------------------------------------------------------------------------- what is measured
+
+
+class Measurement:
+    """Rewards of the start, given nothing; then, by :meth:`after`, of the trained model given each condition.
+
+    Scored completions without a reward to measure with: the likelihoods of these completions, before and after.
+    """
+
+    def __init__(self, trainer: ConditionalTrainer, train: Dataset, test: Dataset | None, at_most: int) -> None:
+        self.trainer = trainer
+        self.by_reward = trainer.feature is not None or trainer.judge is not None
+        self.rows, self.rows_name = distinct_prompts(train, test, at_most)
+        if self.rows is None:
+            return
+        if self.by_reward:
+            self.start = trainer.rewards_given(self.rows, conditions=[UNCONDITIONED])[UNCONDITIONED]
+        else:
+            rows, where = (train, "training") if test is None else (test, "held-out")
+            self.rows, self.rows_name = take(rows, at_most), f"{min(at_most, len(rows))} {where} rows"
+            self.likelihoods = self._likelihoods()
+
+    def after(self, summary: Summary) -> None:
+        """Fill in the summary's metrics, what they were measured on, and what they say."""
+        if self.rows is None:
+            return
+        if not self.by_reward:
+            now, n = self._likelihoods(), len(self.rows)
+            summary.metrics = {k: Change(x, now[k], math.nan, n) for k, x in self.likelihoods.items()}
+            summary.metrics_on = f"{self.rows_name}; negative log-likelihood per token of <label>, given a condition"
+            return
+        found = self.trainer.rewards_given(self.rows)
+        conditions = [name for name in found if name != UNCONDITIONED]
+        changes = {name: _paired(self.start, found[name]) for name in [*conditions, UNCONDITIONED]}
+        if any(change is None for change in changes.values()):
+            summary.state = "Too few prompts have scores before and after: no rewards are compared."
+            return
+        summary.metrics = {"mean_reward": changes[conditions[0]]}
+        summary.metrics |= {f"{GIVEN}{name}": change for name, change in changes.items()}
+        summary.metrics_on = (
+            f"{self.rows_name}, {self.trainer.args.num_generations} samples each; before: the start, given nothing; "
+            "mean_reward: after, given the best"
+        )
+        summary.state = in_words({name: found[name] for name in conditions}, changes[conditions[0]])
+
+    def _likelihoods(self) -> dict[str, float]:
+        found = self.trainer.evaluate(self.rows, metric_key_prefix="measured")
+        return {k.removeprefix("measured_"): v for k, v in found.items() if k.startswith("measured_nll/")}
+
+
+def _paired(before: np.ndarray, after: np.ndarray) -> Change | None:
+    both = ~(np.isnan(before) | np.isnan(after))
+    return Change.paired(before[both].tolist(), after[both].tolist()) if both.sum() > 1 else None
+
+
+def in_words(given: dict[str, np.ndarray], change: Change) -> str:
+    """Did the best rise, and are the conditions in their order? ``given`` is best first.
+
+    >>> in_words({"good": np.array([0.8, 0.9, 0.7]), "bad": np.array([0.3, 0.3, 0.1])}, Change(0.5, 0.8, 0.1, 3))
+    'In words: given the best, the reward is 0.3000 above the start (3.0 standard errors). In their order: good > bad.'
+    """
+    moved = change.after - change.before
+    size = f"{abs(moved) / change.se:.1f} standard errors" if change.se > 0 else "no spread"
+    text = f"In words: given the best, the reward is {abs(moved):.4f} {'above' if moved > 0 else 'below'} the start"
+    text += f" ({size})."
+    if len(given) > 1:
+        means = [float(np.nanmean(values)) for values in given.values()]
+        ordered = all(a > b for a, b in itertools.pairwise(means))
+        text += f" {'In their order' if ordered else 'NOT in their order'}: {' > '.join(given)}."
+    return text
+
+
+def distinct_prompts(train: Dataset, test: Dataset | None, at_most: int) -> tuple[Dataset | None, str]:
+    """The rows to measure on, each prompt once, and what they are called; None where ``at_most`` is 0."""
+    where = "training prompts" if test is None else "held-out prompts"
+    rows: dict[str, dict[str, Any]] = {}
+    for row in (train if test is None else test) if at_most else ():
+        rows.setdefault(repr(row["prompt"]), row)
+        if len(rows) == at_most:
+            break
+    return (Dataset.from_list(list(rows.values())) if rows else None), f"{len(rows)} {where}"
+
+
+def rounds_of(trainer: ConditionalTrainer) -> list[dict[str, Any]]:
+    """What was logged at the beginning of each round, once for each."""
+    found = {row["round/number"]: row for row in trainer.state.log_history if "round/number" in row}
+    return [found[number] for number in sorted(found)]
+
+
+def draw_picture(trainer: ConditionalTrainer, summary: Summary) -> None:
+    """Reward over the rounds and given each condition, next to ``summary.json``."""
+    path = Path(trainer.args.output_dir) / PICTURE
+    given = {
+        name.removeprefix(GIVEN): (change.after, change.after_se)
+        for name, change in summary.metrics.items()
+        if name.startswith(GIVEN)
+    }
+    start = summary.metrics.get("mean_reward")
+    try:
+        plot_rewards(rounds_of(trainer), given, path, start=None if start is None else start.before)
+    except (ImportError, ValueError) as error:
+        summary.saved["picture"] = f"none: {error}"
+    else:
+        summary.saved["picture"] = str(path)
+
+
+# ----------------------------------------------------------------------------------------------------- what is told
+
+
+def describe(
+    args: Arguments, trainer: ConditionalTrainer, data_name: str, train: Dataset, test: Dataset | None
+) -> Summary:
+    """The summary as far as it is known before training."""
+    script, training = args.script, args.training
+    is_demo = args.model.model_name_or_path == demo.MODEL_PATH
+    name = "the bundled demo model" if is_demo else str(args.model.model_name_or_path)
+    feedback = "a judge" if trainer.judge else trainer.feature.name if trainer.online else "the scores of the data"
+    terms = f"KL {training.kl_coef:g} ({training.kl_direction}), entropy {training.entropy_coef:g}"
+    rounds = f"{training.num_train_epochs:g} passes over {trainer.rows.length} draws"
+    if trainer.online:
+        rounds = (
+            f"{training.num_train_epochs:g} rounds of {trainer.prompts_per_round} prompts x "
+            f"{training.num_generations} samples, {trainer.rows.length} draws each"
+        )
+    parts = {"train": train} if test is None else {"train": train, "test": test}
+    what = "prompts" if trainer.online else "rows with scores or feedback"
+    return Summary(
+        method={
+            "line": f"conditional training, {trainer.condition.kind} by {feedback}, {terms}; {rounds}",
+            "trainer": type(trainer).__name__,
+            "condition": trainer.condition.spec,
+            "reward": _plain(script.reward),
+            "judge": None if trainer.judge is None else trainer.judge.spec,
+            "online": trainer.online,
+            "kl_coef": training.kl_coef,
+            "kl_direction": training.kl_direction,
+            "entropy_coef": training.entropy_coef,
+            "rounds": training.num_train_epochs,
+            "prompts_per_round": trainer.prompts_per_round if trainer.online else None,
+            "num_generations": training.num_generations,
+            "draws_per_round": trainer.rows.length,
+            "drop_factor": training.drop_factor,
+            "max_completion_length": training.max_completion_length,
+            "learning_rate": training.learning_rate,
+            "seed": training.seed,
+        },
+        model=model_entry(args, trainer, name, start=name),
+        reference=_reference(trainer, name),
+        data={
+            split: {
+                "line": f"{data_name}: {len(part)} {what}",
+                "notes": _notes(trainer.data_report) if split == "train" else [],
+                "name": data_name,
+                "rows": len(part),
+                "conversational": not isinstance(part[0]["prompt"], str),
+                **(trainer.data_report if split == "train" else {}),
+            }
+            for split, part in parts.items()
+        },
+        versions=versions(),
+    )
+
+
+def _reference(trainer: ConditionalTrainer, name: str) -> str:
+    if not trainer.has_reference:
+        return "none (kl_coef=0)"
+    return f"{name}, with the adapter off" if is_peft_model(trainer.model) else f"{name}, a frozen copy"
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    words = {
+        "too_long": "prompts are too long and left out",
+        "dropped": "rows are dropped",
+        "cut": "completions are cut and train no EOS",
+        "left_out": "completions have no score or feedback and are left out",
+    }
+    return [f"{report[key]} {text}" for key, text in words.items() if report.get(key)]
+
+
+def _plain(spec: Any) -> Any:
+    """A spec as it can be written to JSON."""
+    if isinstance(spec, dict):
+        return {str(key): _plain(value) for key, value in spec.items()}
+    if isinstance(spec, Sequence) and not isinstance(spec, str):
+        return [_plain(value) for value in spec]
+    return spec if isinstance(spec, (str, int, bool, type(None))) or math.isfinite(spec) else str(spec)
