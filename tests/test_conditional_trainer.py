@@ -250,6 +250,21 @@ def test_lora_has_one_copy_and_its_reference_is_the_base(tiny_llama, tmp_path):
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_adapter_with_tokens_is_a_start(tiny_llama, tmp_path, tied):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    start = tiny_llama(tie_word_embeddings=tied)
+    first = build(start, tmp_path / "first", more={"peft_config": lora})
+    first.train()
+    first.save_model()
+    second = build(str(tmp_path / "first"), tmp_path / "second")
+    ids = torch.tensor([second.encode("<quantile_0>" + PROMPTS[0])])
+    assert ids[0, 0] == first.condition_ids[0]
+    with torch.no_grad(), second.sampling() as model:
+        assert torch.allclose(model(ids).logits, first.model.eval()(ids).logits, atol=1e-4)
+    second.train()
+
+
 def test_a_saved_model_loads_with_its_tokens_and_condition(tiny_llama, tmp_path):
     trainer = build(tiny_llama(), tmp_path)
     trainer.train()

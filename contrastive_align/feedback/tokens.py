@@ -7,11 +7,12 @@ import os
 import re
 from collections.abc import Sequence
 
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import EMBEDDING_LAYER_NAMES
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from contrastive_align.models.rows import give_rows
 
 
 def add_condition_tokens(
@@ -51,7 +52,7 @@ def add_condition_tokens(
     if new:
         tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     ids = tokenizer.convert_tokens_to_ids(tokens)
-    _give_rows(model, max(ids, default=-1) + 1, fresh=tokenizer.convert_tokens_to_ids(new), old=old_tokens, seed=seed)
+    give_rows(model, max(ids, default=-1) + 1, fresh=tokenizer.convert_tokens_to_ids(new), old=old_tokens, seed=seed)
     return ids
 
 
@@ -149,38 +150,8 @@ def load_with_condition_tokens(
     _check_weights(model)
     rows = max(tokenizer.get_vocab().values()) + 1
     fresh = tokenizer.convert_tokens_to_ids(list(tokens))
-    _give_rows(model, rows, fresh=fresh, old=rows, seed=seed)
+    give_rows(model, rows, fresh=fresh, old=rows, seed=seed)
     return PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable), tokenizer
-
-
-@torch.no_grad()
-def _give_rows(model: PreTrainedModel, rows: int, *, fresh: list[int], old: int, seed: int) -> None:
-    """Let the model have so many rows at least; the ``fresh`` ones, and all that it lacked, are drawn from the old."""
-    embedding = model.get_input_embeddings()
-    had = embedding.weight.size(0)
-    if rows > had:
-        devices = [embedding.weight.device] if embedding.weight.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):  # the resizing draws rows of its own
-            model.resize_token_embeddings(rows, mean_resizing=False)
-    fresh = sorted({*fresh, *range(had, rows)})
-    if not fresh:
-        return
-    known = min(old, had, fresh[0])  # new tokens come after all the old ones
-    generator = torch.Generator().manual_seed(seed)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = [embedding.weight]
-    if head is not None:
-        weights += [] if head.weight is embedding.weight else [head.weight]
-        weights += [] if getattr(head, "bias", None) is None else [head.bias]
-    for weight in weights:
-        weight[fresh] = _alike(weight[:known], len(fresh), generator).to(weight)
-
-
-def _alike(rows: Tensor, n: int, generator: torch.Generator) -> Tensor:
-    """n rows with the mean and spread of the given ones, each dimension by itself."""
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    noise = torch.randn(n, *rows.shape[1:], generator=generator).to(rows)
-    return rows.mean(0) + rows.std(0, correction=0) * noise
 
 
 def _check_texts(tokens: list[str], tokenizer: PreTrainedTokenizerBase) -> None:

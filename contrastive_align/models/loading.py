@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 from transformers.utils import cached_file, find_adapter_config_file, logging
 from trl.trainer.utils import create_model_from_path
 
+from contrastive_align.models.rows import give_rows
+
 
 logger = logging.get_logger(__name__)
 
@@ -104,6 +106,8 @@ def resolve_start(
         if PartialState().num_processes > 1:
             kwargs["device_map"] = None  # as TRL: each process holds its own copy, on its own device
         base = create_model_from_path(base_id, revision=config.revision, **kwargs)
+        if tokenizer_source == model_id:
+            _give_rows_for(base, load_tokenizer(model_id, revision=revision, trust_remote_code=trust_remote_code))
         model = PeftModel.from_pretrained(base, model_id, is_trainable=True, revision=revision)
         description = f"{base_id}, quantised, + adapter {model_id}{revision_note}, kept"
         return Start(model, description, tokenizer_source)
@@ -148,6 +152,12 @@ def _merge(
             "folder if nothing needs it any more."
         )
     base = create_model_from_path(base_id, revision=base_revision, **{**model_init_kwargs, "device_map": None})
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_source,
+        revision=adapter_revision if tokenizer_source == adapter else base_revision,
+        trust_remote_code=model_init_kwargs["trust_remote_code"],
+    )
+    _give_rows_for(base, tokenizer)
     model = PeftModel.from_pretrained(base, adapter, revision=adapter_revision).eval()
     before = _probe_logps(model)
     model = model.merge_and_unload(safe_merge=True)
@@ -158,16 +168,16 @@ def _merge(
         model.save_pretrained(aside)
         del model, base
         _check_merge(before, create_model_from_path(str(aside), dtype=dtype, device_map=None), adapter)
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_source,
-            revision=adapter_revision if tokenizer_source == adapter else base_revision,
-            trust_remote_code=model_init_kwargs["trust_remote_code"],
-        )
         tokenizer.save_pretrained(aside)
         (aside / MERGE_NOTE).write_text(json.dumps(note, indent=2))
         aside.rename(merged)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _give_rows_for(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """An adapter may have been trained with tokens of its own (conditions), whose rows its base lacks."""
+    give_rows(base, max(tokenizer.get_vocab().values()) + 1, fresh=[], old=len(tokenizer), seed=42)
 
 
 @torch.no_grad()
