@@ -71,7 +71,7 @@ def table(peaks: dict[str, list[dict[str, int]]]) -> str:
 
 
 def measure(vocabulary: int, loss: str, direction: str) -> dict[str, float]:
-    """Bytes of resident memory at the peak of one step beyond what the models take, and the CPU seconds of a second one."""
+    """Bytes of resident memory at the peak of one step beyond the models, and the CPU seconds of a second one."""
     import time
 
     import torch
