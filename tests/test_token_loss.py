@@ -172,6 +172,14 @@ def test_in_sixteen_bits_the_logits_are_in_thirty_two(small_chunks, how):
     wanted = in_full(*rounded, labels, reference=tuple(x.bfloat16().double() for x in reference), **options)
     assert found.loss.dtype == found.kl.dtype == torch.float32
     torch.testing.assert_close(found.loss.double(), wanted[0], rtol=1e-2, atol=0)
+    # All that is rounded to 16 bits are the products: from these on the loss is as of single precision.
+    logits, ref_logits = (
+        torch.nn.functional.linear(*(x.detach().bfloat16() for x in given)).double() for given in (inputs, reference)
+    )
+    terms = {name: options[name] for name in ("kl_coef", "entropy_coef", "kl_direction")}
+    precise = conditional(logits, labels, reference_logits=ref_logits, **terms)
+    for name in ("nll", "kl", "entropy"):
+        assert (getattr(found, name) - getattr(precise, name)).abs().median() < 1e-5
     ours, theirs = torch.autograd.grad(found.loss, inputs), torch.autograd.grad(wanted[0], rounded)
     for x, y, given in zip(ours, theirs, inputs, strict=True):
         assert x.dtype == given.dtype
