@@ -13,7 +13,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 
-from contrastive_align.launch import contrastive, fdpg
+from contrastive_align.feedback import resolve_condition
+from contrastive_align.launch import conditional, contrastive, fdpg
 from contrastive_align.launch.arguments import RENAMED, UsageError, parse
 
 
@@ -31,6 +32,13 @@ PUBLISHED = {
     "preference_qlora": ("ChenDRAG/ultrafeedback_preference", "run_preference.py"),
 }
 FDPG = ("fdpg", "fdpg_tiny", "fdpg_rlhf")
+CONDITIONAL = {
+    "quark": "quantile_tokens",
+    "alt_rm": "phrases",
+    "alt_lmc": "categories",
+    "alt_lmu": "text",
+    "steerlm": "attributes",
+}
 KEY = re.compile(r"^\s*(?:- )?[A-Za-z_][\w.]*:(\s|$)")
 
 
@@ -48,7 +56,8 @@ def yaml_path(name: str) -> str:
 
 def parse_yaml(path: str | Path, *flags: str):
     """As the script that the YAML is for."""
-    classes = fdpg.CLASSES if Path(path).stem.startswith("fdpg") else {}
+    stem = Path(path).stem
+    classes = fdpg.CLASSES if stem.startswith("fdpg") else conditional.CLASSES if stem in CONDITIONAL else {}
     return parse([str(path), *flags], prog="test", **classes)
 
 
@@ -57,7 +66,7 @@ def accelerate_path(name: str) -> str:
 
 
 def test_the_files_are_there():
-    assert {p.stem for p in YAMLS} >= {*PUBLISHED, *FDPG, "reward_tiny"}
+    assert {p.stem for p in YAMLS} >= {*PUBLISHED, *FDPG, *CONDITIONAL, "reward_tiny"}
     assert {p.stem for p in (ROOT / "recipes" / "accelerate_configs").glob("*.yaml")} == set(ACCELERATE)
 
 
@@ -171,6 +180,42 @@ def test_targets_of_the_fdpg_yamls(name):
     assert len(target.names) == 1
     assert args.training.per_device_train_batch_size % args.training.num_generations == 0
     assert target.fitted == (name == "fdpg_rlhf")
+
+
+@pytest.mark.parametrize("name", CONDITIONAL)
+def test_published_settings_of_conditional_training(name):
+    args = conditional._parse([yaml_path(name)])
+    script, training = args.script, args.training
+    condition = resolve_condition(script.condition)
+    assert condition.kind == CONDITIONAL[name]
+    assert (script.reward is None, script.judge is None) == {
+        "quark": (False, True),
+        "alt_rm": (False, True),
+        "steerlm": (True, True),
+    }.get(name, (True, False))
+    if name == "quark":
+        assert (training.learning_rate, training.get_warmup_steps(8000)) == (1e-5, 500)
+        assert (training.max_completion_length, training.kl_direction) == (20, "reverse")
+        batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        assert batch == 128 and training.draws_per_round / batch == 500
+        assert condition.quantiles == 5 and not condition.per_prompt
+    else:
+        assert (training.learning_rate, training.get_warmup_steps(1000)) == (2e-5, 50)
+        assert (training.adam_beta1, training.adam_beta2) == (0.8, 0.999)
+    if name.startswith("alt"):
+        assert (training.prompts_per_round, training.kl_direction, training.drop_factor) == (2048, "forward", 1.0)
+        assert training.max_completion_length == (256 if name == "alt_lmc" else 64)
+        assert training.unfrozen_layers_ratio == (1.0 if name == "alt_lmc" else 0.3)
+    if name != "steerlm":
+        assert (training.kl_coef, training.entropy_coef) == (0.05, 0.06)
+        condition.check_generations(training.num_generations)
+
+
+@pytest.mark.parametrize("name", ["alt_lmc", "alt_lmu"])
+def test_judges_of_the_yamls_answer_what_the_condition_needs(name, tmp_path):
+    script = conditional._parse([yaml_path(name)]).script
+    spec = script.judge | {"cache": str(tmp_path)}
+    assert conditional.build_judge(spec, resolve_condition(script.condition), str(tmp_path)).spec["budget"] == 200_000
 
 
 @pytest.mark.parametrize("recipe", ["fdpg_word", "fdpg_gdc"])
