@@ -166,11 +166,17 @@ class RoundsMixin:
                 self.pool.add(everyone)
             self.accelerator.wait_for_everyone()
         self.pool.reload()
+        if self.online and self.pool.steps[number] != self.state.global_step:
+            logger.warning(
+                f"Round {number} was sampled at step {self.pool.steps[number]} and is trained on from step "
+                f"{self.state.global_step}: options that set the length of a round have changed since."
+            )
         through = number if self.online else 1
         table = self.pool.table(through)
         draws, labels = self.pool.draws(self.rows.length, seed=(self.args.seed, number), through=through)
         self.rows.set_draws(draws, labels, through)
-        if self.online or number == 1:
+        logged = any(entry.get("round/number") == number for entry in self.state.log_history)
+        if not logged and (self.online or number == 1):
             self._log_round(number, table, through)
 
     def _sample(self, number: int) -> list[Sample]:
