@@ -85,17 +85,16 @@ def in_words(given: dict[str, np.ndarray], change: Change) -> str:
     """Did the best rise, and are the conditions in their order? ``given`` is best first.
 
     >>> in_words({"good": np.array([0.8, 0.9, 0.7]), "bad": np.array([0.3, 0.3, 0.1])}, Change(0.5, 0.8, 0.1, 3))
-    'In words: given the best, the reward is 0.3000 above the start (3.0 standard errors). In their order: good > bad.'
+    'In words: given the best, the reward is 0.3000 above the start (3.0 standard errors); from best to worst it falls.'
     """
     moved = change.after - change.before
     size = f"{abs(moved) / change.se:.1f} standard errors" if change.se > 0 else "no spread"
     text = f"In words: given the best, the reward is {abs(moved):.4f} {'above' if moved > 0 else 'below'} the start"
-    text += f" ({size})."
-    if len(given) > 1:
-        means = [float(np.nanmean(values)) for values in given.values()]
-        ordered = all(a > b for a, b in itertools.pairwise(means))
-        text += f" {'In their order' if ordered else 'NOT in their order'}: {' > '.join(given)}."
-    return text
+    means = [float(np.nanmean(values)) for values in given.values()]
+    if len(means) < 2:
+        return f"{text} ({size})."
+    falls = "falls" if all(a > b for a, b in itertools.pairwise(means)) else "does NOT always fall"
+    return f"{text} ({size}); from best to worst it {falls}."
 
 
 def distinct_prompts(train: Dataset, test: Dataset | None, at_most: int) -> tuple[Dataset | None, str]:

@@ -1,0 +1,238 @@
+"""run_conditional.py from the command line to summary.json, the pictures and --best."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from judge_server import JudgeServer
+from transformers import AutoModelForCausalLM
+
+from contrastive_align import demo
+from contrastive_align.feedback import Condition, resolve_condition
+from contrastive_align.launch.arguments import UsageError
+from contrastive_align.launch.conditional import main
+from contrastive_align.launch.conditional_measure import in_words
+from contrastive_align.launch.feedback import build_judge, with_feedback
+from contrastive_align.report import Change
+from contrastive_align.report.conditional import plot_rewards
+
+
+ROOT = Path(__file__).parents[1]
+TRAINING = ["--per_device_train_batch_size=16", "--max_completion_length=24", "--disable_tqdm=true"]
+SMALL = [*TRAINING, "--num_generations=5", "--prompts_per_round=4", "--num_train_epochs=2", "--eval_prompts=3"]
+REWARD = "--reward=contrastive_align.demo:reward"
+TOKENS = [f"<quantile_{i}>" for i in range(5)]
+
+
+def written(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_the_embedded_default(tmp_path, capsys):
+    main([*SMALL, f"--output_dir={tmp_path}"])
+    found = written(tmp_path)
+    assert found["model"]["name_or_path"] == demo.MODEL_PATH and found["method"]["online"]
+    assert found["method"]["condition"]["kind"] == "quantile_tokens" and found["training"]["steps"] == 4
+    assert found["data"]["train"]["rows"] == 1200 and found["data"]["test"]["rows"] == 200
+    assert set(found["metrics"]) == {"mean_reward", *(f"reward_given/{c}" for c in [*TOKENS, "nothing"])}
+    best, nothing = found["metrics"]["mean_reward"], found["metrics"]["reward_given/nothing"]
+    assert best == found["metrics"]["reward_given/<quantile_0>"] != found["metrics"]["reward_given/<quantile_4>"]
+    assert best["before"] == nothing["before"] and best["n"] == 3 and best["se"] > 0
+    assert found["metrics_on"].startswith("3 held-out prompts, 5 samples each")
+    assert [r["round/number"] for r in found["training"]["rounds"]] == [1, 2]
+    assert [r["round/samples"] for r in found["training"]["rounds"]] == [20, 20]
+    shown = capsys.readouterr().out
+    assert "quantile_tokens by reward, KL 0.05 (reverse), entropy 0.06; 2 rounds of 4 prompts x 5 samples" in shown
+    assert "reward_given/<quantile_4>" in shown and "In words: given the best" in shown
+    for picture in ("rewards.png", "rounds/round-001.png", "rounds/round-002.png"):
+        assert (tmp_path / picture).stat().st_size > 5_000
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    earlier = [*SMALL, f"--output_dir={tmp_path}"]
+    with pytest.raises(UsageError) as error:  # an output_dir of one's own keeps its samples
+        main(earlier)
+    assert "has the samples of an earlier run (rounds [1, 2])" in error.value.message
+    assert written(tmp_path) == found
+    main([*earlier, "--resume_from_checkpoint=true"])  # no checkpoint: trained anew, on the samples that are there
+    again = written(tmp_path)
+    assert again["training"]["rounds"][1]["round/mean_reward"] == found["training"]["rounds"][1]["round/mean_reward"]
+    assert again["metrics"] == found["metrics"]
+
+    capsys.readouterr()
+    ask = [f"--model_name_or_path={tmp_path}", "--best=Ask Ben to feed the cat.\n", "--num_generations=3"]
+    samples = main(ask)
+    shown = capsys.readouterr().out
+    assert r"asked    '<quantile_0>Ask Ben to feed the cat.\n'" in shown and shown.count("sampled  ") == 3
+    assert len(set(samples)) > 1 and not any(token in text for text in samples for token in TOKENS)
+    assert samples == main(
+        [f"--model_name_or_path={tmp_path}", "--best=Ask Ben to feed the cat.\n", *["--num_generations=3"]]
+    )
+
+
+def test_the_default_folder_is_replaced_without_flags(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL[:-2], "--num_train_epochs=1", "--eval_prompts=0"]
+    main(flags)
+    (tmp_path / "runs/conditional/pool/note").touch()
+    main(flags)
+    assert sorted(p.name for p in (tmp_path / "runs/conditional/pool").iterdir()) == ["round-00001.arrow"]
+    assert written(tmp_path / "runs/conditional")["metrics"] == {}
+
+
+def test_lora_with_tokens_a_function_and_a_text_file(tmp_path, capsys):
+    code = tmp_path / "rewards.py"
+    code.write_text("def short(prompts, completions, **columns):\n    return [-len(c) for c in completions]\n")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Ask Anna to close the door.\n\nAsk Ben to feed the cat.\n")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"use_peft: true\nlora_target_modules: [q_proj]\ndataset_name: {prompts}\nreward: '{code}:short'\n"
+        "condition: {kind: quantile_tokens, quantiles: 2}\nkl_direction: forward\n"
+    )
+    out = tmp_path / "out"
+    summary = main([str(config), *TRAINING, "--num_generations=4", "--num_train_epochs=1", f"--output_dir={out}"])
+    assert summary.model["peft"] and "adapter off" in summary.reference and summary.method["kl_direction"] == "forward"
+    assert summary.data["train"]["rows"] == 2 and summary.metrics_on.startswith("2 training prompts")
+    assert list(summary.metrics) == [
+        "mean_reward", "reward_given/<quantile_0>", "reward_given/<quantile_1>", "reward_given/nothing"
+    ]  # fmt: skip
+    assert Condition.load(out).apply_best("Say.") == "<quantile_0>Say."
+    assert (out / "adapter_model.safetensors").is_file()
+    (said,) = main([f"--model_name_or_path={out}", "--best=Ask Anna to close the door."])
+    assert "'<quantile_0>Ask Anna to close the door.'" in capsys.readouterr().out and said
+
+
+def test_scored_completions_of_the_demo_are_measured_by_its_reward(tmp_path):
+    flags = ["--score_column=scores", "--max_train_samples=20", *TRAINING, "--num_train_epochs=1"]
+    summary = main([*flags, "--num_generations=2", "--eval_prompts=3", f"--output_dir={tmp_path}"])
+    assert not summary.method["online"] and summary.method["condition"]["per_prompt"] is False
+    assert set(summary.metrics) == {"mean_reward", *(f"reward_given/{c}" for c in [*TOKENS, "nothing"])}
+    assert summary.data["train"]["completions"] > 40 and "passes over" in summary.method["line"]
+
+
+def test_scored_completions_where_less_is_better(tmp_path):
+    rows = [{"prompt": f"Ask {n}.", "response": f"{n} {i}", "toxicity": i / 10} for n in "ab" for i in range(5)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    flags = [f"--dataset_name={file}", "--score_column=toxicity", "--negate_score", "--num_train_epochs=1", *TRAINING]
+    condition = "--condition={kind: phrases, phrases: toxicity, per_prompt: false}"
+    summary = main([*flags, condition, f"--output_dir={tmp_path / 'out'}"])
+    (round_,) = summary.training["rounds"]
+    assert round_["round/reward/Lowest Toxicity"] == 0
+    assert round_["round/reward/Maximum Toxicity"] == pytest.approx(-0.4)
+    assert "nll/Lowest Toxicity_given/Maximum Toxicity" in summary.metrics and "likelihood" in summary.metrics_on
+
+
+def test_a_judge(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    answers = ["Harmless and very helpful", "Harmful"]
+    with JudgeServer(lambda text: json.dumps({"category": answers["now" in text]})) as server:
+        judge = f"--judge={{model: local, base_url: '{server.url}', concurrency: 4}}"
+        flags = ["--condition=categories", *SMALL[:-1], "--eval_prompts=2", f"--output_dir={tmp_path}"]
+        summary = main([judge, *flags])
+    assert summary.method["judge"]["answers"][0] == answers[0] and summary.training["judge"]["answered"] > 40
+    assert "reward_given/Harmless and very helpful" in summary.metrics
+    assert (tmp_path / "judge").is_dir() and "measuring on 2 prompts asks the judge" in capsys.readouterr().out
+
+
+CODE = """
+def raises(prompts, completions, **columns):
+    return [1 / 0]
+"""
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--conditon=phrases"], "unknown flag '--conditon'. Did you mean '--condition'?"),
+        (["--condition=phrase"], "The condition's kind is 'phrase', expected one of"),
+        (["--condition={kind: phrases, form: '{prompt}'}"], "{condition}"),
+        (["--condition={kind: phrases"], "which is not YAML"),
+        (["--kl_direction=sideways"], "kl_direction"),
+        (["--prompt=Say."], "nothing says how good a completion is"),
+        (["--dataset_name=prompts.txt"], "nothing says how good a completion is"),
+        (["--dataset_name=rows.jsonl"], "Expected 'prompt' and 'completion' with 'score' or 'feedback'"),
+        (["--dataset_name=rows.jsonl", "--score_column=points"], "score_column is 'points', and the data has the"),
+        (["--dataset_name=rows.jsonl", "--negate_score"], "the data has no scores"),
+        (["--prompt=a", "--dataset_name=b", REWARD], "both a prompt and a dataset"),
+        ([REWARD, "--judge={model: a}"], "both reward and judge"),
+        ([REWARD, "--score_column=scores"], "score_column is of completions that are there"),
+        ([REWARD, "--eval_reward=contrastive_align.demo:reward"], "eval_reward is for scored completions"),
+        ([REWARD, "--condition=categories"], "The condition 'categories' is made of words"),
+        (["--reward=contrastive_align.demo:rewrd"], "no function 'rewrd'"),
+        (["--reward=rewards.py:raises", "--eval_prompts=1"], "raised ZeroDivisionError"),
+        (["--judge={model: a}", "--condition=attributes"], "needs numbers that a judge does not give"),
+        (["--judge={model: a, answers: text}", "--condition=categories"], "The judge answers 'text'"),
+        (["--judge={modl: a}"], "judge: unknown key 'modl'"),
+        (["--judge=gpt"], "judge is 'gpt', expected a mapping"),
+        (["--score_column=scores", "--drop_factor=1"], "--drop_factor belongs to sampling"),
+        (["--num_generations=4"], "num_generations is 4, expected at least 5"),
+        (["--eval_prompts=-1"], "eval_prompts is -1"),
+        (["--best=Hello"], "--best needs the folder of a trained model"),
+        (["--best=Hello", "--model_name_or_path=.", "--kl_coef=0"], "--kl_coef means nothing beside --best"),
+        (["--best=Hello", f"--model_name_or_path={demo.MODEL_PATH}"], "has no condition.json"),
+    ],
+)
+def test_wrong_input_is_a_message_and_exit_2(flags, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rewards.py").write_text(CODE)
+    Path("prompts.txt").write_text("Say.\n")
+    Path("rows.jsonl").write_text('{"prompt": "Say.", "completion": "No."}\n')
+    given = {flag.partition("=")[0] for flag in flags}
+    more = [] if "--best" in given else [flag for flag in TRAINING if flag.partition("=")[0] not in given]
+    with pytest.raises(UsageError) as error:
+        main([*flags, *more])
+    assert error.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not Path("runs/conditional/summary.json").exists()
+
+
+def test_columns_of_scored_completions():
+    tokens, attributes = resolve_condition("quantile_tokens"), resolve_condition("attributes")
+    pair = {"completions": [["b", "c"]]}
+    rows = Dataset.from_dict({"instruction": ["a"], **pair, "harm": [[1.0, None]], "scores": [[9, 9]]})
+    found = with_feedback(rows, tokens, score_column="harm", negate_score=True)
+    assert found[0] == {"prompt": "a", "completions": ["b", "c"], "scores": [-1.0, None]}
+    rows = Dataset.from_dict({"prompt": ["a"], "response": ["b"], "harmful": [1], "helpful": [2], "words": ["no"]})
+    assert json.loads(with_feedback(rows, attributes)[0]["feedback"]) == {"harmful": 1, "helpful": 2}
+    assert with_feedback(rows, attributes, feedback_column="words")[0]["feedback"] == "no"
+    assert "feedback" not in with_feedback(rows, tokens).column_names
+    rows = Dataset.from_dict({"prompt": ["a"], **pair, "harmful": [[1]], "helpful": [[2, 0]]})
+    with pytest.raises(ValueError, match="as many of each"):
+        with_feedback(rows, attributes)
+
+
+def test_a_judge_is_asked_for_what_the_condition_needs(tmp_path):
+    words = build_judge({"model": "a"}, resolve_condition("text"), str(tmp_path)).spec
+    assert (words["answers"], words["prompt"], words["cache"]) == ("text", "feedback", str(tmp_path / "judge"))
+    own = resolve_condition({"kind": "categories", "categories": ["Yes", "No"]})
+    assert build_judge({"model": "a"}, own, str(tmp_path)).spec["answers"] == ["Yes", "No"]
+
+
+def test_words_say_when_the_order_is_wrong():
+    given = {"good": np.array([0.2, 0.4]), "bad": np.array([0.3, 0.4])}
+    assert in_words(given, Change(0.5, 0.3, 0.1, 2)).endswith("from best to worst it does NOT always fall.")
+    assert "0.2000 below the start (2.0 standard errors)" in in_words(given, Change(0.5, 0.3, 0.1, 2))
+
+
+def test_the_picture_needs_scores(tmp_path):
+    with pytest.raises(ValueError, match="No round has scores"):
+        plot_rewards([{"round/number": 1}], {}, tmp_path / "a.png")
+    path = plot_rewards([{"round/number": 1, "round/mean_reward": 0.5}], {}, tmp_path / "b" / "a.svg")
+    assert path.read_text().startswith("<?xml")
+
+
+def test_as_a_user_starts_it(tmp_path):
+    flags = ["--num_train_epochs=1", "--num_generations=5", "--prompts_per_round=4", "--eval_prompts=0", *TRAINING]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run_conditional.py"), *flags],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "runs" / "conditional" / "summary.json").is_file()
+    assert "conditional training" in done.stdout
