@@ -11,15 +11,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from contrastive_align.data.formats import PROMPT_COLUMNS, BadRow, Group, Text
-from contrastive_align.data.tokenise import NoRoom, tokenise_group
+from contrastive_align.data.tokenise import NoRoom, tokenise_group, tokenise_prompt
 from contrastive_align.feedback.rounds import Sample
 
 
 logger = logging.get_logger(__name__)
 
-# One completion a row, or a list of them: (completion, score, feedback).
-SINGLE = ("completion", "score", "feedback")
-LISTS = ("completions", "scores", "feedbacks")
+# One completion a row, or a list of them: (completion, score, feedback, finished).
+SINGLE = ("completion", "score", "feedback", "finished")
+LISTS = ("completions", "scores", "feedbacks", "finished")
 _ALIASES = {"response": "completion", "responses": "completions", "reward": "score", "rewards": "scores"}
 
 
@@ -29,7 +29,8 @@ def read_scored(
     """Samples of round 1 from rows with ``prompt``, ``completion`` and ``score`` or ``feedback`` or both, or with lists
     of K of them (``completions``, ``scores``, ``feedbacks``).
 
-    A score or feedback may be None: the sample is there and is left out of what is drawn. Completions end in one EOS.
+    A score or feedback may be None: the sample is there and is left out of what is drawn. Completions end in one EOS,
+    but for those whose ``finished`` is False (or, with lists, its entry): they were cut when they were sampled.
 
     Args:
         max_length: prompt and completion together, without the condition; a longer completion keeps its beginning and
@@ -58,9 +59,11 @@ def read_scored(
     for number, row in enumerate(dataset):
         try:
             parts = list(_parts(row, row[columns[prompt_column]], found, names is LISTS, number))
-            for k, (prompt, completion, score, feedback) in enumerate(parts):
+            for k, (prompt, completion, score, feedback, finished) in enumerate(parts):
                 ids, whole = _tokens(prompt, completion, tokenizer, max_length, f"row {number}, completion {k}")
                 report["cut"] += not whole
+                if whole and not finished and len(ids) > 1:
+                    ids, whole = ids[:-1], False  # without its EOS
                 report["no_score"] += score is None and feedback is None
                 samples.append(Sample(prompt, ids, completion, score, feedback, whole, number, k, 1, 0))
         except BadRow as error:
@@ -78,34 +81,43 @@ def read_scored(
 
 def _parts(
     row: Mapping[str, Any], prompt: Any, columns: list[str | None], lists: bool, number: int
-) -> Iterator[tuple[Text, str, float | None, str | None]]:
-    completions, scores, feedbacks = (None if name is None else row[name] for name in columns)
+) -> Iterator[tuple[Text, str, float | None, str | None, bool]]:
+    completions, scores, feedbacks, finished = (None if name is None else row[name] for name in columns)
     if not lists:
-        completions, scores, feedbacks = [completions], [scores], [feedbacks]
+        completions, scores, feedbacks, finished = [completions], [scores], [feedbacks], [finished]
     if not prompt:
         raise BadRow(f"row {number}: the prompt is {prompt!r}, expected text or messages.")
     n = len(completions or [])
     scores = [None] * n if scores is None else scores
     feedbacks = [None] * n if feedbacks is None else feedbacks
-    for name, values in zip(columns[1:], (scores, feedbacks), strict=True):
+    finished = [None] * n if finished is None else finished
+    for name, values in zip(columns[1:], (scores, feedbacks, finished), strict=True):
         if len(values) != n:
             raise BadRow(f"row {number}: '{name}' has {len(values)} entries for {n} completions, expected one each.")
-    for k, (completion, score, feedback) in enumerate(zip(completions or [], scores, feedbacks, strict=True)):
+    for k, (completion, score, feedback, end) in enumerate(
+        zip(completions or [], scores, feedbacks, finished, strict=True)
+    ):
         where = f"row {number}, '{columns[0]}'" + (f"[{k}]" if lists else "")
         text = completion[-1]["content"] if isinstance(completion, list) and completion else completion
-        if not isinstance(text, str) or not text:
+        if not isinstance(text, str) or (not text and end is not True):  # one that ended at once is an EOS
             raise BadRow(f"{where} is {completion!r}, expected text that is not empty.")
         if score is not None and (isinstance(score, bool | str) or not math.isfinite(score)):
             raise BadRow(f"{where}: its score is {score!r}, expected a finite number or None.")
         if feedback is not None and not isinstance(feedback, str):
             raise BadRow(f"{where}: its feedback is {feedback!r}, expected text or None.")
-        yield prompt, text, None if score is None else float(score), feedback
+        if end is not None and not isinstance(end, bool):
+            raise BadRow(f"{where}: its 'finished' is {end!r}, expected true, false or None (true).")
+        yield prompt, text, None if score is None else float(score), feedback, end is not False
 
 
 def _tokens(
     prompt: Text, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, where: str
 ) -> tuple[list[int], bool]:
     """Ids of a completion, EOS included unless it was cut; and whether it is whole."""
+    if not completion:  # it ended at once
+        if max_length is not None and len(tokenise_prompt(prompt, tokenizer)) >= max_length:
+            raise NoRoom(f"{where}: the prompt leaves no room for a completion token under max_length={max_length}.")
+        return [tokenizer.eos_token_id], True
     answer = completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
     try:
         ids = tokenise_group(Group(prompt, [answer], [0.0]), tokenizer, max_length=max_length)
