@@ -88,7 +88,7 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
             summed by ``args.reward_weights``.
         judge: a :class:`~contrastive_align.feedback.judge.Judge`, in place of reward functions.
         condition: a :class:`~contrastive_align.feedback.conditions.Condition`, its kind, or a mapping.
-        sampler: a :class:`~contrastive_align.sampling.server.ServerSampler`, which draws completions on a server that has
+        sampler: a :class:`~contrastive_align.sampling.server.ServerSampler`, which draws completions on a server with
             the base model; it is handed the adapter whenever that has changed. LoRA only.
 
     Raises:
