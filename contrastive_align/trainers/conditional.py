@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import textwrap
 from collections.abc import Callable
@@ -27,23 +26,20 @@ from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
-from contrastive_align.data.formats import Text
-from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.feedback.conditions import Condition, resolve_condition
-from contrastive_align.feedback.offline import read_scored
-from contrastive_align.feedback.pool import Pool
 from contrastive_align.feedback.tokens import add_condition_tokens, with_trainable_rows
 from contrastive_align.models import load_tokenizer, resolve_start, with_pad_token
 from contrastive_align.models.layout import set_layout
 from contrastive_align.models.loading import check_output_dir
 from contrastive_align.models.logps import completion_objective
 from contrastive_align.models.token_loss import token_loss
-from contrastive_align.targets.features import resolve_feature
 from contrastive_align.trainers.checkpoints import last_whole_checkpoint
 from contrastive_align.trainers.coefficients import AdaptiveCoefficient
 from contrastive_align.trainers.conditional_config import ConditionalConfig
+from contrastive_align.trainers.conditional_data import ConditionalDataMixin
 from contrastive_align.trainers.conditional_evaluation import ConditionalEvaluationMixin
-from contrastive_align.trainers.conditioned_rows import ConditionedCollator, ConditionedRows, bare
+from contrastive_align.trainers.conditional_inputs import feature_of, freeze_lower_layers, refuse_given
+from contrastive_align.trainers.conditioned_rows import ConditionedCollator, bare
 from contrastive_align.trainers.rounds import RoundsMixin, frozen_copy
 from contrastive_align.trainers.server_sampling import check_sampler
 
@@ -55,7 +51,7 @@ STATE_FILE = "conditional_state.json"
 AnyDataset = Dataset | IterableDataset
 
 
-class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
+class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
     r"""Train a language model on its own completions, each conditioned on how good it was; then ask for the best.
 
     .. math:: \ell_t = -\log \pi(y_t | c, x, y_{<t}) + \beta_{KL}\, KL_t - \beta_H\, H_t
@@ -144,7 +140,7 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
             raise TypeError(
                 f"args is a {type(args).__name__}, expected a ConditionalConfig (it takes SFTConfig's options)."
             )
-        _refuse(
+        refuse_given(
             data_collator=data_collator,
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
@@ -159,7 +155,7 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
                 "prompts in an order of its own, which a stream does not have."
             )
         self.condition = resolve_condition(condition)
-        self.judge, self.feature = judge, _feature_of(reward_funcs, judge, args)
+        self.judge, self.feature = judge, feature_of(reward_funcs, judge, args)
         self.sampler = sampler
         self.online = judge is not None or self.feature is not None
 
@@ -174,7 +170,7 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
         self.reference = frozen_copy(model) if self.has_reference and not adapter else None
         peft_config = self._give_tokens(model, processing_class, peft_config, args)
         if args.unfrozen_layers_ratio < 1:
-            _freeze_lower_layers(model, args.unfrozen_layers_ratio, adapter)
+            freeze_lower_layers(model, args.unfrozen_layers_ratio, adapter)
         if args.disable_dropout:
             disable_dropout_in_model(model)
 
@@ -266,103 +262,6 @@ class ConditionalTrainer(ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
         if peft_config is None:
             return None
         return with_trainable_rows(peft_config, model, self.condition_ids)
-
-    # ---------------------------------------------------------------------------------------------------------- data
-
-    def _prepare_dataset(self, dataset: AnyDataset, *args: Any) -> AnyDataset:
-        return dataset  # rows are made from the pool, round by round
-
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            self._signature_columns = ["prompt_ids", "bare_ids", "completion_ids"]
-
-    def encode(self, prompt: Text) -> list[int]:
-        """Token ids of a prompt, with or without condition."""
-        ids = tokenise_prompt(prompt, self._tokenizer)
-        start = self._tokenizer.bos_token_id
-        return ids or [self.eos_token_ids[0] if start is None else start]
-
-    def _prepare_pool(self) -> None:
-        """The pool and how many draws a round has; from scored data the pool's one round is written at once."""
-        self.eos_token_ids = _eos_ids(self.model, self._tokenizer)
-        args, folder = self.args, Path(self.args.pool_dir or Path(self.args.output_dir) / "pool")
-        self.data_report: dict[str, Any] = {}
-        if self.online:
-            self.prompts = self._usable_prompts(self.train_dataset)
-            self.prompts_per_round = args.prompts_per_round or len(self.prompts)
-            if self.prompts_per_round > len(self.prompts):
-                raise ValueError(
-                    f"prompts_per_round is {self.prompts_per_round} and the dataset has {len(self.prompts)} prompts "
-                    "that can be used. Lower it, or raise num_generations for more completions a round."
-                )
-            self.condition.check_generations(args.num_generations)
-            draws = args.draws_per_round or self.prompts_per_round * args.num_generations
-        else:
-            samples, self.data_report = read_scored(
-                self.train_dataset, self._tokenizer, max_length=args.max_length, on_bad_row=args.on_bad_row
-            )
-            folder = folder.with_name(f"{folder.name}-{_fingerprint(samples, self.condition)}")
-        self.pool = Pool(folder, label=self.condition.label, drop_factor=args.drop_factor, seed=args.seed)
-        if not self.online:
-            if not self.pool.rounds and self.accelerator.is_main_process:
-                self.pool.add(samples)
-            self.accelerator.wait_for_everyone()
-            self.pool.reload()
-            labelled = int((self.pool.table(1).label >= 0).sum())
-            self.data_report["left_out"] = len(samples) - labelled
-            if labelled < len(samples):
-                logger.warning(
-                    f"{len(samples) - labelled} of {len(samples)} completions have no score or feedback: left out."
-                )
-            draws = args.draws_per_round or labelled
-        step = args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
-        length = math.ceil(draws / step) * step
-        self.rows = ConditionedRows(self.pool, self.condition, self.encode, length, args.max_length)
-
-    def _usable_prompts(self, dataset: Dataset) -> Dataset:
-        """The prompts that leave room for a completion; the others are counted."""
-        if "prompt" not in dataset.column_names:
-            raise ValueError(
-                f"train_dataset has the columns {dataset.column_names}, expected 'prompt' to sample from. Rename one: "
-                "dataset.rename_column(old, 'prompt')."
-            )
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        limits = [x for x in (context, self.args.max_length) if x]
-        room = min(limits, default=2**31) - self.args.max_completion_length
-        long = []
-        for i, prompt in enumerate(dataset["prompt"]):
-            conditioned = [self.condition.apply(prompt, text) for text in self.condition.askable().values()]
-            if max(len(self.encode(p)) for p in [prompt, *conditioned]) > room:
-                long.append(i)
-        self.data_report = {"rows": len(dataset), "too_long": len(long)}
-        if not long:
-            return dataset
-        logger.warning(
-            f"{len(long)} of {len(dataset)} prompts are longer than {room} tokens (condition included) and are left "
-            f"out; the first rows are {long[:5]}. max_length={self.args.max_length}, the model's context is {context}, "
-            f"max_completion_length={self.args.max_completion_length}."
-        )
-        if len(long) == len(dataset):
-            raise ValueError("No prompt is short enough: see the warning above. Raise max_length, or lower "
-                             "max_completion_length.")  # fmt: skip
-        gone = set(long)
-        return dataset.select([i for i in range(len(dataset)) if i not in gone])
-
-    def get_train_dataloader(self):
-        return self._get_dataloader(
-            dataset=self.rows,
-            description="Training",
-            batch_size=self._train_batch_size,
-            sampler_fn=torch.utils.data.SequentialSampler,
-            is_training=True,
-        )
-
-    def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device):
-        """The micro-batches of one optimiser step, and how many completion tokens they hold over all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        tokens = sum(batch["completion_mask"].sum() for batch in batches)
-        total = self.accelerator.gather(torch.as_tensor(tokens, device=device)).sum()
-        return batches, total
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
@@ -492,69 +391,3 @@ class _RoundStart(TrainerCallback):
 
 def _as_it_is(*values: Any) -> tuple[Any, ...]:
     return values
-
-
-def _eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What ends a completion: the tokenizer's EOS and those of the generation config."""
-    found = getattr(model.generation_config, "eos_token_id", None)
-    found = [] if found is None else found if isinstance(found, list) else [found]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *found]))
-
-
-def _feature_of(reward_funcs: Any, judge: Any, args: ConditionalConfig) -> Any:
-    if judge is not None and reward_funcs is not None:
-        raise ValueError("Both reward_funcs and judge are given, expected one of them.")
-    if reward_funcs is None:
-        if args.reward_weights is not None:
-            raise ValueError("reward_weights weighs reward_funcs, and none are given. Leave it out.")
-        return None
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(functions)
-    if len(weights) != len(functions):
-        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions.")
-    if len(functions) == 1 and weights == [1.0]:
-        return resolve_feature(functions[0], trust_remote_code=args.trust_remote_code)
-    return resolve_feature(
-        {"sum": [[w, f] for w, f in zip(weights, functions, strict=True)]}, trust_remote_code=args.trust_remote_code
-    )
-
-
-def _refuse(**given: Any) -> None:
-    ways = {
-        "data_collator": "rows are collated in two forms, with and without condition",
-        "compute_loss_func": "the loss is this class's; subclass it and override compute_loss",
-        "compute_metrics": "no logits are built; read trainer.evaluate()'s metrics",
-        "preprocess_logits_for_metrics": "no logits are built; read trainer.evaluate()'s metrics",
-        "formatting_func": "prompts and completions are told apart by their columns; map the dataset before",
-    }
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{name} is not supported by ConditionalTrainer: {ways[name]}.")
-
-
-def _freeze_lower_layers(model: PreTrainedModel, ratio: float, adapter: bool) -> None:
-    if adapter:
-        raise ValueError(
-            "unfrozen_layers_ratio freezes layers of a whole model, and here an adapter is trained. Give LoRA its "
-            "layers with layers_to_transform."
-        )
-    decoder = model.get_decoder()
-    layers = next(
-        (m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers),
-        None,
-    )
-    if layers is None:
-        raise ValueError(
-            f"{type(model).__name__} has no list of layers that unfrozen_layers_ratio could be a share of."
-        )
-    for layer in layers[: len(layers) - max(1, round(ratio * len(layers)))]:
-        layer.requires_grad_(False)
-
-
-def _fingerprint(samples: list[Any], condition: Condition) -> str:
-    import hashlib
-
-    digest = hashlib.sha256(json.dumps(condition.spec, sort_keys=True).encode())
-    for s in samples:
-        digest.update(repr((s.prompt, s.completion_ids, s.score, s.feedback)).encode())
-    return digest.hexdigest()[:12]

@@ -113,9 +113,9 @@ class ConditionalEvaluationMixin:
         own = [
             self.condition.text(s, int(label)) if label >= 0 else None for s, label in zip(samples, labels, strict=True)
         ]
-        by_condition = {"": self._nll(samples, own)}
+        by_condition = {"": self.nll_given(samples, own)}
         for name, text in ends.items():
-            by_condition[f"_given/{name}"] = self._nll(samples, [text] * len(samples))
+            by_condition[f"_given/{name}"] = self.nll_given(samples, [text] * len(samples))
         metrics = {}
         for label in np.unique(labels[labels >= 0]):
             for suffix, (nll, tokens) in by_condition.items():
@@ -123,7 +123,7 @@ class ConditionalEvaluationMixin:
                 metrics[f"nll/{names[label]}{suffix}"] = float(nll[of].sum() / tokens[of].sum())
         return metrics
 
-    def _nll(self, samples: list[Sample], texts: list[str | None]) -> tuple[np.ndarray, np.ndarray]:
+    def nll_given(self, samples: list[Sample], texts: list[str | None]) -> tuple[np.ndarray, np.ndarray]:
         """(N,) negative log-likelihoods in nats and (N,) tokens of completions, each under a condition or none."""
         n, collate = len(samples), GroupCollator(self._tokenizer.pad_token_id)
         own = np.array_split(np.arange(n), self.accelerator.num_processes)[self.accelerator.process_index]

@@ -1,0 +1,80 @@
+"""What a ConditionalTrainer makes of its arguments."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from contrastive_align.feedback.conditions import Condition
+from contrastive_align.feedback.rounds import Sample
+from contrastive_align.targets.evaluate import Feature
+from contrastive_align.targets.features import resolve_feature
+from contrastive_align.trainers.conditional_config import ConditionalConfig
+
+
+def feature_of(reward_funcs: Any, judge: Any, args: ConditionalConfig) -> Feature | None:
+    if judge is not None and reward_funcs is not None:
+        raise ValueError("Both reward_funcs and judge are given, expected one of them.")
+    if reward_funcs is None:
+        if args.reward_weights is not None:
+            raise ValueError("reward_weights weighs reward_funcs, and none are given. Leave it out.")
+        return None
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    weights = args.reward_weights if args.reward_weights is not None else [1.0] * len(functions)
+    if len(weights) != len(functions):
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions.")
+    if len(functions) == 1 and weights == [1.0]:
+        return resolve_feature(functions[0], trust_remote_code=args.trust_remote_code)
+    return resolve_feature(
+        {"sum": [[w, f] for w, f in zip(weights, functions, strict=True)]}, trust_remote_code=args.trust_remote_code
+    )
+
+
+def refuse_given(**given: Any) -> None:
+    ways = {
+        "data_collator": "rows are collated in two forms, with and without condition",
+        "compute_loss_func": "the loss is this class's; subclass it and override compute_loss",
+        "compute_metrics": "no logits are built; read trainer.evaluate()'s metrics",
+        "preprocess_logits_for_metrics": "no logits are built; read trainer.evaluate()'s metrics",
+        "formatting_func": "prompts and completions are told apart by their columns; map the dataset before",
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} is not supported by ConditionalTrainer: {ways[name]}.")
+
+
+def freeze_lower_layers(model: PreTrainedModel, ratio: float, adapter: bool) -> None:
+    if adapter:
+        raise ValueError(
+            "unfrozen_layers_ratio freezes layers of a whole model, and here an adapter is trained. Give LoRA its "
+            "layers with layers_to_transform."
+        )
+    decoder = model.get_decoder()
+    layers = next(
+        (m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers),
+        None,
+    )
+    if layers is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list of layers that unfrozen_layers_ratio could be a share of."
+        )
+    for layer in layers[: len(layers) - max(1, round(ratio * len(layers)))]:
+        layer.requires_grad_(False)
+
+
+def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a completion: the tokenizer's EOS and those of the generation config."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    found = [] if found is None else found if isinstance(found, list) else [found]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *found]))
+
+
+def fingerprint(samples: list[Sample], condition: Condition) -> str:
+    digest = hashlib.sha256(json.dumps(condition.spec, sort_keys=True).encode())
+    for s in samples:
+        digest.update(repr((s.prompt, s.completion_ids, s.score, s.feedback)).encode())
+    return digest.hexdigest()[:12]
