@@ -220,3 +220,44 @@ def test_a_run_that_fails_is_told_with_its_log(script, tmp_path, monkeypatch):
     monkeypatch.setattr(divergences.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2))
     with pytest.raises(SystemExit, match=r"run_fdpg\.py.* failed; its output is in .*js-seed1/run\.log"):
         divergences.main(["--divergences", "js", "--seeds", "1", "--out", str(tmp_path)])
+
+
+def conditional_summary(gain: float) -> str:
+    def change(after: float) -> dict:
+        return {"before": 0.5, "after": after, "se": 0.1, "n": 9}
+
+    given = {"good": 0.5 + gain, "fair": 0.6, "bad": 0.4, "nothing": 0.55}
+    metrics = {"mean_reward": change(0.5 + gain)} | {f"reward_given/{k}": change(v) for k, v in given.items()}
+    rounds = [{"round/reference_perplexity": 1.5, "round/distinct_2": 0.1}]
+    training = {"seconds": 60, "seconds_measuring": 5, "kl": 0.2, "rounds": rounds}
+    return json.dumps({"metrics": metrics, "training": training})
+
+
+def test_conditional_training_is_compared_in_two_tables(script, tmp_path, monkeypatch, capsys):
+    conditional, ran = script("conditional"), []
+
+    def fake(command, **kwargs):
+        flags = dict(flag.removeprefix("--").split("=") for flag in command[2:])
+        ran.append((flags.get("kl_direction", flags.get("score_column", "")), flags["seed"]))
+        gain = {"1": 0.3, "2": 0.05}[flags["seed"]]  # the second is not in order
+        (Path(flags["output_dir"]) / "summary.json").write_text(conditional_summary(gain))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(conditional.subprocess, "run", fake)
+    flags = ["--runs", "tokens", "scored data", "forward", "--out", str(tmp_path), "--json", f"{tmp_path}/t.json"]
+    conditional.main([*flags, "--seeds", "1"])
+    capsys.readouterr()
+    conditional.main([*flags, "--seeds", "1", "2"])
+    assert ran == [(flag, seed) for seed in ("1", "2") for flag in ("", "scores", "forward")]
+    kinds, directions = capsys.readouterr().out.split("\n\n")
+    assert [row[0].split(", ")[-1] for row in cells(directions.strip())[2:]] == ["reverse", "forward"]
+    header, _, tokens, scored = cells(kinds)
+    found = dict(zip(header, tokens, strict=True))
+    assert scored[0] == "tokens, scored data" and found["runs"] == "2" and found["ordered"] == "1 of 2"
+    assert found["best"] == "0.675 +- 0.177" and found["start"] == "0.500 +- 0.000"
+    assert found["gain / se"] == "1.8 +- 1.8"
+    saved = json.loads((tmp_path / "t.json").read_text())
+    assert saved["forward"]["KL"] == {"mean": 0.2, "spread": 0.0}
+    monkeypatch.setattr(conditional.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2))
+    with pytest.raises(SystemExit, match=r"run_conditional\.py.* failed; its output is in .*tokens-seed3/run\.log"):
+        conditional.main(["--seeds", "3", "--out", str(tmp_path)])

@@ -23,7 +23,12 @@ from contrastive_align.report.conditional import plot_rewards
 
 
 ROOT = Path(__file__).parents[1]
-TRAINING = ["--per_device_train_batch_size=16", "--max_completion_length=24", "--disable_tqdm=true"]
+TRAINING = [
+    "--per_device_train_batch_size=16",
+    "--draws_per_round=32",
+    "--max_completion_length=24",
+    "--disable_tqdm=true",
+]
 SMALL = [*TRAINING, "--num_generations=5", "--prompts_per_round=4", "--num_train_epochs=2", "--eval_prompts=3"]
 REWARD = "--reward=contrastive_align.demo:reward"
 TOKENS = [f"<quantile_{i}>" for i in range(5)]

@@ -28,7 +28,7 @@ from contrastive_align.launch.common import (
     print_on_main,
     save,
 )
-from contrastive_align.launch.conditional_measure import Measurement, describe, draw_picture, rounds_of
+from contrastive_align.launch.conditional_measure import Measurement, describe, draw_picture, last_terms, rounds_of
 from contrastive_align.launch.datasets import take
 from contrastive_align.launch.feedback import build_judge, check_reward, load_scored, read_spec, with_feedback
 from contrastive_align.launch.memory import keep_freed_memory
@@ -42,15 +42,15 @@ DEMO_PROMPTS, DEMO_SCORED = "the bundled demo prompts", "the bundled demo data"
 DEMO_REWARD = "contrastive_align.demo:reward"
 DEMO_OUTPUT = "runs/conditional"
 # What the bundled model and the bundled data are trained with, where nothing else is said.
-DEMO_MODEL = {"max_completion_length": 40, "learning_rate": 3e-3, "gradient_checkpointing": False}
+DEMO_MODEL = {"max_completion_length": 40, "learning_rate": 4e-3, "gradient_checkpointing": False}
 DEMO_DATA = {
-    "per_device_train_batch_size": 32,
+    "per_device_train_batch_size": 64,
     "lr_scheduler_type": "cosine",
     "logging_steps": 20,
     "save_strategy": "no",
     "eval_prompts": 200,
 }
-DEMO_ROUNDS = {"prompts_per_round": 256}
+DEMO_ROUNDS = {"prompts_per_round": 128, "draws_per_round": 5120}
 JUDGED_PROMPTS = 16  # measured with a judge, which is slow or costs money, where nothing else is said
 
 
@@ -154,9 +154,12 @@ def main(argv: Sequence[str] | None = None) -> Summary | list[str]:
     summary.training = {
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - started, 1),
+        **last_terms(trainer),
         "rounds": rounds_of(trainer),
     }
     save(args, trainer, summary, None if not (args.script.own_data or args.datasets.datasets) else data_name)
+    asking = f'python run_conditional.py --model_name_or_path={args.training.output_dir} --best="a prompt"'
+    summary.saved["ask for the best"] = asking
     started = time.perf_counter()
     with _as_usage_error():
         measurement.after(summary)

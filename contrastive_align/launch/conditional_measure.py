@@ -89,7 +89,7 @@ def in_words(given: dict[str, np.ndarray], change: Change) -> str:
     """
     moved = change.after - change.before
     size = f"{abs(moved) / change.se:.1f} standard errors" if change.se > 0 else "no spread"
-    text = f"In words: given the best, the reward is {abs(moved):.4f} {'above' if moved > 0 else 'below'} the start"
+    text = f"In words: given the best, the reward is {abs(moved):.4f} {'below' if moved < 0 else 'above'} the start"
     means = [float(np.nanmean(values)) for values in given.values()]
     if len(means) < 2:
         return f"{text} ({size})."
@@ -112,6 +112,12 @@ def rounds_of(trainer: ConditionalTrainer) -> list[dict[str, Any]]:
     """What was logged at the beginning of each round, once for each."""
     found = {row["round/number"]: row for row in trainer.state.log_history if "round/number" in row}
     return [found[number] for number in sorted(found)]
+
+
+def last_terms(trainer: ConditionalTrainer) -> dict[str, float]:
+    """Likelihood, KL and entropy in nats per token, as they were logged last."""
+    rows = [row for row in trainer.state.log_history if "nll" in row]
+    return {name: rows[-1][name] for name in ("nll", "kl", "entropy") if name in rows[-1]} if rows else {}
 
 
 def draw_picture(trainer: ConditionalTrainer, summary: Summary) -> None:
@@ -141,7 +147,7 @@ def describe(
     script, training = args.script, args.training
     is_demo = args.model.model_name_or_path == demo.MODEL_PATH
     name = "the bundled demo model" if is_demo else str(args.model.model_name_or_path)
-    feedback = "a judge" if trainer.judge else trainer.feature.name if trainer.online else "the scores of the data"
+    feedback = "a judge" if trainer.judge else trainer.feature.name if trainer.online else "the data's feedback"
     terms = f"KL {training.kl_coef:g} ({training.kl_direction}), entropy {training.entropy_coef:g}"
     rounds = f"{training.num_train_epochs:g} passes over {trainer.rows.length} draws"
     if trainer.online:
