@@ -20,7 +20,7 @@ from contrastive_align.models import load_tokenizer
 from contrastive_align.sampling.decode import draw
 from contrastive_align.sampling.seeds import seed_of
 from contrastive_align.sampling.server import PLAIN, ServerSampler
-from contrastive_align.trainers.conditional import _eos_ids
+from contrastive_align.trainers.conditional_inputs import eos_ids
 
 
 Drawn = list[tuple[list[str], list[bool]]]  # of each prompt: K texts, and whether they ended by themselves
@@ -97,7 +97,7 @@ def _encoder(tokenizer: Any) -> Callable[[Prompt], list[int]]:
 def _local_sampler(args: Namespace, tokens: list[str]) -> Callable[[list[Prompt], list[int]], Drawn]:
     model, tokenizer = load_trained(args.model_name_or_path, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
-    encode, eos = _encoder(tokenizer), _eos_ids(model, tokenizer)
+    encode, eos = _encoder(tokenizer), eos_ids(model, tokenizer)
 
     def generate(prompts: list[Prompt], seeds: list[int]) -> Drawn:
         drawn = draw(
