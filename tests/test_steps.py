@@ -3,8 +3,12 @@
 import itertools
 import json
 import re
+import runpy
+import shlex
+from pathlib import Path
 
 import pytest
+import yaml
 from datasets import Dataset
 from judge_server import JudgeServer, scored
 from sampling_server import SamplingServer, text_of
@@ -12,9 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from contrastive_align.demo import MODEL_PATH
 from contrastive_align.demo.task import all_prompts
+from contrastive_align.feedback import resolve_condition
+from contrastive_align.feedback.judge import resolve_judge
 from contrastive_align.feedback.offline import read_scored
 from contrastive_align.feedback.tokens import add_condition_tokens
 from contrastive_align.launch.arguments import UsageError
+from contrastive_align.launch.steps import command
 from contrastive_align.launch.steps import sample as sample_step
 from contrastive_align.launch.steps.command import main
 from contrastive_align.launch.steps.splits import rows_of
@@ -404,3 +411,48 @@ def test_training_is_run_conditional_on_the_converted_file(tmp_path, monkeypatch
     )
     assert argv == ["yamls/x.yaml", "--max_steps=3", "--dataset_name=out/scored_completions.jsonl", "--output_dir=out"]
     assert read(tmp_path / "out" / "scored_completions.jsonl") == convert(rows, None, where="")
+
+
+# ------------------------------------------------------------------------------------------------------------ recipes
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("conditional_*"))
+
+
+def commands(readme, script):
+    """The arguments of every command of a README's that runs this script."""
+    blocks = re.findall(r"```bash\n(.*?)```", readme.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if script in line]
+    return [shlex.split(line.split(script, 1)[1]) for line in lines if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_the_commands_of_a_recipe_parse(recipe, monkeypatch):
+    from contrastive_align.launch.conditional import CLASSES, parse
+
+    monkeypatch.chdir(recipe.parent.parent)
+    run = commands(recipe / "README.md", "run_conditional.py ")
+    steps = commands(recipe / "README.md", "contrastive_align.steps ")
+    assert run and steps
+    for argv in run:
+        parse(argv, prog="run_conditional.py", **CLASSES)
+    for argv in steps:
+        if "..." not in argv:
+            argv = [arg.replace("$k", "3") for arg in argv]
+            args, rest = command._parser().parse_known_args(argv)
+            assert args.step == "train" or not rest
+            if rest:
+                parse(rest, prog="run_conditional.py", **CLASSES)
+
+
+def test_the_judge_of_the_dialogue_recipe(tmp_path):
+    spec = yaml.safe_load((RECIPES[0].parent / "conditional_dialogue" / "judge.yaml").read_text())
+    judge = resolve_judge({**spec, "cache": str(tmp_path / "cache")})
+    assert judge.spec["answers"] == list(resolve_condition("categories").categories)
+
+
+def test_prompts_of_the_toxicity_recipe():
+    folder = RECIPES[0].parent / "conditional_toxicity"
+    made = runpy.run_path(str(folder / "prompts.py"))["split_prompts"]
+    rows = [{"prompt": {"text": t, "toxicity": x}} for t, x in (("a", 0.1), ("b", 0.2), ("c", 0.9), ("d", None))]
+    assert made(rows, 1) == (["a", "c", "d"], ["b"]) and made(rows, 0) == (["a", "b", "c", "d"], [])
+    assert made(rows, 9) == (["c", "d"], ["a", "b"])
