@@ -38,7 +38,7 @@ def written(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_the_embedded_default(tmp_path, capsys):
+def test_the_embedded_default(tmp_path, capsys, monkeypatch):
     main([*SMALL, f"--output_dir={tmp_path}"])
     found = written(tmp_path)
     assert found["model"]["name_or_path"] == demo.MODEL_PATH and found["method"]["online"]
@@ -87,6 +87,13 @@ def test_the_default_folder_is_replaced_without_flags(tmp_path, monkeypatch):
     main(flags)
     assert sorted(p.name for p in (tmp_path / "runs/conditional/pool").iterdir()) == ["round-00001.arrow"]
     assert written(tmp_path / "runs/conditional")["metrics"] == {}
+
+
+def test_before_is_the_start_given_nothing(tmp_path):
+    flags = ["--condition=phrases", "--learning_rate=0", *SMALL[:-2], "--num_train_epochs=1", "--eval_prompts=3"]
+    summary = main([*flags, f"--output_dir={tmp_path}"])
+    nothing, best = summary.metrics["reward_given/nothing"], summary.metrics["mean_reward"]
+    assert (nothing.after, nothing.se) == (nothing.before, 0) and best.before == nothing.before != best.after
 
 
 def test_lora_with_tokens_a_function_and_a_text_file(tmp_path, capsys):
@@ -222,6 +229,8 @@ def test_a_judge_is_asked_for_what_the_condition_needs(tmp_path):
 def test_words_say_when_the_order_is_wrong():
     given = {"good": np.array([0.2, 0.4]), "bad": np.array([0.3, 0.4])}
     assert in_words(given, Change(0.5, 0.3, 0.1, 2)).endswith("from best to worst it does NOT always fall.")
+    given = {"good": np.array([0.5, 0.4]), "fair": np.array([0.1, 0.1]), "bad": np.array([0.3, 0.4])}
+    assert in_words(given, Change(0.5, 0.3, 0.1, 2)).endswith("does NOT always fall.")
     assert "0.2000 below the start (2.0 standard errors)" in in_words(given, Change(0.5, 0.3, 0.1, 2))
 
 
