@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
@@ -248,6 +248,28 @@ def test_lora_has_one_copy_and_its_reference_is_the_base(tiny_llama, tmp_path):
     with torch.no_grad():
         found, wanted = loaded(ids).logits, trainer.model.eval()(ids).logits
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_the_reference_of_an_adapter_is_the_adapter(tiny_llama, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama())
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama())
+    trainer = build(model, tmp_path, condition="phrases", more={"processing_class": tokenizer})
+    ids = torch.tensor([trainer.encode(PROMPTS[0])])
+
+    def logits():
+        with trainer.sampling(reference=True) as reference:
+            return reference(ids).logits
+
+    with torch.no_grad():
+        start, bare = trainer.model.eval()(ids).logits, base.eval()(ids).logits
+        with trainer.model.disable_adapter():
+            assert not torch.allclose(trainer.model(ids).logits, start, atol=1e-2)
+    assert torch.allclose(logits(), start, atol=1e-6) and torch.equal(bare, start)
+    trainer.train()
+    assert torch.allclose(logits(), start, atol=1e-6)
+    with torch.no_grad():
+        assert not torch.allclose(trainer.model.eval()(ids).logits, start, atol=1e-2)
 
 
 @pytest.mark.parametrize("tied", [False, True])

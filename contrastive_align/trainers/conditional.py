@@ -38,7 +38,12 @@ from contrastive_align.trainers.coefficients import AdaptiveCoefficient
 from contrastive_align.trainers.conditional_config import ConditionalConfig
 from contrastive_align.trainers.conditional_data import ConditionalDataMixin
 from contrastive_align.trainers.conditional_evaluation import ConditionalEvaluationMixin
-from contrastive_align.trainers.conditional_inputs import feature_of, freeze_lower_layers, refuse_given
+from contrastive_align.trainers.conditional_inputs import (
+    feature_of,
+    freeze_lower_layers,
+    keep_as_reference,
+    refuse_given,
+)
 from contrastive_align.trainers.conditioned_rows import ConditionedCollator, bare
 from contrastive_align.trainers.rounds import RoundsMixin, frozen_copy
 from contrastive_align.trainers.server_sampling import check_sampler
@@ -168,6 +173,8 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
             raise ValueError(f"{type(model).__name__} is an encoder-decoder, expected a causal language model.")
         self.has_reference = args.kl_coef != 0
         self.reference = frozen_copy(model) if self.has_reference and not adapter else None
+        if self.has_reference and is_peft_model(model):
+            keep_as_reference(model)
         peft_config = self._give_tokens(model, processing_class, peft_config, args)
         if args.unfrozen_layers_ratio < 1:
             freeze_lower_layers(model, args.unfrozen_layers_ratio, adapter)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -64,6 +65,20 @@ def freeze_lower_layers(model: PreTrainedModel, ratio: float, adapter: bool) -> 
         )
     for layer in layers[: len(layers) - max(1, round(ratio * len(layers)))]:
         layer.requires_grad_(False)
+
+
+def keep_as_reference(model: PeftModel) -> None:
+    """A frozen copy of the adapter that a model came with, as in TRL: the reference is the start, not its base."""
+    config = model.peft_config[model.active_adapter]
+    if config.modules_to_save or getattr(config, "trainable_token_indices", None):
+        raise ValueError(
+            "The model's adapter trains whole modules or rows of tokens (modules_to_save, trainable_token_indices), of "
+            "which no frozen copy can stand beside it. Merge it first, or set kl_coef=0, which needs no reference."
+        )
+    model.add_adapter("ref", config)
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
+            parameter.data.copy_(model.get_parameter(name.replace(".ref.", f".{model.active_adapter}.")).data)
 
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -69,7 +69,7 @@ class RoundsMixin:
                 )
             )
             if reference:
-                stack.enter_context(use_adapter(model, None))
+                stack.enter_context(use_adapter(model, "ref" if "ref" in model.peft_config else None))
             was_training = model.training
             stack.callback(lambda: model.train(was_training))
             yield model.eval()
