@@ -19,7 +19,7 @@ if __name__ == "__main__":
     found = {}
     for way, options in ways.items():
         trainer = trained(
-            make_tokenizer(), out.with_suffix(""), moment_target(), max_steps=5, per_device_train_batch_size=samples,
+            make_tokenizer(), out.with_suffix(""), moment_target(), max_steps=6, per_device_train_batch_size=samples,
             **options,
         )  # fmt: skip
         weights = {name.removeprefix("module."): p.detach() for name, p in trainer.model.named_parameters()}

@@ -163,6 +163,45 @@ def test_standard_errors_are_the_spread_over_repeated_draws():
     assert (torch.stack(columns["lambdas"]).mean(0) - exact.lambdas).abs().max() < 0.03
 
 
+def test_the_bias_of_few_samples_for_each_of_many_prompts_is_corrected():
+    """64 prompts of 64 samples, drawn 60 times: the exact lambda is that of all atoms."""
+    g = torch.Generator().manual_seed(7)
+    log_a = torch.log_softmax(torch.randn(64, 80, generator=g, dtype=F64), -1)
+    phi = (torch.rand(64, 80, 2, generator=g) < 0.15).double()
+    moments = [0.5, 0.3]
+    exact = fit_lambdas(phi, moments, log_weights=log_a, min_ess=0).lambdas
+    plain, corrected, residuals = [], [], []
+    for _ in range(60):
+        x = torch.multinomial(log_a.exp(), 64, replacement=True, generator=g)
+        drawn = phi.gather(1, x.unsqueeze(-1).expand(-1, -1, 2))
+        plain.append(fit_lambdas(drawn, moments).lambdas)
+        fit = fit_lambdas(drawn, moments, correct_bias=True)
+        corrected.append(fit.lambdas)
+        residuals.append(fit.residual)
+    plain, corrected = torch.stack(plain) - exact, torch.stack(corrected) - exact
+    assert (plain.mean(0) > 4 * plain.std(0) / 60**0.5).all()
+    assert (corrected.mean(0).abs() < plain.mean(0) / 3).all()
+    assert (corrected.std(0) < 1.05 * plain.std(0)).all()
+    assert torch.stack(residuals).abs().max() < 0.003
+
+
+def test_the_corrected_bias_is_that_of_the_jackknife():
+    """Over the samples of a prompt, M m - (M - 1) mean of m without each one, but for O(1 / M^2); in any units."""
+    g = torch.Generator().manual_seed(8)
+    phi = torch.rand(3, 400, 2, generator=g, dtype=F64) * torch.tensor([1.0, 50.0])
+    weights = torch.randn(3, 400, generator=g, dtype=F64) / 2
+    moments = torch.tensor([0.6, 22.0], dtype=F64)
+    fit = fit_lambdas(phi, moments, log_weights=weights, correct_bias=True)
+    w = torch.exp(weights + phi @ fit.lambdas).unsqueeze(-1)
+    whole = (w * phi).sum(1) / w.sum(1)
+    without = ((w * phi).sum(1, keepdim=True) - w * phi) / (w.sum(1, keepdim=True) - w)
+    jackknife = (400 * whole - 399 * without.mean(1)).mean(0)
+    bias = (whole.mean(0) - jackknife).abs()
+    assert (bias > 1e-4 * moments).all()
+    assert ((fit.achieved - jackknife).abs() < 0.05 * bias).all()
+    assert ((jackknife - moments).abs() < 0.05 * bias).all()
+
+
 def test_progress_is_told():
     phi, _ = dependent()
     told = []

@@ -26,7 +26,7 @@ class Constraint:
             the moment is 1 and the feature is boolean (which a fit reads off the samples if the spec does not say).
 
     Raises:
-        ValueError: a moment that is no finite number, or a pointwise one that is not 1.
+        ValueError: a moment that is no finite number, a boolean one outside 0 to 1, or a pointwise one not 1.
     """
 
     feature: Any
@@ -44,6 +44,11 @@ class Constraint:
             raise ValueError(
                 f"'{feature.name}' is pointwise with {found}, expected moment=1.0 and a feature of 0 and 1: 'always'. "
                 "Leave pointwise out for a moment that holds on average."
+            )
+        if feature.boolean and not 0 <= self.moment <= 1:
+            raise ValueError(
+                f"The moment of '{feature.name}' is {self.moment:g}, expected 0 to 1: the share of the texts that have "
+                "the feature."
             )
         pointwise = self.pointwise
         if pointwise is None and (self.moment != 1 or feature.boolean is not None):

@@ -124,11 +124,21 @@ def _function(value: Any) -> Feature:
     place, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
     if not place or not name:
         raise ValueError(f"function: found {shorten(value)}, expected 'file.py:function' or 'package.module:function'.")
-    module = _load_file(place) if place.endswith(".py") else importlib.import_module(place)
+    module = _load_file(place) if place.endswith(".py") else _import(place)
     if not callable(getattr(module, name, None)):
         there = [key for key, item in vars(module).items() if inspect.isfunction(item) and not key.startswith("_")]
         raise AttributeError(f"{place} has no function {name!r}. It has: {', '.join(there) or 'none'}.")
     return Feature(getattr(module, name), name)
+
+
+def _import(place: str) -> Any:
+    try:
+        return importlib.import_module(place)
+    except Exception as error:
+        raise ValueError(
+            f"{place} could not be imported, which raised {type(error).__name__}: {error}. For a file write "
+            "'file.py:function'."
+        ) from error
 
 
 def _load_file(path: str) -> Any:
@@ -141,9 +151,11 @@ def _load_file(path: str) -> Any:
     sys.modules[name] = module  # dataclasses and pickle look a class up by its module
     try:
         spec.loader.exec_module(module)
-    except BaseException:
+    except BaseException as error:
         del sys.modules[name]
-        raise
+        if not isinstance(error, Exception):
+            raise
+        raise ValueError(f"{file} could not be imported, which raised {type(error).__name__}: {error}") from error
     return module
 
 

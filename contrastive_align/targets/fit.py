@@ -29,7 +29,7 @@ class Fit:
     Args:
         lambdas: (J,) nats per unit of the feature.
         moments: (J,) wanted.
-        achieved: (J,) mean_c E_p[phi | c] on the samples.
+        achieved: (J,) mean_c E_p[phi | c] on the samples, without its bias where that is corrected.
         base_moments: (J,) the same at lambda = 0.
         moment_se: (J,) of ``achieved`` at these lambdas, by the delta method for ratios.
         lambda_se: (J,) H^-1 V H^-1, with V the covariance of ``achieved`` and H that of phi under p.
@@ -74,6 +74,7 @@ def fit_lambdas(
     valid: Tensor | None = None,
     names: Sequence[str] | None = None,
     min_ess: float = 20.0,
+    correct_bias: bool = False,
     tolerance: float = 1e-10,
     max_iterations: int = 200,
     progress: Callable[[int, dict[str, Any]], None] | None = None,
@@ -88,6 +89,14 @@ def fit_lambdas(
     mean_c E_p[phi|c] - mu, the Hessian mean_c Cov_p[phi|c], so Newton needs a dozen steps. With one binary feature of
     base rate mu0, lambda = logit(mu) - logit(mu0).
 
+    E_p[phi|c] is a ratio of two means over M samples, and biased by O(1/M) towards what the base has: more prompts do
+    not help, and lambda comes out too large in size. ``correct_bias`` takes its leading term off by one more step:
+
+    .. math:: E[\hat m_c] - m_c \approx -\sum_m p_{cm}^2\, (\phi_{cm} - \hat m_c), \qquad
+        \hat m_c = \sum_m p_{cm}\, \phi_{cm}
+
+    which is the delta method for a self-normalised mean, and to this order the jackknife over a prompt's samples.
+
     Args:
         phi: (C, M, J) features of M samples for each of C prompts; C = 1 where there are no prompts.
         moments: (J,) wanted, each the mean over prompts.
@@ -98,6 +107,8 @@ def fit_lambdas(
         valid: (C, M) bool: False marks a sample that is not there (other numbers of samples per prompt).
         names: of the features, for errors.
         min_ess: the effective sample size under which the result is not to be trusted.
+        correct_bias: for samples; not where the weighted points are all there is. What is left of the residual is then
+            of second order, no longer 0.
         tolerance: on the residuals, relative to the range of each feature.
         progress: called with the iteration and a dict of ``dual``, ``residual`` (J,) and ``ess``.
 
@@ -126,6 +137,10 @@ def fit_lambdas(
     c, reach = len(phi), Reach(phi, mu, log_prior > -torch.inf, names)
     basis = reach.varying_directions()
     theta, iterations = _newton(reach, basis, log_prior, tolerance, max_iterations, progress)
+    if correct_bias:
+        x = reach.x @ basis
+        p = torch.softmax(log_prior + x @ theta, -1)
+        theta = theta + torch.linalg.pinv(_scatter(x, p, p), hermitian=True) @ _bias(x, p)
 
     lambdas = basis @ theta / reach.scale
     p = torch.softmax(log_prior + reach.x @ (basis @ theta), -1)
@@ -144,7 +159,7 @@ def fit_lambdas(
     return Fit(
         lambdas=lambdas,
         moments=mu,
-        achieved=_moments(phi, p),
+        achieved=_moments(phi, p) - (_bias(phi, p) if correct_bias else 0.0),
         base_moments=_moments(phi, torch.softmax(log_prior, -1)),
         moment_se=noise.diagonal().sqrt() * reach.scale,
         lambda_se=lambda_cov.diagonal().clamp(min=0).sqrt() / reach.scale,
@@ -222,6 +237,12 @@ def _little_weight(ess: float, min_ess: float, reach: Reach, base: Tensor) -> st
 def _moments(x: Tensor, p: Tensor) -> Tensor:
     """(J,) the mean over prompts of E_p[x | c]."""
     return (p.unsqueeze(-1) * x).sum(1).mean(0)
+
+
+def _bias(x: Tensor, p: Tensor) -> Tensor:
+    """(J,) of the mean over prompts of E_p[x | c], as an expectation over samples; to first order in 1 / M."""
+    centred = x - (p.unsqueeze(-1) * x).sum(1, keepdim=True)
+    return -_moments(centred, p**2)
 
 
 def _scatter(x: Tensor, p: Tensor, weights: Tensor) -> Tensor:

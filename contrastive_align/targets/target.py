@@ -52,7 +52,10 @@ class Target:
         self._start([c.feature for c in constraints], [c.pointwise for c in constraints], tuple(constraints))
         doubled = sorted({name for name in self.names if self.names.count(name) > 1})
         if doubled:
-            raise ValueError(f"Two constraints are called {doubled[0]!r}. Give one of their features another 'name'.")
+            raise ValueError(
+                f"Two constraints are called {doubled[0]!r}. Leave one out or, if they differ, give one feature "
+                "another 'name'."
+            )
         if all(self._pointwise):
             self._lambdas = torch.zeros(len(self.names), dtype=torch.float64)
 
@@ -165,6 +168,7 @@ class Target:
         prompt_index: Tensor | None = None,
         valid: Tensor | None = None,
         min_ess: float = 20.0,
+        correct_bias: bool = False,
         tolerance: float = 1e-10,
         max_iterations: int = 200,
         progress: Callable[[int, dict[str, Any]], None] | None = None,
@@ -177,7 +181,8 @@ class Target:
             log_weights: (n,) or (C, M) nats, log base - log proposal, where the samples are a proposal's.
             prompt_index: (n,) the number of the prompt of each sample, 0 to C - 1. Default: one prompt.
             valid: (C, M) bool, with (C, M, J).
-            min_ess, tolerance, max_iterations, progress: see ``fit_lambdas``, which also says what is minimised.
+            min_ess, correct_bias, tolerance, max_iterations, progress: see ``fit_lambdas``, which also says what is
+                minimised.
 
         Raises:
             InfeasibleMoment: a moment no lambda reaches on these samples; a pointwise constraint none satisfies.
@@ -200,6 +205,7 @@ class Target:
             valid=valid,
             names=[self.names[j] for j in free],
             min_ess=min_ess,
+            correct_bias=correct_bias,
             tolerance=tolerance,
             max_iterations=max_iterations,
             progress=progress,

@@ -232,11 +232,15 @@ class FDPGTrainer(RLOOTrainer):
                 model, ids, per_prompt=per_prompt, seeds=self._seeds("fit", range(len(ids))), **self._draw_options()
             )
         phi = self._features(prompts, drawn.completion_ids)
-        fit = self.target.fit(phi.view(len(prompts), per_prompt, -1), min_ess=self.args.fit_min_ess)
+        by_prompt = phi.view(len(prompts), per_prompt, -1)
+        fit = self.target.fit(by_prompt, min_ess=self.args.fit_min_ess, correct_bias=True)
+        each = zip(self.target.names, self.target.lambdas, self.target.pointwise, strict=True)
+        found = [f"always {name}" if always else f"lambda({name}) = {value:.3f}" for name, value, always in each]
+        if any(self.target.pointwise):
+            found.append(f"{fit.samples} satisfy what always holds")
         logger.warning(
-            f"Target fitted on {phi.size(0)} samples of the base: "
-            + ", ".join(f"lambda({n}) = {v:.3f}" for n, v in zip(self.target.names, self.target.lambdas, strict=True))
-            + f"; effective sample size {fit.ess:.0f}."
+            f"Target fitted on {phi.size(0)} samples of the base: {', '.join(found)}; "
+            f"effective sample size {fit.ess:.0f}."
         )
         if self.args.should_save:
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -483,8 +487,8 @@ class FDPGTrainer(RLOOTrainer):
             found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
             resume_from_checkpoint = found or os.fspath(resume_from_checkpoint)
             load_state(self, Path(resume_from_checkpoint))
-        elif not self.target.fitted:
-            self.fit_target()
+        elif not self.target.fitted or (all(self.target.pointwise) and self.target.last_fit is None):
+            self.fit_target()  # nothing to fit where all constraints are pointwise, but that something satisfies them
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
