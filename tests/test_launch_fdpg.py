@@ -1,5 +1,6 @@
 """run_fdpg.py from the command line to summary.json and the picture."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,21 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 from trl import DatasetMixtureConfig
 
 from contrastive_align import demo
 from contrastive_align.launch.arguments import RunArguments, UsageError
 from contrastive_align.launch.fdpg import main
 from contrastive_align.launch.prompts import load_prompts, repeat
-from contrastive_align.report import Number
+from contrastive_align.report import Number, plot_steps
 from contrastive_align.report.distributions import distribution_rows
 
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "--max_train_samples=8", "--fit_samples=512", "--per_device_train_batch_size=32", "--num_generations=8",
-    "--max_completion_length=32", "--eval_samples=160", "--eval_prompts=4", "--disable_tqdm=true",
+    "--max_completion_length=32", "--eval_samples=200", "--eval_prompts=4", "--disable_tqdm=true",
 ]  # fmt: skip
 PLEASE = "--features=[{contains: please, moment: 0.5}]"
 
@@ -35,14 +36,14 @@ def test_the_embedded_default(tmp_path, capsys):
     assert written["data"]["train"]["rows"] == 8 and written["training"]["steps"] == 2
     moment = written["metrics"]["moment/contains:please"]
     assert {"before", "after", "se", "n", "target", "qrs", "qrs_se"} <= moment.keys()
-    assert moment["target"] == 0.5 and moment["n"] == 160 and moment["before"] < 0.3 and moment["se"] > 0
+    assert moment["target"] == 0.5 and moment["n"] == 200 and moment["before"] < 0.3 and moment["se"] > 0
     assert moment["qrs"] > moment["before"]
     for name in ("kl_base", "kl_target", "reverse_kl_target", "js_target", "tv_target"):
         assert {"before", "after", "target", "qrs"} <= written["metrics"][name].keys()
     assert written["metrics"]["kl_base"]["before"] == 0 < written["metrics"]["kl_base"]["target"]
     columns = summary.distributions
     assert list(columns) == ["base", "target", "tuned", "tuned+QRS"]
-    assert columns["tuned+QRS"]["samples"].value == 160 and 0.3 < columns["tuned+QRS"]["acceptance"].value < 0.7
+    assert columns["tuned+QRS"]["samples"].value == 200 and 0.3 < columns["tuned+QRS"]["acceptance"].value < 0.7
     assert columns["tuned+QRS"]["KL(p||pi)"].value < columns["tuned"]["KL(p||pi)"].value
     assert columns["target"]["moment/contains:please"].value == pytest.approx(0.5, abs=0.2)
     shown = capsys.readouterr().out
@@ -67,6 +68,36 @@ def test_own_model_one_prompt_lora_and_a_function(tiny_llama, tmp_path):
     assert {"moment/short", "moment/contains:e"} <= summary.metrics.keys()
     assert summary.metrics["moment/short"].target == 0.6 and summary.metrics["moment/short"].prompts == 1
     AutoPeftModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_encoder_decoder(tmp_path, lora):
+    """Trained, measured with QRS, drawn and saved; loaded again as the summary says."""
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_PATH)
+    torch.manual_seed(0)
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "initializer_factor": 0.5}
+    config = T5Config(vocab_size=len(tokenizer), **shape, **special, decoder_start_token_id=special["pad_token_id"])
+    for part in (T5ForConditionalGeneration(config), tokenizer):
+        part.save_pretrained(tmp_path / "t5")
+    flags = ["--use_peft=true", "--lora_r=2", "--lora_target_modules", "q", "v"] if lora else []
+    one = ["--prompt=Say it.", "--max_steps=2", "--features=[{contains: e, moment: 0.6}]"]
+    out = tmp_path / "out"
+    summary = main([f"--model_name_or_path={tmp_path / 't5'}", *one, *flags, *SMALL[1:], f"--output_dir={out}"])
+    assert list(summary.distributions) == ["base", "target", "tuned", "tuned+QRS"]
+    assert summary.distributions["target"]["moment/contains:e"].value == pytest.approx(0.6, abs=0.2)
+    assert (out / "moments_and_divergences.png").is_file()
+    package, auto, method = summary.saved["load with"].partition("(")[0].split(".")
+    assert auto == ("AutoPeftModelForSeq2SeqLM" if lora else "AutoModelForSeq2SeqLM") and method == "from_pretrained"
+    model = getattr(importlib.import_module(package), auto).from_pretrained(out)
+    assert model.config.is_encoder_decoder and model.config.d_model == 16
+
+
+def test_few_samples_are_measured_on_few_prompts(tmp_path, capsys):
+    summary = main(["--max_steps=1", *SMALL, "--eval_samples=110", "--eval_prompts=4", f"--output_dir={tmp_path}"])
+    assert summary.metrics["kl_target"].prompts == 2 and summary.metrics["kl_target"].n == 110
+    assert "on 2 of 4 prompts" in capsys.readouterr().out and "2 held-out prompts" in summary.metrics_on
+    assert summary.metrics["kl_target"].before > 0.2  # 0.41 is exact; of 1 sample a prompt it would be 0
 
 
 def test_a_text_file_and_a_reward(tmp_path):
@@ -104,6 +135,8 @@ def nan(prompts, completions, **columns):
     return [float("nan")] * len(completions)
 def few(prompts, completions, **columns):
     return [0.5]
+def text(prompts, completions, **columns):
+    return ["yes"] * len(completions)
 """
 
 
@@ -125,18 +158,35 @@ def few(prompts, completions, **columns):
         ([PLEASE, "--dataset_name=./nothing.txt"], "no file 'nothing.txt'"),
         ([PLEASE, "--qrs_acceptance=2"], "qrs_acceptance is 2.0"),
         (["--reward_funcs=contrastive_align.demo:rewrd"], "no function 'rewrd'"),
-        (["--features=[{contains: please, moment: 1.5}]"], "contains:please"),
+        (["--reward_funcs=no_such_module:f"], "could not be imported, which raised ModuleNotFoundError"),
+        (["--features=[{function: 'broken.py:f', moment: 0.5}]"], "could not be imported, which raised SyntaxError"),
+        (["--features=[{contains: please, moment: half}]"], "'half', expected a finite number"),
+        (["--features=[{contains: zebra, moment: 1.0}]"], "Z = 0"),
+        ([PLEASE.replace("}", "}, {contains: please, moment: 0.4}")], "Two constraints are called"),
+        ([PLEASE, "--divergence=jsd"], "Unknown divergence 'jsd'. Known: kl"),
+        ([PLEASE, "--dataset_name=latin.txt"], "latin.txt is not UTF-8"),
+        ([PLEASE, "--dataset_name=empty.txt"], "empty.txt has no rows"),
+        ([PLEASE, "--dataset_name=long.txt"], "exceed the model's context of 512"),
+        ([PLEASE, "--model_name_or_path=./nothing"], "no folder './nothing'"),
+        ([PLEASE, "--output_dir=features.py"], "'features.py' is a file"),
+        ([PLEASE, "--eval_samples=20"], "eval_samples is 20, expected at least 50"),
+        (["--features=[{contains: please, moment: 1.5}]"], "'contains:please' is 1.5, expected 0 to 1"),
         (["--features=[{contains: zebra, moment: 0.5}]"], "contains:zebra"),
         (["--features=[{function: 'features.py:raises', moment: 0.5}]"], "raised ZeroDivisionError"),
         (["--features=[{function: 'features.py:nan', moment: 0.5}]"], "expected a finite number"),
         (["--features=[{function: 'features.py:few', moment: 0.5}]"], "returned 1 values"),
+        (["--features=[{function: 'features.py:text', moment: 0.5}]"], "is 'yes' (str), expected a number"),
     ],
 )
 def test_wrong_input_is_a_message_and_exit_2(flags, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("features.py").write_text(FEATURES)
+    Path("broken.py").write_text("def f(:\n")
+    Path("latin.txt").write_bytes("Un café.\n".encode("latin-1"))
+    Path("empty.txt").write_text("\n")
+    Path("long.txt").write_text("word " * 600)
     with pytest.raises(UsageError) as error:
-        main([*flags, *SMALL, "--output_dir=out"])
+        main([*SMALL, "--output_dir=out", *flags])
     assert error.value.code == 2
     assert said in capsys.readouterr().err
     assert not Path("out/summary.json").exists()
@@ -162,6 +212,20 @@ def test_prompts(tmp_path):
         with pytest.raises(UsageError) as error:
             load([bad])
         assert said in error.value.message
+
+
+def test_the_picture_draws_what_was_logged(tmp_path):
+    log = [{"step": s, "kl_base": 0.1 * s, "kl_target": 1 / s, "moment/x": 0.1 * s} for s in (1, 2, 3)]
+    log[0]["reverse_kl_target"] = float("inf")
+    for wanted in ({"x": 0.5}, {"x": None}):
+        svg = plot_steps([*log, {"train_runtime": 1.0}], wanted, tmp_path / "a" / "steps.svg").read_text()
+        for text, shown in {
+            "wanted: 0.5": wanted["x"], "the same under the target": not wanted["x"], "KL(pi || p): infinite": True,
+            "nats": True, "KL(p || pi)": True,
+        }.items():  # fmt: skip
+            assert (f"<!-- {text} -->" in svg) == bool(shown), text
+    with pytest.raises(ValueError, match="logging_steps"):
+        plot_steps([{"train_runtime": 1.0}], {"x": 0.5}, tmp_path / "none.png")
 
 
 def test_the_table_leaves_empty_what_was_not_measured():

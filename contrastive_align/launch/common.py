@@ -19,7 +19,7 @@ from contrastive_align.versions import SUPPORTED
 
 
 def check_model_flags(args: Arguments) -> None:
-    """Refuse LoRA and quantisation flags that would have no effect, and a checkpoint that is not there."""
+    """Refuse LoRA and quantisation flags that would have no effect, and folders that are not there or not folders."""
     lora = sorted(name for name in args.given if name.startswith(("lora_", "use_rslora", "use_dora")))
     quantised = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(args.model, name)]
     alone = quantised or ([] if "use_peft" in args.given else lora)
@@ -28,6 +28,11 @@ def check_model_flags(args: Arguments) -> None:
     resume = str(args.training.resume_from_checkpoint or "")
     if resume.lower() not in ("", "true", "false", "none") and not Path(resume).is_dir():
         raise UsageError(f"--resume_from_checkpoint: no folder '{resume}' (looked in {Path.cwd()}).")
+    name = str(args.model.model_name_or_path or "")
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UsageError(f"--model_name_or_path: no folder '{name}' (looked in {Path.cwd()}).")
+    if args.training.output_dir and Path(args.training.output_dir).is_file():
+        raise UsageError(f"--output_dir: '{args.training.output_dir}' is a file, expected a folder, or a new name.")
 
 
 def checkpoint_of(args: Arguments) -> str | bool | None:
@@ -95,11 +100,12 @@ def save(args: Arguments, trainer: Any, summary: Summary, dataset_name: str | No
     output_dir = args.training.output_dir
     trainer.save_model(output_dir)
     trainer.create_model_card(model_name=Path(output_dir).name, dataset_name=dataset_name)
-    auto = "peft.AutoPeftModelForCausalLM" if is_peft_model(trainer.model) else "transformers.AutoModelForCausalLM"
+    head = "Seq2SeqLM" if trainer.model.config.is_encoder_decoder else "CausalLM"
+    auto = "peft.AutoPeftModelFor" if is_peft_model(trainer.model) else "transformers.AutoModelFor"
     summary.saved = {
         "saved": output_dir,
         "summary": f"{output_dir}/summary.json",
-        "load with": f'{auto}.from_pretrained("{output_dir}")',
+        "load with": f'{auto}{head}.from_pretrained("{output_dir}")',
     }
 
 

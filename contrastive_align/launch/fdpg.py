@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import set_seed
+from transformers import AutoConfig, set_seed
 
 from contrastive_align import demo
 from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, _StrictLoader, parse
@@ -29,7 +29,7 @@ from contrastive_align.launch.common import (
     versions,
 )
 from contrastive_align.launch.datasets import take
-from contrastive_align.launch.measure import measure, metrics_of
+from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for
 from contrastive_align.launch.memory import keep_freed_memory
 from contrastive_align.launch.prompts import from_rows, load_prompts, repeat
 from contrastive_align.report import TargetSummary, plot_steps
@@ -65,8 +65,9 @@ class FDPGArguments(RunArguments):
         features: constraints, each a feature with its moment: ``[{contains: please, moment: 0.5}]``, a list in YAML,
             its text on the command line (see ``targets.features`` for the kinds).
         reward_funcs: ``file.py:function`` or reward-model ids: the target is base * exp(weighted sum / beta).
-        eval_samples: samples of each distribution that is measured at the end; 0 leaves that out.
-        eval_prompts: the prompts these are spread over, of the evaluation split if there is one.
+        eval_samples: samples of each distribution that is measured at the end, at least 50; 0 leaves that out.
+        eval_prompts: the prompts these are spread over, of the evaluation split if there is one; fewer where a prompt
+            would have less than 50 samples.
         qrs_acceptance: the wished acceptance rate of quasi-rejection sampling; 0 leaves it out.
     """
 
@@ -78,7 +79,7 @@ class FDPGArguments(RunArguments):
         default=None, metadata={"help": "file.py:function or reward-model ids: base * exp(reward / beta)."}
     )
     eval_samples: int = field(default=10_000, metadata={"help": "Samples measured of each distribution; 0: none."})
-    eval_prompts: int = field(default=100, metadata={"help": "Prompts these are spread over."})
+    eval_prompts: int = field(default=100, metadata={"help": "At most so many prompts they are spread over."})
     qrs_acceptance: float = field(default=0.5, metadata={"help": "Wished acceptance rate of QRS; 0: no QRS."})
 
     def __post_init__(self):
@@ -95,6 +96,11 @@ class FDPGArguments(RunArguments):
         if self.eval_samples < 0 or self.eval_prompts < 1:
             raise ValueError(
                 f"eval_samples is {self.eval_samples} and eval_prompts {self.eval_prompts}, expected at least 0 and 1."
+            )
+        if 0 < self.eval_samples < SAMPLES_PER_PROMPT:
+            raise ValueError(
+                f"eval_samples is {self.eval_samples}, expected at least {SAMPLES_PER_PROMPT}, or 0 for none. "
+                "From so few samples of a prompt every divergence comes out too small, from one as 0."
             )
         if not 0 <= self.qrs_acceptance <= 1:
             raise ValueError(f"qrs_acceptance is {self.qrs_acceptance}, expected a rate between 0 and 1.")
@@ -114,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> TargetSummary:
         target = _build_target(args)
         trainer = _build_trainer(args, train, test, target)
         checkpoint = checkpoint_of(args)
-    measured_rows, measured_on = _rows_to_measure(train, test, args.script.eval_prompts)
+    measured_rows, measured_on = _rows_to_measure(args, train, test)
     say = print_on_main
     summary = _describe(args, trainer, data_name, train, test)
     say(summary.opening())
@@ -141,13 +147,14 @@ def main(argv: Sequence[str] | None = None) -> TargetSummary:
         _draw_picture(trainer, summary)
     if args.script.eval_samples:
         started = time.perf_counter()
-        columns, remarks = measure(
-            trainer,
-            measured_rows,
-            samples=args.script.eval_samples,
-            acceptance=args.script.qrs_acceptance or None,
-            seed=args.training.seed,
-        )
+        with _as_usage_error():
+            columns, remarks = measure(
+                trainer,
+                measured_rows,
+                samples=args.script.eval_samples,
+                acceptance=args.script.qrs_acceptance or None,
+                seed=args.training.seed,
+            )
         summary.training["seconds_measuring"] = round(time.perf_counter() - started, 1)
         summary.distributions = columns
         summary.metrics = metrics_of(columns, target.names, target.moments.tolist(), len(measured_rows))
@@ -238,26 +245,45 @@ def _build_trainer(args: Arguments, train: Dataset, test: Dataset | None, target
     training = args.training
     a_step = training.generation_batch_size // training.num_generations
     if len(train) < a_step:
-        args.notes.append(f"{len(train)} prompts for {a_step} of a step: each is used more than once in it")
+        args.notes.append(f"a step takes {a_step} prompts of {len(train)}: each is used more than once in it")
+    model = model_arguments(args)
+    if model["peft_config"] is not None and "lora_task_type" not in args.given and _is_encoder_decoder(args):
+        model["peft_config"].task_type = "SEQ_2_SEQ_LM"  # else AutoPeftModelForSeq2SeqLM refuses what is saved
     trainer = FDPGTrainer(
         train_dataset=repeat(train, a_step),
         eval_dataset=test if training.eval_strategy != "no" else None,
         target=target,
-        **model_arguments(args),
+        **model,
     )
     if args.script.ignore_bias_buffers:
         ignore_bias_buffers(trainer)
     return trainer
 
 
-def _rows_to_measure(train: Dataset, test: Dataset | None, at_most: int) -> tuple[list[dict[str, Any]], str]:
+def _is_encoder_decoder(args: Arguments) -> bool:
+    model, trust = args.model, args.training.trust_remote_code
+    config = AutoConfig.from_pretrained(
+        model.model_name_or_path, revision=model.model_revision, trust_remote_code=trust
+    )
+    return bool(config.is_encoder_decoder)
+
+
+def _rows_to_measure(args: Arguments, train: Dataset, test: Dataset | None) -> tuple[list[dict[str, Any]], str]:
+    samples, at_most = args.script.eval_samples, args.script.eval_prompts
     rows: dict[str, dict[str, Any]] = {}
     for row in train if test is None else test:
         rows.setdefault(repr(row["prompt"]), row)
         if len(rows) == at_most:
             break
-    where = "training prompts" if test is None else "held-out prompts"
-    return list(rows.values()), f"{len(rows)} {where}"
+    kept = list(rows.values())[: prompts_enough_for(samples, at_most)]
+    if samples and len(kept) < len(rows):
+        args.notes.append(
+            f"eval_samples={samples} is measured on {len(kept)} of {len(rows)} prompts, {SAMPLES_PER_PROMPT} samples "
+            f"each: from fewer the divergences come out too small. --eval_samples={SAMPLES_PER_PROMPT * len(rows)} is "
+            "enough for all"
+        )
+    where = "training prompt" if test is None else "held-out prompt"
+    return kept, f"{len(kept)} {where}{'s' * (len(kept) != 1)}"
 
 
 # ----------------------------------------------------------------------------------------------------- what is told

@@ -66,5 +66,9 @@ def _check_prompt(prompt: Any, where: str) -> None:
 def _read_lines(path: Path) -> Dataset:
     if not path.is_file():
         raise UsageError(f"no file '{path}' (looked in {Path.cwd()}).")
-    lines = [line.rstrip("\r") for line in path.read_text(encoding="utf-8").split("\n")]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8, one prompt a line.") from error
+    lines = [line.rstrip("\r") for line in text.split("\n")]
     return from_rows([{"prompt": line} for line in lines if line.strip()], str(path))
