@@ -31,7 +31,7 @@ PUBLISHED = {
     "reward_qlora": ("ChenDRAG/ultrafeedback_reward", "run_reward.py"),
     "preference_qlora": ("ChenDRAG/ultrafeedback_preference", "run_preference.py"),
 }
-FDPG = ("fdpg", "fdpg_tiny", "fdpg_rlhf")
+FDPG = ("fdpg", "fdpg_tiny", "fdpg_rlhf", "fdpg_encoder_decoder", "fdpg_gdc")
 CONDITIONAL = {
     "quark": "quantile_tokens",
     "alt_rm": "phrases",
@@ -174,12 +174,24 @@ def test_fdpg_tiny_is_the_bundled_default_run_spelt_out():
 
 
 @pytest.mark.parametrize("name", FDPG)
-def test_targets_of_the_fdpg_yamls(name):
+def test_targets_of_the_fdpg_yamls(name, monkeypatch):
+    monkeypatch.chdir(ROOT)  # features in files are named from there
     args = fdpg._parse([yaml_path(name)])
     target = fdpg._build_target(args)
-    assert len(target.names) == 1
+    assert len(target.names) == (5 if name == "fdpg_gdc" else 1)
     assert args.training.per_device_train_batch_size % args.training.num_generations == 0
-    assert target.fitted == (name == "fdpg_rlhf")
+    assert target.fitted == (name in ("fdpg_rlhf", "fdpg_encoder_decoder"))
+
+
+def test_published_settings_of_gdc():
+    args = fdpg._parse([yaml_path("fdpg_gdc")])
+    training, features = args.training, args.script.features
+    assert {f["name"]: f["moment"] for f in features} == {
+        "female": 0.5, "science": 0.4, "art": 0.4, "business": 0.1, "sports": 0.1,
+    }  # fmt: skip
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 2048
+    assert (training.learning_rate, training.fit_samples) == (1.41e-5, 10_240)
+    assert (training.divergence, training.baseline, training.proposal) == ("kl", "none", "kept")
 
 
 @pytest.mark.parametrize("name", CONDITIONAL)
@@ -218,7 +230,7 @@ def test_judges_of_the_yamls_answer_what_the_condition_needs(name, tmp_path):
     assert conditional.build_judge(spec, resolve_condition(script.condition), str(tmp_path)).spec["budget"] == 200_000
 
 
-@pytest.mark.parametrize("recipe", ["fdpg_word", "fdpg_gdc"])
+@pytest.mark.parametrize("recipe", ["fdpg_word", "fdpg_gdc", "fdpg_rlhf", "fdpg_encoder_decoder"])
 def test_the_fdpg_recipes_name_files_that_exist(recipe):
     text = (ROOT / "recipes" / recipe / "README.md").read_text()
     for path in set(re.findall(r"(?:yamls|recipes)/[\w/]+\.\w+|run_\w+\.py", text)):
