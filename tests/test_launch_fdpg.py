@@ -231,6 +231,7 @@ def test_the_picture_draws_what_was_logged(tmp_path):
 def test_the_table_leaves_empty_what_was_not_measured():
     rows = distribution_rows({"tuned": {"x": Number(1.0), "y": Number(float("nan"))}, "base": {"x": Number(0.5, 0.1)}})
     assert rows == [("", "base", "tuned"), ("x", "0.5000 +- 0.1000", "1.0000"), ("y", "", "-")]
+    assert [str(Number(-1e-9, 0.0)), str(Number(float("inf"), float("nan")))] == ["0.0000 +- 0.0000", "inf"]
 
 
 def test_as_a_user_starts_it(tmp_path):

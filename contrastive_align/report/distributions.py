@@ -14,7 +14,7 @@ COLUMNS = ("base", "target", "tuned", "tuned+QRS")
 
 @dataclass(frozen=True)
 class Number:
-    """A measured value; ``se`` is its standard error, None where it is exact or not known."""
+    """A measured value; ``se`` is its standard error; None where it is exact, NaN or None where it is not known."""
 
     value: float
     se: float | None = None
@@ -23,8 +23,8 @@ class Number:
         if math.isnan(self.value):
             return "-"
         digits = 4 if abs(self.value) < 10 else 2
-        shown = f"{self.value:.{digits}f}"
-        return shown if self.se is None else f"{shown} +- {self.se:.{digits}f}"
+        shown = f"{round(self.value, digits) + 0.0:.{digits}f}"  # never -0.0000
+        return shown if self.se is None or math.isnan(self.se) else f"{shown} +- {self.se:.{digits}f}"
 
 
 @dataclass
