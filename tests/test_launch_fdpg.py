@@ -167,7 +167,7 @@ def text(prompts, completions, **columns):
         ([PLEASE, "--dataset_name=latin.txt"], "latin.txt is not UTF-8"),
         ([PLEASE, "--dataset_name=empty.txt"], "empty.txt has no rows"),
         ([PLEASE, "--dataset_name=long.txt"], "exceed the model's context of 512"),
-        ([PLEASE, "--model_name_or_path=./nothing"], "no folder './nothing'"),
+        ([PLEASE, "--model_name_or_path=./nothing"], "No folder './nothing'"),
         ([PLEASE, "--output_dir=features.py"], "'features.py' is a file"),
         ([PLEASE, "--eval_samples=20"], "eval_samples is 20, expected at least 50"),
         (["--features=[{contains: please, moment: 1.5}]"], "'contains:please' is 1.5, expected 0 to 1"),

@@ -30,7 +30,7 @@ def check_model_flags(args: Arguments) -> None:
         raise UsageError(f"--resume_from_checkpoint: no folder '{resume}' (looked in {Path.cwd()}).")
     name = str(args.model.model_name_or_path or "")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise UsageError(f"--model_name_or_path: no folder '{name}' (looked in {Path.cwd()}).")
+        raise UsageError(f"No folder '{name}' for --model_name_or_path (looked in {Path.cwd()}).")
     if args.training.output_dir and Path(args.training.output_dir).is_file():
         raise UsageError(f"--output_dir: '{args.training.output_dir}' is a file, expected a folder, or a new name.")
 
