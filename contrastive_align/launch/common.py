@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging as std_logging
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +45,18 @@ def checkpoint_of(args: Arguments) -> str | bool | None:
     if resume is True and get_last_checkpoint(args.training.output_dir) is None:
         raise UsageError(f"--resume_from_checkpoint=true, but {args.training.output_dir} holds no checkpoint.")
     return resume
+
+
+@contextlib.contextmanager
+def as_usage_error(*more: type[Exception]) -> Iterator[None]:
+    """What the user can mend is a message, not a traceback; of ``more`` kinds of errors than Python's own, too."""
+    try:
+        yield
+    except (ValueError, OSError, AttributeError, ImportError, *more) as error:
+        from_us = not isinstance(error, AttributeError) or "has no function" in str(error)
+        if not from_us or std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
+            raise
+        raise UsageError(f"{error}\n(--log_level=debug shows where)") from error
 
 
 def model_arguments(args: Arguments) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging as std_logging
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from contrastive_align.feedback.judge import JudgeError
 from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, parse
 from contrastive_align.launch.ask import ask_best
 from contrastive_align.launch.common import (
+    as_usage_error,
     check_model_flags,
     checkpoint_of,
     ignore_bias_buffers,
@@ -123,11 +122,11 @@ def main(argv: Sequence[str] | None = None) -> Summary | list[str]:
     """Conditional training as the command line says; see ``README.md``. With ``--best``, the samples."""
     args = _parse(argv)
     if args.script.best is not None:
-        with _as_usage_error():
+        with as_usage_error(JudgeError):
             return ask_best(args)
     if args.training.device.type == "cpu":
         keep_freed_memory()
-    with _as_usage_error():
+    with as_usage_error(JudgeError):
         set_seed(args.training.seed)
         checkpoint = _checkpoint(args)
         train, test, data_name = _load_data(args)
@@ -147,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> Summary | list[str]:
     if trainer.args.should_save:
         earlier.unlink(missing_ok=True)  # it speaks of other weights
 
-    with _as_usage_error():
+    with as_usage_error(JudgeError):
         measurement = Measurement(trainer, train, test, args.script.eval_prompts)
         started = time.perf_counter()
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -161,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> Summary | list[str]:
     asking = f'python run_conditional.py --model_name_or_path={args.training.output_dir} --best="a prompt"'
     summary.saved["ask for the best"] = asking
     started = time.perf_counter()
-    with _as_usage_error():
+    with as_usage_error(JudgeError):
         measurement.after(summary)
     summary.training["seconds_measuring"] = round(time.perf_counter() - started, 1)
     if trainer.judge is not None:
@@ -174,18 +173,6 @@ def main(argv: Sequence[str] | None = None) -> Summary | list[str]:
         trainer.push_to_hub()
     trainer.end()
     return summary
-
-
-@contextlib.contextmanager
-def _as_usage_error() -> Iterator[None]:
-    """What the user can mend is a message, not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, AttributeError, ImportError, JudgeError) as error:
-        from_us = not isinstance(error, AttributeError) or "has no function" in str(error)
-        if not from_us or std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
-            raise
-        raise UsageError(f"{error}\n(--log_level=debug shows where)") from error
 
 
 def _parse(argv: Sequence[str] | None) -> Arguments:

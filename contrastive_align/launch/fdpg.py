@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging as std_logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from transformers import AutoConfig, set_seed
 from contrastive_align import demo
 from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, _StrictLoader, parse
 from contrastive_align.launch.common import (
+    as_usage_error,
     check_model_flags,
     checkpoint_of,
     ignore_bias_buffers,
@@ -114,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> TargetSummary:
     args = _parse(argv)
     if args.training.device.type == "cpu":
         keep_freed_memory()
-    with _as_usage_error():
+    with as_usage_error(InfeasibleMoment):
         set_seed(args.training.seed)
         train, test, data_name = _load_data(args)
         target = _build_target(args)
@@ -134,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> TargetSummary:
         earlier.unlink(missing_ok=True)  # it speaks of other weights
 
     started = time.perf_counter()
-    with _as_usage_error():
+    with as_usage_error(InfeasibleMoment):
         trainer.train(resume_from_checkpoint=checkpoint)
     summary.training = {
         "steps": trainer.state.global_step,
@@ -147,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> TargetSummary:
         _draw_picture(trainer, summary)
     if args.script.eval_samples:
         started = time.perf_counter()
-        with _as_usage_error():
+        with as_usage_error(InfeasibleMoment):
             columns, remarks = measure(
                 trainer,
                 measured_rows,
@@ -168,18 +167,6 @@ def main(argv: Sequence[str] | None = None) -> TargetSummary:
         trainer.push_to_hub()
     trainer.end()
     return summary
-
-
-@contextlib.contextmanager
-def _as_usage_error() -> Iterator[None]:
-    """What the user can mend is a message, not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, AttributeError, InfeasibleMoment) as error:
-        from_us = not isinstance(error, AttributeError) or "has no function" in str(error)
-        if not from_us or std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
-            raise
-        raise UsageError(f"{error}\n(--log_level=debug shows where)") from error
 
 
 def _parse(argv: Sequence[str] | None) -> Arguments:

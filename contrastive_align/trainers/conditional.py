@@ -341,7 +341,7 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
         """As TRL. ``resume_from_checkpoint=True`` goes on from the newest checkpoint that was written to its end, and
         from the start where there is none; what the pool has already is not sampled again either way."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, STATE_FILE)
         elif not resume_from_checkpoint and self.online and self.pool.rounds:
             raise ValueError(
                 f"{self.pool.folder} has the samples of an earlier run (rounds {self.pool.rounds}). Go on with "

@@ -22,7 +22,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, get_last_checkpoint, has_length
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 from transformers.utils import logging
 from trl import DPOTrainer
 from trl.trainer.utils import get_config_model_id, global_then_local_main_first
@@ -34,6 +34,7 @@ from contrastive_align.models import completion_logps, load_tokenizer, resolve_s
 from contrastive_align.models.layout import set_layout
 from contrastive_align.models.loading import check_output_dir
 from contrastive_align.models.logps import CompletionLogps, per_completion
+from contrastive_align.trainers.checkpoints import checkpoint_to_resume
 from contrastive_align.trainers.contrastive_config import ContrastiveConfig
 from contrastive_align.trainers.metrics import Averages, Mean, Metric, group_metrics
 from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMixin
@@ -401,8 +402,7 @@ class ContrastiveTrainer(TokenBatchesMixin, ReferenceMixin, DPOTrainer):
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any):
         self._resumed_from = None
         if resume_from_checkpoint:
-            found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
-            self._resumed_from = found or os.fspath(resume_from_checkpoint)
+            self._resumed_from = checkpoint_to_resume(resume_from_checkpoint, self.args.output_dir, REFERENCE_FILE)
             resume_from_checkpoint = self._resumed_from
             self._reference_checked = False
         return super().train(resume_from_checkpoint, *args, **kwargs)

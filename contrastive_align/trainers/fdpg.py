@@ -18,11 +18,9 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from trl import RLOOTrainer
-from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id, use_adapter
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
 from contrastive_align.data import GroupCollator
 from contrastive_align.losses import fdpg
@@ -30,7 +28,9 @@ from contrastive_align.losses.distributional import mean_slope
 from contrastive_align.models import completion_logps, load_tokenizer, with_pad_token
 from contrastive_align.models.layout import set_layout
 from contrastive_align.sampling.decode import draw
+from contrastive_align.sampling.seeds import seed_of
 from contrastive_align.targets import Target
+from contrastive_align.trainers.checkpoints import checkpoint_to_resume
 from contrastive_align.trainers.distribution_metrics import distribution_metrics
 from contrastive_align.trainers.encoder_decoder import (
     EncoderDecoderCollator,
@@ -47,12 +47,12 @@ from contrastive_align.trainers.fdpg_inputs import (
     EpochSampler,
     check_enough_prompts,
     distinct_prompts,
-    hash_of,
     never_called,
     target_of,
 )
-from contrastive_align.trainers.fdpg_state import TARGET_FILE, load_state, save_state
+from contrastive_align.trainers.fdpg_state import TARGET_FILE, load_state, save_state, state_file
 from contrastive_align.trainers.log_z import RunningLogZ
+from contrastive_align.trainers.modes import evaluation_mode
 from contrastive_align.trainers.proposal import kept_proposal
 
 
@@ -289,28 +289,17 @@ class FDPGTrainer(RLOOTrainer):
 
     def _seeds(self, what: Any, places: Any) -> list[int]:
         """A seed for each group: the same samples on any number of processes, and after resuming."""
-        return [hash_of(self.args.seed, what, place) % 2**63 for place in places]
+        return [seed_of(self.args.seed, what, place) for place in places]
 
     @contextlib.contextmanager
     def _sampling(self, base: bool = False) -> Iterator[PreTrainedModel]:
         """The policy or the base, to draw or score with: in evaluation mode and in the run's precision."""
-        with torch.no_grad(), self.accelerator.autocast(), contextlib.ExitStack() as stack:
-            if base and self.base_model is not None:
+        if base and self.base_model is not None:
+            with torch.no_grad(), self.accelerator.autocast():
                 yield self.base_model
-                return
-            model = stack.enter_context(
-                unwrap_model_for_generation(
-                    self.model_wrapped,
-                    self.accelerator,
-                    gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-                )
-            )
-            if base:
-                stack.enter_context(use_adapter(model, "ref" if "ref" in model.peft_config else None))
-            was_training = model.training
-            stack.callback(lambda: model.train(was_training))
-            yield model.eval()
+        else:
+            with evaluation_mode(self, without_adapter=base) as model:
+                yield model
 
     @property
     def policy(self) -> nn.Module:
@@ -484,8 +473,9 @@ class FDPGTrainer(RLOOTrainer):
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any):
         if resume_from_checkpoint:
-            found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
-            resume_from_checkpoint = found or os.fspath(resume_from_checkpoint)
+            resume_from_checkpoint = checkpoint_to_resume(
+                resume_from_checkpoint, self.args.output_dir, TARGET_FILE, state_file(0)
+            )
             load_state(self, Path(resume_from_checkpoint))
         elif not self.target.fitted or (all(self.target.pointwise) and self.target.last_fit is None):
             self.fit_target()  # nothing to fit where all constraints are pointwise, but that something satisfies them

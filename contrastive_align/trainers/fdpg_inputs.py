@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
@@ -69,10 +68,6 @@ def check_enough_prompts(dataset: Dataset | IterableDataset | None, args: FDPGCo
         "steps_per_generation (gradient_accumulation_steps, where that is left out), raise num_generations, or repeat "
         f"the rows: concatenate_datasets([train_dataset] * {-(-needed // max(1, len(dataset)))})."
     )
-
-
-def hash_of(*parts: Any) -> int:
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
 def never_called(**columns: Any) -> list[float]:

@@ -27,7 +27,7 @@ def save_state(trainer: FDPGTrainer, folder: Path) -> None:
         trainer.target.save(folder / TARGET_FILE)
         if trainer.kept_proposal is not None and not trainer.kept_proposal.is_base:
             torch.save(trainer.kept_proposal.weights, folder / PROPOSAL_FILE)
-    torch.save(state, folder / _state_file(trainer.args.process_index))
+    torch.save(state, folder / state_file(trainer.args.process_index))
 
 
 def load_state(trainer: FDPGTrainer, checkpoint: Path) -> None:
@@ -35,7 +35,7 @@ def load_state(trainer: FDPGTrainer, checkpoint: Path) -> None:
     Raises:
         ValueError: files are missing, or the proposal is that of another model.
     """
-    file = checkpoint / _state_file(trainer.args.process_index)
+    file = checkpoint / state_file(trainer.args.process_index)
     if not (checkpoint / TARGET_FILE).is_file() or not file.is_file():
         raise ValueError(
             f"{checkpoint} has no {TARGET_FILE} or no {file.name}: it was not written by an FDPGTrainer on this "
@@ -56,5 +56,5 @@ def load_state(trainer: FDPGTrainer, checkpoint: Path) -> None:
         trainer.kept_proposal.load_state_dict(state["proposal"], weights, trainer.policy)
 
 
-def _state_file(process: int) -> str:
+def state_file(process: int) -> str:
     return f"fdpg_state_{process}.pt"

@@ -16,8 +16,6 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
-from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import use_adapter
 
 from contrastive_align.data import GroupCollator
 from contrastive_align.data.formats import Text
@@ -30,6 +28,7 @@ from contrastive_align.report.rounds import plot_round
 from contrastive_align.sampling.decode import draw
 from contrastive_align.sampling.seeds import seed_of
 from contrastive_align.targets.evaluate import Feature, call_feature
+from contrastive_align.trainers.modes import evaluation_mode
 from contrastive_align.trainers.server_sampling import generate_on_server
 
 
@@ -57,22 +56,12 @@ class RoundsMixin:
     @contextlib.contextmanager
     def sampling(self, reference: bool = False) -> Iterator[PreTrainedModel]:
         """The policy or the reference in evaluation mode and in the run's precision, without gradients."""
-        with torch.no_grad(), self.accelerator.autocast(), contextlib.ExitStack() as stack:
-            if reference and self.reference is not None:
+        if reference and self.reference is not None:
+            with torch.no_grad(), self.accelerator.autocast():
                 yield self.reference
-                return
-            model = stack.enter_context(
-                unwrap_model_for_generation(
-                    self.model_wrapped,
-                    self.accelerator,
-                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-                )
-            )
-            if reference:
-                stack.enter_context(use_adapter(model, "ref" if "ref" in model.peft_config else None))
-            was_training = model.training
-            stack.callback(lambda: model.train(was_training))
-            yield model.eval()
+        else:
+            with evaluation_mode(self, without_adapter=reference) as model:
+                yield model
 
     def generate(
         self, prompts: list[Text], per_prompt: int, seeds: list[int], *, conditions: list[str | None] | None = None
