@@ -182,6 +182,8 @@ def raises(prompts, completions, **columns):
         (["--judge={model: a, answers: text}", "--condition=categories"], "The judge answers 'text'"),
         (["--judge={modl: a}"], "judge: unknown key 'modl'"),
         (["--judge=gpt"], "judge is 'gpt', expected a mapping"),
+        (["--sampler={base_url: 'http://127.0.0.1:1/v1'}"], "expected a mapping with base_url and model"),
+        (["--sampler={base_url: 'http://127.0.0.1:1/v1', model: a}"], "Train LoRA (peft_config)"),
         (["--score_column=scores", "--drop_factor=1"], "--drop_factor belongs to sampling"),
         (["--num_generations=4"], "num_generations is 4, expected at least 5"),
         (["--eval_prompts=-1"], "eval_prompts is -1"),

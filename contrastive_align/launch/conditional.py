@@ -29,7 +29,14 @@ from contrastive_align.launch.common import (
 )
 from contrastive_align.launch.conditional_measure import Measurement, describe, draw_picture, last_terms, rounds_of
 from contrastive_align.launch.datasets import take
-from contrastive_align.launch.feedback import build_judge, check_reward, load_scored, read_spec, with_feedback
+from contrastive_align.launch.feedback import (
+    build_judge,
+    build_sampler,
+    check_reward,
+    load_scored,
+    read_spec,
+    with_feedback,
+)
 from contrastive_align.launch.memory import keep_freed_memory
 from contrastive_align.launch.prompts import from_rows, load_prompts
 from contrastive_align.report import Summary
@@ -64,6 +71,8 @@ class ConditionalArguments(RunArguments):
             summed by ``reward_weights``.
         judge: a mapping of the arguments of :class:`~contrastive_align.feedback.judge.Judge`; the key is in the
             environment.
+        sampler: a mapping of the arguments of :class:`~contrastive_align.sampling.server.ServerSampler`: an
+            OpenAI-compatible server that draws the completions and is handed the LoRA adapter of each round.
         score_column, feedback_column: of completions that have scores or words already: nothing is sampled.
         negate_score: lower scores are better, as of toxicity.
         eval_reward: measures what was learned from scored completions; nothing is trained on it.
@@ -82,6 +91,9 @@ class ConditionalArguments(RunArguments):
     judge: dict | str | None = field(
         default=None, metadata={"help": "'{model: name, base_url: address, budget: 1000}'."}
     )
+    sampler: dict | str | None = field(
+        default=None, metadata={"help": "A server that samples, LoRA only: '{base_url: address, model: name}'."}
+    )
     score_column: str | None = field(default=None, metadata={"help": "Scores that the completions have already."})
     negate_score: bool = field(default=False, metadata={"help": "Lower scores are better."})
     feedback_column: str | None = field(default=None, metadata={"help": "Words that the completions have already."})
@@ -93,7 +105,7 @@ class ConditionalArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("condition", "reward", "judge", "eval_reward"):
+        for name in ("condition", "reward", "judge", "sampler", "eval_reward"):
             setattr(self, name, read_spec(name, getattr(self, name)))
         columns = [name for name in ("score_column", "feedback_column", "negate_score") if getattr(self, name)]
         source = next((name for name in ("reward", "judge") if getattr(self, name) is not None), None)
@@ -280,6 +292,7 @@ def _build_trainer(args: Arguments, train: Dataset, test: Dataset | None) -> Con
         reward_funcs=rewards,
         judge=judge,
         condition=condition,
+        sampler=None if script.sampler is None else build_sampler(script.sampler),
         **model_arguments(args),
     )
     if script.eval_reward is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from contrastive_align.feedback import Attributes, Categories, Condition, Text
 from contrastive_align.feedback.judge import Judge, resolve_judge
 from contrastive_align.launch.arguments import RunArguments, UsageError, _StrictLoader
 from contrastive_align.launch.datasets import load_splits
+from contrastive_align.sampling.server import ServerSampler
 
 
 SCORES = ("score", "scores", "reward", "rewards")  # what a column of numbers is called where nothing is said
@@ -57,6 +59,17 @@ def build_judge(spec: Any, condition: Condition, output_dir: str) -> Judge:
     prompt = "feedback" if answers == in_words else "helpful_categories"
     cache = str(Path(output_dir) / "judge")
     return resolve_judge({"prompt": prompt, "answers": answers, "cache": cache, **spec})
+
+
+def build_sampler(spec: Any) -> ServerSampler:
+    """A server that draws the completions: ``{base_url: address, model: name}`` and the class's other options."""
+    known = [name for name in inspect.signature(ServerSampler).parameters]
+    if not isinstance(spec, Mapping) or not {"base_url", "model"} <= set(spec) <= set(known):
+        raise ValueError(
+            f"sampler is {spec!r}, expected a mapping with base_url and model: '{{base_url: http://localhost:8000/v1, "
+            f"model: name}}'; it takes {', '.join(known)}."
+        )
+    return ServerSampler(**spec)
 
 
 def check_reward(condition: Condition) -> None:
