@@ -138,6 +138,32 @@ def test_rounds_fill_the_pool_and_train_on_balanced_draws(tiny_llama, tmp_path):
     assert [p.name for p in sorted((tmp_path / "rounds").iterdir())] == [f"round-00{n}.png" for n in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("size", [1, 3, 5, 7, 8])
+def test_no_round_has_a_prompt_twice_and_every_pass_has_each_once(tiny_llama, tmp_path, size):
+    trainer = build(tiny_llama(), tmp_path, prompts_per_round=size)
+    rounds = [trainer._prompts_of(number).tolist() for number in range(1, 33)]
+    assert all(len(set(places)) == size for places in rounds)
+    places = np.concatenate(rounds)
+    passes = places[: len(places) // 8 * 8].reshape(-1, 8)
+    assert (np.sort(passes) == np.arange(8)).all() and len({tuple(p) for p in passes}) > 1
+
+
+def test_coefficients_adapt_once_a_step_however_it_is_divided(tiny_llama, tmp_path):
+    options = {"optim": "sgd", "kl_target": 0.02, "entropy_target": 3.0, "coef_horizon": 20}
+    whole = build(tiny_llama(), tmp_path / "whole", per_device_train_batch_size=10, **options)
+    parts = build(
+        tiny_llama(), tmp_path / "parts", per_device_train_batch_size=2, gradient_accumulation_steps=5, **options
+    )
+    whole.train()
+    parts.train()
+    assert whole.state.global_step == parts.state.global_step == 4
+    assert whole.kl_coef.value > 0.05 and whole.entropy_coef.value < 0.06
+    assert parts.kl_coef.value == pytest.approx(whole.kl_coef.value, rel=1e-6)
+    assert parts.entropy_coef.value == pytest.approx(whole.entropy_coef.value, rel=1e-6)
+    for name, p in weights(whole).items():
+        assert torch.allclose(p, weights(parts)[name], atol=1e-5), name
+
+
 def test_the_first_round_is_unconditioned_and_later_ones_ask_for_the_best(tiny_llama, tmp_path, monkeypatch):
     seen = []
     generate = ConditionalTrainer.generate

@@ -211,10 +211,11 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
         self.entropy_coef = AdaptiveCoefficient(
             args.entropy_coef, target=args.entropy_target, horizon=args.coef_horizon, sign=-1
         )
+        self._step_sums: Tensor | None = None  # of the optimiser step that is being made
         if sampler is not None:
             check_sampler(self)
         self._prepare_pool()
-        self.add_callback(_RoundStart(self))
+        self.add_callback(_Rounds(self))
 
     def _load(
         self, model: Any, processing_class: Any, args: ConditionalConfig, quantization_config: Any, model_id: str
@@ -322,17 +323,27 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
             return
         parts = [terms.nll.sum(), terms.kl.sum(), terms.entropy.sum(), terms.nll.new_tensor(len(terms.nll))]
         parts += [inputs["attention_mask"].sum().to(terms.nll), inputs["valid"].sum().to(terms.nll)]
-        nll, kl, entropy, n, seen, rows = self.accelerator.gather(torch.stack(parts).double()[None]).sum(0).tolist()
+        sums = self.accelerator.gather(torch.stack(parts).double()[None]).sum(0)
+        nll, kl, entropy, n, seen, _ = sums.tolist()
         self._total_train_tokens += int(seen)
         metrics = self._metrics["train"]
         metrics["nll"].append(nll / n)
         metrics["entropy"].append(entropy / n)
         metrics["entropy_coef"].append(self.entropy_coef.value)
         metrics["num_tokens"] = [self._total_train_tokens]
-        self.entropy_coef.update(entropy / n, n=int(rows))
         if self.has_reference:
             metrics["kl"].append(kl / n)
             metrics["kl_coef"].append(self.kl_coef.value)
+        self._step_sums = sums if self._step_sums is None else self._step_sums + sums
+
+    def adapt_coefficients(self) -> None:
+        """Once for an optimiser step, however it is divided into micro-batches."""
+        if self._step_sums is None:
+            return
+        _, kl, entropy, n, _, rows = self._step_sums.tolist()
+        self._step_sums = None
+        self.entropy_coef.update(entropy / n, n=int(rows))
+        if self.has_reference:
             self.kl_coef.update(kl / n, n=int(rows))
 
     # --------------------------------------------------------------------------------------------- resuming and saving
@@ -352,6 +363,7 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
             self._load_state(Path(resume_from_checkpoint))
         if self.online and self.args.max_steps <= 0 and self.args.num_train_epochs != int(self.args.num_train_epochs):
             raise ValueError(f"num_train_epochs is {self.args.num_train_epochs}, expected a whole number of rounds.")
+        self._step_sums = None
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -385,7 +397,7 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
             self.best_condition().save(output_dir or self.args.output_dir)
 
 
-class _RoundStart(TrainerCallback):
+class _Rounds(TrainerCallback):
     def __init__(self, trainer: ConditionalTrainer) -> None:
         self.trainer = trainer
 
@@ -394,6 +406,9 @@ class _RoundStart(TrainerCallback):
             args.train_batch_size * self.trainer.accelerator.num_processes * args.gradient_accumulation_steps
         )
         self.trainer.begin_round(state.global_step // steps + 1)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.adapt_coefficients()
 
 
 def _as_it_is(*values: Any) -> tuple[Any, ...]:

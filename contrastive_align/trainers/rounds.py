@@ -199,11 +199,21 @@ class RoundsMixin:
         ]
 
     def _prompts_of(self, number: int) -> np.ndarray:
-        """Rows of the dataset: the rounds go through it in a random order, then through it again in another one."""
+        """Rows of the dataset: the rounds go through it in a random order, then through it again in another one.
+
+        No round has a prompt twice: where a round ends one pass and begins the next, what it has of the first comes
+        late in the second.
+        """
         n, size = len(self.prompts), self.prompts_per_round
-        places = np.arange((number - 1) * size, number * size)
-        orders = {p: np.random.default_rng([self.args.seed, p]).permutation(n) for p in np.unique(places // n)}
-        return np.array([orders[place // n][place % n] for place in places])
+        first, last = (number - 1) * size, number * size - 1
+        orders: list[np.ndarray] = []
+        for p in range(last // n + 1):
+            order = np.random.default_rng([self.args.seed, p]).permutation(n)
+            if shared := p * n % size:  # places that the round in which this pass begins has of the pass before
+                late = np.isin(order, orders[-1][n - shared :])
+                order = np.concatenate([order[~late], order[late]])
+            orders.append(order)
+        return np.array([orders[place // n][place % n] for place in range(first, last + 1)])
 
     def best_condition(self, through: int | None = None) -> Condition:
         """The condition to ask for the best with: of a judge's words, those that the best samples were given."""
