@@ -38,6 +38,7 @@ from contrastive_align.feedback.offline import read_scored
 
 
 HELD_OUT = 600
+ROOM = 900  # tokens of a question: the model has 1,024
 CONDITIONS = {
     "tokens": {"kind": "quantile_tokens", "per_prompt": False},
     "phrases": {"kind": "phrases", "phrases": "toxicity", "per_prompt": False},
@@ -116,7 +117,7 @@ def judged(model: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     form = "Question: {}\nAnswer: "
     prompts = [form.format(r["prompt"]) for r in rows_of("qa_feedback_groups.jsonl")]
-    short = [p for p in prompts if len(tokenizer(p)["input_ids"]) <= 400][:64]
+    short = [p for p in prompts if len(tokenizer(p)["input_ids"]) <= ROOM]
 
     def answer(text: str) -> str:
         return json.dumps({"analysis": "...", "category": categories[len(text) % len(categories)]})
@@ -152,10 +153,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--kl-coef", type=float, default=0.05)
+    parser.add_argument("--parts", nargs="+", choices=["toxicity", "judge"], default=["toxicity", "judge"])
     args = parser.parse_args()
     model = args.model or str(Path(os.environ["CONTRASTIVE_ALIGN_MODELS"]) / "gsm8k-sft-5m")
-    toxicity(model, args.epochs, args.learning_rate, args.kl_coef)
-    judged(model)
+    if "toxicity" in args.parts:
+        toxicity(model, args.epochs, args.learning_rate, args.kl_coef)
+    if "judge" in args.parts:
+        judged(model)
 
 
 if __name__ == "__main__":
