@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -240,6 +241,39 @@ def test_an_earlier_run_is_not_overwritten(tiny_llama, tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "pool").iterdir()} == before
 
 
+def test_a_pool_that_lacks_the_rounds_before_cannot_go_on(tiny_llama, tmp_path):
+    build(tiny_llama(), tmp_path, save_strategy="epoch").train()
+    shutil.rmtree(tmp_path / "pool")
+    with pytest.raises(ValueError, match=r"goes on with round 3, and .*pool has rounds \[\]"):
+        build(tiny_llama(), tmp_path, num_train_epochs=3).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("size", [5, 20])
+def test_a_round_of_another_length_cannot_go_on(tiny_llama, tmp_path, size):
+    build(tiny_llama(), tmp_path, save_strategy="epoch").train()
+    other = build(tiny_llama(), tmp_path, num_train_epochs=3, per_device_train_batch_size=size)
+    with pytest.raises(ValueError, match=f"A round had 2 optimiser steps in .* has {20 // size} now"):
+        other.train(resume_from_checkpoint=True)
+    same = build(
+        tiny_llama(), tmp_path, num_train_epochs=3, per_device_train_batch_size=5, gradient_accumulation_steps=2
+    )
+    same.train(resume_from_checkpoint=True)
+    assert same.pool.steps == {1: 0, 2: 2, 3: 4}
+
+
+def test_a_checkpoint_that_is_written_again_is_not_whole_before_its_end(tiny_llama, tmp_path, monkeypatch):
+    trainer = build(tiny_llama(), tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer._save_checkpoint(trainer.model, None)
+    assert last_whole_checkpoint(tmp_path).name == "checkpoint-2"
+
+
 def test_another_condition_cannot_go_on(tiny_llama, tmp_path):
     build(tiny_llama(), tmp_path, save_strategy="epoch").train()
     with pytest.raises(ValueError, match="was trained under"):
@@ -383,6 +417,24 @@ def test_evaluation_rewards_under_each_condition(tiny_llama, tmp_path):
     assert trainer.evaluate(data)["eval_reward_given/nothing"] == metrics["eval_reward_given/nothing"]
 
 
+def test_evaluating_while_training_changes_nothing_in_it(tiny_llama, tmp_path):
+    options = {"logging_steps": 3, "num_train_epochs": 3, "disable_dropout": False}
+    plain = build(tiny_llama(), tmp_path / "plain", **options)
+    more = {"eval_dataset": Dataset.from_dict({"prompt": PROMPTS[:2]})}
+    evaluated = build(
+        tiny_llama(), tmp_path / "evaluated", eval_strategy="steps", eval_steps=1, eval_on_start=True, more=more,
+        **options,
+    )  # fmt: skip
+    plain.train()
+    evaluated.train()
+    for name, p in weights(plain).items():
+        assert torch.equal(p, weights(evaluated)[name]), name
+    logged = [[entry for entry in t.state.log_history if "nll" in entry] for t in (plain, evaluated)]
+    assert [entry["step"] for entry in logged[0]] == [3, 6]  # the second round begins in between
+    terms = ("nll", "kl", "entropy", "loss")
+    assert [[e[k] for k in terms] for e in logged[0]] == [[e[k] for k in terms] for e in logged[1]]
+
+
 def test_lower_layers_freeze(tiny_llama, tmp_path):
     trainer = build(tiny_llama(num_hidden_layers=4), tmp_path, unfrozen_layers_ratio=0.25)
     trainable = [all(p.requires_grad for p in layer.parameters()) for layer in trainer.model.model.layers]
@@ -406,6 +458,7 @@ def test_lower_layers_freeze(tiny_llama, tmp_path):
         ({"condition": "quantiles"}, "kind is 'quantiles'"),
         ({"more": {"formatting_func": str}}, "formatting_func is not supported"),
         ({"packing": True}, "packing=True is not supported"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported"),
         ({"save_only_model": True, "save_strategy": "steps"}, "no run can go on from"),
         ({"max_completion_length": 600}, "No prompt is short enough"),
         ({"kl_coef": 0.0, "kl_target": 0.1}, "would stay so"),
@@ -415,6 +468,18 @@ def test_lower_layers_freeze(tiny_llama, tmp_path):
 def test_what_is_refused(tiny_llama, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         build(tiny_llama(), tmp_path, **options)
+
+
+@pytest.mark.parametrize("by_judge", [False, True])
+def test_a_first_round_without_any_answer_is_not_kept(tiny_llama, tmp_path, by_judge):
+    def silent(prompts, completions, **columns):
+        return [None] * len(prompts)
+
+    options = {"reward_funcs": None if by_judge else silent, "more": {"judge": silent} if by_judge else {}}
+    with pytest.raises(ValueError, match="None of the 20 samples of round 1 was scored or judged"):
+        build(tiny_llama(), tmp_path, **options).train()
+    assert list((tmp_path / "pool").iterdir()) == []
+    build(tiny_llama(), tmp_path).train()  # once the reward answers
 
 
 def test_a_broken_reward_leaves_no_half_round(tiny_llama, tmp_path):

@@ -22,6 +22,7 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
@@ -370,7 +371,9 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
         if self.args.should_save:  # before the Trainer's files, of which the last says that the checkpoint is whole
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of a checkpoint that is written again
             state = {"kl_coef": self.kl_coef.state_dict(), "entropy_coef": self.entropy_coef.state_dict()}
+            state["steps_per_round"] = self.steps_per_round
             (folder / STATE_FILE).write_text(json.dumps({**state, "condition": self.condition.spec}))
         super()._save_checkpoint(model, trial)
 
@@ -387,6 +390,13 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
                 f"{checkpoint} was trained under {state['condition']}, and this run's condition is "
                 f"{self.condition.spec}. Use the same condition, or start anew from its weights."
             )
+        steps = state.get("steps_per_round", self.steps_per_round)
+        if self.online and steps != self.steps_per_round:
+            raise ValueError(
+                f"A round had {steps} optimiser steps in {checkpoint} and has {self.steps_per_round} now: its samples "
+                "would be trained on in another round. Keep draws_per_round, and per_device_train_batch_size x "
+                "gradient_accumulation_steps x processes."
+            )
         self.kl_coef.load_state_dict(state["kl_coef"])
         self.entropy_coef.load_state_dict(state["entropy_coef"])
 
@@ -402,10 +412,7 @@ class _Rounds(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        steps = len(self.trainer.rows) // (
-            args.train_batch_size * self.trainer.accelerator.num_processes * args.gradient_accumulation_steps
-        )
-        self.trainer.begin_round(state.global_step // steps + 1)
+        self.trainer.begin_round(state.global_step // self.trainer.steps_per_round + 1)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.adapt_coefficients()

@@ -34,6 +34,7 @@ NOT_SUPPORTED = {
     "train_sampling_strategy": ("draws are balanced over the conditions", "leave it out"),
     "dataloader_persistent_workers": ("workers would go on reading the round before", "leave it out"),
     "dataloader_drop_last": ("a round has whole steps already", "leave it out"),
+    "auto_find_batch_size": ("how many steps a round has is set before", "set per_device_train_batch_size"),
     "ignore_data_skip": ("a resumed round would train on its first rows again", "leave it out"),
 }
 KL_DIRECTIONS = ("reverse", "forward")

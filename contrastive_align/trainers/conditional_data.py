@@ -71,8 +71,10 @@ class ConditionalDataMixin:
                 )
             draws = args.draws_per_round or labelled
         step = args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
-        length = math.ceil(draws / step) * step
-        self.rows = ConditionedRows(self.pool, self.condition, self.encode, length, args.max_length)
+        self.steps_per_round = math.ceil(draws / step)
+        self.rows = ConditionedRows(
+            self.pool, self.condition, self.encode, self.steps_per_round * step, args.max_length
+        )
 
     def _usable_prompts(self, dataset: Dataset) -> Dataset:
         """The prompts that leave room for a completion; the others are counted."""

@@ -48,12 +48,10 @@ class ConditionalEvaluationMixin:
         if not isinstance(dataset, Dataset):
             raise ValueError(f"eval_dataset is a {type(dataset).__name__}, expected a datasets.Dataset to evaluate on.")
         start = time.time()
-        was_training = self.model.training
         found = self._rewards_given(dataset) if self.online else self._likelihoods(dataset)
-        self.model.train(was_training)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
-        self.log(metrics)
+        self.log_measured(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

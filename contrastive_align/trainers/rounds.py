@@ -149,8 +149,19 @@ class RoundsMixin:
         What a round draws depends on the seed and the pool alone, so that one continued later draws the same.
         """
         if self.online and number not in self.pool.rounds:
+            if number != len(self.pool.rounds) + 1:
+                raise ValueError(
+                    f"The run goes on with round {number}, and {self.pool.folder} has rounds {self.pool.rounds}: the "
+                    "samples of the rounds before are missing. Give the pool_dir that they are in, or start anew."
+                )
             samples = self._sample(number)
             everyone = [sample for part in gather_object([samples]) for sample in part]
+            if number == 1 and all(s.score is None and s.feedback is None for s in everyone):
+                raise ValueError(
+                    f"None of the {len(everyone)} samples of round 1 was scored or judged: there is nothing to learn "
+                    "from, and the round is not written. See what the "
+                    f"{'reward functions return' if self.judge is None else 'judge answers'}, then start again."
+                )
             if self.accelerator.is_main_process:
                 self.pool.add(everyone)
             self.accelerator.wait_for_everyone()
@@ -248,9 +259,16 @@ class RoundsMixin:
             if there.any():
                 logs[f"round/reward/{name}"] = float(table.score[there].mean())
         logs |= self._text_metrics(np.flatnonzero(newest)[:: max(1, int(newest.sum()) // 512)], through)
-        self.log(logs)
+        self.log_measured(logs)
         if self.args.should_save:
             self._draw_round(number, table)
+
+    def log_measured(self, logs: dict[str, float]) -> None:
+        """Log by itself: means over the steps since training was logged wait for its next log."""
+        was_training = self.model.training
+        self.model.eval()  # TRL's log asks the model which of the two it is
+        self.log(logs)
+        self.model.train(was_training)
 
     def _text_metrics(self, indices: np.ndarray, through: int) -> dict[str, float]:
         """distinct-n, and the perplexity under the reference where there is one, of some hundred samples."""
