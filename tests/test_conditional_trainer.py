@@ -408,6 +408,58 @@ def test_scored_data_needs_no_sampling(tiny_llama, tmp_path, condition, caplog):
     assert metrics[f"eval_nll/{best}"] == metrics[f"eval_nll/{best}_given/{best}"]
 
 
+def test_rows_with_the_same_prompt_are_one_prompt(tiny_llama, tmp_path):
+    rows = [{"prompt": p, "completion": f" {i} blue.", "score": float(i)} for i in range(5) for p in PROMPTS[:3]]
+    trainer = build(tiny_llama(), tmp_path, rows=Dataset.from_list(rows), reward_funcs=None)
+    table = trainer.pool.table()
+    found = trainer.pool.read(np.arange(15), 1)
+    assert [(s.prompt_index, s.sample_index) for s in found] == [(j, i) for i in range(5) for j in range(3)]
+    assert table.label.tolist() == [4 - i for i in range(5) for _ in range(3)]
+    trainer.train()
+
+
+@pytest.mark.parametrize("condition", ["phrases", "text"])
+def test_scored_data_fits_with_its_conditions(tiny_llama, tmp_path, condition):
+    rows = [
+        {
+            "prompt": "hi there " * (1 + i // 2), "completion": " a b c d", "score": float(i % 4),
+            "feedback": "far too long for anyone who reads" if i % 2 else "good",
+        }
+        for i in range(24)
+    ]  # fmt: skip
+    spec = {"kind": condition, "per_prompt": False} if condition == "phrases" else condition
+    limits = {"max_length": 60, "max_completion_length": 4}
+    rows = Dataset.from_list(rows)
+    trainer = build(tiny_llama(), tmp_path, rows=rows, reward_funcs=None, condition=spec, **limits)
+    report = trainer.data_report
+    assert report["dropped"] > 0 and report["cut"] > 0 and report["completions"] == 24 - report["dropped"]
+    table = trainer.pool.table()
+    for sample, label in zip(trainer.pool.read(np.arange(len(table)), 1), table.label, strict=True):
+        row = trainer.rows.row(sample, int(label))
+        assert len(row["prompt_ids"]) + len(row["completion_ids"]) <= 60
+        assert row["completion_ids"] == sample.completion_ids
+    seen = []
+    trainer.nll_given = lambda samples, texts: (
+        seen.extend(
+            len(trainer.encode(s.prompt if t is None else trainer.condition.apply(s.prompt, t)) + s.completion_ids)
+            for s, t in zip(samples, texts, strict=True)
+        ),
+        (np.ones(len(samples)), np.ones(len(samples))),
+    )[1]
+    trainer.evaluate(rows)
+    assert max(seen) <= 60
+
+
+def test_prompts_that_are_too_long_to_be_evaluated_are_left_out(tiny_llama, tmp_path, caplog):
+    trainer = build(tiny_llama(), tmp_path)
+    with caplog.at_level(logging.WARNING, "contrastive_align"):
+        found = trainer.rewards_given(Dataset.from_dict({"prompt": [PROMPTS[0], "hi there " * 300, PROMPTS[1]]}))
+    assert "1 of 3 prompts of eval_dataset are longer than" in caplog.text
+    assert all(np.isnan(rewards).tolist() == [False, True, False] for rewards in found.values())
+    with pytest.raises(ValueError, match=r"eval_dataset has the columns \['text'\], expected 'prompt'"):
+        trainer.evaluate(Dataset.from_dict({"text": PROMPTS[:1]}))
+
+
 def test_evaluation_rewards_under_each_condition(tiny_llama, tmp_path):
     trainer = build(tiny_llama(), tmp_path)
     data = Dataset.from_dict({"prompt": PROMPTS[:3]})
@@ -462,6 +514,11 @@ def test_lower_layers_freeze(tiny_llama, tmp_path):
         ({"save_only_model": True, "save_strategy": "steps"}, "no run can go on from"),
         ({"max_completion_length": 600}, "No prompt is short enough"),
         ({"kl_coef": 0.0, "kl_target": 0.1}, "would stay so"),
+        ({"rows": Dataset.from_dict({"prompt": ["Hi", None]})}, "train_dataset, row 1: 'prompt' is None"),
+        (
+            {"rows": Dataset.from_dict({"prompt": [[{"role": "system", "content": "Hi"}]]})},
+            "train_dataset, row 0: The conversation has roles",
+        ),
         ({"reward_weights": [1.0, 2.0]}, "reward_weights has 2 numbers for 1"),
     ],
 )

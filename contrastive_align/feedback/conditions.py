@@ -75,6 +75,10 @@ class Condition(ABC):
         """Name -> text of every condition that a model can be asked for without having seen a sample, best first."""
         return {name: name for name in self.names()}
 
+    def texts_for(self, feedback: str | None) -> list[str]:
+        """Every text that a sample with this feedback may be conditioned on, in training or when it is asked for."""
+        return list(self.askable().values())
+
     def check_generations(self, n: int) -> None:
         """Raise ValueError where n completions of a prompt are too few to be labelled."""
         return  # by default any number will do

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -96,6 +97,9 @@ class Text(Condition):
 
     def names(self, table: Table | None = None) -> list[str]:
         return [f"score {score}" for score in range(TOP_SCORE, -1, -1)]
+
+    def texts_for(self, feedback: str | None) -> list[str]:
+        return [*super().texts_for(feedback), *([] if feedback is None else [feedback])]
 
     def askable(self) -> dict[str, str]:
         return {f"exemplar {i}": text for i, text in enumerate(self.exemplars)}
@@ -199,6 +203,10 @@ class Attributes(Condition):
     def text(self, sample: Sample, label: int) -> str:
         return self._setting(self._values(sample.feedback, f"round {sample.round}, prompt {sample.prompt_index}"))
 
+    def texts_for(self, feedback: str | None) -> list[str]:
+        own = [] if feedback is None else [self._setting(self._values(feedback, "attributes"))]
+        return [*super().texts_for(feedback), *own]
+
     def names(self, table: Table | None = None) -> list[str]:
         """The settings in the table; without one, the wanted setting only."""
         return [self.best] if table is None else [self._setting(values) for values in self._ranked(table)[1]]
@@ -213,4 +221,4 @@ def _where(table: Table, i: int) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

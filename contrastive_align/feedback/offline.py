@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.utils import logging
 
 from contrastive_align.data.formats import PROMPT_COLUMNS, BadRow, Group, Text
 from contrastive_align.data.tokenise import NoRoom, tokenise_group, tokenise_prompt
+from contrastive_align.feedback.conditions import Condition
 from contrastive_align.feedback.rounds import Sample
 
 
@@ -23,18 +25,28 @@ LISTS = ("completions", "scores", "feedbacks", "finished")
 _ALIASES = {"response": "completion", "responses": "completions", "reward": "score", "rewards": "scores"}
 
 
+_SURELY_SHORT = 256  # tokens that no template adds to the bytes of a prompt
+
+
 def read_scored(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None, on_bad_row: str = "raise"
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    condition: Condition | None = None,
+    on_bad_row: str = "raise",
 ) -> tuple[list[Sample], dict[str, Any]]:
     """Samples of round 1 from rows with ``prompt``, ``completion`` and ``score`` or ``feedback`` or both, or with lists
     of K of them (``completions``, ``scores``, ``feedbacks``).
 
     A score or feedback may be None: the sample is there and is left out of what is drawn. Completions end in one EOS,
-    but for those whose ``finished`` is False (or, with lists, its entry): they were cut when they were sampled.
+    but for those whose ``finished`` is False (or, with lists, its entry): they were cut when they were sampled. Rows
+    with the same prompt are one prompt, whose ``prompt_index`` is the first of them.
 
     Args:
-        max_length: prompt and completion together, without the condition; a longer completion keeps its beginning and
-            has no EOS. A prompt that leaves no room is dropped and counted.
+        max_length: prompt and completion together; a longer completion keeps its beginning and has no EOS. A prompt
+            that leaves no room is dropped and counted.
+        condition: the prompt is so long as with the longest text of this condition.
         on_bad_row: ``"raise"``, or ``"drop"``: left out, counted.
 
     Returns:
@@ -56,21 +68,31 @@ def read_scored(
     found = [columns.get(name) for name in names]
     report = {"rows": len(dataset), "completions": 0, "dropped": 0, "cut": 0, "no_score": 0}
     samples, first_bad = [], []
+    place, seen = {}, Counter()  # prompt -> its first row; of that prompt, how many samples there are
     for number, row in enumerate(dataset):
+        of_row = []
         try:
             parts = list(_parts(row, row[columns[prompt_column]], found, names is LISTS, number))
             for k, (prompt, completion, score, feedback, finished) in enumerate(parts):
-                ids, whole = _tokens(prompt, completion, tokenizer, max_length, f"row {number}, completion {k}")
-                report["cut"] += not whole
+                where = f"row {number}, completion {k}"
+                limit = _limit(prompt, completion, feedback, tokenizer, max_length, condition, where)
+                ids, whole = _tokens(prompt, completion, tokenizer, limit, where)
+                cut = not whole
                 if whole and not finished and len(ids) > 1:
                     ids, whole = ids[:-1], False  # without its EOS
-                report["no_score"] += score is None and feedback is None
-                samples.append(Sample(prompt, ids, completion, score, feedback, whole, number, k, 1, 0))
+                of_row.append((cut, prompt, ids, completion, score, feedback, whole))
         except BadRow as error:
             if on_bad_row == "raise" and not isinstance(error, NoRoom):
                 raise
             report["dropped"] += 1
             first_bad += [str(error)] if len(first_bad) < 3 else []
+            continue
+        for cut, *parts in of_row:
+            first = place.setdefault(repr(parts[0]), number)
+            report["cut"] += cut
+            samples.append(Sample(*parts, first, seen[first], 1, 0))
+            report["no_score"] += samples[-1].score is None and samples[-1].feedback is None
+            seen[first] += 1
     report["completions"] = len(samples)
     if report["dropped"]:
         logger.warning(f"{report['dropped']} of {len(dataset)} rows are dropped: {'; '.join(first_bad)}")
@@ -108,6 +130,35 @@ def _parts(
         if end is not None and not isinstance(end, bool):
             raise BadRow(f"{where}: its 'finished' is {end!r}, expected true, false or None (true).")
         yield prompt, text, None if score is None else float(score), feedback, end is not False
+
+
+def _limit(
+    prompt: Text,
+    completion: str,
+    feedback: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    condition: Condition | None,
+    where: str,
+) -> int | None:
+    """``max_length`` of the bare prompt and its completion, so that they fit with any of the condition's texts."""
+    if max_length is None or condition is None:
+        return max_length
+    try:
+        prompts = [condition.apply(prompt, text) for text in condition.texts_for(feedback)]
+    except ValueError as error:
+        raise BadRow(f"{where}: {error}") from error
+    longest = max((len(repr(p).encode()) for p in prompts), default=0)
+    if longest + len(completion.encode()) + _SURELY_SHORT < max_length:
+        return max_length
+    bare = len(tokenise_prompt(prompt, tokenizer))
+    added = max((len(tokenise_prompt(p, tokenizer)) for p in prompts), default=bare) - bare
+    if bare + added >= max_length:
+        raise NoRoom(
+            f"{where}: the prompt has {bare + added} tokens with its condition and max_length is {max_length}: no room "
+            "for a completion token. Raise max_length."
+        )
+    return max_length - max(0, added)
 
 
 def _tokens(

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
+from contrastive_align.feedback.conditions import Condition
 from contrastive_align.feedback.offline import read_scored
 from contrastive_align.feedback.pool import Pool
 from contrastive_align.trainers.conditional_inputs import eos_ids, fingerprint
@@ -54,7 +55,11 @@ class ConditionalDataMixin:
             draws = args.draws_per_round or self.prompts_per_round * args.num_generations
         else:
             samples, self.data_report = read_scored(
-                self.train_dataset, self._tokenizer, max_length=args.max_length, on_bad_row=args.on_bad_row
+                self.train_dataset,
+                self._tokenizer,
+                max_length=args.max_length,
+                condition=self.condition,
+                on_bad_row=args.on_bad_row,
             )
             folder = folder.with_name(f"{folder.name}-{fingerprint(samples, self.condition)}")
         self.pool = Pool(folder, label=self.condition.label, drop_factor=args.drop_factor, seed=args.seed)
@@ -78,9 +83,25 @@ class ConditionalDataMixin:
 
     def _usable_prompts(self, dataset: Dataset) -> Dataset:
         """The prompts that leave room for a completion; the others are counted."""
+        long = self.too_long(dataset, "train_dataset", self.condition)
+        self.data_report = {"rows": len(dataset), "too_long": len(long)}
+        if not long:
+            return dataset
+        if len(long) == len(dataset):
+            raise ValueError("No prompt is short enough: see the warning above. Raise max_length, or lower "
+                             "max_completion_length.")  # fmt: skip
+        gone = set(long)
+        return dataset.select([i for i in range(len(dataset)) if i not in gone])
+
+    def too_long(self, dataset: Dataset, name: str, condition: Condition) -> list[int]:
+        """The rows whose prompt leaves no room for a completion, with a warning that they are left out.
+
+        Raises:
+            ValueError: no column 'prompt', or a prompt that cannot be conditioned.
+        """
         if "prompt" not in dataset.column_names:
             raise ValueError(
-                f"train_dataset has the columns {dataset.column_names}, expected 'prompt' to sample from. Rename one: "
+                f"{name} has the columns {dataset.column_names}, expected 'prompt' to sample from. Rename one: "
                 "dataset.rename_column(old, 'prompt')."
             )
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
@@ -88,22 +109,21 @@ class ConditionalDataMixin:
         room = min(limits, default=2**31) - self.args.max_completion_length
         long = []
         for i, prompt in enumerate(dataset["prompt"]):
-            conditioned = [self.condition.apply(prompt, text) for text in self.condition.askable().values()]
+            if not isinstance(prompt, str | list):
+                raise ValueError(f"{name}, row {i}: 'prompt' is {prompt!r}, expected text or messages.")
+            try:
+                conditioned = [condition.apply(prompt, text) for text in condition.askable().values()]
+            except ValueError as error:
+                raise ValueError(f"{name}, row {i}: {error}") from error
             if max(len(self.encode(p)) for p in [prompt, *conditioned]) > room:
                 long.append(i)
-        self.data_report = {"rows": len(dataset), "too_long": len(long)}
-        if not long:
-            return dataset
-        logger.warning(
-            f"{len(long)} of {len(dataset)} prompts are longer than {room} tokens (condition included) and are left "
-            f"out; the first rows are {long[:5]}. max_length={self.args.max_length}, the model's context is {context}, "
-            f"max_completion_length={self.args.max_completion_length}."
-        )
-        if len(long) == len(dataset):
-            raise ValueError("No prompt is short enough: see the warning above. Raise max_length, or lower "
-                             "max_completion_length.")  # fmt: skip
-        gone = set(long)
-        return dataset.select([i for i in range(len(dataset)) if i not in gone])
+        if long:
+            logger.warning(
+                f"{len(long)} of {len(dataset)} prompts of {name} are longer than {room} tokens (condition included) "
+                f"and are left out; the first rows are {long[:5]}. max_length={self.args.max_length}, the model's "
+                f"context is {context}, max_completion_length={self.args.max_completion_length}."
+            )
+        return long
 
     def get_train_dataloader(self):
         return self._get_dataloader(

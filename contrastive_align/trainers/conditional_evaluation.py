@@ -73,13 +73,16 @@ class ConditionalEvaluationMixin:
         return metrics
 
     def rewards_given(self, dataset: Dataset, *, conditions: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Condition -> the mean reward of each prompt's completions, NaN where none was scored.
+        """Condition -> the mean reward of each prompt's completions.
 
+        NaN where none was scored, or where the prompt is too long, which is said.
         ``"nothing"`` is no condition. A prompt's seeds are the same under every condition and in every evaluation.
         """
-        askable: dict[str, str | None] = {UNCONDITIONED: None, **self.best_condition().askable()}
+        best = self.best_condition()
+        askable: dict[str, str | None] = {UNCONDITIONED: None, **best.askable()}
         names = list(askable) if conditions is None else list(conditions)
-        own = np.array_split(np.arange(len(dataset)), self.accelerator.num_processes)[self.accelerator.process_index]
+        short = np.setdiff1d(np.arange(len(dataset)), self.too_long(dataset, "eval_dataset", best))
+        own = np.array_split(short, self.accelerator.num_processes)[self.accelerator.process_index]
         rows = [dataset[int(i)] for i in own]
         seeds = [seed_of(self.args.seed, "evaluation", int(i)) for i in own]
         found = {}
@@ -91,14 +94,19 @@ class ConditionalEvaluationMixin:
             answers = self.judge_completions(rows, completions)
             scores = [[math.nan if score is None else score for score, _ in group] for group in answers]
             means = [float(np.nanmean(group)) if not np.isnan(group).all() else math.nan for group in scores]
-            found[name] = np.array([mean for part in gather_object([means]) for mean in part])
+            found[name] = np.full(len(dataset), np.nan)
+            found[name][short] = [mean for part in gather_object([means]) for mean in part]
         return found
 
     # -------------------------------------------------------------------------------------------------------- offline
 
     def _likelihoods(self, dataset: Dataset) -> dict[str, float]:
         samples, _ = read_scored(
-            dataset, self._tokenizer, max_length=self.args.max_length, on_bad_row=self.args.on_bad_row
+            dataset,
+            self._tokenizer,
+            max_length=self.args.max_length,
+            condition=self.best_condition(),
+            on_bad_row=self.args.on_bad_row,
         )
         with tempfile.TemporaryDirectory() as folder:
             pool = Pool(folder, label=self.condition.label)

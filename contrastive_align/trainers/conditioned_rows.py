@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers.data.data_collator import DataCollatorMixin
+from transformers.utils import logging
 
 from contrastive_align.data import GroupCollator
 from contrastive_align.data.formats import Text
 from contrastive_align.feedback.conditions import Condition
 from contrastive_align.feedback.pool import Pool
 
+
+logger = logging.get_logger(__name__)
 
 BARE = "bare_"
 
@@ -41,7 +44,6 @@ class ConditionedRows(Dataset):
     ) -> None:
         self.pool, self.condition, self.encode = pool, condition, encode
         self.length, self.max_length = length, max_length
-        self.cut = 0
         self._draws: Sequence[int] = ()
         self._labels: Sequence[int] = ()
         self._through = 0
@@ -74,7 +76,12 @@ class ConditionedRows(Dataset):
                     f"condition, {len(prompt_ids)} tokens and max_length is {self.max_length}: no room for a "
                     "completion. Raise max_length or leave the row out."
                 )
-            self.cut += len(completion_ids) > room
+            if len(completion_ids) > room:  # of a judge's words nobody knows the length before
+                logger.warning_once(
+                    f"Completions are cut, and train no EOS, where prompt, condition and completion are longer than "
+                    f"max_length={self.max_length}: sample {sample.sample_index} of dataset row {sample.prompt_index} "
+                    f"by {len(completion_ids) - room} tokens, and perhaps others."
+                )
             completion_ids = completion_ids[:room]
         return {"prompt_ids": prompt_ids, "bare_ids": self.encode(sample.prompt), "completion_ids": completion_ids}
 
