@@ -78,9 +78,8 @@ class ConditionedRows(Dataset):
                 )
             if len(completion_ids) > room:  # of a judge's words nobody knows the length before
                 logger.warning_once(
-                    f"Completions are cut, and train no EOS, where prompt, condition and completion are longer than "
-                    f"max_length={self.max_length}: sample {sample.sample_index} of dataset row {sample.prompt_index} "
-                    f"by {len(completion_ids) - room} tokens, and perhaps others."
+                    "Completions that are, with their prompt and condition, longer than "
+                    f"max_length={self.max_length} are cut there and train no EOS."
                 )
             completion_ids = completion_ids[:room]
         return {"prompt_ids": prompt_ids, "bare_ids": self.encode(sample.prompt), "completion_ids": completion_ids}
