@@ -18,7 +18,7 @@ from contrastive_align.models.token_loss import head_parameters
 
 
 CHUNK = 2**24  # logits in memory at once, as many tokens of them as the vocabulary allows: 512 at 32,768 words
-KEPT = 2**26  # logits that stay for the backward pass (256 MB in float32), which makes the others again
+KEPT = 2**27  # logits that stay for the backward pass (512 MB in float32), which makes the others again
 BLOCK = 16  # tokens whose logits are read and written together, which a core's cache holds
 
 

@@ -41,7 +41,7 @@ def plot_rewards(
         from matplotlib.figure import Figure  # no pyplot: it would look for a screen
     except ImportError as error:
         raise ImportError('Pictures need matplotlib: pip install "contrastive-align[report]".') from error
-    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     conditions = list(dict.fromkeys(key for row in rows for key in row if key.startswith(BY_CONDITION)))
     for i, key in enumerate(conditions):
@@ -53,7 +53,7 @@ def plot_rewards(
     left.set_xticks(numbers)
     left.set_xlabel("round")
     left.set_title("mean reward of the samples")
-    left.legend(frameon=False, fontsize=7)
+    left.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     means, errors = [mean for mean, _ in given.values()], [se for _, se in given.values()]
     right.bar(range(len(given)), means, yerr=errors, color="tab:blue", width=0.6)
     right.set_xticks(range(len(given)), [name[:18] for name in given], rotation=25, ha="right", fontsize=8)

@@ -76,9 +76,9 @@ class RoundsMixin:
         seen = [p if c is None else self.condition.apply(p, c) for p, c in zip(prompts, conditions, strict=True)]
         if self.sampler is not None:
             return generate_on_server(self, seen, per_prompt, seeds)
-        if not prompts:
-            return []
-        with self.sampling() as model:
+        with self.sampling() as model:  # by all processes, also one without prompts: weights may be gathered
+            if not prompts:
+                return []
             drawn = draw(
                 model,
                 [self.encode(prompt) for prompt in seen],
