@@ -15,7 +15,9 @@ from packaging.specifiers import SpecifierSet
 SUPPORTED = {
     "accelerate": ">=1.10",
     "datasets": ">=4.0",
+    "numpy": ">=1.26",
     "peft": ">=0.20",
+    "pyarrow": ">=15",
     "torch": ">=2.6",
     "transformers": ">=5.19,<6",
     "trl": ">=1.16,<1.17",
