@@ -16,7 +16,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
-from contrastive_align import ConditionalConfig, ConditionalTrainer
+from contrastive_align import (
+    ConditionalConfig,
+    ConditionalTrainer,
+    ContrastiveConfig,
+    ContrastiveTrainer,
+    FDPGConfig,
+    FDPGTrainer,
+)
 from contrastive_align.demo import reward
 from contrastive_align.demo.task import all_prompts
 from contrastive_align.feedback import Condition, Phrases, QuantileTokens
@@ -308,6 +315,24 @@ def test_lora_has_one_copy_and_its_reference_is_the_base(tiny_llama, tmp_path):
     with torch.no_grad():
         found, wanted = loaded(ids).logits, trainer.model.eval()(ids).logits
     assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "fdpg", "conditional"])
+def test_trl_still_refuses_an_adapter_on_the_head(tiny_llama, tmp_path, name):
+    """The fused head multiplies with the head's own weight, and would leave the adapter out without a word."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    shared = {"use_cpu": True, "bf16": False, "report_to": "none"}
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        if name == "contrastive":
+            rows = Dataset.from_list([{"prompt": "a", "completions": [" b", " c"], "scores": [1.0, 0.0]}])
+            args = ContrastiveConfig(str(tmp_path), **shared)
+            ContrastiveTrainer(tiny_llama(), args=args, train_dataset=rows, peft_config=lora)
+        elif name == "conditional":
+            build(tiny_llama(), tmp_path, more={"peft_config": lora})
+        else:
+            rows = Dataset.from_dict({"prompt": PROMPTS * 4})
+            args = FDPGConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, **shared)
+            FDPGTrainer(tiny_llama(), reward, args, train_dataset=rows, peft_config=lora)
 
 
 def test_the_reference_of_an_adapter_is_the_adapter(tiny_llama, tmp_path):
