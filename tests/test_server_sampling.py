@@ -211,7 +211,7 @@ def test_loading_is_tried_again_too(tmp_path):
 # ------------------------------------------------------------------------------------------------ inside the training
 
 
-def train(tiny_llama, folder, sampler, *, condition="phrases", peft=True, completions=False, **more):
+def train(tiny_llama, folder, sampler, *, condition="phrases", peft=True, completions=False, options=None, **more):
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -219,8 +219,8 @@ def train(tiny_llama, folder, sampler, *, condition="phrases", peft=True, comple
 
     args = ConditionalConfig(
         str(folder), num_train_epochs=2, num_generations=5, max_completion_length=4, per_device_train_batch_size=10,
-        learning_rate=1e-2, save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
-        gradient_checkpointing=False,
+        learning_rate=1e-2, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, gradient_checkpointing=False,
+        **{"save_strategy": "no", **(options or {})},
     )  # fmt: skip
     columns = {"prompt": ["Ask Anna to close the door.\n", "Tell Ben to make the tea.\n"]}
     if completions:
@@ -254,7 +254,7 @@ def test_every_round_samples_from_the_weights_of_its_step(tiny_llama, tmp_path):
         trainer.begin_round = watched
         trainer.train()
         steps = trainer.state.global_step // 2
-        names = [name.rsplit("-step-", 1)[1] for name in server.history]
+        names = [name.rsplit("-step-", 1)[1].split("-")[0] for name in server.history]
         assert names == ["0", str(steps), "0"] and [n[0] for n in server.history] == ["+", "+", "-"]
         bodies = [body for path, _, body in server.calls if path == "/v1/completions"]
     assert any((weights[0][n] != weights[1][n]).any() for n in weights[0])
@@ -278,6 +278,30 @@ def test_texts_are_encoded_again_with_an_end_where_they_ended(tiny_llama, tmp_pa
     for c in group:
         ids = tokenizer(c["text"], add_special_tokens=False)["input_ids"]
         assert c["ids"] == ids + [tokenizer.eos_token_id] * c["finished"]
+
+
+def test_after_the_best_weights_are_loaded_the_server_is_asked_for_these(tiny_llama, tmp_path):
+    from datasets import Dataset
+    from safetensors.torch import load
+
+    rewards = iter([2.0, 1.0])  # the first round's end is the best
+    options = {"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True}
+    options |= {"metric_for_best_model": "reward", "greater_is_better": True}
+    with SamplingServer() as server:
+        rows = Dataset.from_dict({"prompt": ["a"]})
+        trainer = train(tiny_llama, tmp_path, sampler(server), options=options, eval_dataset=rows)
+
+        def evaluate(*_, **__):
+            trainer.generate(["a"], 1, [1])
+            return {"eval_reward": next(rewards)}
+
+        trainer.evaluate = evaluate
+        trainer.train()
+        assert trainer.state.best_global_step < trainer.state.global_step
+        trainer.generate(["a"], 1, [1])
+        found = load(server.loaded[server.calls[-1][2]["model"]])
+        own = {n.replace(".default", ""): p for n, p in trainer.model.named_parameters() if "lora" in n}
+        assert all((found[n] == own[n]).all() for n in own)
 
 
 def test_the_adapter_is_pushed_once_a_step(tiny_llama, tmp_path):

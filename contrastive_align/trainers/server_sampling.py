@@ -6,7 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from trl import SFTTrainer
 
 from contrastive_align.data.formats import Text
@@ -57,15 +58,17 @@ def generate_on_server(trainer: Any, prompts: list[Text], per_prompt: int, seeds
 
 
 def _push_adapter(trainer: Any) -> None:
-    """Let the server have the weights of this step. The name says whose they are, of which step."""
+    """Let the server have the present weights. The adapter's name says whose they are, of which step, and which."""
     folder = Path(trainer.args.output_dir) / FOLDER
-    run = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    name = f"{Path(trainer.args.output_dir).name}-{run}-step-{trainer.state.global_step}"
-    if trainer.pushed == name:
-        return
     SFTTrainer.save_model(trainer, str(folder), _internal_call=True)
     trainer.accelerator.wait_for_everyone()
+    named = [None]
     if trainer.accelerator.is_main_process:
-        trainer.sampler.set_adapter(name, folder)
-    trainer.sampler.adapter = trainer.pushed = name
-    trainer.accelerator.wait_for_everyone()
+        run = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+        # A step alone does not: at the end of training the best checkpoint may be loaded (load_best_model_at_end).
+        content = hashlib.sha256((folder / SAFETENSORS_WEIGHTS_NAME).read_bytes()).hexdigest()[:8]
+        named = [f"{Path(trainer.args.output_dir).name}-{run}-step-{trainer.state.global_step}-{content}"]
+        if trainer.pushed != named[0]:
+            trainer.sampler.set_adapter(named[0], folder)
+    broadcast_object_list(named)
+    trainer.sampler.adapter = trainer.pushed = named[0]
