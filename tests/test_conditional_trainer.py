@@ -564,6 +564,39 @@ def test_a_first_round_without_any_answer_is_not_kept(tiny_llama, tmp_path, by_j
     build(tiny_llama(), tmp_path).train()  # once the reward answers
 
 
+@pytest.mark.parametrize(
+    ("condition", "text", "score", "message"),
+    [
+        ("categories", "Fine", 1.0, "the feedback is 'Fine', expected one of .*'Harmful'"),
+        ("text", "fine", 7.0, "the score is 7, expected one of 0, 1, .., 3"),
+        ("attributes", '{"helpful": 1}', 1.0, '.*expected {"harmful": number, "helpful": number}'),
+    ],
+)
+def test_an_answer_that_the_condition_does_not_know_is_refused_before_the_round_is_written(
+    tiny_llama, tmp_path, condition, text, score, message
+):
+    good = {"categories": "Harmful", "text": "fine", "attributes": '{"harmful": 0, "helpful": 1}'}[condition]
+
+    def judge(prompts, completions):
+        answers = [SimpleNamespace(text=good, score=1.0) for _ in prompts]
+        return [*answers[:7], SimpleNamespace(text=text, score=score), *answers[8:]]
+
+    trainer = build(tiny_llama(), tmp_path, reward_funcs=None, condition=condition, more={"judge": judge})
+    with pytest.raises(ValueError, match=rf"round 1, prompt \d, completion 2: {message}"):
+        trainer.train()
+    assert list((tmp_path / "pool").iterdir()) == []
+
+    rows = {
+        "prompt": PROMPTS[:1],
+        "completions": [["Yes.", "No."]],
+        "feedbacks": [[good, text]],
+        "scores": [[1, score]],
+    }
+    with pytest.raises(ValueError, match=rf"round 1, prompt 0, completion 1: {message}|completion 1: attributes"):
+        build(tiny_llama(), tmp_path / "offline", rows=Dataset.from_dict(rows), reward_funcs=None, condition=condition)
+    assert not list(tmp_path.glob("offline/pool*"))
+
+
 def test_a_broken_reward_leaves_no_half_round(tiny_llama, tmp_path):
     def broken(prompts, completions, **columns):
         raise RuntimeError("the scorer is down")

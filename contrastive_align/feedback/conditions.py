@@ -84,6 +84,10 @@ class Condition(ABC):
         return  # by default any number will do
 
     @property
+    def check(self, sample: Sample) -> None:
+        """Raise ValueError where the sample's score or feedback is none that this condition can make a label of."""
+        return  # by default any will do
+
     def tokens(self) -> list[str]:
         """Special tokens that the tokenizer and the model must be given."""
         return []

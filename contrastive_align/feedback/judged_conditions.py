@@ -52,11 +52,21 @@ class Categories(Condition):
         rank = np.array([ranks.get(value, -2) for value in table.feedback_values] + [LEFT_OUT], dtype=np.int32)
         label = rank[codes]
         if len(unknown := np.flatnonzero(label == -2)):
-            where, found = _where(table, unknown[0]), table.feedback_values[codes[unknown[0]]]
-            raise ValueError(f"{where}: the feedback is {found!r}, expected one of {list(self.categories)}.")
+            self._check(table.feedback_values[codes[unknown[0]]], _where(table, unknown[0]))
         return label
 
     def text(self, sample: Sample, label: int) -> str:
+    def check(self, sample: Sample) -> None:
+        if sample.feedback is not None:
+            self._check(sample.feedback, _of(sample))
+
+    def _check(self, feedback: str, where: str) -> None:
+        if feedback not in self.categories:
+            raise ValueError(
+                f"{where}: the feedback is {feedback!r}, expected one of {list(self.categories)}. Let the judge answer "
+                "with one of these, or name its own, best first, in the condition's 'categories'."
+            )
+
         return self.categories[label]
 
     def names(self, table: Table | None = None) -> list[str]:
@@ -88,12 +98,15 @@ class Text(Condition):
     def label(self, table: Table) -> NDArray[np.int32]:
         given = ~np.isnan(table.score) & (table.feedback_codes >= 0)
         if len(wrong := np.flatnonzero(given & ~np.isin(table.score, np.arange(TOP_SCORE + 1)))):
-            where = _where(table, wrong[0])
-            raise ValueError(f"{where}: the score is {table.score[wrong[0]]:g}, expected one of 0, 1, .., {TOP_SCORE}.")
+            _check_score(table.score[wrong[0]], _where(table, wrong[0]))
         return np.where(given, TOP_SCORE - np.nan_to_num(table.score), LEFT_OUT).astype(np.int32)
 
     def text(self, sample: Sample, label: int) -> str:
         return sample.feedback
+    def check(self, sample: Sample) -> None:
+        if sample.feedback is not None and sample.score is not None and not math.isnan(sample.score):
+            _check_score(sample.score, _of(sample))
+
 
     def names(self, table: Table | None = None) -> list[str]:
         return [f"score {score}" for score in range(TOP_SCORE, -1, -1)]
@@ -201,7 +214,11 @@ class Attributes(Condition):
         return self._ranked(table)[0][table.feedback_codes]
 
     def text(self, sample: Sample, label: int) -> str:
-        return self._setting(self._values(sample.feedback, f"round {sample.round}, prompt {sample.prompt_index}"))
+        return self._setting(self._values(sample.feedback, _of(sample)))
+
+    def check(self, sample: Sample) -> None:
+        if sample.feedback is not None:
+            self._values(sample.feedback, _of(sample))
 
     def texts_for(self, feedback: str | None) -> list[str]:
         own = [] if feedback is None else [self._setting(self._values(feedback, "attributes"))]
@@ -222,3 +239,12 @@ def _where(table: Table, i: int) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _of(sample: Sample) -> str:
+    return f"round {sample.round}, prompt {sample.prompt_index}, completion {sample.sample_index}"
+
+
+def _check_score(score: float, where: str) -> None:
+    if score not in range(TOP_SCORE + 1):
+        raise ValueError(f"{where}: the score is {score:g}, expected one of 0, 1, .., {TOP_SCORE}.")
+
+

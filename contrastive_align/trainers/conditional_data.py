@@ -63,6 +63,8 @@ class ConditionalDataMixin:
             )
             folder = folder.with_name(f"{folder.name}-{fingerprint(samples, self.condition)}")
         self.pool = Pool(folder, label=self.condition.label, drop_factor=args.drop_factor, seed=args.seed)
+            for sample in samples:
+                self.condition.check(sample)
         if not self.online:
             if not self.pool.rounds and self.accelerator.is_main_process:
                 self.pool.add(samples)

@@ -171,6 +171,8 @@ class RoundsMixin:
                 f"Round {number} was sampled at step {self.pool.steps[number]} and is trained on from step "
                 f"{self.state.global_step}: options that set the length of a round have changed since."
             )
+            for sample in everyone:  # before anything is written: a round with one that has no label is of no use
+                self.condition.check(sample)
         through = number if self.online else 1
         table = self.pool.table(through)
         draws, labels = self.pool.draws(self.rows.length, seed=(self.args.seed, number), through=through)
