@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from contrastive_align.models.token_loss import head_parameters
 
 
-CHUNK = 2**24  # logits in memory at once, as many tokens of them as the vocabulary allows: 512 at 32,768 words
+CHUNK = 2**25  # logits in memory at once, as many tokens of them as the vocabulary allows: 1,024 at 32,768 words
 KEPT = 2**27  # logits that stay for the backward pass (512 MB in float32), which makes the others again
 BLOCK = 16  # tokens whose logits are read and written together, which a core's cache holds
 
@@ -88,16 +88,17 @@ def logit_scale(config) -> float:
 class _ScoreTokens(torch.autograd.Function):
     """log softmax(softcap(scale * (h W^T + b)))[label] of every token.
 
-    The backward pass makes the logits again, but for the first ``KEPT`` of them; where the head is frozen (LoRA), the
-    gradient of a log-prob with respect to its hidden state is made at once in the forward pass instead, and nothing is
-    computed twice.
+    The backward pass makes the logits again, but for the first ``KEPT`` of them, which stay (without a softcap as their
+    exponentials); where the head is frozen (LoRA), the gradient of a log-prob with respect to its hidden state is made
+    at once in the forward pass instead, and nothing is computed twice.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, scale, softcap, token_stats, frozen, keep=0):
         logits = _Logits(weight, bias, scale, softcap, len(labels))
         logits.keep(keep)
-        log_probs, log_total, *stats = (hidden.new_empty(len(labels), dtype=logits.values.dtype) for _ in range(4))
+        vectors = (hidden.new_empty(len(labels), dtype=logits.values.dtype) for _ in range(5))
+        log_probs, log_total, tops, *stats = vectors
         is_top1 = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
         entropy, mean_logits = stats
         slopes = torch.empty_like(hidden) if frozen else None
@@ -111,20 +112,21 @@ class _ScoreTokens(torch.autograd.Function):
                 if token_stats:
                     is_top1[here] = chosen[block] == top[:, 0]
                     mean_logits[here] = z[block].mean(-1)
-                shifted = z[block] - top
-                p = shifted.exp()
+                shifted = z[block] - top if token_stats else None
+                p = logits.exponentials(block, top)
                 total = p.sum(-1)
-                log_total[here] = total.log() + top[:, 0]
+                tops[here], log_total[here] = top[:, 0], total.log() + top[:, 0]
                 if token_stats:
-                    entropy[here] = total.log() - p.mul_(shifted).sum(-1) / total
+                    entropy[here] = total.log() - shifted.mul_(p).sum(-1) / total
             log_probs[part] = chosen - log_total[part]
             if frozen:
-                slopes[part] = logits.slopes(y, log_total[part], torch.ones_like(log_total[part])) @ logits.weight
+                ones = torch.ones_like(log_total[part])
+                slopes[part] = logits.slopes(y, log_total[part], tops[part], ones) @ logits.weight
         ctx.frozen = frozen
         if frozen:
             ctx.save_for_backward(slopes)
         else:
-            ctx.save_for_backward(hidden, weight, bias, labels, log_total)
+            ctx.save_for_backward(hidden, weight, bias, labels, log_total, tops)
             ctx.scale, ctx.softcap, ctx.compute, ctx.kept = scale, softcap, logits.weight.dtype, logits.kept
         ctx.mark_non_differentiable(entropy, mean_logits, is_top1)
         return log_probs, entropy, mean_logits, is_top1
@@ -135,21 +137,23 @@ class _ScoreTokens(torch.autograd.Function):
         if ctx.frozen:
             (slopes,) = ctx.saved_tensors
             return (slopes * grad[:, None]).to(slopes.dtype), None, None, *nothing
-        hidden, weight, bias, labels, log_total = ctx.saved_tensors
+        hidden, weight, bias, labels, log_total, tops = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # what is read is written over: a second backward pass computes it anew
         logits = _Logits(weight, bias, ctx.scale, ctx.softcap, len(labels), ctx.compute, kept)
         wanted = ctx.needs_input_grad
         precise = torch.promote_types(weight.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=precise) if wanted[1] else None
+        new = torch.empty_like if len(labels) else torch.zeros_like
+        grad_weight = new(weight, dtype=precise) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and wanted[2] else None
         for part in logits.chunks():
             logits(hidden, part, again=True)
-            d = logits.slopes(labels[part, None], log_total[part], grad[part])
+            d = logits.slopes(labels[part, None], log_total[part], tops[part], grad[part])
             if grad_hidden is not None:
                 grad_hidden[part] = d @ logits.weight
             if grad_weight is not None:
-                grad_weight.addmm_(d.T.to(precise), hidden[part].to(logits.weight.dtype).to(precise))
+                of_part = hidden[part].to(logits.weight.dtype).to(precise)
+                grad_weight.addmm_(d.T.to(precise), of_part, beta=0 if part.start == 0 else 1)
             if grad_bias is not None:
                 grad_bias += d.sum(0)
         _give_back(logits.kept)
@@ -202,6 +206,7 @@ class _Logits:
         self._values = self._product if precise == dtype else torch.empty_like(self._product, dtype=precise)
         self.kept = self._values[:0] if kept is None else kept
         self.values = self._values
+        self._exponentials = False
 
     def keep(self, most: int) -> None:
         """Let the first chunks of at most ``most`` logits stay."""
@@ -212,9 +217,10 @@ class _Logits:
         return [slice(i, min(i + self._rows, self.tokens)) for i in range(0, self.tokens, self._rows)]
 
     def __call__(self, hidden: Tensor, part: slice, again: bool = False) -> Tensor:
-        """The logits of these tokens; ``again``: as they were kept, where they were."""
+        """The logits of these tokens; ``again``: what was kept in their place, where it was."""
         stays = part.stop <= len(self.kept)
         self.values = self.kept[part] if stays else self._values[: part.stop - part.start]
+        self._exponentials = stays and again and self.softcap is None
         if stays and again:
             return self.values
         hidden = hidden[part].to(self.weight.dtype)
@@ -232,17 +238,28 @@ class _Logits:
             self.values.div_(self.softcap).tanh_().mul_(self.softcap)
         return self.values
 
-    def slopes(self, labels: Tensor, log_total: Tensor, grad: Tensor) -> Tensor:
-        """grad * d log p[label] / d (h W^T + b) of the last chunk, written over its logits."""
-        chosen = self.values.gather(1, labels)
+    def exponentials(self, block: slice, top: Tensor) -> Tensor:
+        """exp(logit - top) of a block of the last chunk, written over its logits but under a softcap."""
+        z = self.values[block]
+        if self.softcap is not None:  # whose slope is a function of the logits
+            return (z - top).exp_()
+        self._exponentials = True
+        return z.sub_(top).exp_()
+
+    def slopes(self, labels: Tensor, log_total: Tensor, top: Tensor, grad: Tensor) -> Tensor:
+        """grad * d log p[label] / d (h W^T + b) of the last chunk, written over its logits or exponentials."""
+        chosen = self.values.gather(1, labels) if self.softcap is not None else None
+        share = (top - log_total).exp()
         for i in range(0, len(labels), BLOCK):
             block = slice(i, i + BLOCK)
             z = self.values[block]
             slope = -grad[block, None] * self.scale
             if self.softcap is not None:
                 slope = slope * (1 - (z / self.softcap).square())
-            # Probabilities that cannot matter go to 0: as denormal numbers they would slow the products 30 times.
-            F.threshold_(z.sub_(log_total[block, None]).exp_(), 1e-20, 0.0).mul_(slope)
+            if not self._exponentials:
+                z.sub_(top[block, None]).exp_()
+            # What cannot matter goes to 0: as denormal numbers it would slow the products 30 times.
+            F.threshold_(z, 1e-20, 0.0).mul_(slope * share[block, None])
         peak = grad[:, None] * self.scale
         if self.softcap is not None:
             peak = peak * (1 - (chosen / self.softcap).square())
