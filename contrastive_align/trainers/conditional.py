@@ -48,6 +48,7 @@ from contrastive_align.trainers.conditional_inputs import (
 from contrastive_align.trainers.conditioned_rows import ConditionedCollator, bare
 from contrastive_align.trainers.rounds import RoundsMixin, frozen_copy
 from contrastive_align.trainers.server_sampling import check_sampler
+from contrastive_align.trainers.vllm_sampling import VLLMSampler, check_tokens, check_use
 
 
 logger = logging.get_logger(__name__)
@@ -91,7 +92,8 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
         judge: a :class:`~contrastive_align.feedback.judge.Judge`, in place of reward functions.
         condition: a :class:`~contrastive_align.feedback.conditions.Condition`, its kind, or a mapping.
         sampler: a :class:`~contrastive_align.sampling.server.ServerSampler`, which draws completions on a server with
-            the base model; it is handed the adapter whenever that has changed. LoRA only.
+            the base model; it is handed the adapter whenever that has changed. LoRA only. For vLLM beside the trainer,
+            or a server that takes whole weights, there is ``args.use_vllm`` instead, with TRL's options.
 
     Raises:
         ValueError: an option, model or data this trainer does not support, with the way out.
@@ -164,6 +166,8 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
         self.judge, self.feature = judge, feature_of(reward_funcs, judge, args)
         self.sampler = sampler
         self.online = judge is not None or self.feature is not None
+        if args.use_vllm:
+            check_use(args, online=self.online, sampler=sampler, quantised=quantization_config is not None)
 
         args = copy.copy(args)
         model, processing_class = self._load(model, processing_class, args, quantization_config, model_id)
@@ -216,6 +220,7 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
         if sampler is not None:
             check_sampler(self)
         self._prepare_pool()
+        self.vllm = VLLMSampler(self) if args.use_vllm else None
         self.add_callback(_Rounds(self))
 
     def _load(
@@ -223,7 +228,8 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model as an object, since tokens may come to it before TRL wraps it."""
         source, revision = model_id, (args.model_init_kwargs or {}).get("revision")
-        if isinstance(model, str):
+        given = isinstance(model, str)
+        if given:
             start = resolve_start(
                 model,
                 output_dir=args.output_dir,
@@ -238,16 +244,19 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
                 kwargs.pop("revision", None)
                 revision = None
             source, model = start.tokenizer_source, start.model
-            if isinstance(model, str):
-                if quantization_config is not None:
-                    kwargs["quantization_config"] = quantization_config
-                if args.distributed_state.num_processes > 1:
-                    kwargs["device_map"] = None  # as TRL: each process holds its own copy, on its own device
-                kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-                model = create_model_from_path(model, **kwargs)
-            args.model_init_kwargs = None
         if processing_class is None:
             processing_class = load_tokenizer(source, revision=revision, trust_remote_code=args.trust_remote_code)
+        if args.use_vllm:
+            check_tokens(self.condition, processing_class)
+        if isinstance(model, str):
+            if quantization_config is not None:
+                kwargs["quantization_config"] = quantization_config
+            if args.distributed_state.num_processes > 1:
+                kwargs["device_map"] = None  # as TRL: each process holds its own copy, on its own device
+            kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+            model = create_model_from_path(model, **kwargs)
+        if given:
+            args.model_init_kwargs = None
         return model, processing_class
 
     def _give_tokens(
@@ -257,6 +266,9 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
         self.condition_ids: list[int] = []
         if not tokens:
             return peft_config
+        if args.use_vllm:
+            adapter = peft_config is not None or is_peft_model(model)
+            check_tokens(self.condition, tokenizer, adapter=adapter, rows=len(model.get_input_embeddings().weight))
         known = set(tokenizer.get_vocab())
         new = [token for token in tokens if token not in known]
         if is_peft_model(model):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from transformers.trainer_utils import SaveStrategy
-from trl import SFTConfig
+from trl import RLOOConfig, SFTConfig
 
 from contrastive_align.models.layout import LAYOUTS
-from contrastive_align.trainers.options import check_positive, refuse
+from contrastive_align.trainers.options import as_in, check_positive, refuse
 
 
 _ROWS = "rows are made here, from prompts and the pool's completions"
@@ -38,6 +38,8 @@ NOT_SUPPORTED = {
     "ignore_data_skip": ("a resumed round would train on its first rows again", "leave it out"),
 }
 KL_DIRECTIONS = ("reverse", "forward")
+VLLM_MODES = ("server", "colocate")
+VLLM_TEMPERATURES = (0.01, 2)  # vLLM moves a lower one there, and refuses a higher one
 
 
 @dataclass
@@ -80,7 +82,13 @@ class ConditionalConfig(SFTConfig):
         pool_dir (`str`, *optional*):
             Where the pool is; `output_dir`/pool by default.
         rows_at_once (`int`, defaults to `256`):
-            Completions decoded together at most.
+            Completions decoded together at most; with a colocated vLLM, its `max_num_seqs` of a GPU.
+        use_vllm, vllm_mode, vllm_model_impl, vllm_enable_sleep_mode, vllm_server_base_url, vllm_server_host,
+        vllm_server_port, vllm_server_timeout, vllm_group_port, vllm_gpu_memory_utilization, vllm_max_model_length,
+        vllm_tensor_parallel_size:
+            As in :class:`trl.RLOOConfig`: vLLM draws the completions, and is handed the weights before each round and
+            each evaluation. It draws with random numbers of its own, so that `seed` does not repeat them; what the
+            pool has is not drawn again. Tested with a stand-in for TRL's client, not with vLLM on a GPU.
         disable_dropout (`bool`, defaults to `True`):
             Completions are sampled without dropout, and the reference has none.
         on_bad_row (`str`, defaults to `"raise"`):
@@ -120,6 +128,18 @@ class ConditionalConfig(SFTConfig):
     )
     pool_dir: str | None = field(default=None, metadata={"help": "Where the pool is (default: output_dir/pool)."})
     rows_at_once: int = field(default=256, metadata={"help": "Completions decoded together at most."})
+    use_vllm: bool = as_in(RLOOConfig, "use_vllm")
+    vllm_mode: str = as_in(RLOOConfig, "vllm_mode")
+    vllm_model_impl: str = as_in(RLOOConfig, "vllm_model_impl")
+    vllm_enable_sleep_mode: bool = as_in(RLOOConfig, "vllm_enable_sleep_mode")
+    vllm_server_base_url: str | None = as_in(RLOOConfig, "vllm_server_base_url")
+    vllm_server_host: str = as_in(RLOOConfig, "vllm_server_host")
+    vllm_server_port: int = as_in(RLOOConfig, "vllm_server_port")
+    vllm_server_timeout: float = as_in(RLOOConfig, "vllm_server_timeout")
+    vllm_group_port: int = as_in(RLOOConfig, "vllm_group_port")
+    vllm_gpu_memory_utilization: float = as_in(RLOOConfig, "vllm_gpu_memory_utilization")
+    vllm_max_model_length: int | None = as_in(RLOOConfig, "vllm_max_model_length")
+    vllm_tensor_parallel_size: int = as_in(RLOOConfig, "vllm_tensor_parallel_size")
     disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
     on_bad_row: str = field(
         default="raise",
@@ -150,6 +170,14 @@ class ConditionalConfig(SFTConfig):
             raise ValueError(f"kl_direction is {self.kl_direction!r}, expected {' or '.join(KL_DIRECTIONS)}.")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout is {self.layout!r}, expected one of {', '.join(LAYOUTS)}.")
+        if self.vllm_mode not in VLLM_MODES:
+            raise ValueError(f"vllm_mode is {self.vllm_mode!r}, expected {' or '.join(VLLM_MODES)}.")
+        lowest, highest = VLLM_TEMPERATURES
+        if self.use_vllm and not lowest <= self.temperature <= highest:
+            raise ValueError(
+                f"temperature is {self.temperature} with use_vllm, which takes {lowest:g} to {highest:g}. Change it, "
+                "or leave use_vllm out."
+            )
         if self.on_bad_row not in ("raise", "drop"):
             raise ValueError(f"on_bad_row is {self.on_bad_row!r}, expected 'raise' or 'drop'.")
         for name, coefficient in (("kl_target", self.kl_coef), ("entropy_target", self.entropy_coef)):

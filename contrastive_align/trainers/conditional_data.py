@@ -107,7 +107,9 @@ class ConditionalDataMixin:
                 "dataset.rename_column(old, 'prompt')."
             )
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        limits = [x for x in (context, self.args.max_length) if x]
+        colocated = self.args.use_vllm and self.args.vllm_mode == "colocate"
+        served = self.args.vllm_max_model_length if colocated else None
+        limits = [x for x in (context, self.args.max_length, served) if x]
         room = min(limits, default=2**31) - self.args.max_completion_length
         long = []
         for i, prompt in enumerate(dataset["prompt"]):
@@ -123,7 +125,8 @@ class ConditionalDataMixin:
             logger.warning(
                 f"{len(long)} of {len(dataset)} prompts of {name} are longer than {room} tokens (condition included) "
                 f"and are left out; the first rows are {long[:5]}. max_length={self.args.max_length}, the model's "
-                f"context is {context}, max_completion_length={self.args.max_completion_length}."
+                f"context is {context}, max_completion_length={self.args.max_completion_length}"
+                f"{f', vllm_max_model_length={served}' if served else ''}."
             )
         return long
 

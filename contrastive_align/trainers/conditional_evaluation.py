@@ -76,7 +76,8 @@ class ConditionalEvaluationMixin:
         """Condition -> the mean reward of each prompt's completions.
 
         NaN where none was scored, or where the prompt is too long, which is said.
-        ``"nothing"`` is no condition. A prompt's seeds are the same under every condition and in every evaluation.
+        ``"nothing"`` is no condition. A prompt's seeds are the same under every condition and in every evaluation
+        (not with ``use_vllm``, which has its own).
         """
         best = self.best_condition()
         askable: dict[str, str | None] = {UNCONDITIONED: None, **best.askable()}
@@ -89,7 +90,11 @@ class ConditionalEvaluationMixin:
         for name in names:
             texts = [askable[name]] * len(rows)
             completions = self.generate(
-                [row["prompt"] for row in rows], self.args.num_generations, seeds, conditions=texts
+                [row["prompt"] for row in rows],
+                self.args.num_generations,
+                seeds,
+                conditions=texts,
+                sync=name == names[0],
             )
             answers = self.judge_completions(rows, completions)
             scores = [[math.nan if score is None else score for score, _ in group] for group in answers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import field, fields
 from typing import Any
 
 
@@ -18,6 +18,20 @@ def refuse(config: Any, base: type, table: dict[str, tuple[str, str]], trainer: 
             raise ValueError(
                 f"{name}={getattr(config, name)!r} is not supported by {trainer}: {why}. Way out: {way_out}."
             )
+
+
+def as_in(base: type, name: str) -> Any:
+    """An option of another dataclass, for a class of one's own: its default and its help.
+
+    Raises:
+        TypeError: the other class has no such option.
+    """
+    found = next((f for f in fields(base) if f.name == name), None)
+    if found is None:
+        raise TypeError(
+            f"{base.__name__} has no option {name!r}: TRL renamed or dropped it. Use a version that has it."
+        )
+    return field(default=found.default, metadata=dict(found.metadata))
 
 
 def check_positive(name: str, value: float) -> None:

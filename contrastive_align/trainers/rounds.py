@@ -30,6 +30,7 @@ from contrastive_align.sampling.seeds import seed_of
 from contrastive_align.targets.evaluate import Feature, call_feature
 from contrastive_align.trainers.modes import evaluation_mode
 from contrastive_align.trainers.server_sampling import generate_on_server
+from contrastive_align.trainers.vllm_sampling import VLLMSampler
 
 
 logger = logging.get_logger(__name__)
@@ -48,6 +49,7 @@ class RoundsMixin:
     feature: Feature | None
     judge: Any
     sampler: Any
+    vllm: VLLMSampler | None
     reference: PreTrainedModel | None
     layout: str
 
@@ -64,24 +66,44 @@ class RoundsMixin:
                 yield model
 
     def generate(
-        self, prompts: list[Text], per_prompt: int, seeds: list[int], *, conditions: list[str | None] | None = None
+        self,
+        prompts: list[Text],
+        per_prompt: int,
+        seeds: list[int],
+        *,
+        conditions: list[str | None] | None = None,
+        sync: bool = True,
     ) -> list[list[dict[str, Any]]]:
         """Completions of prompts, each conditioned on a text or on nothing: ``ids``, ``text``, ``finished``.
 
         Args:
-            seeds: one for each prompt.
+            seeds: one for each prompt. vLLM (``use_vllm``) has random numbers of its own.
             conditions: a text for each prompt, or None for none; by default none.
+            sync: vLLM is handed the weights first; False where they have not changed since the last call.
         """
         conditions = conditions or [None] * len(prompts)
         seen = [p if c is None else self.condition.apply(p, c) for p, c in zip(prompts, conditions, strict=True)]
         if self.sampler is not None:
             return generate_on_server(self, seen, per_prompt, seeds)
+        ids = [self.encode(prompt) for prompt in seen]
+        groups = self._draw(ids, per_prompt, seeds) if self.vllm is None else self.vllm(ids, per_prompt, sync=sync)
+        ends = set(self.eos_token_ids)
+        return [
+            [
+                {"ids": ids, "text": self._tokenizer.decode(ids, skip_special_tokens=True), "finished": ids[-1] in ends}
+                for ids in group
+            ]
+            for group in groups
+        ]
+
+    def _draw(self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]) -> list[list[list[int]]]:
+        """From the policy itself."""
         with self.sampling() as model:  # by all processes, also one without prompts: weights may be gathered
-            if not prompts:
+            if not prompt_ids:
                 return []
             drawn = draw(
                 model,
-                [self.encode(prompt) for prompt in seen],
+                prompt_ids,
                 per_prompt=per_prompt,
                 max_new_tokens=self.args.max_completion_length,
                 eos_token_ids=self.eos_token_ids,
@@ -92,14 +114,7 @@ class RoundsMixin:
                 top_p=self.args.top_p,
                 suppress_ids=self.condition_ids,
             )
-        finished = (~drawn.truncated).tolist()
-        return [
-            [
-                {"ids": ids, "text": self._tokenizer.decode(ids, skip_special_tokens=True), "finished": end}
-                for ids, end in zip(group, ends, strict=True)
-            ]
-            for group, ends in zip(drawn.completion_ids, finished, strict=True)
-        ]
+        return drawn.completion_ids
 
     def judge_completions(
         self, rows: list[dict[str, Any]], completions: list[list[dict[str, Any]]]

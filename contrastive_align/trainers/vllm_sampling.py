@@ -1,0 +1,196 @@
+"""A round's completions from vLLM through TRL's own client, with the weights that are trained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+from trl.generation import vllm_generation
+
+from contrastive_align.feedback.conditions import Condition
+
+
+WAY_OUT = "Leave use_vllm out"
+# The strongest bias that vLLM's server takes. It is added before the temperature, which is at most 2: exp(-50) is left.
+NEVER = -100.0
+
+QUANTISED = (
+    "use_vllm with a quantised model: TRL adds LoRA to the weights to hand them over, which rounds quantised ones, and "
+    f"leaves their scales behind. Load the base in 16 bits. Or: {WAY_OUT.lower()}, and give "
+    "sampler=ServerSampler(...), which hands over the adapter itself."
+)
+
+
+def check_use(args: Any, *, online: bool, sampler: Any, quantised: bool) -> None:
+    """Before anything is loaded: can vLLM sample for this run at all?
+
+    Raises:
+        ValueError: naming the option that does not go with ``use_vllm``, and the way out.
+        ImportError: vLLM is not installed.
+    """
+    if not online:
+        raise ValueError(f"use_vllm is set and nothing is sampled: the data has its completions. {WAY_OUT}.")
+    if sampler is not None:
+        raise ValueError("use_vllm is set and sampler is given: both would draw the completions. Give one of them.")
+    if quantised:
+        raise ValueError(QUANTISED)
+    if not vllm_generation.is_vllm_available():
+        raise ImportError(
+            f"use_vllm is set and vLLM is not installed. Install it with `pip install trl[vllm]`. "
+            f"Or: {WAY_OUT.lower()}."
+        )
+
+
+def check_tokens(
+    condition: Condition, tokenizer: PreTrainedTokenizerBase, *, adapter: bool = False, rows: int | None = None
+) -> None:
+    """vLLM has the vocabulary of the start: does it have the condition's tokens?
+
+    Args:
+        adapter: an adapter is trained, not the model.
+        rows: of the model's embedding; None before it is loaded.
+
+    Raises:
+        ValueError: it does not.
+    """
+    known, tokens = tokenizer.get_vocab(), condition.tokens
+    new = [token for token in tokens if token not in known or (rows is not None and known[token] >= rows)]
+    way_out = "Or use condition='phrases', which needs no tokens."
+    if new:
+        raise ValueError(
+            f"use_vllm with the condition '{condition.kind}', and the model lacks its token {new[0]!r}: vLLM serves "
+            f"it with the vocabulary that it starts with. Start from a model that has the tokens already. {way_out}"
+        )
+    if tokens and adapter:
+        raise ValueError(
+            f"use_vllm with the condition '{condition.kind}' and LoRA: the rows of its tokens are trained beside the "
+            f"adapter, and TRL does not hand these over. Train the whole model. {way_out}"
+        )
+
+
+def check_model(trainer: Any) -> None:
+    """Once it is loaded, and before vLLM is.
+
+    Raises:
+        ValueError: weights that TRL cannot hand to vLLM, or a model that vLLM cannot find.
+    """
+    model, args = trainer.model, trainer.args
+    if getattr(model, "is_quantized", False):
+        raise ValueError(QUANTISED)
+    if is_peft_model(model):
+        for config in model.peft_config.values():
+            if getattr(config, "trainable_token_indices", None):
+                raise ValueError(
+                    "use_vllm with trainable_token_indices: TRL does not hand these rows over. Train the embedding "
+                    f"with modules_to_save. Or: {WAY_OUT.lower()}."
+                )
+    if trainer.is_fsdp_enabled:
+        raise ValueError("use_vllm under FSDP is not supported: parts of the weights would stay behind. Use DDP or "
+                         f"DeepSpeed. Or: {WAY_OUT.lower()}.")  # fmt: skip
+    if args.vllm_mode == "colocate" and not model.name_or_path:
+        raise ValueError(
+            "use_vllm loads the model a second time, by its name, and this one has none (model.name_or_path is empty). "
+            "Save it and pass the folder, or use vllm_mode='server'."
+        )
+
+
+class VLLMSampler:
+    """Draws completions of a :class:`~contrastive_align.ConditionalTrainer` with ``trl``'s ``VLLMGeneration``.
+
+    Temperature, top-p, the longest length, what ends a completion and the condition tokens that are never drawn are
+    those of sampling by the model itself. The random numbers are vLLM's own: a seed in a request would give all
+    prompts of a round the same ones, and in ``colocate`` all completions of a prompt.
+
+    Raises:
+        ConnectionError: no server is there, within ``vllm_server_timeout``.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        check_model(trainer)
+        args = trainer.args
+        self.accelerator, self.model = trainer.accelerator, trainer.model
+        self.never, self.longest = frozenset(trainer.condition_ids), args.max_completion_length
+        self.sleeps = args.vllm_mode == "colocate" and args.vllm_enable_sleep_mode
+        self.filler = trainer.eos_token_ids[:1]
+        plain = {"repetition_penalty": 1.0, "top_k": 0, "min_p": 0.0}  # whatever the generation config says
+        own = {"stop_token_ids": list(trainer.eos_token_ids)}
+        if self.never:
+            own["logit_bias"] = dict.fromkeys(trainer.condition_ids, NEVER)
+        self.generation = vllm_generation.VLLMGeneration(
+            model=self.model,
+            accelerator=self.accelerator,
+            processing_class=trainer.processing_class,
+            mode=args.vllm_mode,
+            server_base_url=args.vllm_server_base_url,
+            server_host=args.vllm_server_host,
+            server_port=args.vllm_server_port,
+            server_timeout=args.vllm_server_timeout,
+            group_port=args.vllm_group_port,
+            tensor_parallel_size=args.vllm_tensor_parallel_size,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_length=args.vllm_max_model_length,
+            max_num_seqs=args.rows_at_once * args.vllm_tensor_parallel_size,
+            enable_sleep_mode=args.vllm_enable_sleep_mode,
+            model_impl=args.vllm_model_impl,
+            trust_remote_code=args.trust_remote_code,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            max_completion_length=args.max_completion_length,
+            logprobs=None,
+            generation_kwargs=own,
+            **plain,
+        )
+
+    def __call__(self, prompts: list[list[int]], per_prompt: int, *, sync: bool) -> list[list[list[int]]]:
+        """``per_prompt`` completions of each prompt, as token ids. Every process calls this, each with its own prompts.
+
+        vLLM takes as many prompts of every process: those that lack some draw completions that are thrown away.
+
+        Args:
+            sync: hand over the weights first.
+        """
+        most = max(gather_object([len(prompts)]))
+        if not most:
+            return []
+        if sync or self.sleeps:  # vLLM that slept has lost its weights
+            with base_kept(self.model):
+                self.generation.sync_weights()
+        padded = prompts + [prompts[-1] if prompts else self.filler] * (most - len(prompts))
+        _, drawn, _, _ = self.generation.generate(
+            prompts=[ids for ids in padded for _ in range(per_prompt)], images=None, num_generations=per_prompt
+        )
+        if len(drawn) != most * per_prompt:
+            raise RuntimeError(f"vLLM returned {len(drawn)} completions, expected {most} x {per_prompt}.")
+        groups = [[list(ids) for ids in drawn[i * per_prompt : (i + 1) * per_prompt]] for i in range(len(prompts))]
+        for ids in (ids for group in groups for ids in group):
+            if not 0 < len(ids) <= self.longest:
+                raise RuntimeError(f"vLLM returned a completion of {len(ids)} tokens, expected 1 to {self.longest}.")
+            if drawn_tokens := self.never.intersection(ids):
+                raise RuntimeError(
+                    f"vLLM drew the condition token {min(drawn_tokens)}, against its logit_bias. Use "
+                    f"condition='phrases'. Or: {WAY_OUT.lower()}."
+                )
+        return groups
+
+
+@contextlib.contextmanager
+def base_kept(model: nn.Module) -> Iterator[None]:
+    """The weights under an adapter are afterwards what they were, bit for bit.
+
+    To hand over LoRA, TRL adds it to the weights and takes it out again. In 16 bits that leaves a rounding error, which
+    adds up over the rounds: in the policy, and in the reference, which is the policy without its adapter.
+    """
+    layers = [m.get_base_layer() for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    kept = [(p, p.detach().to("cpu", copy=True)) for layer in layers for p in layer.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in kept:
+                parameter.copy_(before)
