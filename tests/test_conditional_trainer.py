@@ -1,10 +1,13 @@
 """ConditionalTrainer: the loss it computes, its rounds, and what a run that was stopped leaves behind."""
 
+import errno
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -253,6 +256,69 @@ def test_a_pool_that_lacks_the_rounds_before_cannot_go_on(tiny_llama, tmp_path):
     shutil.rmtree(tmp_path / "pool")
     with pytest.raises(ValueError, match=r"goes on with round 3, and .*pool has rounds \[\]"):
         build(tiny_llama(), tmp_path, num_train_epochs=3).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (PROMPTS[:-1], "from 8 prompts, and this run has 7"),
+        (PROMPTS[::-1], r"this run has 8, expected the same .*; row \d was .* and is .*another\s+output_dir"),
+        ([*PROMPTS, "Tell Ben to wait.\n"], "this run has 9"),
+    ],
+)
+def test_a_pool_of_other_prompts_cannot_go_on(tiny_llama, tmp_path, prompts, message):
+    build(tiny_llama(), tmp_path, num_train_epochs=1, save_strategy="epoch").train()
+    other = Dataset.from_dict({"prompt": prompts, "place": list(range(len(prompts)))})
+    with pytest.raises(ValueError, match=message):
+        build(tiny_llama(), tmp_path, rows=other).train(resume_from_checkpoint=True)
+
+
+def test_a_pool_goes_on_elsewhere_and_without_a_word_about_its_prompts(tiny_llama, tmp_path, caplog):
+    build(tiny_llama(), tmp_path / "here", num_train_epochs=1, save_strategy="epoch").train()
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    rows = Dataset.from_dict({"prompt": PROMPTS})  # without a column that no reward asks for
+    build(tiny_llama(), tmp_path / "there", rows=rows).train(resume_from_checkpoint=True)
+    assert "does not say which prompts" not in caplog.text
+    (tmp_path / "there" / "pool" / "prompts.json").unlink()
+    trainer = build(tiny_llama(), tmp_path / "there", num_train_epochs=3)
+    trainer.train(resume_from_checkpoint=True)
+    assert "these 8 are taken for the same" in caplog.text
+    assert trainer.pool.rounds == [1, 2, 3] and (tmp_path / "there" / "pool" / "prompts.json").is_file()
+
+
+def test_a_folder_that_takes_no_round_is_said_before_anything_is_sampled(tiny_llama, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    trainer = build(tiny_llama(), tmp_path)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(trainer, "generate", None)
+    with pytest.raises(OSError, match=r"pool takes no new round: Read-only file system\. .*pool_dir"):
+        trainer.train()
+
+
+def test_a_disk_that_fills_up_costs_one_round(tiny_llama, tmp_path, monkeypatch):
+    whole = build(tiny_llama(), tmp_path / "whole", num_train_epochs=3)
+    whole.train()
+    stopped = build(tiny_llama(), tmp_path / "stopped", num_train_epochs=3, save_strategy="epoch")
+    begin = stopped.begin_round
+
+    def fills_up(number):
+        if number == 2:
+            monkeypatch.setattr(os, "fsync", full)
+        begin(number)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stopped, "begin_round", fills_up)
+    with pytest.raises(OSError, match=r"round-00002\.arrow was not written: No space left.*resume_from_checkpoint"):
+        stopped.train()
+    monkeypatch.undo()
+    assert sorted(p.name for p in (tmp_path / "stopped" / "pool").iterdir()) == ["prompts.json", "round-00001.arrow"]
+    resumed = build(tiny_llama(), tmp_path / "stopped", num_train_epochs=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert samples(resumed) == samples(whole)
 
 
 @pytest.mark.parametrize("size", [5, 20])

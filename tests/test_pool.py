@@ -1,7 +1,9 @@
 """The pool: what is kept and labelled, a function of the files; what survives a kill; what a damaged folder says."""
 
 import dataclasses
+import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -196,6 +198,43 @@ def test_a_round_with_an_error_leaves_nothing_behind(tmp_path):
         pool.add([*make(2), sample(3)])
     assert [x.name for x in tmp_path.iterdir()] == ["round-00001.arrow"] and pool.rounds == [1]
     pool.add(make(2))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's file that is always full")
+@pytest.mark.parametrize("buffering", [0, -1])  # it is full when something is written, or when the file is closed
+def test_a_full_disk_leaves_the_rounds_before_and_says_what_to_do(tmp_path, monkeypatch, buffering):
+    pool = filled(tmp_path, n=1)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(path, mode):
+        path.touch()
+        return open("/dev/full", mode, buffering=buffering)
+
+    monkeypatch.setattr(Path, "open", full)
+    how = r"round-00002\.arrow was not written: No space left on device\. Make room.* resume_from_checkpoint=True"
+    with pytest.raises(OSError, match=how) as raised:
+        pool.add(make(2))
+    assert raised.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    pool.add(make(2))
+    assert pool.rounds == [1, 2]
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "pool"):
+        with pytest.raises(OSError, match=r"cannot be made: .* Give another pool_dir or output_dir"):
+            Pool(folder, label=halves)
+
+
+def test_a_folder_that_takes_no_files(tmp_path):
+    pool = Pool(tmp_path / "pool", label=halves)
+    pool.check_writable()
+    assert list(tmp_path.glob("pool/*")) == []
+    (tmp_path / "pool").rmdir()
+    with pytest.raises(OSError, match="pool takes no new round: No such file or directory"):
+        pool.check_writable()
 
 
 def test_the_file_is_flushed_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +14,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A binary file that becomes ``path`` when the block ends without an error.
 
     A process killed in the block leaves ``path`` as it was, and a file that :func:`leftovers` finds.
+
+    Raises:
+        OSError: the disk is full, the folder takes no files, ...: of the same kind, with the path and the way out.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -22,9 +25,16 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
+        raise OSError(
+            error.errno,
+            f"{path} was not written: {error.strerror or error}. Make room or give another folder; what was there "
+            "before is as it was.",
+        ) from error
     if os.name == "posix":  # elsewhere a folder cannot be opened: the rename is then durable a little later
         folder = os.open(path.parent, os.O_RDONLY)
         try:

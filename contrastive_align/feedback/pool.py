@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
@@ -98,7 +99,13 @@ class Pool:
     ) -> None:
         keep([], drop_factor=drop_factor, rng_seed=seed)  # checks it
         self.folder, self.drop_factor, self.seed, self._label = Path(folder), drop_factor, seed, label
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"The folder {self.folder} cannot be made: {error.strerror}. Give another pool_dir or output_dir.",
+            ) from error
         self._rounds: list[Round] = []
         self.reload()
 
@@ -122,10 +129,23 @@ class Pool:
         """Round -> optimizer steps made when it was sampled."""
         return {r.number: r.step for r in self._rounds}
 
+    def check_writable(self) -> None:
+        """Raise OSError where no round can be written."""
+        try:
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{self.folder} takes no new round: {error.strerror}. Make it writable and make room, or give another "
+                "pool_dir or output_dir.",
+            ) from error
+
     def add(self, samples: Iterable[Sample]) -> None:
         """Write the next round.
 
         Raises:
+            OSError: it could not be written; the rounds before are whole, and nothing of this one is left.
             ValueError: no samples; one of another round or step; the round was written by another process. Nothing is
                 written then.
         """
@@ -134,7 +154,13 @@ class Pool:
             raise ValueError(f"{self.folder} already has round {number}: call reload(). Rounds are never overwritten.")
         for path in leftovers(self.folder, "round-*.arrow"):
             path.unlink()
-        write_round(self.folder, number, samples)
+        try:
+            write_round(self.folder, number, samples)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror} Go on with resume_from_checkpoint=True: round {number} is sampled again.",
+            ) from error
         self._set_rounds([*self._rounds, Round(self.folder, number)])
 
     def table(self, through: int | None = None) -> Table:

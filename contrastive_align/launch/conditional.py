@@ -309,3 +309,7 @@ def _check_pool(args: Arguments, trainer: ConditionalTrainer, checkpoint: str | 
             f"{trainer.pool.folder} has the samples of an earlier run (rounds {trainer.pool.rounds}). Go on with "
             "--resume_from_checkpoint=true, or start anew in another --output_dir or --pool_dir."
         )
+    trainer.check_pool()
+    folder = args.training.output_dir
+    if checkpoint is True and not (trainer.online and trainer.pool.rounds) and get_last_checkpoint(folder) is None:
+        args.notes.append(f"{folder} has nothing to go on with, no checkpoint and no samples: the run begins anew")

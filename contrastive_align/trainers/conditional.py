@@ -371,6 +371,7 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
                 f"{self.pool.folder} has the samples of an earlier run (rounds {self.pool.rounds}). Go on with "
                 "resume_from_checkpoint=True, or give another output_dir or pool_dir to start anew."
             )
+        self.check_pool()
         if resume_from_checkpoint:
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             self._load_state(Path(resume_from_checkpoint))

@@ -22,6 +22,7 @@ from contrastive_align.data.formats import Text
 from contrastive_align.feedback.conditions import Condition
 from contrastive_align.feedback.judged_conditions import Text as FreeText
 from contrastive_align.feedback.pool import Pool, Table
+from contrastive_align.feedback.pool_prompts import check_prompts, remember_prompts
 from contrastive_align.feedback.rounds import Sample
 from contrastive_align.models import completion_logps
 from contrastive_align.report.rounds import plot_round
@@ -158,6 +159,13 @@ class RoundsMixin:
 
     # --------------------------------------------------------------------------------------------------------- rounds
 
+    def check_pool(self) -> None:
+        """Raise ValueError where the pool's rounds are of other prompts, OSError where it takes no new one."""
+        if self.online:
+            check_prompts(self.pool, self.prompts["prompt"])
+            if self.accelerator.is_main_process:
+                self.pool.check_writable()
+
     def begin_round(self, number: int) -> None:
         """Sample, ask for feedback and write the round, unless the pool has it already; then set what is drawn from it.
 
@@ -181,6 +189,7 @@ class RoundsMixin:
                 self.pool.add(everyone)
             self.accelerator.wait_for_everyone()
         self.pool.reload()
+                remember_prompts(self.pool, self.prompts["prompt"])
         if self.online and self.pool.steps[number] != self.state.global_step:
             logger.warning(
                 f"Round {number} was sampled at step {self.pool.steps[number]} and is trained on from step "
