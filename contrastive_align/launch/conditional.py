@@ -12,6 +12,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from contrastive_align import demo
 from contrastive_align.feedback import resolve_condition
