@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.data import GroupCollator
+from contrastive_align.models import attention
 from contrastive_align.models.attention import NAME, pack
 from contrastive_align.models.head import add_head
 from contrastive_align.models.layout import _own_logps, choose_layout
@@ -84,16 +85,18 @@ def gradients(model, logps):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("variant", ["plain", "checkpointing", "blocks of queries"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_log_probs_and_gradients_equal_rows_of_their_own(name, checkpointing):
+def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypatch):
+    if variant == "blocks of queries":
+        monkeypatch.setattr(attention, "QUERIES", 3)
     model = build(*ARCHITECTURES[name]).train()
     batch = GroupCollator(0)(groups())
     expected = _own_logps(model, batch)
     expected_gradient = gradients(model, expected)
     add_head_over_plain(model)
     assert choose_layout(model, "shared") == "shared"
-    if checkpointing:
+    if variant == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for layout in ("shared", "padded"):
         found = completion_logps(model, batch, layout=layout).logps

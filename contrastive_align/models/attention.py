@@ -9,6 +9,7 @@ positions continuing from the prompt's end, which makes its numbers those of a r
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 
 NAME = "shared_prompt"
+QUERIES = 256  # about as many in a block
 
 
 class Segment(NamedTuple):
@@ -112,29 +114,43 @@ def shared_prompt_attention(
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with {name} has no shared-prompt layout")
     shared_prompt.layers_seen += 1
-    groups = query.size(1) // key.size(1)
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    # Grouped queries: a CPU's kernel reads shared keys where they are, with a mask too; a GPU's do not, with a mask.
+    if softcap is not None or query.device.type != "cpu":
+        groups = query.size(1) // key.size(1)
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     # Split once: the gradient of a slice is as long as the row, that of a split is one concatenation.
     sizes = [length for s in shared_prompt.segments for length in (s.prompt, *s.branches)]
     pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     outputs = []
+    attend = partial(_causal, shared_prompt, window=sliding_window, dropout=dropout, scaling=scaling, softcap=softcap)
     for prompt, branches in shared_prompt.segments:
         q, prompt_k, prompt_v = next(pieces)
         if prompt:
-            window = sliding_window if _cuts(sliding_window, prompt) else None
-            mask = shared_prompt.mask(0, prompt, window, query) if softcap or window else None
-            outputs.append(_attend(q, prompt_k, prompt_v, mask, dropout, scaling, softcap))
-        for branch in branches:
+            outputs += attend(q, prompt_k, prompt_v)
+        for _ in branches:
             q, k, v = next(pieces)
-            k, v = torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2)
-            window = sliding_window if _cuts(sliding_window, prompt + branch) else None
-            mask = shared_prompt.mask(prompt, branch, window, query)
-            outputs.append(_attend(q, k, v, mask, dropout, scaling, softcap))
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None
+            outputs += attend(q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2))
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1), None
 
 
-def _cuts(window: int | None, length: int) -> bool:
-    return window is not None and window < length
+def _causal(
+    shared_prompt: SharedPrompt, q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, **options
+) -> list[Tensor]:
+    """Attention of queries that stand where the keys end, in blocks on a CPU: none reads the keys after its own."""
+    total, length = k.size(2), q.size(2)
+    window = window if window is not None and window < total else None
+    blocks = max(1, round(length / QUERIES)) if q.device.type == "cpu" else 1
+    if blocks == 1 and length == total and softcap is None and window is None:
+        return [_attend(q, k, v, None, softcap=None, **options)]
+    mask = shared_prompt.mask(total - length, length, window, q)
+    outputs, start = [], 0
+    for block in q.tensor_split(blocks, 2):
+        end = start + block.size(2)
+        seen = total - length + end
+        keys = (k, v, mask[start:]) if seen == total else (k[:, :, :seen], v[:, :, :seen], mask[start:end, :seen])
+        outputs.append(_attend(block, *keys, softcap=softcap, **options))
+        start = end
+    return outputs
 
 
 def _attend(
@@ -142,7 +158,10 @@ def _attend(
 ) -> Tensor:
     """(1, H, q, D) attention; causal where ``mask`` is None."""
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scaling)
+        grouped = q.size(1) != k.size(1)
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        )
     scores = (q @ k.transpose(2, 3)) * (scaling if scaling is not None else q.size(-1) ** -0.5)
     weights = torch.softmax(softcap * torch.tanh(scores / softcap) + mask, -1, dtype=torch.float32).to(q.dtype)
     return F.dropout(weights, dropout) @ v
