@@ -476,6 +476,40 @@ def test_a_judges_words_condition_and_its_missing_answers_are_left_out(tiny_llam
     assert Condition.load(tmp_path / "run").apply_best("Hi") == "feedback: excellent input: Hi"
 
 
+def test_a_judges_words_that_leave_no_room_lose_their_end(tiny_llama, tmp_path, caplog):
+    long = " ".join(["good"] * 200)
+
+    def judge(prompts, completions):
+        return [SimpleNamespace(text=long if i % 2 else "good", score=3.0) for i in range(len(prompts))]
+
+    rows = Dataset.from_dict({"prompt": [*PROMPTS[:2], "Tell Ben to make the tea. " * 3]})
+    options = {"prompts_per_round": 3, "max_length": 70, "condition": "text", "reward_funcs": None}
+    trainer = build(tiny_llama(), tmp_path, rows=rows, **options, more={"judge": judge})
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "round/words_cut" in entry]
+    assert [(entry["round/words_cut"], entry["round/asked_cut"]) for entry in logged[:1]] == [(7, 0)]
+    assert len(logged) == 2 and logged[1]["round/words_cut"] == 7
+    assert caplog.text.count("lose their end") == 1
+    seen = set()
+    for sample in samples(trainer, 15):
+        row = trainer.rows.row(sample, 0)
+        assert len(row["prompt_ids"]) <= 64 and row["completion_ids"] == sample.completion_ids  # 6 are the completion's
+        text = trainer.processing_class.decode(row["prompt_ids"])
+        words = text.split("feedback: ")[1].split(" input:")[0].split()
+        assert set(words) == {"good"} and text.endswith(sample.prompt)
+        if sample.feedback == long:
+            seen.add(len(words))
+            more = trainer.condition.apply(sample.prompt, " ".join(["good"] * (len(words) + 1)))
+            assert len(trainer.encode(more)) > 64  # not a word too few
+    assert len(seen) > 1  # by the prompt's length
+
+    best = trainer.best_condition().with_exemplars([long])
+    trainer.best_condition = lambda through=None: best
+    caplog.clear()
+    assert trainer.evaluate(rows)["eval_reward_given/exemplar 0"] == 3.0
+    assert "left out" not in caplog.text
+
+
 @pytest.mark.parametrize("condition", ["quantile_tokens", "phrases"])
 def test_scored_data_needs_no_sampling(tiny_llama, tmp_path, condition, caplog):
     rows = Dataset.from_list(

@@ -41,6 +41,8 @@ class Condition(ABC):
     """
 
     kind: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]]  # of a sample, "score" or "feedback" or both: without, it is left out
+    free_words: ClassVar[bool] = False  # a text without its end means much the same, so that it may be cut
     form: str
 
     def __init_subclass__(cls) -> None:
@@ -79,15 +81,15 @@ class Condition(ABC):
         """Every text that a sample with this feedback may be conditioned on, in training or when it is asked for."""
         return list(self.askable().values())
 
-    def check_generations(self, n: int) -> None:
-        """Raise ValueError where n completions of a prompt are too few to be labelled."""
+    def check_generations(self, n: int, prompts: int) -> None:
+        """Raise ValueError where n completions for each of so many prompts are too few to be labelled."""
         return  # by default any number will do
 
-    @property
     def check(self, sample: Sample) -> None:
         """Raise ValueError where the sample's score or feedback is none that this condition can make a label of."""
         return  # by default any will do
 
+    @property
     def tokens(self) -> list[str]:
         """Special tokens that the tokenizer and the model must be given."""
         return []
@@ -126,6 +128,10 @@ class Condition(ABC):
             )
         try:
             return resolve_condition(json.loads(path.read_text(encoding="utf-8")))
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}). Save the condition again, or copy it from the run."
+            ) from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -39,6 +39,7 @@ class Categories(Condition):
     """
 
     kind: ClassVar[str] = "categories"
+    reads: ClassVar[tuple[str, ...]] = ("feedback",)
     form: str = "feedback: {condition} input: {prompt}"
     categories: Sequence[str] = "harmless_helpful"
 
@@ -55,7 +56,6 @@ class Categories(Condition):
             self._check(table.feedback_values[codes[unknown[0]]], _where(table, unknown[0]))
         return label
 
-    def text(self, sample: Sample, label: int) -> str:
     def check(self, sample: Sample) -> None:
         if sample.feedback is not None:
             self._check(sample.feedback, _of(sample))
@@ -67,6 +67,7 @@ class Categories(Condition):
                 "with one of these, or name its own, best first, in the condition's 'categories'."
             )
 
+    def text(self, sample: Sample, label: int) -> str:
         return self.categories[label]
 
     def names(self, table: Table | None = None) -> list[str]:
@@ -88,6 +89,8 @@ class Text(Condition):
     """
 
     kind: ClassVar[str] = "text"
+    free_words: ClassVar[bool] = True
+    reads: ClassVar[tuple[str, ...]] = ("score", "feedback")
     form: str = "feedback: {condition} input: {prompt}"
     exemplars: Sequence[str] = ()
 
@@ -101,12 +104,12 @@ class Text(Condition):
             _check_score(table.score[wrong[0]], _where(table, wrong[0]))
         return np.where(given, TOP_SCORE - np.nan_to_num(table.score), LEFT_OUT).astype(np.int32)
 
-    def text(self, sample: Sample, label: int) -> str:
-        return sample.feedback
     def check(self, sample: Sample) -> None:
         if sample.feedback is not None and sample.score is not None and not math.isnan(sample.score):
             _check_score(sample.score, _of(sample))
 
+    def text(self, sample: Sample, label: int) -> str:
+        return sample.feedback
 
     def names(self, table: Table | None = None) -> list[str]:
         return [f"score {score}" for score in range(TOP_SCORE, -1, -1)]
@@ -165,6 +168,7 @@ class Attributes(Condition):
     """
 
     kind: ClassVar[str] = "attributes"
+    reads: ClassVar[tuple[str, ...]] = ("feedback",)
     form: str = "attributes: {condition} input: {prompt}"
     attributes: Mapping[str, int | float] = field(default_factory=lambda: {"harmful": 0, "helpful": 2})
 
@@ -213,12 +217,12 @@ class Attributes(Condition):
     def label(self, table: Table) -> NDArray[np.int32]:
         return self._ranked(table)[0][table.feedback_codes]
 
-    def text(self, sample: Sample, label: int) -> str:
-        return self._setting(self._values(sample.feedback, _of(sample)))
-
     def check(self, sample: Sample) -> None:
         if sample.feedback is not None:
             self._values(sample.feedback, _of(sample))
+
+    def text(self, sample: Sample, label: int) -> str:
+        return self._setting(self._values(sample.feedback, _of(sample)))
 
     def texts_for(self, feedback: str | None) -> list[str]:
         own = [] if feedback is None else [self._setting(self._values(feedback, "attributes"))]
@@ -237,8 +241,6 @@ def _where(table: Table, i: int) -> str:
     return f"round {table.round[i]}, row {table.row[i]} (prompt {table.prompt_index[i]})"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 def _of(sample: Sample) -> str:
     return f"round {sample.round}, prompt {sample.prompt_index}, completion {sample.sample_index}"
 
@@ -248,3 +250,5 @@ def _check_score(score: float, where: str) -> None:
         raise ValueError(f"{where}: the score is {score:g}, expected one of 0, 1, .., {TOP_SCORE}.")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -25,7 +25,7 @@ LISTS = ("completions", "scores", "feedbacks", "finished")
 _ALIASES = {"response": "completion", "responses": "completions", "reward": "score", "rewards": "scores"}
 
 
-_SURELY_SHORT = 256  # tokens that no template adds to the bytes of a prompt
+SURELY_SHORT = 256  # tokens that no template adds to the bytes of a prompt
 
 
 def read_scored(
@@ -54,7 +54,7 @@ def read_scored(
 
     Raises:
         BadRow: with row and column.
-        ValueError: no such columns.
+        ValueError: no such columns, or none of what the condition is made from.
     """
     columns = {_ALIASES.get(name, name): name for name in dataset.column_names}
     names = LISTS if "completions" in columns else SINGLE
@@ -66,6 +66,14 @@ def read_scored(
             "reward_funcs or a judge to sample and score."
         )
     found = [columns.get(name) for name in names]
+    needed = () if condition is None else condition.reads
+    for what, name, column in zip(SINGLE[1:3], names[1:3], found[1:3], strict=True):
+        if what in needed and column is None:
+            raise ValueError(
+                f"The condition '{condition.kind}' is made from each completion's {what}, and the data has the columns "
+                f"{sorted(dataset.column_names)}. Rename the column that has it to '{name}', or use a condition that "
+                "reads the other."
+            )
     report = {"rows": len(dataset), "completions": 0, "dropped": 0, "cut": 0, "no_score": 0}
     samples, first_bad = [], []
     place, seen = {}, Counter()  # prompt -> its first row; of that prompt, how many samples there are
@@ -98,6 +106,11 @@ def read_scored(
         logger.warning(f"{report['dropped']} of {len(dataset)} rows are dropped: {'; '.join(first_bad)}")
     if not samples:
         raise ValueError(f"None of the {len(dataset)} rows is left to train on. {'; '.join(first_bad)}")
+    if needed and all(any(getattr(sample, what) is None for what in needed) for sample in samples):
+        raise ValueError(
+            f"None of the {len(samples)} completions has a {' and a '.join(needed)}, from which the condition "
+            f"'{condition.kind}' is made. Fill in the column, or name the one that has it."
+        )
     return samples, report
 
 
@@ -149,7 +162,7 @@ def _limit(
     except ValueError as error:
         raise BadRow(f"{where}: {error}") from error
     longest = max((len(repr(p).encode()) for p in prompts), default=0)
-    if longest + len(completion.encode()) + _SURELY_SHORT < max_length:
+    if longest + len(completion.encode()) + SURELY_SHORT < max_length:
         return max_length
     bare = len(tokenise_prompt(prompt, tokenizer))
     added = max((len(tokenise_prompt(p, tokenizer)) for p in prompts), default=bare) - bare

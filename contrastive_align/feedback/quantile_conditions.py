@@ -31,6 +31,7 @@ PHRASES = {
 class _Quantiles(Condition):
     """Labels are quantiles of the scores, by default of each prompt's own."""
 
+    reads: ClassVar[tuple[str, ...]] = ("score",)
     quantiles: int = 5
     per_prompt: bool = True
 
@@ -52,11 +53,16 @@ class _Quantiles(Condition):
         label[~thinned] = quantiles(table.score[~thinned], n=self.quantiles, prompts=prompts)
         return label
 
-    def check_generations(self, n: int) -> None:
+    def check_generations(self, n: int, prompts: int) -> None:
         if self.per_prompt and n < self.quantiles:
             raise ValueError(
                 f"num_generations is {n}, expected at least {self.quantiles}, one for each quantile of a prompt. Raise "
                 "it, ask for fewer quantiles, or sort all prompts' samples together (per_prompt: false)."
+            )
+        if n * prompts < self.quantiles:
+            raise ValueError(
+                f"A round samples {prompts} prompts x num_generations {n} = {n * prompts} completions, expected at "
+                f"least {self.quantiles}, one for each quantile. Raise num_generations, or ask for fewer quantiles."
             )
 
     def text(self, sample: Sample, label: int) -> str:

@@ -16,6 +16,7 @@ from contrastive_align.feedback.conditions import Condition
 from contrastive_align.feedback.offline import read_scored
 from contrastive_align.feedback.pool import Pool
 from contrastive_align.trainers.conditional_inputs import eos_ids, fingerprint
+from contrastive_align.trainers.conditioned_prompts import ConditionedPrompts
 from contrastive_align.trainers.conditioned_rows import ConditionedRows
 
 
@@ -44,6 +45,8 @@ class ConditionalDataMixin:
         args, folder = self.args, Path(self.args.pool_dir or Path(self.args.output_dir) / "pool")
         self.data_report: dict[str, Any] = {}
         if self.online:
+            if args.max_steps <= 0 and args.num_train_epochs != int(args.num_train_epochs):
+                raise ValueError(f"num_train_epochs is {args.num_train_epochs}, expected a whole number of rounds.")
             self.prompts = self._usable_prompts(self.train_dataset)
             self.prompts_per_round = args.prompts_per_round or len(self.prompts)
             if self.prompts_per_round > len(self.prompts):
@@ -51,7 +54,7 @@ class ConditionalDataMixin:
                     f"prompts_per_round is {self.prompts_per_round} and the dataset has {len(self.prompts)} prompts "
                     "that can be used. Lower it, or raise num_generations for more completions a round."
                 )
-            self.condition.check_generations(args.num_generations)
+            self.condition.check_generations(args.num_generations, self.prompts_per_round)
             draws = args.draws_per_round or self.prompts_per_round * args.num_generations
         else:
             samples, self.data_report = read_scored(
@@ -61,10 +64,10 @@ class ConditionalDataMixin:
                 condition=self.condition,
                 on_bad_row=args.on_bad_row,
             )
-            folder = folder.with_name(f"{folder.name}-{fingerprint(samples, self.condition)}")
-        self.pool = Pool(folder, label=self.condition.label, drop_factor=args.drop_factor, seed=args.seed)
             for sample in samples:
                 self.condition.check(sample)
+            folder = folder.with_name(f"{folder.name}-{fingerprint(samples, self.condition)}")
+        self.pool = Pool(folder, label=self.condition.label, drop_factor=args.drop_factor, seed=args.seed)
         if not self.online:
             if not self.pool.rounds and self.accelerator.is_main_process:
                 self.pool.add(samples)
@@ -79,8 +82,10 @@ class ConditionalDataMixin:
             draws = args.draws_per_round or labelled
         step = args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         self.steps_per_round = math.ceil(draws / step)
+        # Scored completions were measured with their words when they were read.
+        self.conditioned = ConditionedPrompts(self.condition, self.encode, self._room() if self.online else None)
         self.rows = ConditionedRows(
-            self.pool, self.condition, self.encode, self.steps_per_round * step, args.max_length
+            self.pool, self.conditioned, self.encode, self.steps_per_round * step, args.max_length
         )
 
     def _usable_prompts(self, dataset: Dataset) -> Dataset:
@@ -106,17 +111,13 @@ class ConditionalDataMixin:
                 f"{name} has the columns {dataset.column_names}, expected 'prompt' to sample from. Rename one: "
                 "dataset.rename_column(old, 'prompt')."
             )
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        colocated = self.args.use_vllm and self.args.vllm_mode == "colocate"
-        served = self.args.vllm_max_model_length if colocated else None
-        limits = [x for x in (context, self.args.max_length, served) if x]
-        room = min(limits, default=2**31) - self.args.max_completion_length
-        long = []
+        room, long = self._room(), []
+        texts = [""] if condition.free_words else list(condition.askable().values())
         for i, prompt in enumerate(dataset["prompt"]):
             if not isinstance(prompt, str | list):
                 raise ValueError(f"{name}, row {i}: 'prompt' is {prompt!r}, expected text or messages.")
             try:
-                conditioned = [condition.apply(prompt, text) for text in condition.askable().values()]
+                conditioned = [condition.apply(prompt, text) for text in texts]
             except ValueError as error:
                 raise ValueError(f"{name}, row {i}: {error}") from error
             if max(len(self.encode(p)) for p in [prompt, *conditioned]) > room:
@@ -124,11 +125,26 @@ class ConditionalDataMixin:
         if long:
             logger.warning(
                 f"{len(long)} of {len(dataset)} prompts of {name} are longer than {room} tokens (condition included) "
-                f"and are left out; the first rows are {long[:5]}. max_length={self.args.max_length}, the model's "
-                f"context is {context}, max_completion_length={self.args.max_completion_length}"
-                f"{f', vllm_max_model_length={served}' if served else ''}."
+                f"and are left out; the first rows are {long[:5]}. "
+                f"{', '.join(f'{name}={limit}' for name, limit in self._limits().items())}, "
+                f"max_completion_length={self.args.max_completion_length}."
             )
         return long
+
+    def _limits(self) -> dict[str, int]:
+        """What prompt and completion together may have, in tokens: by name, those that are set."""
+        args, config = self.args, self.model.config.get_text_config()
+        limits = {
+            "max_length": args.max_length,
+            "the model's context": getattr(config, "max_position_embeddings", None),
+        }
+        if args.use_vllm and args.vllm_mode == "colocate":
+            limits["vllm_max_model_length"] = args.vllm_max_model_length
+        return {name: limit for name, limit in limits.items() if limit}
+
+    def _room(self) -> int:
+        """Tokens that a prompt with its condition may have, so that the longest completion fits behind it."""
+        return min(self._limits().values(), default=2**31) - self.args.max_completion_length
 
     def get_train_dataloader(self):
         return self._get_dataloader(

@@ -14,8 +14,8 @@ from transformers.utils import logging
 
 from contrastive_align.data import GroupCollator
 from contrastive_align.data.formats import Text
-from contrastive_align.feedback.conditions import Condition
 from contrastive_align.feedback.pool import Pool
+from contrastive_align.trainers.conditioned_prompts import ConditionedPrompts
 
 
 logger = logging.get_logger(__name__)
@@ -28,7 +28,7 @@ class ConditionedRows(Dataset):
 
     Args:
         pool: where the samples are.
-        condition: how a label becomes text in front of the prompt.
+        conditioned: prompts under the text that a label becomes.
         encode: prompt -> token ids.
         length: draws in a round.
         max_length: completions are cut so that the conditioned prompt and they have at most so many tokens.
@@ -37,12 +37,12 @@ class ConditionedRows(Dataset):
     def __init__(
         self,
         pool: Pool,
-        condition: Condition,
+        conditioned: ConditionedPrompts,
         encode: Callable[[Text], list[int]],
         length: int,
         max_length: int | None,
     ) -> None:
-        self.pool, self.condition, self.encode = pool, condition, encode
+        self.pool, self.conditioned, self.encode = pool, conditioned, encode
         self.length, self.max_length = length, max_length
         self._draws: Sequence[int] = ()
         self._labels: Sequence[int] = ()
@@ -66,7 +66,7 @@ class ConditionedRows(Dataset):
 
     def row(self, sample: Any, label: int) -> dict[str, Any]:
         """One sample as ``prompt_ids`` (conditioned), ``bare_ids`` (not) and ``completion_ids``."""
-        prompt = self.condition.apply(sample.prompt, self.condition.text(sample, label))
+        prompt = self.conditioned(sample.prompt, self.conditioned.condition.text(sample, label))
         prompt_ids, completion_ids = self.encode(prompt), sample.completion_ids
         if self.max_length is not None:
             room = self.max_length - len(prompt_ids)

@@ -53,6 +53,7 @@ class RoundsMixin:
     vllm: VLLMSampler | None
     reference: PreTrainedModel | None
     layout: str
+    _cut_said = False
 
     # ------------------------------------------------------------------------------------------------------ sampling
 
@@ -83,7 +84,7 @@ class RoundsMixin:
             sync: vLLM is handed the weights first; False where they have not changed since the last call.
         """
         conditions = conditions or [None] * len(prompts)
-        seen = [p if c is None else self.condition.apply(p, c) for p, c in zip(prompts, conditions, strict=True)]
+        seen = [p if c is None else self.conditioned(p, c) for p, c in zip(prompts, conditions, strict=True)]
         if self.sampler is not None:
             return generate_on_server(self, seen, per_prompt, seeds)
         ids = [self.encode(prompt) for prompt in seen]
@@ -179,24 +180,25 @@ class RoundsMixin:
                 )
             samples = self._sample(number)
             everyone = [sample for part in gather_object([samples]) for sample in part]
+            for sample in everyone:  # before anything is written: a round with one that has no label is of no use
+                self.condition.check(sample)
             if number == 1 and all(s.score is None and s.feedback is None for s in everyone):
                 raise ValueError(
                     f"None of the {len(everyone)} samples of round 1 was scored or judged: there is nothing to learn "
                     "from, and the round is not written. See what the "
                     f"{'reward functions return' if self.judge is None else 'judge answers'}, then start again."
+                    f"{'' if self.judge is None else f' The judge so far: {_counts(self.judge)}.'}"
                 )
             if self.accelerator.is_main_process:
+                remember_prompts(self.pool, self.prompts["prompt"])
                 self.pool.add(everyone)
             self.accelerator.wait_for_everyone()
         self.pool.reload()
-                remember_prompts(self.pool, self.prompts["prompt"])
         if self.online and self.pool.steps[number] != self.state.global_step:
             logger.warning(
                 f"Round {number} was sampled at step {self.pool.steps[number]} and is trained on from step "
                 f"{self.state.global_step}: options that set the length of a round have changed since."
             )
-            for sample in everyone:  # before anything is written: a round with one that has no label is of no use
-                self.condition.check(sample)
         through = number if self.online else 1
         table = self.pool.table(through)
         draws, labels = self.pool.draws(self.rows.length, seed=(self.args.seed, number), through=through)
@@ -279,6 +281,10 @@ class RoundsMixin:
         }
         if len(scores):
             logs |= {"round/mean_reward": float(scores.mean()), "round/reward_std": float(scores.std())}
+            if self.condition.reads == ("score",):
+                logs["round/no_signal"] = self._no_signal(number, table, newest)
+        if self.online and self.condition.free_words:
+            logs |= self._words_cut(number, table, newest & (table.label >= 0))
         names = self.condition.names(table)
         for label, name in enumerate(names):
             there = (table.label == label) & ~np.isnan(table.score)
@@ -288,6 +294,43 @@ class RoundsMixin:
         self.log_measured(logs)
         if self.args.should_save:
             self._draw_round(number, table)
+
+    def _no_signal(self, number: int, table: Table, newest: np.ndarray) -> float:
+        """The share of groups sorted by themselves, of which all scores of this round are equal; with a warning."""
+        newest = newest & ~np.isnan(table.score)
+        by_prompt = getattr(self.condition, "per_prompt", False)
+        group = table.prompt_index[newest] if by_prompt else np.zeros(int(newest.sum()), dtype=np.int64)
+        places, of = np.unique(group, return_inverse=True)
+        low, high = np.full(len(places), np.inf), np.full(len(places), -np.inf)
+        np.minimum.at(low, of, table.score[newest])
+        np.maximum.at(high, of, table.score[newest])
+        tied = places[low == high]
+        if len(tied) and (number == 1 or len(tied) == len(places)):
+            of_them = f"of {len(tied)} of {len(places)} prompts ({tied[:5].tolist()} first) " if by_prompt else ""
+            logger.warning(
+                f"Round {number}: all completions {of_them}have the same score. Their quantiles follow the order in "
+                "which they were sampled, and say nothing. round/no_signal is the share of such."
+            )
+        return len(tied) / len(places)
+
+    def _words_cut(self, number: int, table: Table, newest: np.ndarray) -> dict[str, int]:
+        """How many words of this round's samples are cut to fit, and of what its prompts were asked with; a warning."""
+        samples = self.pool.read(np.flatnonzero(newest), number)
+        own = [s for s in samples if self.conditioned.cuts(s.prompt, s.feedback)]
+        asked = []
+        if number > 1:
+            best, prompts = self.best_condition(number - 1), {s.prompt_index: s.prompt for s in samples}
+            asked = [i for i, prompt in prompts.items() if self.conditioned.cuts(prompt, best.best_for(prompt))]
+        if (own or asked) and not self._cut_said:
+            self._cut_said = True
+            rows = sorted({s.prompt_index for s in own} | set(asked))
+            logger.warning(
+                f"Round {number}: a judge's words that leave no room for a completion lose their end: those of "
+                f"{len(own)} samples, and those that {len(asked)} prompts were asked with; of the prompts {rows[:5]} "
+                f"first. Prompt and words have {self.conditioned.room} tokens. Let the judge use fewer words, or raise "
+                "max_length. round/words_cut and round/asked_cut count them."
+            )
+        return {"round/words_cut": len(own), "round/asked_cut": len(asked)}
 
     def log_measured(self, logs: dict[str, float]) -> None:
         """Log by itself: means over the steps since training was logged wait for its next log."""
@@ -339,6 +382,13 @@ class RoundsMixin:
             )
         except ImportError as error:
             logger.warning_once(str(error))
+
+
+def _counts(judge: Any) -> str:
+    """What a judge's items came to, as in ``8 unparsable, 2 failed``."""
+    outcomes = ("answered", "unparsable", "failed", "over_budget")
+    found = judge.report() if hasattr(judge, "report") else {}
+    return ", ".join(f"{found[name]} {name.replace('_', ' ')}" for name in outcomes if found.get(name)) or "no verdict"
 
 
 def _verdict(answer: Any) -> tuple[float | None, str | None]:
