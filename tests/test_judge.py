@@ -249,11 +249,33 @@ def test_a_fault_that_stays_is_counted_and_asked_again_by_the_next_run(make, fau
         assert None not in make(server)(["p"], ["c"])
 
 
-def test_nobody_there_is_a_fault(make):
+def test_nobody_ever_there_stops_before_every_item_is_tried(make):
     with JudgeServer(scored) as server:
+        judge = make(server, max_retries=1, concurrency=1)
+    with pytest.raises(JudgeError, match=r"Nobody was reached at http://127.0.0.1:\d+/v1/ in 2 tries .*base_url"):
+        judge(["p"] * 100, [f"c{i}" for i in range(100)])
+    assert counts(judge, "failed", "answered") == (0, 0) and counts(judge, "calls")[0] < 10
+
+
+@pytest.mark.parametrize("kind", ["good", "close", "500"])
+def test_a_server_that_was_there_and_is_gone_is_a_fault(make, kind):
+    with JudgeServer(scored, lambda text, attempt: kind) as server:
         judge = make(server, max_retries=1)
-    assert judge(["p"], ["c"]) == [None]
-    assert counts(judge, "failed", "calls") == (1, 2)
+        judge(["p"], ["c"])
+    assert judge(["p"], ["d"]) == [None]
+    assert counts(judge, "failed", "calls") == ((1, 3) if kind == "good" else (2, 4))
+
+
+def test_a_missing_key_is_seen_before_anything_is_asked(make, monkeypatch):
+    with JudgeServer(scored) as server:
+        judge = make(server)
+        judge(["p"], ["c"])
+        spec = {**judge.spec, "base_url": None}
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    resolve_judge(spec).check()  # its cache has answers, which may be all that it needs
+    with pytest.raises(ValueError, match="No key for the judge"):
+        resolve_judge({**spec, "cache": f"{spec['cache']}-new"}).check()
 
 
 def test_too_long_a_retry_after_is_not_waited_for(make, caplog):
@@ -304,7 +326,9 @@ def test_a_reply_without_text_is_unparsable(make, content):
 def test_a_refusal_is_raised_at_once(make, status, hint):
     with JudgeServer(scored, lambda text, n: (status, "because of that") if "bad" in text else "good") as server:
         judge = make(server, concurrency=1)
-        with pytest.raises(JudgeError, match=f"Item 1: {server.url}/ refuses .* {status}: 'because of that' .*{hint}"):
+        with pytest.raises(
+            JudgeError, match=f"Item 1: {server.url}/ refuses .* {status}: 'because of that'[.] .*{hint}"
+        ):
             judge(["p"] * 3, ["good", "bad", "never asked"])
         assert len(server.calls) == 2 and not judge.waits
         assert counts(judge, "items", "answered", "calls") == (3, 1, 2)

@@ -26,10 +26,14 @@ class CallError(RuntimeError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A failure that may pass; ``retry_after`` in seconds where the server says so."""
+    """A failure that may pass; ``retry_after`` in seconds where the server says so.
+
+    ``reached`` is False where no connection was made at all: nobody listens there, or no such host.
+    """
 
     reason: str
     retry_after: float | None = None
+    reached: bool = True
 
 
 class Endpoint:
@@ -96,10 +100,10 @@ class Endpoint:
         except self._openai.APIStatusError as error:
             status, said, headers = error.status_code, self._said(error), error.response.headers
             code = error.body.get("code") if isinstance(error.body, dict) else None
-        except self._openai.APITimeoutError:
-            return Fault(f"no answer within {self._timeout:g} s")
+        except self._openai.APITimeoutError as error:
+            return Fault(f"no answer within {self._timeout:g} s", reached=_connected(error))
         except self._openai.APIConnectionError as error:
-            return Fault(f"{error.message} {self.clean(str(error.__cause__ or ''))}".strip())
+            return Fault(f"{error.message} {self.clean(str(error.__cause__ or ''))}".strip(), reached=_connected(error))
         except _Broken as error:
             return Fault(self.clean(str(error)))
         if status is None:
@@ -111,7 +115,7 @@ class Endpoint:
         if (status in PASSING or status >= 500) and code != "insufficient_quota":
             return Fault(f"status {status}: {said}", _seconds(headers.get("Retry-After")))
         check = self.checks.get(status, "Check base_url, the model's name and its options.")
-        refused = self.error(f"{self.address} refuses with status {status}: {said} {check}")
+        refused = self.error(f"{self.address} refuses with status {status}: {said}. {check}")
         refused.status = status
         raise refused
 
@@ -148,6 +152,11 @@ class Unreadable(Exception):
 
 class _Broken(Exception):
     """The body did not come to its end."""
+
+
+def _connected(error: Exception) -> bool:
+    """Whether a call got as far as a connection; by name, as the HTTP library below the client may be another."""
+    return type(error.__cause__).__name__ not in ("ConnectError", "ConnectTimeout")
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -91,6 +91,7 @@ class Judge:
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._backoff = backoff
+        self._reached = False  # anybody at the address, ever
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Verdict | None]:
         """A verdict for each completion, in order; None where there is none, which is counted and logged.
@@ -99,8 +100,9 @@ class Judge:
             prompts, completions: texts, or lists of messages, which are shown as ``role: text`` lines.
 
         Raises:
-            JudgeError: the endpoint refuses for good (400, 401, 403, 404 ...), as soon as the calls in flight are back.
-                What was answered by then is in the cache.
+            JudgeError: the endpoint refuses for good (400, 401, 403, 404 ...), or nobody has been reached there and an
+                item's tries are used up; as soon as the calls in flight are back. What was answered by then is in the
+                cache.
             ValueError: not as many completions as prompts; an item that is no text; no key.
             ImportError: ``openai`` is not installed.
         """
@@ -128,6 +130,15 @@ class Judge:
                 verdicts[row] = job.verdict
         _report_missing(list(jobs.values()), len(prompts))
         return verdicts
+
+    def check(self) -> None:
+        """Raise ImportError or ValueError now where the first call would: no ``openai``, no key. Nothing is asked.
+
+        A judge whose cache has answers may never make a call, and passes.
+        """
+        if not len(self._cache):
+            with JudgeEndpoint(self._base_url, self._timeout):
+                pass
 
     def report(self) -> dict[str, int]:
         """Counts since this object was made, and ``calls_ever`` of its cache, which is what the budget limits.
@@ -179,7 +190,16 @@ class Judge:
             found = endpoint.ask(_messages(job.question + reminder))
         except JudgeError as error:
             raise JudgeError(f"Item {job.rows[0]}: {error}") from None
-        return self._after_fault(job, found) if isinstance(found, Fault) else self._after_reply(job, found)
+        if not isinstance(found, Fault):
+            self._reached = True
+            return self._after_reply(job, found)
+        self._reached = self._reached or found.reached
+        if job.faults >= self._max_retries and not self._reached:  # every other item would fare the same
+            raise JudgeError(
+                f"Nobody was reached at {endpoint.address} in {job.calls} tries ({found.reason}). Start the server, or "
+                "check base_url and the network."
+            )
+        return self._after_fault(job, found)
 
     def _after_fault(self, job: _Job, fault: Fault) -> float | None:
         job.faults += 1
