@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from contrastive_align.feedback.atomic import atomic_write
+from contrastive_align.report.rounds import in_lines
 
 
 REWARD = "round/mean_reward"
@@ -52,14 +53,16 @@ def plot_rewards(
     left.plot(numbers, [row[REWARD] for row in rows], marker="o", color="tab:blue", label="new samples")
     left.set_xticks(numbers)
     left.set_xlabel("round")
+    left.set_ylabel("mean reward")
     left.set_title("mean reward of the samples")
     left.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     means, errors = [mean for mean, _ in given.values()], [se for _, se in given.values()]
     right.bar(range(len(given)), means, yerr=errors, color="tab:blue", width=0.6)
-    right.set_xticks(range(len(given)), [name[:18] for name in given], rotation=25, ha="right", fontsize=8)
+    names = [in_lines(name, 16) for name in given]
+    right.set_xticks(range(len(given)), names, rotation=25, ha="right", rotation_mode="anchor", fontsize=8)
     if start is not None:
         right.axhline(start, linestyle=":", color="tab:orange", label="the start, given nothing")
-        right.legend(frameon=False, fontsize=8)
+        right.legend(fontsize=8, framealpha=0.9, edgecolor="none")  # it may come to lie on bars
     right.set_title("mean reward after training, given ..." if given else "not measured")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
