@@ -16,7 +16,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from peft.utils import ModulesToSaveWrapper
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTTrainer
 
 from contrastive_align import (
@@ -27,7 +28,7 @@ from contrastive_align import (
     FDPGConfig,
     FDPGTrainer,
 )
-from contrastive_align.demo import reward
+from contrastive_align.demo import MODEL_PATH, reward
 from contrastive_align.demo.task import all_prompts
 from contrastive_align.feedback import Condition, Phrases, QuantileTokens
 from contrastive_align.trainers.checkpoints import last_whole_checkpoint
@@ -63,6 +64,38 @@ def build(model, folder, *, rows=None, reward_funcs=reward, condition="quantile_
         condition=condition,
         **(more or {}),
     )
+
+
+def few(prompts, completions, place, **columns):
+    """The first prompt's completions all score the same."""
+    return [0.0 if p == 0 else float(i % 3) for i, p in enumerate(place)]
+
+
+def test_prompts_whose_completions_all_score_the_same_are_counted_and_said(tiny_llama, tmp_path, caplog):
+    options = {"num_train_epochs": 1, "prompts_per_round": len(PROMPTS)}
+    logs = build(tiny_llama(), tmp_path / "a", reward_funcs=few, **options)
+    logs.train()
+    (round_,) = [entry for entry in logs.state.log_history if "round/number" in entry]
+    assert round_["round/no_signal"] == pytest.approx(1 / len(PROMPTS))
+    assert f"of 1 of {len(PROMPTS)} prompts ([0] first) have the same score" in caplog.text
+    condition = {"kind": "phrases", "per_prompt": False}
+    same = build(tiny_llama(), tmp_path / "b", reward_funcs=lambda completions, **_: [1.0] * len(completions),
+                 condition=condition, **options)  # fmt: skip
+    same.train()
+    (round_,) = [entry for entry in same.state.log_history if "round/number" in entry]
+    assert round_["round/no_signal"] == 1 and "Round 1: all completions have the same score" in caplog.text
+
+
+def test_quantised_rows_of_tokens_train_in_full_precision(tmp_path):
+    trainer = build(
+        MODEL_PATH, tmp_path, num_train_epochs=1,
+        more={"peft_config": LoraConfig(r=4, target_modules=["q_proj"]),
+              "quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)},
+    )  # fmt: skip
+    saved = [m for m in trainer.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+    assert saved and all(p.dtype == torch.float32 for m in saved for p in m.modules_to_save.parameters())
+    trainer.train()
+    assert trainer.state.global_step > 0
 
 
 def weights(trainer):
@@ -447,6 +480,27 @@ def test_a_saved_model_loads_with_its_tokens_and_condition(tiny_llama, tmp_path)
     assert ids[0, 0] == trainer.condition_ids[0]
     with torch.no_grad():
         assert torch.allclose(model(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("condition", "lora"), [("quantile_tokens", True), ("quantile_tokens", False), ("phrases", True)]
+)
+def test_the_card_says_how_to_ask_for_the_best_and_its_lines_run(tiny_llama, tmp_path, monkeypatch, condition, lora):
+    peft = {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])} if lora else {}
+    trainer = build(tiny_llama(), tmp_path, condition=condition, more=peft)
+    trainer.save_model()
+    trainer.create_model_card(model_name="mine")
+    card = (tmp_path / "README.md").read_text()
+    best = trainer.condition.best
+    assert f"asked for with: `{best}`" in card and "Quick start" not in card and "2205.13636" in card
+    assert card.index("## Asking for the best") < card.index("## Training procedure")
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(code, found)
+    assert best in found["prompt"]
+    ids = torch.tensor([found["tokenizer"](found["prompt"])["input_ids"]])
+    assert torch.allclose(found["model"].eval()(ids).logits, trainer.model.eval()(ids).logits, atol=1e-5)
 
 
 class Judged:

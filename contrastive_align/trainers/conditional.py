@@ -34,6 +34,7 @@ from contrastive_align.models.layout import set_layout
 from contrastive_align.models.loading import check_output_dir
 from contrastive_align.models.logps import completion_objective
 from contrastive_align.models.token_loss import token_loss
+from contrastive_align.trainers.card import add_section, how_to_ask
 from contrastive_align.trainers.checkpoints import last_whole_checkpoint
 from contrastive_align.trainers.coefficients import AdaptiveCoefficient
 from contrastive_align.trainers.conditional_config import ConditionalConfig
@@ -43,6 +44,7 @@ from contrastive_align.trainers.conditional_inputs import (
     feature_of,
     freeze_lower_layers,
     keep_as_reference,
+    keep_rows_precise,
     refuse_given,
 )
 from contrastive_align.trainers.conditioned_rows import ConditionedCollator, bare
@@ -198,6 +200,8 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             peft_config=peft_config,
         )
+        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
+            keep_rows_precise(self.model)
         if self.reference is not None:
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 raise ValueError(
@@ -210,8 +214,7 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
         models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
         models += [] if self.reference is None else [self.reference]
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        obstacle = "its weights are sharded before it can be tried" if sharded else None
-        self.layout = set_layout(models, args.layout, obstacle=obstacle, autocast=args.bf16 or args.fp16)
+        self.layout = set_layout(models, args.layout, sharded=sharded, autocast=args.bf16 or args.fp16)
         self.kl_coef = AdaptiveCoefficient(args.kl_coef, target=args.kl_target, horizon=args.coef_horizon)
         self.entropy_coef = AdaptiveCoefficient(
             args.entropy_coef, target=args.entropy_target, horizon=args.coef_horizon, sign=-1
@@ -375,8 +378,6 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
         if resume_from_checkpoint:
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             self._load_state(Path(resume_from_checkpoint))
-        if self.online and self.args.max_steps <= 0 and self.args.num_train_epochs != int(self.args.num_train_epochs):
-            raise ValueError(f"num_train_epochs is {self.args.num_train_epochs}, expected a whole number of rounds.")
         self._step_sums = None
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
 
@@ -418,6 +419,19 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self.best_condition().save(output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As TRL; in place of its quick start, which asks without a condition, how to ask for the best."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            condition, adapter = self.best_condition(), is_peft_model(self.model)
+            try:
+                best = condition.best
+            except ValueError:  # a judge's words, before the first round
+                best = "words of the judge, once there are some"
+            base = get_config_model_id(self.model.config)
+            section = how_to_ask(condition.kind, best, adapter=adapter, tokens=bool(condition.tokens), base=base)
+            add_section(self.args.output_dir, section, instead_of="## Quick start")
 
 
 class _Rounds(TrainerCallback):

@@ -116,7 +116,10 @@ class ConditionalEvaluationMixin:
         with tempfile.TemporaryDirectory() as folder:
             pool = Pool(folder, label=self.condition.label)
             pool.add(samples)
-            table = pool.table()
+            try:
+                table = pool.table()
+            except ValueError as error:
+                raise ValueError(f"The {len(samples)} completions to evaluate on cannot be sorted: {error}") from error
             labels, names = table.label.copy(), self.condition.names(table)
             del pool
         askable = list(self.best_condition().askable().items())

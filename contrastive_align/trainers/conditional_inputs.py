@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 from peft import PeftModel
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,6 +81,20 @@ def keep_as_reference(model: PeftModel) -> None:
     for name, parameter in model.named_parameters():
         if ".ref." in name:
             parameter.data.copy_(model.get_parameter(name.replace(".ref.", f".{model.active_adapter}.")).data)
+
+
+def keep_rows_precise(model: nn.Module) -> None:
+    """Whole modules and rows that train beside a LoRA on a quantised base: in the precision of what they stand for.
+
+    TRL casts all that trains there to bfloat16, in which an embedding does not move at usual learning rates (its
+    relative step is 2^-8), and which a forward pass without autocast cannot multiply with float32.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.to(module.original_module.weight.dtype)
+        elif isinstance(module, TrainableTokensLayer):
+            for rows in module.trainable_tokens_delta.values():
+                rows.data = rows.data.to(module.get_base_layer().weight.dtype)
 
 
 def eos_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
