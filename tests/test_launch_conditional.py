@@ -20,6 +20,7 @@ from contrastive_align.launch.conditional_measure import in_words
 from contrastive_align.launch.feedback import build_judge, with_feedback
 from contrastive_align.report import Change
 from contrastive_align.report.conditional import plot_rewards
+from contrastive_align.report.rounds import plot_round
 
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +128,23 @@ def test_scored_completions_of_the_demo_are_measured_by_its_reward(tmp_path):
     assert summary.data["train"]["completions"] > 40 and "passes over" in summary.method["line"]
 
 
+def test_rows_to_measure_on_are_whole_prompts(tmp_path):
+    rows = [{"prompt": f"Ask {n}.\n", "completion": f"{n} {i}", "score": i} for i in range(5) for n in "abc"]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    flags = [f"--dataset_name={file}", "--num_train_epochs=1", "--eval_prompts=2", *TRAINING]
+    summary = main([*flags, f"--output_dir={tmp_path / 'out'}"])
+    assert summary.metrics_on.startswith("10 training rows;") and "nll/<quantile_4>" in summary.metrics
+
+
+def test_nothing_to_go_on_with_is_said(tmp_path, capsys):
+    flags = [*SMALL[:-2], "--num_train_epochs=1", "--eval_prompts=0", f"--output_dir={tmp_path}"]
+    main([*flags, "--resume_from_checkpoint=true"])
+    assert f"note: {tmp_path} has nothing to go on with" in capsys.readouterr().out
+    main([*flags, "--resume_from_checkpoint=true"])
+    assert "nothing to go on with" not in capsys.readouterr().out
+
+
 def test_scored_completions_where_less_is_better(tmp_path):
     rows = [{"prompt": f"Ask {n}.", "response": f"{n} {i}", "toxicity": i / 10} for n in "ab" for i in range(5)]
     file = tmp_path / "rows.jsonl"
@@ -152,6 +170,7 @@ def test_a_judge(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "judge").is_dir() and "measuring on 2 prompts asks the judge" in capsys.readouterr().out
 
 
+SCORED, POOLED = "--dataset_name=scored.jsonl", ["--condition={kind: phrases, per_prompt: false}"]
 CODE = """
 def raises(prompts, completions, **columns):
     return [1 / 0]
@@ -186,16 +205,44 @@ def raises(prompts, completions, **columns):
         (["--sampler={base_url: 'http://127.0.0.1:1/v1', model: a}"], "Train LoRA (peft_config)"),
         (["--score_column=scores", "--drop_factor=1"], "--drop_factor belongs to sampling"),
         (["--num_generations=4"], "num_generations is 4, expected at least 5"),
+        ([*POOLED, "--prompts_per_round=2", "--num_generations=2"], "2 prompts x num_generations 2 = 4 completions"),
+        (["--num_train_epochs=1.5"], "num_train_epochs is 1.5, expected a whole number of rounds"),
+        (["--reward=rewards.py"], "found 'rewards.py', a Python file. Name the function"),
+        (["--reward={sum: [[1, {classifier: ./none, label: bad}]]}"], "classifier: there is no folder './none'"),
+        (["--reward={not: {reward_model: empty}}"], "No reward model 'empty'"),
+        (["--judge={model: a}", "--condition=categories"], "No key for the judge"),
+        (["--model_name_or_path=prompts.txt"], "'prompts.txt' is a file, expected a folder"),
+        (["--model_name_or_path=empty"], "'empty' holds no model: neither config.json"),
+        (["--dataset_name=prompts.txt", REWARD, "--dataset_streaming"], "dataset_streaming is given, and prompts.txt"),
+        (["--dataset_name=prompts.txt", REWARD, "--eval_strategy=epoch"], "--eval_strategy=epoch is given, but there"),
+        ([SCORED, "--negate_score", "--score_column=completion"], "row 0, 'completion' is 'No.', expected a number"),
+        ([SCORED, "--condition=categories"], "'categories' is made from each completion's feedback, and the data has"),
+        (
+            [SCORED, "--condition={kind: attributes, attributes: {harm: 0}}"],
+            "no column for ['harm'], only ['comp",
+        ),
+        ([SCORED, "--score_column=none"], "None of the 10 completions has a score, from which"),
+        ([SCORED, *POOLED, "--eval_prompts=3"], "The 3 completions to evaluate on cannot be sorted"),
         (["--eval_prompts=-1"], "eval_prompts is -1"),
         (["--best=Hello"], "--best needs the folder of a trained model"),
         (["--best=Hello", "--model_name_or_path=.", "--kl_coef=0"], "--kl_coef means nothing beside --best"),
+        (["--best=Hello", "--model_name_or_path=saved"], "saved has a condition.json, but no model"),
+        (["--best=Hello", "--model_name_or_path=moved"], "No folder '/of/old'"),
         (["--best=Hello", f"--model_name_or_path={demo.MODEL_PATH}"], "has no condition.json"),
     ],
 )
 def test_wrong_input_is_a_message_and_exit_2(flags, said, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("rewards.py").write_text(CODE)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     Path("prompts.txt").write_text("Say.\n")
+    for folder in ("empty", "saved", "moved"):
+        Path(folder).mkdir()
+    for folder in ("saved", "moved"):
+        resolve_condition("phrases").save(folder)
+    Path("moved/adapter_config.json").write_text('{"base_model_name_or_path": "/of/old"}')
+    scored = [{"prompt": "Say.\n", "completion": "No.", "score": i, "none": None} for i in range(10)]
+    Path("scored.jsonl").write_text("\n".join(map(json.dumps, scored)))
     Path("rows.jsonl").write_text('{"prompt": "Say.", "completion": "No."}\n')
     given = {flag.partition("=")[0] for flag in flags}
     more = [] if "--best" in given else [flag for flag in TRAINING if flag.partition("=")[0] not in given]
@@ -241,6 +288,20 @@ def test_the_picture_needs_scores(tmp_path):
         plot_rewards([{"round/number": 1}], {}, tmp_path / "a.png")
     path = plot_rewards([{"round/number": 1, "round/mean_reward": 0.5}], {}, tmp_path / "b" / "a.svg")
     assert path.read_text().startswith("<?xml")
+
+
+def test_the_picture_of_a_round_shows_whole_names_and_few_of_many(tmp_path):
+    names = [f"helpfulness:{i},correctness:{i}" for i in range(25)]
+    label, length = np.repeat(np.arange(25, dtype=np.int32), 2), np.arange(50)
+    none = np.full(50, np.nan)
+    shown = plot_round(label, none, length, names=names, path=tmp_path / "a.svg", title="All").read_text()
+    assert "(13 in the middle are not shown)" in shown and "reward" not in shown  # SVG has each text in a comment
+    assert "helpfulness:24," in shown and "correctness:24" in shown and "correctness:6 " not in shown
+    few = plot_round(label[:4], length[:4] / 3, length[:4], names=names, path=tmp_path / "b.svg").read_text()
+    assert "reward (line: mean)" in few and "not shown" not in few
+    given = {"Harmless and not helpful": (0.5, 0.1)}
+    text = plot_rewards([{"round/number": 1, "round/mean_reward": 0.5}], given, tmp_path / "c.svg").read_text()
+    assert "Harmless and not" in text and "helpful -->" in text
 
 
 def test_as_a_user_starts_it(tmp_path):

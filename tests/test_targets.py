@@ -313,7 +313,11 @@ def test_sequence_models_that_are_refused(classifier, reward_model, tmp_path):
     refused(r"does not load as a reward model with one score.*\{classifier: ", classifier)
     refused(r"no label 'neutral'. Its labels: NEGATIVE, POSITIVE", {"classifier": classifier, "label": "neutral"})
     refused("no trained weights for.*score.*without its head", demo.MODEL_PATH)
-    refused("raised OSError", {"reward_model": str(tmp_path / "nothing")})
+    for path in (str(tmp_path / "nothing"), "./nothing"):
+        with pytest.raises(ValueError, match="reward_model: there is no folder '.*nothing'"):
+            resolve_feature({"reward_model": path})
+    with pytest.raises(ValueError, match="found 'rewards.py', a Python file. Name the function in it: 'rewards.py:"):
+        resolve_feature("rewards.py")
 
 
 def test_texts_that_are_too_long_are_counted_and_lose_their_beginning(reward_model, caplog):

@@ -220,7 +220,7 @@ def test_published_settings_of_conditional_training(name):
         assert training.unfrozen_layers_ratio == (1.0 if name == "alt_lmc" else 0.3)
     if name != "steerlm":
         assert (training.kl_coef, training.entropy_coef) == (0.05, 0.06)
-        condition.check_generations(training.num_generations)
+        condition.check_generations(training.num_generations, training.prompts_per_round or 5)
 
 
 @pytest.mark.parametrize("name", ["alt_lmc", "alt_lmu"])

@@ -65,7 +65,8 @@ def quantiles(scores: ArrayLike, *, n: int = 5, prompts: ArrayLike | None = None
 def _too_few(who: str, size: int, n: int) -> str:
     return (
         f"{who} has {size} samples, expected at least one for each of {n} quantiles. Sample more completions for a "
-        "prompt (num_generations), ask for fewer quantiles, or sort all prompts' samples together (per_prompt: false)."
+        "prompt (num_generations) or give more that have scores, ask for fewer quantiles, or sort all prompts' samples "
+        "together (per_prompt: false)."
     )
 
 

@@ -16,7 +16,7 @@ from contrastive_align.feedback.tokens import load_with_condition_tokens
 from contrastive_align.launch.arguments import Arguments, UsageError
 from contrastive_align.launch.common import print_on_main
 from contrastive_align.models import load_tokenizer
-from contrastive_align.models.loading import adapter_config_path
+from contrastive_align.models.loading import adapter_config_path, base_of
 from contrastive_align.sampling.decode import draw
 from contrastive_align.sampling.seeds import seed_of
 
@@ -82,11 +82,12 @@ def load_trained(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTraine
     trust = kwargs.get("trust_remote_code", False)
     config = adapter_config_path(folder)
     if config is None:
+        if not (Path(folder) / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has a condition.json, but no model: expected config.json and weights.")
         return AutoModelForCausalLM.from_pretrained(folder, **kwargs), load_tokenizer(folder, trust_remote_code=trust)
     found = json.loads(Path(config).read_text())
-    base = AutoModelForCausalLM.from_pretrained(
-        found["base_model_name_or_path"], revision=found.get("revision") or "main", **kwargs
-    )
+    name = base_of(found.get("base_model_name_or_path"), folder)
+    base = AutoModelForCausalLM.from_pretrained(name, revision=found.get("revision") or "main", **kwargs)
     return load_with_condition_tokens(base, folder)
 
 

@@ -17,6 +17,7 @@ from trl import get_peft_config, get_quantization_config
 
 from contrastive_align import demo
 from contrastive_align.launch.arguments import Arguments, UsageError
+from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
 from contrastive_align.versions import SUPPORTED
 
@@ -34,6 +35,16 @@ def check_model_flags(args: Arguments) -> None:
     name = str(args.model.model_name_or_path or "")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise UsageError(f"No folder '{name}' for --model_name_or_path (looked in {Path.cwd()}).")
+    if Path(name).is_file():
+        raise UsageError(f"--model_name_or_path: '{name}' is a file, expected a folder or a hub id.")
+    asks = getattr(args.script, "best", None) is not None  # looks for itself, and for more
+    if (
+        name
+        and not asks
+        and Path(name).is_dir()
+        and not any((Path(name) / f).is_file() for f in ("config.json", ADAPTER_CONFIG))
+    ):
+        raise UsageError(f"--model_name_or_path: '{name}' holds no model: neither config.json nor {ADAPTER_CONFIG}.")
     if args.training.output_dir and Path(args.training.output_dir).is_file():
         raise UsageError(f"--output_dir: '{args.training.output_dir}' is a file, expected a folder, or a new name.")
 

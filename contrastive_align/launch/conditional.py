@@ -33,6 +33,7 @@ from contrastive_align.launch.datasets import take
 from contrastive_align.launch.feedback import (
     build_judge,
     build_sampler,
+    check_models,
     check_reward,
     load_scored,
     read_spec,
@@ -252,6 +253,12 @@ def _load_data(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
         name = script.dataset_name or ", ".join(part.path for part in args.datasets.datasets)
     else:
         train, test, name = load_prompts(script, args.datasets, script.prompt, want_eval=want_eval, seed=training.seed)
+    if test is None and training.eval_strategy != "no":
+        raise UsageError(
+            f"--eval_strategy={training.eval_strategy.value} is given, but there are no rows to evaluate on. Give a "
+            "dataset with such a split (--dataset_test_split), or leave it out: --eval_prompts measures before and "
+            "after training."
+        )
     unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
     if test is None and unused:
         raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
@@ -275,12 +282,15 @@ def _build_trainer(args: Arguments, train: Dataset, test: Dataset | None) -> Con
     script, training = args.script, args.training
     condition = resolve_condition(script.condition or "quantile_tokens")
     judge = None if script.judge is None else build_judge(script.judge, condition, training.output_dir)
+    if judge is not None:
+        judge.check()
     context = {"device": training.device, "trust_remote_code": training.trust_remote_code}
     rewards = None
     if script.reward is not None:
         check_reward(condition)
         specs = script.reward if isinstance(script.reward, list) else [script.reward]
         rewards = [resolve_feature(spec, **context) for spec in specs]
+        check_models(specs)
     measured = script.eval_prompts and not (_is_offline(script) and script.eval_reward is None)
     if judge is not None and measured:
         args.notes.append(

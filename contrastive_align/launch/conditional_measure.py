@@ -45,7 +45,9 @@ class Measurement:
             self.start = trainer.rewards_given(self.rows, conditions=[UNCONDITIONED])[UNCONDITIONED]
         else:
             rows, where = (train, "training") if test is None else (test, "held-out")
-            self.rows, self.rows_name = take(rows, at_most), f"{min(at_most, len(rows))} {where} rows"
+            by_prompt = getattr(trainer.condition, "per_prompt", False)
+            self.rows = whole_prompts(rows, at_most) if by_prompt else take(rows, at_most)
+            self.rows_name = f"{len(self.rows)} {where} rows"
             self.likelihoods = self._likelihoods()
 
     def after(self, summary: Summary) -> None:
@@ -106,6 +108,17 @@ def distinct_prompts(train: Dataset, test: Dataset | None, at_most: int) -> tupl
         if len(rows) == at_most:
             break
     return (Dataset.from_list(list(rows.values())) if rows else None), f"{len(rows)} {where}"
+
+
+def whole_prompts(rows: Dataset, at_most: int) -> Dataset:
+    """The first rows, and all further ones of their prompts, of which quantiles need every completion.
+
+    >>> whole_prompts(Dataset.from_dict({"prompt": ["a", "b", "c", "a"], "score": [1, 2, 3, 4]}), 2)["score"][:]
+    [1, 2, 4]
+    """
+    prompts = [repr(prompt) for prompt in rows["prompt"]]
+    first = set(prompts[:at_most])
+    return rows.select([i for i, prompt in enumerate(prompts) if prompt in first])
 
 
 def rounds_of(trainer: ConditionalTrainer) -> list[dict[str, Any]]:

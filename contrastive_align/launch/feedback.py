@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from datasets import Dataset
+from transformers import PreTrainedConfig
 from trl import DatasetMixtureConfig
 
 from contrastive_align.data.formats import PROMPT_COLUMNS
@@ -17,7 +18,9 @@ from contrastive_align.feedback import Attributes, Categories, Condition, Text
 from contrastive_align.feedback.judge import Judge, resolve_judge
 from contrastive_align.launch.arguments import RunArguments, UsageError, _StrictLoader
 from contrastive_align.launch.datasets import load_splits
+from contrastive_align.models.loading import adapter_config_path
 from contrastive_align.sampling.server import ServerSampler
+from contrastive_align.targets.features import MODEL_KINDS
 
 
 SCORES = ("score", "scores", "reward", "rewards")  # what a column of numbers is called where nothing is said
@@ -81,6 +84,30 @@ def check_reward(condition: Condition) -> None:
         )
 
 
+def check_models(spec: Any) -> None:
+    """Raise OSError now where a reward model or classifier of a spec is not there; its weights wait until it is asked.
+
+    A model that is loaded only when the first completions are to be scored would be missed only then.
+    """
+    if isinstance(spec, str) and ":" not in spec:
+        spec = {"reward_model": spec}
+    if isinstance(spec, Mapping):
+        for kind in set(MODEL_KINDS) & set(spec):
+            name, revision = spec[kind], spec.get("revision")
+            try:
+                if adapter_config_path(name, revision) is None:
+                    config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+                    if not config:
+                        raise OSError("it has no config.json.")
+            except OSError as error:
+                raise OSError(f"No {kind.replace('_', ' ')} {name!r}: {error}") from error
+        for part in [spec.get("not"), *spec.get("product", ()), *(part for _, part in spec.get("sum", ()))]:
+            check_models(part)
+    elif isinstance(spec, list | tuple):
+        for part in spec:
+            check_models(part)
+
+
 def load_scored(
     script: RunArguments,
     mixture: DatasetMixtureConfig,
@@ -125,12 +152,23 @@ def with_feedback(
     if negate_score:
         if score_column is None:
             raise ValueError("negate_score is given, and the data has no scores. Name them with score_column.")
-        dataset = dataset.map(lambda row: {score_column: _negative(row[score_column])}, load_from_cache_file=False)
+        dataset = dataset.map(
+            lambda row, i: {score_column: _negative(row[score_column], f"row {i}, '{score_column}'")},
+            with_indices=True,
+            load_from_cache_file=False,
+        )
     dataset = _called(dataset, score_column, score_name, SCORES)
     attributes = list(condition.attributes) if isinstance(condition, Attributes) else []
     if feedback_column is None and attributes and set(attributes) <= set(dataset.column_names):
         dataset = dataset.map(
             lambda row: {feedback_name: _objects({a: row[a] for a in attributes})}, load_from_cache_file=False
+        )
+    elif feedback_column is None and attributes and _first(dataset, FEEDBACK) is None:
+        missing = [a for a in attributes if a not in dataset.column_names]
+        raise ValueError(
+            f"The condition 'attributes' is of {attributes}, and the data has no column for {missing}, only "
+            f"{sorted(dataset.column_names)}. Rename the columns, or name one that has JSON objects of them with "
+            "feedback_column."
         )
     dataset = _called(dataset, feedback_column or _first(dataset, FEEDBACK), feedback_name, FEEDBACK)
     return _called(dataset, _first(dataset, PROMPT_COLUMNS), "prompt", PROMPT_COLUMNS)
@@ -148,9 +186,11 @@ def _called(dataset: Dataset, old: str | None, new: str, aliases: tuple[str, ...
     return dataset if old == new else dataset.rename_column(old, new)
 
 
-def _negative(value: Any) -> Any:
+def _negative(value: Any, where: str) -> Any:
     if isinstance(value, list):
-        return [_negative(x) for x in value]
+        return [_negative(x, where) for x in value]
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{where} is {value!r}, expected a number to negate.")
     return None if value is None else -value
 
 

@@ -30,6 +30,8 @@ def load_prompts(
             raise UsageError("both a prompt and a dataset are given. Give one.")
         return from_rows([{"prompt": prompt}], "--prompt"), None, "one prompt"
     if named and Path(named).suffix.lower() == ".txt":
+        if script.dataset_streaming:
+            raise UsageError(f"dataset_streaming is given, and {named} is read as a whole. Leave it out.")
         return take(_read_lines(Path(named).expanduser()), script.max_train_samples), None, named
     train, test = load_splits(script, mixture, want_eval=want_eval, seed=seed, on_bad_row=None)
     name = named or ", ".join(part.path for part in mixture.datasets)

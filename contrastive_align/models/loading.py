@@ -97,7 +97,7 @@ def resolve_start(
             f"{model_id} is a {config.peft_type.value} adapter: virtual tokens, which cannot be merged into weights. "
             "Start from a LoRA or from a whole model."
         )
-    base_id = _base_of(config, model_id)
+    base_id = base_of(config.base_model_name_or_path, model_id)
     tokenizer_source = model_id if _has_tokenizer(model_id, revision, trust_remote_code) else base_id
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
@@ -237,8 +237,12 @@ def check_output_dir(output_dir: str | os.PathLike, *, adapter: bool) -> None:
         )
 
 
-def _base_of(config: PeftConfig, adapter: str) -> str:
-    base = config.base_model_name_or_path
+def base_of(base: str | None, adapter: str) -> str:
+    """The base that an adapter's config names, or the merged base that a moved run has beside the adapter.
+
+    Raises:
+        ValueError, FileNotFoundError: none is named, or that folder is not there.
+    """
     # A run's folder may have moved, and its base with it; a checkpoint's base is one folder up.
     beside = [os.path.join(folder, MERGED_BASE) for folder in (adapter, os.path.dirname(os.path.abspath(adapter)))]
     if not base:

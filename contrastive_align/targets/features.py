@@ -198,6 +198,10 @@ def _classifier(
 def _check_model_id(kind: str, value: Any) -> None:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{kind}: found {shorten(value)}, expected a model id or folder.")
+    if value.endswith(".py"):
+        raise ValueError(f"{kind}: found {value!r}, a Python file. Name the function in it: '{value}:function'.")
+    if value.startswith((".", "/", "~")) and not Path(value).is_dir():
+        raise ValueError(f"{kind}: there is no folder {value!r} (looked in {Path.cwd()}).")
 
 
 def _last_part(model_id: str) -> str:

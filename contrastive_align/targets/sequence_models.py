@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_align.targets.evaluate import Text, completion_text
+from contrastive_align.targets.evaluate import FeatureError, Text, completion_text
 
 
 logger = logging.getLogger(__name__)
@@ -159,12 +159,12 @@ class SequenceScorer:
         except RuntimeError as error:
             if "size" not in str(error) and "mismatch" not in str(error):
                 raise
-            raise ValueError(
+            raise FeatureError(
                 f"{model_id} does not load as a reward model with one score: {str(error).splitlines()[0]} For a "
                 "classifier of several labels write {classifier: " + model_id + ", label: ...}."
             ) from error
         if report["missing_keys"]:
-            raise ValueError(
+            raise FeatureError(
                 f"{model_id} has no trained weights for {sorted(report['missing_keys'])}: they would be random. "
                 "Expected a sequence classifier, found a model without its head."
             )
@@ -174,7 +174,7 @@ class SequenceScorer:
         labels = self.model.config.label2id or {}
         if self.label is None:
             if self.model.config.num_labels != 1:
-                raise ValueError(
+                raise FeatureError(
                     f"{self._id} has the labels {sorted(labels)}, expected one score. Choose one of them: "
                     "{classifier: ..., label: ...}."
                 )
@@ -182,7 +182,7 @@ class SequenceScorer:
         by_name = {name.lower(): number for name, number in labels.items()}
         column = self.label if isinstance(self.label, int) else by_name.get(str(self.label).lower())
         if isinstance(column, bool) or column is None or not 0 <= column < self.model.config.num_labels:
-            raise ValueError(f"{self._id} has no label {self.label!r}. Its labels: {', '.join(map(str, labels))}.")
+            raise FeatureError(f"{self._id} has no label {self.label!r}. Its labels: {', '.join(map(str, labels))}.")
         self._column = column
 
 
