@@ -98,6 +98,15 @@ def test_quantised_rows_of_tokens_train_in_full_precision(tmp_path):
     assert trainer.state.global_step > 0
 
 
+def test_the_best_model_is_by_a_metric_that_there_is():
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "use_cpu": True}
+    with pytest.raises(ValueError, match=r"follows the metric 'loss', .*reward_given/<quantile_0>"):
+        ConditionalConfig("unused", bf16=False, **options)
+    for metric, greater in (("eval_reward_given/Good", True), ("eval_nll/Good", False), ("nll/Good", False)):
+        config = ConditionalConfig("unused", bf16=False, metric_for_best_model=metric, **options)
+        assert config.greater_is_better is greater
+
+
 def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 

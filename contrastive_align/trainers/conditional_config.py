@@ -154,7 +154,16 @@ class ConditionalConfig(SFTConfig):
 
     def __post_init__(self):
         refuse(self, SFTConfig, NOT_SUPPORTED, "ConditionalTrainer")
+        best = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and best.startswith("nll/"):
+            self.greater_is_better = False  # else everything is, whose name does not end in "loss"
         super().__post_init__()
+        if self.metric_for_best_model in ("loss", "eval_loss"):  # which the Trainer takes where none is given
+            raise ValueError(
+                "load_best_model_at_end (or a scheduler) follows the metric 'loss', which evaluate does not give here. "
+                "Set metric_for_best_model to one that it does: 'reward_given/<quantile_0>' for instance, or from "
+                "scored data 'nll/<quantile_0>'."
+            )
         for name in ("num_generations", "max_completion_length", "temperature", "coef_horizon", "rows_at_once"):
             check_positive(name, getattr(self, name))
         for name in ("prompts_per_round", "draws_per_round", "kl_target", "entropy_target"):
