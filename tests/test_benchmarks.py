@@ -104,6 +104,22 @@ def test_counts_of_a_model(benchmarks, tiny_llama):
     assert found == floor.Counts(2 * layer + 32, 32 * vocabulary, 32 * vocabulary, 0, 2 * 32)
 
 
+def test_the_pool_is_measured_in_each_of_its_states(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    pool = importlib.import_module("pool")
+    flags = ["--samples=400", "--rounds=2", "--draws=300", "--drop-factor=0.5"]
+    monkeypatch.setattr(sys, "argv", ["pool.py", *flags])
+    pool.main()
+    sys.modules.pop("pool")
+    lines = capsys.readouterr().out.splitlines()
+    states = ["before", "400 samples written in 2 rounds", "reopened", "labelled, ", "300 draws", "read, 256 at a time"]
+    table = [line for line in lines if "anonymous +" in line]
+    assert len(table) == 6 and all(line.startswith(state) for line, state in zip(table, states, strict=True))
+    kept = int(table[3].split()[1])
+    assert 290 <= kept <= 310  # of the first round's 200 half stay, label by label
+    assert int(next(line for line in lines if "on disk" in line).split()[4]) > 100  # bytes a sample
+
+
 def test_synthetic_lengths(benchmarks):
     _, _, workloads, _ = benchmarks
     groups = workloads.groups_of("synthetic", 300, None)

@@ -456,3 +456,40 @@ def test_prompts_of_the_toxicity_recipe():
     rows = [{"prompt": {"text": t, "toxicity": x}} for t, x in (("a", 0.1), ("b", 0.2), ("c", 0.9), ("d", None))]
     assert made(rows, 1) == (["a", "c", "d"], ["b"]) and made(rows, 0) == (["a", "b", "c", "d"], [])
     assert made(rows, 9) == (["c", "d"], ["a", "b"])
+
+
+def test_a_step_that_fails_at_once_leaves_nothing_that_stands_in_the_way(tmp_path, capsys):
+    rows = tmp_path / "gen.jsonl"
+    rows.write_text(json.dumps({"prompt": "Hi", "generations": ["a", "bb"]}) + "\n")
+    code = "def few(completions, **_):\n    return [1.0]\n\n\n"
+    code += "def length(completions, **_):\n    return [len(c) for c in completions]\n"
+    (tmp_path / "rewards.py").write_text(code)
+    before, out = sorted(tmp_path.iterdir()), tmp_path / "scored.jsonl"
+    with pytest.raises(UsageError):
+        main(["score", f"--input={rows}", f"--reward={tmp_path}/rewards.py:few", f"--output={out}"])
+    assert [p for p in sorted(tmp_path.iterdir()) if p.name != "__pycache__"] == before
+    main(["score", f"--input={rows}", f"--reward={tmp_path}/rewards.py:length", f"--output={out}"])
+    assert json.loads(out.read_text())["rewards"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("row", "flags", "message"),
+    [
+        ('{"prompt": "Hi", "generations": ["a"], "rewards": [NaN]}', (), "line 1: not JSON: NaN is no number .* null"),
+        ('{"prompt": "Hi", "generations": ["a"]}', ("--output={}/gen.jsonl/x.jsonl",), "gen.jsonl cannot be made"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path, row, flags, message):
+    rows = tmp_path / "gen.jsonl"
+    rows.write_text(row + "\n")
+    (tmp_path / "r.py").write_text("def f(completions, **_):\n    return [1.0 for _ in completions]\n")
+    flags = [flag.format(tmp_path) for flag in flags] or [f"--output={tmp_path}/out.jsonl"]
+    with pytest.raises(UsageError) as raised:
+        main(["score", f"--input={rows}", f"--reward={tmp_path}/r.py:f", *flags])
+    assert re.search(message, raised.value.message)
+
+
+def test_a_precision_that_is_none_is_refused(tmp_path):
+    with pytest.raises(UsageError) as raised:
+        main(["sample", f"--model_name_or_path={MODEL_PATH}", "--prompts=p", "--output=o", "--dtype=foo"])
+    assert "invalid choice: 'foo'" in raised.value.message

@@ -44,7 +44,7 @@ def _lines(path: Path) -> Iterable[tuple[int, bytes]]:
 
 def _checked(line: bytes, where: str, generations: bool) -> Row:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_refuse)
     except ValueError as error:
         raise BadRow(f"{where}: not JSON: {error}") from None
     if not isinstance(row, dict):
@@ -66,6 +66,10 @@ def _checked(line: bytes, where: str, generations: bool) -> Row:
             size = len(row[name]) if isinstance(row[name], list) else f"no list, {row[name]!r}: not"
             raise BadRow(f"{where}: '{name}' has {size} entries for {len(found)} generations.")
     return row
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON, expected null where there is none")
 
 
 def fingerprint(path: str | Path) -> str:
@@ -109,18 +113,25 @@ class Output:
         self.path = Path(path)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         check_free(self.path, overwrite)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(
+                error.errno, f"{self.path.parent} cannot be made: {error.strerror}. Give another --output."
+            ) from error
         head = to_line({"settings": dict(settings)})
         lines = [] if overwrite or not self.partial.exists() else self._whole_lines()
-        if lines and lines[0] != head:
+        if len(lines) > 1 and lines[0] != head:  # without a row there is nothing that could be mixed
             begun = json.loads(lines[0]).get("settings", {})
             other = [f"{k}={begun.get(k)!r}, now {v!r}" for k, v in settings.items() if begun.get(k) != v]
             raise ValueError(
                 f"{self.partial} was begun under other settings ({'; '.join(other)}). Use the same, or --overwrite to "
                 "start anew."
             )
-        write_rows(self.partial, lines or [head])
-        self.done = max(0, len(lines) - 1)
+        self.begun = lines if len(lines) > 1 else [head]
+        self.done = len(self.begun) - 1
+        if not self.done:
+            self.partial.unlink(missing_ok=True)
 
     def _whole_lines(self) -> list[bytes]:
         """Without the one that a kill cut."""
@@ -134,9 +145,11 @@ class Output:
         """
         for start in range(self.done, len(rows), at_once):
             lines = [to_line(row) for row in work(rows[start : start + at_once])]
+            if start == self.done:  # not before there is something to keep: what fails at once leaves nothing behind
+                write_rows(self.partial, self.begun)
             with self.partial.open("ab") as file:
                 file.write(b"".join(lines))
-        lines = self._whole_lines()[1:]
+        lines = self._whole_lines()[1:] if self.partial.exists() else []  # a part may have no rows
         found = [json.loads(line) for line in lines]
         if [row["prompt"] for row in found] != [row["prompt"] for row in rows]:
             raise ValueError(
@@ -144,5 +157,5 @@ class Output:
                 "two runs may have written it at once. Start anew with --overwrite."
             )
         write_rows(self.path, lines)
-        self.partial.unlink()
+        self.partial.unlink(missing_ok=True)
         return found
