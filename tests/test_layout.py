@@ -1,6 +1,10 @@
 """The shared-prompt layout gives what rows of their own give, on every architecture, or is refused."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,9 +208,41 @@ def test_models_that_cannot_go_padded_or_raise(name, caplog):
     with caplog.at_level(logging.WARNING):
         assert choose_layout(model, "auto") == "padded"
     assert type(model).__name__ in caplog.text and "no shared-prompt layout" in caplog.text
+    assert choose_layout(model, "auto", sharded=True) == "padded"
     assert model.config._attn_implementation == own
-    with pytest.raises(ValueError, match="layout='padded'"):
-        choose_layout(model, "shared")
+    for sharded in (False, True):
+        with pytest.raises(ValueError, match="layout='padded'"):
+            choose_layout(model, "shared", sharded=sharded)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_where_weights_are_sharded_a_small_model_of_the_class_is_tried(name):
+    model = build(*ARCHITECTURES[name])
+    state = torch.get_rng_state()
+    for p in model.parameters():  # as on the ranks that FSDP sends the weights to later
+        p.data.fill_(torch.nan)
+    config = model.config.to_json_string()
+    assert choose_layout(model, "auto", sharded=True) == "shared"
+    assert model.config._attn_implementation == NAME
+    assert model.config.to_json_string() == config and torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_sharded_over_two_processes_give_the_same():
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    worker = Path(__file__).with_name("fsdp_worker.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launch, str(worker)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_packed_row_that_meets_another_attention_raises():
+    model = build(*ARCHITECTURES["llama"])
+    add_head_over_plain(model)
+    batch = GroupCollator(0)(groups())
+    assert choose_layout(model, "shared") == "shared"
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="never reached the attention of LlamaForCausalLM"):
+        completion_logps(model, batch, layout="shared")
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])

@@ -8,7 +8,6 @@ positions continuing from the prompt's end, which makes its numbers those of a r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -31,16 +30,17 @@ class Segment(NamedTuple):
     branches: tuple[int, ...]
 
 
-@dataclass
 class SharedPrompt:
     """The layout of a packed row. Reaches the attention function through the model's keyword arguments.
 
-    ``layers_seen`` counts the attention layers it reached: a model that drops keywords leaves it at 0.
+    ``layers_seen`` counts the attention layers it reached: a model that drops keywords leaves it at 0. No dataclass,
+    since FSDP would hand a copy of one to the model.
     """
 
-    segments: list[Segment]
-    layers_seen: int = 0
-    _masks: dict = field(default_factory=dict, repr=False)
+    def __init__(self, segments: list[Segment]) -> None:
+        self.segments = segments
+        self.layers_seen = 0
+        self._masks: dict = {}
 
     def mask(self, prompt: int, branch: int, window: int | None, like: Tensor) -> Tensor:
         """Additive (branch, prompt + branch): lower-right causal, and within ``window`` where there is one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
@@ -21,16 +23,24 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 TOLERANCE_16_BIT = 5e-2
 
 
-def set_layout(models: list[PreTrainedModel], wanted: str, *, obstacle: str | None, autocast: bool) -> str:
+def set_layout(
+    models: list[PreTrainedModel], wanted: str, *, obstacle: str | None = None, sharded: bool = False, autocast: bool
+) -> str:
     """The layout under which all the models run: ``"shared"`` only where each of them can. Gives them their heads."""
     for model in models:
         add_head(model)
-    layouts = {choose_layout(model, wanted, obstacle=obstacle, autocast=autocast) for model in models}
+    options = {"obstacle": obstacle, "sharded": sharded, "autocast": autocast}
+    layouts = {choose_layout(model, wanted, **options) for model in models}
     return "shared" if layouts == {"shared"} else "padded"
 
 
 def choose_layout(
-    model: PreTrainedModel | nn.Module, wanted: str, *, obstacle: str | None = None, autocast: bool = False
+    model: PreTrainedModel | nn.Module,
+    wanted: str,
+    *,
+    obstacle: str | None = None,
+    sharded: bool = False,
+    autocast: bool = False,
 ) -> str:
     """``"shared"`` where the model gives the same log-probs under it as its own forward does on padded rows.
 
@@ -41,6 +51,8 @@ def choose_layout(
     Args:
         wanted: one of ``LAYOUTS``.
         obstacle: why the shared layout cannot be tried, if it cannot.
+        sharded: whether the weights may not be here as a whole (FSDP, ZeRO-3): a small model of the same class is tried
+            in its place.
         autocast: whether the model computes in 16 bits whatever its weights are in.
 
     Raises:
@@ -50,7 +62,11 @@ def choose_layout(
         return "padded"
     base = model.get_base_model() if is_peft_model(model) else model
     own_attention = base.config._attn_implementation
-    problem = obstacle or _problem_with(base, own_attention, autocast)
+    problem = obstacle or (_problem_with_a_small(base) if sharded else _problem_with(base, own_attention, autocast))
+    if problem is None and sharded:
+        base.set_attn_implementation(attention.NAME)
+        if base.config._attn_implementation != attention.NAME:
+            problem = "its attention cannot be replaced"
     if problem is None:
         return "shared"
     told = f"{type(base).__name__} has no shared-prompt layout: {problem}."
@@ -89,6 +105,40 @@ def _problem_with(model: PreTrainedModel, own_attention: str, autocast: bool) ->
     if problem is not None and model.config._attn_implementation != own_attention:
         model.set_attn_implementation(own_attention)
     return problem
+
+
+def _problem_with_a_small(model: PreTrainedModel) -> str | None:
+    """The problem of a model of the same class and config, but few layers, few words and random weights, on the CPU."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        try:
+            small = _small(model)
+        except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
+            return f"no small model of its class to try it on, {type(error).__name__} ({error})"
+        add_head(small)
+        return _problem_with(small, small.config._attn_implementation, autocast=False)
+
+
+def _small(model: PreTrainedModel) -> PreTrainedModel:
+    """Its class and config, but few layers (one of each kind), few words, and random weights."""
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    layers = max(kinds.index(kind) for kind in set(kinds)) + 1 if kinds else 2
+    text.num_hidden_layers = min(text.num_hidden_layers, layers)
+    if kinds:
+        text.layer_types = kinds[:layers]
+    text.vocab_size = min(text.vocab_size, 128)
+    text.pad_token_id = text.bos_token_id = text.eos_token_id = None
+    if getattr(text, "intermediate_size", None):  # nothing of the layout depends on it
+        text.intermediate_size = min(text.intermediate_size, 256)
+    config._attn_implementation = "eager"
+    small = type(model)(config).float()
+    with torch.no_grad():
+        for p in small.parameters():
+            if p.dim() > 1:  # as of a trained model: at the start of training all log-probs are alike
+                p.normal_(std=p.size(-1) ** -0.5)
+    return small
 
 
 def _small_batch(model: PreTrainedModel) -> dict[str, Tensor]:

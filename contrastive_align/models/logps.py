@@ -57,6 +57,7 @@ def completion_logps(
     lengths = batch["completion_mask"][:, 1:].sum(1)
     inputs = _inputs(batch, layout)
     outputs = model(**inputs, use_cache=False, fused_lm_head=True, token_stats=token_stats, **forward_kwargs)
+    _check_attention(model, inputs)
     scored = inputs["shift_labels"] != -100  # completion tokens, completion after completion, under both layouts
     values = {name: getattr(outputs, name) for name in ("log_probs", "entropy", "mean_logits", "is_top1")}
     values = {name: v[scored] if v.dim() == 2 else v for name, v in values.items() if v is not None}
@@ -100,7 +101,18 @@ def completion_objective(
         forward_kwargs: passed to the model.
     """
     inputs = _inputs(batch, layout)
-    return model(**inputs, use_cache=False, fused_lm_head=True, token_objective=objective, **forward_kwargs)
+    found = model(**inputs, use_cache=False, fused_lm_head=True, token_objective=objective, **forward_kwargs)
+    _check_attention(model, inputs)
+    return found
+
+
+def _check_attention(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """That a packed row met the attention it needs: any other would mix completions without an error."""
+    if "shared_prompt" in inputs and not inputs["shared_prompt"].layers_seen:
+        raise RuntimeError(
+            f"The shared-prompt layout never reached the attention of {type(model).__name__}: it was replaced after "
+            "the trainer was made, or is called without the model's keyword arguments. Set layout='padded'."
+        )
 
 
 def _inputs(batch: dict[str, Tensor], layout: str) -> dict[str, Any]:

@@ -216,15 +216,14 @@ class ContrastiveTrainer(TokenBatchesMixin, ReferenceMixin, DPOTrainer):
         obstacle = None
         if self.aux_loss_enabled:
             obstacle = "the router loss is defined on padded rows"
-        elif self.is_fsdp_enabled or (self.is_deepspeed_enabled and self._zero_stage == 3):
-            obstacle = "its weights are sharded before it can be tried"
         elif not isinstance(self.data_collator, GroupCollator):
             obstacle = "the data_collator is not a GroupCollator, and may give completions of a group different prompts"
         models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
         if self.ref_model is not None:
             models.append(self.accelerator.unwrap_model(self.ref_model))
+        sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and self._zero_stage == 3)
         autocast = self.args.bf16 or self.args.fp16
-        self.layout = set_layout(models, self.args.layout, obstacle=obstacle, autocast=autocast)
+        self.layout = set_layout(models, self.args.layout, obstacle=obstacle, sharded=sharded, autocast=autocast)
 
     @property
     def _zero_stage(self) -> int:

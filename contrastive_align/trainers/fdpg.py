@@ -196,8 +196,7 @@ class FDPGTrainer(RLOOTrainer):
                 add_encoder_decoder_head(each)
             self.layout, self._collate = "padded", EncoderDecoderCollator(*pad, decoder_start_token(models[0]))
         else:
-            obstacle = "its weights are sharded before it can be tried" if sharded else None
-            self.layout = set_layout(models, args.layout, obstacle=obstacle, autocast=args.bf16 or args.fp16)
+            self.layout = set_layout(models, args.layout, sharded=sharded, autocast=args.bf16 or args.fp16)
             self._collate = GroupCollator(*pad)
         self.log_z = RunningLogZ()
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
