@@ -59,13 +59,19 @@ class ReferenceMixin:
         try:
             with (
                 torch.no_grad(),
-                disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+                self._without_checkpointing(),
                 self._without_new_adapter(),
                 self.accelerator.autocast(),
             ):
                 return completion_logps(model, inputs, layout=self.layout, token_stats=False).logps
         finally:
             model.train(was_training)
+
+    def _without_checkpointing(self) -> contextlib.AbstractContextManager:
+        args = self.args
+        if not args.gradient_checkpointing:  # TRL's way of asking the model is deprecated in transformers
+            return contextlib.nullcontext()
+        return disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs)
 
     @contextlib.contextmanager
     def _without_new_adapter(self) -> Iterator[None]:

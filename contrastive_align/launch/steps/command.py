@@ -71,9 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--top_p", type=float, default=1.0, help="Of sampling.")
     p.add_argument("--seed", type=int, default=42, help="With the prompt's number, it decides what is drawn.")
     p.add_argument("--rows_at_once", type=_at_least(int, 1), default=256, help="Completions decoded together.")
-    p.add_argument(
-        "--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"], help="The weights' precision."
-    )
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="The weights' precision.")
     p.add_argument("--server", help="Sample there: an OpenAI-compatible address, such as http://localhost:8000/v1.")
     p.add_argument("--server_model", help="The model's name there, if another than model_name_or_path.")
     p.add_argument("--concurrency", type=_at_least(int, 1), default=32, help="Requests in flight.")
