@@ -86,7 +86,7 @@ def test_the_default_folder_is_replaced_without_flags(tmp_path, monkeypatch):
     main(flags)
     (tmp_path / "runs/conditional/pool/note").touch()
     main(flags)
-    assert sorted(p.name for p in (tmp_path / "runs/conditional/pool").iterdir()) == ["round-00001.arrow"]
+    assert sorted(p.name for p in (tmp_path / "runs/conditional/pool").iterdir()) == ["prompts.json", "round-00001.arrow"]
     assert written(tmp_path / "runs/conditional")["metrics"] == {}
 
 
@@ -135,6 +135,17 @@ def test_rows_to_measure_on_are_whole_prompts(tmp_path):
     flags = [f"--dataset_name={file}", "--num_train_epochs=1", "--eval_prompts=2", *TRAINING]
     summary = main([*flags, f"--output_dir={tmp_path / 'out'}"])
     assert summary.metrics_on.startswith("10 training rows;") and "nll/<quantile_4>" in summary.metrics
+
+
+def test_ctrl_c_says_how_the_run_goes_on(tmp_path, capsys):
+    code = tmp_path / "rewards.py"
+    code.write_text("def stopped(prompts, completions, **columns):\n    raise KeyboardInterrupt\n")
+    flags = [*SMALL[:-2], "--num_train_epochs=1", "--eval_prompts=0", f"--reward={code}:stopped"]
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, f"--output_dir={tmp_path / 'out'}", "--save_strategy=no"])
+    assert stop.value.code == 130
+    said = capsys.readouterr().out
+    assert "with --resume_from_checkpoint=true goes on" in said and "no checkpoints: training begins anew" in said
 
 
 def test_nothing_to_go_on_with_is_said(tmp_path, capsys):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging as std_logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
 
 from contrastive_align import demo
 from contrastive_align.feedback import resolve_condition
@@ -163,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> Summary | list[str]:
     with as_usage_error(JudgeError):
         measurement = Measurement(trainer, train, test, args.script.eval_prompts)
         started = time.perf_counter()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with _stopped_by_hand(trainer):
+            trainer.train(resume_from_checkpoint=checkpoint)
     summary.training = {
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - started, 1),
@@ -187,6 +190,22 @@ def main(argv: Sequence[str] | None = None) -> Summary | list[str]:
         trainer.push_to_hub()
     trainer.end()
     return summary
+
+
+@contextlib.contextmanager
+def _stopped_by_hand(trainer: ConditionalTrainer) -> Iterator[None]:
+    """At Ctrl-C: how the run goes on, in place of a traceback, and the shell's own exit status for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
+            raise
+        lost = "" if trainer.args.save_strategy != SaveStrategy.NO else " (no checkpoints: training begins anew)"
+        print_on_main(
+            f"stopped. What was sampled is kept in {trainer.pool.folder}. The same command with "
+            f"--resume_from_checkpoint=true goes on from there and from the last checkpoint{lost}."
+        )
+        raise SystemExit(130) from None
 
 
 def _parse(argv: Sequence[str] | None) -> Arguments:
