@@ -314,9 +314,9 @@ def test_sequence_models_that_are_refused(classifier, reward_model, tmp_path):
     refused(r"no label 'neutral'. Its labels: NEGATIVE, POSITIVE", {"classifier": classifier, "label": "neutral"})
     refused("no trained weights for.*score.*without its head", demo.MODEL_PATH)
     for path in (str(tmp_path / "nothing"), "./nothing"):
-        with pytest.raises(ValueError, match="reward_model: there is no folder '.*nothing'"):
+        with pytest.raises(ValueError, match=r"reward_model: there is no folder '.*nothing'"):
             resolve_feature({"reward_model": path})
-    with pytest.raises(ValueError, match="found 'rewards.py', a Python file. Name the function in it: 'rewards.py:"):
+    with pytest.raises(ValueError, match=r"found 'rewards.py', a Python file. Name the function in it: 'rewards.py:"):
         resolve_feature("rewards.py")
 
 

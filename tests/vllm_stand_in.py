@@ -43,7 +43,7 @@ class Engine:
             prompts,
             per_prompt=n,
             max_new_tokens=params["max_tokens"],
-            eos_token_ids=params["stop_token_ids"],
+            eos_token_ids=params.get("stop_token_ids", [self.model.config.eos_token_id]),
             pad_token_id=0,
             seeds=seeds,
             temperature=params["temperature"],

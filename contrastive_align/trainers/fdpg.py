@@ -54,6 +54,7 @@ from contrastive_align.trainers.fdpg_state import TARGET_FILE, load_state, save_
 from contrastive_align.trainers.log_z import RunningLogZ
 from contrastive_align.trainers.modes import evaluation_mode
 from contrastive_align.trainers.proposal import kept_proposal
+from contrastive_align.trainers.vllm_sampling import base_kept
 
 
 logger = logging.get_logger(__name__)
@@ -184,6 +185,8 @@ class FDPGTrainer(RLOOTrainer):
             raise ValueError("A router loss has no place in the target. Set router_aux_loss_coef=0.")
         if args.disable_dropout:
             without_functional_dropout(self.model)
+        if self.use_vllm and is_peft_model(self.model):
+            self._keep_base_over_syncs()
         self.base_model = self._frozen_copy()
         models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
         models += [] if self.base_model is None else [self.base_model]
@@ -202,6 +205,15 @@ class FDPGTrainer(RLOOTrainer):
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
         self.kept_proposal = kept_proposal(args, sharded=sharded)
         self._evaluations = 0
+
+    def _keep_base_over_syncs(self) -> None:
+        hand_over = self.vllm_generation.sync_weights
+
+        def sync_weights() -> None:
+            with base_kept(self.model):
+                hand_over()
+
+        self.vllm_generation.sync_weights = sync_weights
 
     def _frozen_copy(self) -> PreTrainedModel | None:
         """The base, where it is not the policy without its adapter."""
