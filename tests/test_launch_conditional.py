@@ -86,7 +86,8 @@ def test_the_default_folder_is_replaced_without_flags(tmp_path, monkeypatch):
     main(flags)
     (tmp_path / "runs/conditional/pool/note").touch()
     main(flags)
-    assert sorted(p.name for p in (tmp_path / "runs/conditional/pool").iterdir()) == ["prompts.json", "round-00001.arrow"]
+    pool = tmp_path / "runs/conditional/pool"
+    assert sorted(p.name for p in pool.iterdir()) == ["prompts.json", "round-00001.arrow"]
     assert written(tmp_path / "runs/conditional")["metrics"] == {}
 
 
