@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +19,6 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
@@ -34,33 +30,39 @@ from contrastive_align.models.layout import set_layout
 from contrastive_align.models.loading import check_output_dir
 from contrastive_align.models.logps import completion_objective
 from contrastive_align.models.token_loss import token_loss
-from contrastive_align.trainers.card import add_section, how_to_ask
-from contrastive_align.trainers.checkpoints import last_whole_checkpoint
 from contrastive_align.trainers.coefficients import AdaptiveCoefficient
+from contrastive_align.trainers.conditional_checkpoints import ConditionalCheckpointsMixin
 from contrastive_align.trainers.conditional_config import ConditionalConfig
 from contrastive_align.trainers.conditional_data import ConditionalDataMixin
 from contrastive_align.trainers.conditional_evaluation import ConditionalEvaluationMixin
 from contrastive_align.trainers.conditional_inputs import (
     feature_of,
     freeze_lower_layers,
+    frozen_copy,
     keep_as_reference,
     keep_rows_precise,
     refuse_given,
 )
 from contrastive_align.trainers.conditioned_rows import ConditionedCollator, bare
-from contrastive_align.trainers.rounds import RoundsMixin, frozen_copy
+from contrastive_align.trainers.round_metrics import RoundMetricsMixin
+from contrastive_align.trainers.rounds import RoundsMixin
 from contrastive_align.trainers.server_sampling import check_sampler
 from contrastive_align.trainers.vllm_sampling import VLLMSampler, check_tokens, check_use
 
 
 logger = logging.get_logger(__name__)
 
-STATE_FILE = "conditional_state.json"
-
 AnyDataset = Dataset | IterableDataset
 
 
-class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, RoundsMixin, SFTTrainer):
+class ConditionalTrainer(
+    ConditionalDataMixin,
+    ConditionalEvaluationMixin,
+    RoundMetricsMixin,
+    RoundsMixin,
+    ConditionalCheckpointsMixin,
+    SFTTrainer,
+):
     r"""Train a language model on its own completions, each conditioned on how good it was; then ask for the best.
 
     .. math:: \ell_t = -\log \pi(y_t | c, x, y_{<t}) + \beta_{KL}\, KL_t - \beta_H\, H_t
@@ -361,77 +363,6 @@ class ConditionalTrainer(ConditionalDataMixin, ConditionalEvaluationMixin, Round
         self.entropy_coef.update(entropy / n, n=int(rows))
         if self.has_reference:
             self.kl_coef.update(kl / n, n=int(rows))
-
-    # --------------------------------------------------------------------------------------------- resuming and saving
-
-    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any):
-        """As TRL. ``resume_from_checkpoint=True`` goes on from the newest checkpoint that was written to its end, and
-        from the start where there is none; what the pool has already is not sampled again either way."""
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir, STATE_FILE)
-        elif not resume_from_checkpoint and self.online and self.pool.rounds:
-            raise ValueError(
-                f"{self.pool.folder} has the samples of an earlier run (rounds {self.pool.rounds}). Go on with "
-                "resume_from_checkpoint=True, or give another output_dir or pool_dir to start anew."
-            )
-        self.check_pool()
-        if resume_from_checkpoint:
-            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            self._load_state(Path(resume_from_checkpoint))
-        self._step_sums = None
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:  # before the Trainer's files, of which the last says that the checkpoint is whole
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of a checkpoint that is written again
-            state = {"kl_coef": self.kl_coef.state_dict(), "entropy_coef": self.entropy_coef.state_dict()}
-            state["steps_per_round"] = self.steps_per_round
-            (folder / STATE_FILE).write_text(json.dumps({**state, "condition": self.condition.spec}))
-        super()._save_checkpoint(model, trial)
-
-    def _load_state(self, checkpoint: Path) -> None:
-        file = checkpoint / STATE_FILE
-        if not file.is_file():
-            raise ValueError(
-                f"{checkpoint} has no {STATE_FILE}: it was not written by a ConditionalTrainer, or not to its end. "
-                "Give another checkpoint, or start anew from its weights."
-            )
-        state = json.loads(file.read_text())
-        if state["condition"] != self.condition.spec:
-            raise ValueError(
-                f"{checkpoint} was trained under {state['condition']}, and this run's condition is "
-                f"{self.condition.spec}. Use the same condition, or start anew from its weights."
-            )
-        steps = state.get("steps_per_round", self.steps_per_round)
-        if self.online and steps != self.steps_per_round:
-            raise ValueError(
-                f"A round had {steps} optimiser steps in {checkpoint} and has {self.steps_per_round} now: its samples "
-                "would be trained on in another round. Keep draws_per_round, and per_device_train_batch_size x "
-                "gradient_accumulation_steps x processes."
-            )
-        self.kl_coef.load_state_dict(state["kl_coef"])
-        self.entropy_coef.load_state_dict(state["entropy_coef"])
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As TRL; the condition goes with it: ``Condition.load(output_dir).apply_best(prompt)`` asks for the best."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            self.best_condition().save(output_dir or self.args.output_dir)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As TRL; in place of its quick start, which asks without a condition, how to ask for the best."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            condition, adapter = self.best_condition(), is_peft_model(self.model)
-            try:
-                best = condition.best
-            except ValueError:  # a judge's words, before the first round
-                best = "words of the judge, once there are some"
-            base = get_config_model_id(self.model.config)
-            section = how_to_ask(condition.kind, best, adapter=adapter, tokens=bool(condition.tokens), base=base)
-            add_section(self.args.output_dir, section, instead_of="## Quick start")
 
 
 class _Rounds(TrainerCallback):

@@ -19,10 +19,10 @@ from contrastive_align.feedback.pool import Pool
 from contrastive_align.feedback.rounds import Sample
 from contrastive_align.models import completion_logps
 from contrastive_align.sampling.seeds import seed_of
-from contrastive_align.trainers.rounds import SCORED_TOGETHER
 
 
 UNCONDITIONED = "nothing"
+SCORED_TOGETHER = 64  # completions whose log-probs are computed at once
 
 
 class ConditionalEvaluationMixin:
@@ -137,12 +137,18 @@ class ConditionalEvaluationMixin:
                 metrics[f"nll/{names[label]}{suffix}"] = float(nll[of].sum() / tokens[of].sum())
         return metrics
 
-    def nll_given(self, samples: list[Sample], texts: list[str | None]) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) negative log-likelihoods in nats and (N,) tokens of completions, each under a condition or none."""
+    def nll_given(
+        self, samples: list[Sample], texts: list[str | None], *, reference: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) negative log-likelihoods in nats and (N,) tokens of completions, each under a condition or none.
+
+        Args:
+            reference: of the reference in place of the policy.
+        """
         n, collate = len(samples), GroupCollator(self._tokenizer.pad_token_id)
         own = np.array_split(np.arange(n), self.accelerator.num_processes)[self.accelerator.process_index]
         found = []
-        with self.sampling() as model:
+        with self.sampling(reference) as model:
             for start in range(0, len(own), SCORED_TOGETHER):
                 groups = []
                 for i in own[start : start + SCORED_TOGETHER]:

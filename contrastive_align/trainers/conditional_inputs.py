@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from typing import Any
@@ -67,6 +68,11 @@ def freeze_lower_layers(model: PreTrainedModel, ratio: float, adapter: bool) -> 
         )
     for layer in layers[: len(layers) - max(1, round(ratio * len(layers)))]:
         layer.requires_grad_(False)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The reference, where it is not the policy without its adapter."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 def keep_as_reference(model: PeftModel) -> None:

@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from contrastive_align.data import GroupCollator
 from contrastive_align.data.formats import Text
 from contrastive_align.feedback.conditions import Condition
 from contrastive_align.feedback.judged_conditions import Text as FreeText
-from contrastive_align.feedback.pool import Pool, Table
+from contrastive_align.feedback.pool import Pool
 from contrastive_align.feedback.pool_prompts import check_prompts, remember_prompts
 from contrastive_align.feedback.rounds import Sample
-from contrastive_align.models import completion_logps
-from contrastive_align.report.rounds import plot_round
 from contrastive_align.sampling.decode import draw
 from contrastive_align.sampling.seeds import seed_of
 from contrastive_align.targets.evaluate import Feature, call_feature
@@ -36,7 +29,6 @@ from contrastive_align.trainers.vllm_sampling import VLLMSampler
 
 logger = logging.get_logger(__name__)
 
-SCORED_TOGETHER = 64  # completions whose log-probs under the reference are computed at once
 # What a reward function is given by these names is not the dataset's column.
 _NOT_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state")
 
@@ -53,7 +45,6 @@ class RoundsMixin:
     vllm: VLLMSampler | None
     reference: PreTrainedModel | None
     layout: str
-    _cut_said = False
 
     # ------------------------------------------------------------------------------------------------------ sampling
 
@@ -205,7 +196,7 @@ class RoundsMixin:
         self.rows.set_draws(draws, labels, through)
         logged = any(entry.get("round/number") == number for entry in self.state.log_history)
         if not logged and (self.online or number == 1):
-            self._log_round(number, table, through)
+            self.log_round(number, table, through)
 
     def _sample(self, number: int) -> list[Sample]:
         """This process's share of the round."""
@@ -264,125 +255,6 @@ class RoundsMixin:
         except ValueError as error:
             raise ValueError(f"{error} Nothing says what the best is: look at the judge's answers.") from error
 
-    # -------------------------------------------------------------------------------------------------------- metrics
-
-    def _log_round(self, number: int, table: Table, through: int) -> None:
-        newest = table.round == number if self.online else np.ones(len(table), dtype=bool)
-        scores = table.score[newest]
-        scores = scores[~np.isnan(scores)]
-        logs = {
-            "round/number": number,
-            "round/samples": int(newest.sum()),
-            "round/left_out": int((table.label[newest] < 0).sum()),
-            "round/unscored": int(np.isnan(table.score[newest]).sum()),
-            "round/pool": len(table),
-            "round/finished": float(table.finished[newest].mean()),
-            "round/mean_length": float(table.length[newest].mean()),
-        }
-        if len(scores):
-            logs |= {"round/mean_reward": float(scores.mean()), "round/reward_std": float(scores.std())}
-            if self.condition.reads == ("score",):
-                logs["round/no_signal"] = self._no_signal(number, table, newest)
-        if self.online and self.condition.free_words:
-            logs |= self._words_cut(number, table, newest & (table.label >= 0))
-        names = self.condition.names(table)
-        for label, name in enumerate(names):
-            there = (table.label == label) & ~np.isnan(table.score)
-            if there.any():
-                logs[f"round/reward/{name}"] = float(table.score[there].mean())
-        logs |= self._text_metrics(np.flatnonzero(newest)[:: max(1, int(newest.sum()) // 512)], through)
-        self.log_measured(logs)
-        if self.args.should_save:
-            self._draw_round(number, table)
-
-    def _no_signal(self, number: int, table: Table, newest: np.ndarray) -> float:
-        """The share of groups sorted by themselves, of which all scores of this round are equal; with a warning."""
-        newest = newest & ~np.isnan(table.score)
-        by_prompt = getattr(self.condition, "per_prompt", False)
-        group = table.prompt_index[newest] if by_prompt else np.zeros(int(newest.sum()), dtype=np.int64)
-        places, of = np.unique(group, return_inverse=True)
-        low, high = np.full(len(places), np.inf), np.full(len(places), -np.inf)
-        np.minimum.at(low, of, table.score[newest])
-        np.maximum.at(high, of, table.score[newest])
-        tied = places[low == high]
-        if len(tied) and (number == 1 or len(tied) == len(places)):
-            of_them = f"of {len(tied)} of {len(places)} prompts ({tied[:5].tolist()} first) " if by_prompt else ""
-            logger.warning(
-                f"Round {number}: all completions {of_them}have the same score. Their quantiles follow the order in "
-                "which they were sampled, and say nothing. round/no_signal is the share of such."
-            )
-        return len(tied) / len(places)
-
-    def _words_cut(self, number: int, table: Table, newest: np.ndarray) -> dict[str, int]:
-        """How many words of this round's samples are cut to fit, and of what its prompts were asked with; a warning."""
-        samples = self.pool.read(np.flatnonzero(newest), number)
-        own = [s for s in samples if self.conditioned.cuts(s.prompt, s.feedback)]
-        asked = []
-        if number > 1:
-            best, prompts = self.best_condition(number - 1), {s.prompt_index: s.prompt for s in samples}
-            asked = [i for i, prompt in prompts.items() if self.conditioned.cuts(prompt, best.best_for(prompt))]
-        if (own or asked) and not self._cut_said:
-            self._cut_said = True
-            rows = sorted({s.prompt_index for s in own} | set(asked))
-            logger.warning(
-                f"Round {number}: a judge's words that leave no room for a completion lose their end: those of "
-                f"{len(own)} samples, and those that {len(asked)} prompts were asked with; of the prompts {rows[:5]} "
-                f"first. Prompt and words have {self.conditioned.room} tokens. Let the judge use fewer words, or raise "
-                "max_length. round/words_cut and round/asked_cut count them."
-            )
-        return {"round/words_cut": len(own), "round/asked_cut": len(asked)}
-
-    def log_measured(self, logs: dict[str, float]) -> None:
-        """Log by itself: means over the steps since training was logged wait for its next log."""
-        was_training = self.model.training
-        self.model.eval()  # TRL's log asks the model which of the two it is
-        self.log(logs)
-        self.model.train(was_training)
-
-    def _text_metrics(self, indices: np.ndarray, through: int) -> dict[str, float]:
-        """distinct-n, and the perplexity under the reference where there is one, of some hundred samples."""
-        samples = self.pool.read(indices, through)
-        metrics = {}
-        for n in (1, 2, 3):
-            grams = [tuple(s.completion_ids[i : i + n]) for s in samples for i in range(len(s.completion_ids) - n + 1)]
-            metrics[f"round/distinct_{n}"] = len(set(grams)) / len(grams) if grams else math.nan
-        if self.has_reference:
-            collate = GroupCollator(self._tokenizer.pad_token_id)
-            own = np.array_split(np.arange(len(samples)), self.accelerator.num_processes)[
-                self.accelerator.process_index
-            ]
-            logp = tokens = 0.0
-            with self.sampling(reference=True) as model:
-                for start in range(0, len(own), SCORED_TOGETHER):
-                    groups = [
-                        {
-                            "prompt_ids": self.encode(samples[i].prompt),
-                            "completion_ids": [samples[i].completion_ids],
-                            "scores": [0.0],
-                        }
-                        for i in own[start : start + SCORED_TOGETHER]
-                    ]
-                    batch = {name: t.to(self.accelerator.device) for name, t in collate(groups).items()}
-                    found = completion_logps(model, batch, layout=self.layout, token_stats=False)
-                    logp, tokens = logp + found.logps.sum().item(), tokens + found.lengths.sum().item()
-            totals = self.accelerator.gather(torch.tensor([[logp, tokens]], device=self.accelerator.device)).sum(0)
-            metrics["round/reference_perplexity"] = math.exp(-totals[0].item() / totals[1].item())
-        return metrics
-
-    def _draw_round(self, number: int, table: Table) -> None:
-        path = Path(self.args.output_dir) / "rounds" / f"round-{number:03d}.png"
-        try:
-            plot_round(
-                table.label,
-                table.score,
-                table.length,
-                names=self.condition.names(table),
-                path=path,
-                title=f"The pool in round {number}: what each condition stands for",
-            )
-        except ImportError as error:
-            logger.warning_once(str(error))
-
 
 def _counts(judge: Any) -> str:
     """What a judge's items came to, as in ``8 unparsable, 2 failed``."""
@@ -393,9 +265,3 @@ def _counts(judge: Any) -> str:
 
 def _verdict(answer: Any) -> tuple[float | None, str | None]:
     return (None, None) if answer is None else (answer.score, answer.text)
-
-
-def frozen_copy(model: nn.Module) -> PreTrainedModel:
-    """The reference, where it is not the policy without its adapter."""
-    assert not is_peft_model(model)
-    return copy.deepcopy(model).eval().requires_grad_(False)
