@@ -109,6 +109,13 @@ def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypa
         assert gap < 1e-5, layout
 
 
+def test_masks_are_of_a_block_of_queries_whatever_the_prompt():
+    shared = attention.SharedPrompt([attention.Segment(3000, (5,))])
+    q, k = torch.randn(1, 2, 3005, 4), torch.randn(1, 1, 3005, 4)
+    attention.shared_prompt_attention(None, q, k, k, None, shared_prompt=shared)
+    assert shared._masks and all(mask.size(0) <= 2 * attention.QUERIES for mask in shared._masks.values())
+
+
 def add_head_over_plain(model):
     """As the trainer does: TRL's fused head, then ours."""
     from trl.trainer.utils import add_fused_lm_head

@@ -142,14 +142,14 @@ def _causal(
     blocks = max(1, round(length / QUERIES)) if q.device.type == "cpu" else 1
     if blocks == 1 and length == total and softcap is None and window is None:
         return [_attend(q, k, v, None, softcap=None, **options)]
-    mask = shared_prompt.mask(total - length, length, window, q)
-    outputs, start = [], 0
+    # One mask for all blocks: where they end, they see the same, and what a longer one hides lies further back.
+    size = -(-length // blocks)
+    mask = shared_prompt.mask(total - size, size, window, q)
+    outputs, end = [], total - length
     for block in q.tensor_split(blocks, 2):
-        end = start + block.size(2)
-        seen = total - length + end
-        keys = (k, v, mask[start:]) if seen == total else (k[:, :, :seen], v[:, :, :seen], mask[start:end, :seen])
-        outputs.append(_attend(block, *keys, softcap=softcap, **options))
-        start = end
+        end += block.size(2)
+        keys = (k, v) if end == total else (k[:, :, :end], v[:, :, :end])
+        outputs.append(_attend(block, *keys, mask[size - block.size(2) :, total - end :], softcap=softcap, **options))
     return outputs
 
 

@@ -130,8 +130,9 @@ def _small(model: PreTrainedModel) -> PreTrainedModel:
         text.layer_types = kinds[:layers]
     text.vocab_size = min(text.vocab_size, 128)
     text.pad_token_id = text.bos_token_id = text.eos_token_id = None
-    if getattr(text, "intermediate_size", None):  # nothing of the layout depends on it
-        text.intermediate_size = min(text.intermediate_size, 256)
+    for width in ("intermediate_size", "moe_intermediate_size"):  # nothing of the layout depends on it
+        if getattr(text, width, None):
+            setattr(text, width, min(getattr(text, width), 256))
     config._attn_implementation = "eager"
     small = type(model)(config).float()
     with torch.no_grad():
