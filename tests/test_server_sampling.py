@@ -188,7 +188,7 @@ def test_a_server_that_lost_the_older_adapter_is_fine(tmp_path):
 def test_a_server_that_takes_no_adapters_is_told_how_to_start(tmp_path):
     with SamplingServer(adapters=False) as server:
         ask = sampler(server)
-        how = r"The adapter step-1: .*status 404: 'Not Found' .*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True .*--enable-lora"
+        how = r"The adapter step-1: .*status 404: 'Not Found'. .*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True .*--enable-lora"
         with pytest.raises(CallError, match=how):
             ask.set_adapter("step-1", adapter(tmp_path / "adapter"))
         assert ask.adapter is None
