@@ -413,6 +413,21 @@ def test_training_is_run_conditional_on_the_converted_file(tmp_path, monkeypatch
     assert read(tmp_path / "out" / "scored_completions.jsonl") == convert(rows, None, where="")
 
 
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"rewards": [1.0, "high"]}, r"line 1: 'rewards'\[1\] is 'high', expected a number or null"),
+        ({"scores": [True, 1]}, r"line 1: 'scores'\[0\] is 'True', expected a number or null"),
+        ({"scores": [1, None], "feedbacks": ["good", 3]}, r"line 1: 'feedbacks'\[1\] is '3', expected text or null"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_said_before_anything_is_written(tmp_path, entries, message):
+    rows = write(tmp_path / "s.jsonl", [{"prompt": "p", "generations": ["a", "b"], **entries}])
+    with pytest.raises(UsageError) as raised:
+        main(["train", f"--input={rows}", "--output_dir=out"])
+    assert re.search(message, raised.value.message) and not (tmp_path / "out").exists()
+
+
 # ------------------------------------------------------------------------------------------------------------ recipes
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("conditional_*"))
@@ -477,6 +492,11 @@ def test_a_step_that_fails_at_once_leaves_nothing_that_stands_in_the_way(tmp_pat
     [
         ('{"prompt": "Hi", "generations": ["a"], "rewards": [NaN]}', (), "line 1: not JSON: NaN is no number .* null"),
         ('{"prompt": "Hi", "generations": ["a"]}', ("--output={}/gen.jsonl/x.jsonl",), "gen.jsonl cannot be made"),
+        (
+            '{"prompt": "Hi", "generations": ["a"], "finished": [1]}',
+            (),
+            r"'finished'\[0\] is '1', expected true, false or",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path, row, flags, message):

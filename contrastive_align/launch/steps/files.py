@@ -16,6 +16,14 @@ Row = dict[str, Any]
 
 # What a step adds to a row: lists with an entry for each of K completions.
 LISTS = ("generations", "finished", "rewards", "analysis", "feedbacks", "scores")
+_NUMBER = int | float
+# What training reads of them: the type of an entry, which may also be null.
+_ENTRIES = {
+    "finished": (bool, "true, false"),
+    "rewards": (_NUMBER, "a number"),
+    "feedbacks": (str, "text"),
+    "scores": (_NUMBER, "a number"),
+}
 
 
 def read_rows(path: str | Path, *, generations: bool) -> list[Row]:
@@ -65,6 +73,10 @@ def _checked(line: bytes, where: str, generations: bool) -> Row:
         if name in row and (not isinstance(row[name], list) or len(row[name]) != len(found)):
             size = len(row[name]) if isinstance(row[name], list) else f"no list, {row[name]!r}: not"
             raise BadRow(f"{where}: '{name}' has {size} entries for {len(found)} generations.")
+        kind, expected = _ENTRIES.get(name, (object, ""))
+        for i, entry in enumerate(row.get(name, ())):
+            if entry is not None and (not isinstance(entry, kind) or (kind is _NUMBER and isinstance(entry, bool))):
+                raise BadRow(f"{where}: '{name}'[{i}] is {str(entry)[:80]!r}, expected {expected} or null.")
     return row
 
 
