@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from contrastive_align import demo
 from contrastive_align.feedback import Condition, resolve_condition
 from contrastive_align.launch.arguments import UsageError
-from contrastive_align.launch.conditional import main
+from contrastive_align.launch.conditional import _stopped_by_hand, main
 from contrastive_align.launch.conditional_measure import in_words
 from contrastive_align.launch.feedback import build_judge, with_feedback
 from contrastive_align.report import Change
@@ -149,8 +150,20 @@ def test_ctrl_c_says_how_the_run_goes_on(tmp_path, capsys):
     assert "with --resume_from_checkpoint=true goes on" in said and "no checkpoints: training begins anew" in said
 
 
+@pytest.mark.parametrize("online", [True, False])
+def test_ctrl_c_speaks_of_samples_where_there_are_some(online, tmp_path, capsys):
+    args = SimpleNamespace(save_strategy="epoch")
+    trainer = SimpleNamespace(args=args, online=online, pool=SimpleNamespace(folder=tmp_path))
+    with pytest.raises(SystemExit), _stopped_by_hand(trainer):
+        raise KeyboardInterrupt
+    said = capsys.readouterr().out
+    assert "goes on from" in said and said.rstrip().endswith("the last checkpoint.")
+    assert (str(tmp_path) in said and "there and from" in said) == online
+
+
 def test_nothing_to_go_on_with_is_said(tmp_path, capsys):
     flags = [*SMALL[:-2], "--num_train_epochs=1", "--eval_prompts=0", f"--output_dir={tmp_path}"]
+    (tmp_path / "checkpoint-1").mkdir()  # was not written to its end
     main([*flags, "--resume_from_checkpoint=true"])
     assert f"note: {tmp_path} has nothing to go on with" in capsys.readouterr().out
     main([*flags, "--resume_from_checkpoint=true"])

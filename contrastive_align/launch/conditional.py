@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import set_seed
-from transformers.trainer_utils import SaveStrategy, get_last_checkpoint
+from transformers.trainer_utils import SaveStrategy
 
 from contrastive_align import demo
 from contrastive_align.feedback import resolve_condition
@@ -46,6 +46,8 @@ from contrastive_align.launch.prompts import from_rows, load_prompts
 from contrastive_align.report import Summary
 from contrastive_align.targets import resolve_feature
 from contrastive_align.trainers import ConditionalConfig, ConditionalTrainer
+from contrastive_align.trainers.checkpoints import last_whole_checkpoint
+from contrastive_align.trainers.conditional_checkpoints import STATE_FILE
 
 
 DEMO_PROMPTS, DEMO_SCORED = "the bundled demo prompts", "the bundled demo data"
@@ -201,9 +203,10 @@ def _stopped_by_hand(trainer: ConditionalTrainer) -> Iterator[None]:
         if std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
             raise
         lost = "" if trainer.args.save_strategy != SaveStrategy.NO else " (no checkpoints: training begins anew)"
+        kept = f"What was sampled is kept in {trainer.pool.folder}. " if trainer.online else ""
         print_on_main(
-            f"stopped. What was sampled is kept in {trainer.pool.folder}. The same command with "
-            f"--resume_from_checkpoint=true goes on from there and from the last checkpoint{lost}."
+            f"stopped. {kept}The same command with --resume_from_checkpoint=true goes on from "
+            f"{'there and from ' if kept else ''}the last checkpoint{lost}."
         )
         raise SystemExit(130) from None
 
@@ -341,5 +344,6 @@ def _check_pool(args: Arguments, trainer: ConditionalTrainer, checkpoint: str | 
         )
     trainer.check_pool()
     folder = args.training.output_dir
-    if checkpoint is True and not (trainer.online and trainer.pool.rounds) and get_last_checkpoint(folder) is None:
+    sampled = trainer.online and trainer.pool.rounds
+    if checkpoint is True and not sampled and last_whole_checkpoint(folder, STATE_FILE) is None:
         args.notes.append(f"{folder} has nothing to go on with, no checkpoint and no samples: the run begins anew")
