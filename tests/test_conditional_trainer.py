@@ -102,7 +102,12 @@ def test_the_best_model_is_by_a_metric_that_there_is():
     options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "use_cpu": True}
     with pytest.raises(ValueError, match=r"follows the metric 'loss', .*reward_given/<quantile_0>"):
         ConditionalConfig("unused", bf16=False, **options)
-    for metric, greater in (("eval_reward_given/Good", True), ("eval_nll/Good", False), ("nll/Good", False)):
+    for metric, greater in (
+        ("eval_reward_given/Good", True),
+        ("eval_nll/Good", False),
+        ("nll/Good", False),
+        ("new_nll/a", False),
+    ):
         config = ConditionalConfig("unused", bf16=False, metric_for_best_model=metric, **options)
         assert config.greater_is_better is greater
 

@@ -154,8 +154,8 @@ class ConditionalConfig(SFTConfig):
 
     def __post_init__(self):
         refuse(self, SFTConfig, NOT_SUPPORTED, "ConditionalTrainer")
-        best = (self.metric_for_best_model or "").removeprefix("eval_")
-        if self.greater_is_better is None and best.startswith("nll/"):
+        best = (self.metric_for_best_model or "").split("/")[0]  # of several evaluation sets, their names are in it
+        if self.greater_is_better is None and best.split("_")[-1] == "nll":
             self.greater_is_better = False  # else everything is, whose name does not end in "loss"
         super().__post_init__()
         if self.metric_for_best_model in ("loss", "eval_loss"):  # which the Trainer takes where none is given
