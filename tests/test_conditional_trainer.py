@@ -507,7 +507,8 @@ def test_the_card_says_how_to_ask_for_the_best_and_its_lines_run(tiny_llama, tmp
     card = (tmp_path / "README.md").read_text()
     best = trainer.condition.best
     assert f"asked for with: `{best}`" in card and "Quick start" not in card and "2205.13636" in card
-    assert card.index("## Asking for the best") < card.index("## Training procedure")
+    assert card.index("## Asking for the best") < card.index("## Objective") < card.index("## Training procedure")
+    assert "- kl_coef: `0.05`\n- kl_direction: `reverse`" in card
     code = card.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     found = {}

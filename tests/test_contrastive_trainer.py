@@ -663,6 +663,17 @@ def test_model_card_cites_the_paper(make, tmp_path):
     assert "Noise Contrastive Alignment" in card and "2402.05369" in card
 
 
+@pytest.mark.parametrize(("loss", "labels"), [("info_nca", True), ("dpo", False)])
+def test_model_card_names_the_loss(make, loss, labels, tmp_path):
+    make(loss_type=loss, beta=0.25).create_model_card(model_name="mine")
+    card = (tmp_path / "out" / "README.md").read_text()
+    section = card.split("## Objective\n\n")[1].split("\n\n## ")[0]
+    assert (
+        section.splitlines() == [f"- loss: `{loss}`", "- beta: `0.25`", "- temperature_alpha: `0.0001`"][: 2 + labels]
+    )
+    assert "## Quick start" in card and "## Training procedure" in card
+
+
 def test_default_args_and_peft_model_start(make, tiny_llama, tmp_path):
     """A PeftModel given as the model: TRL keeps a frozen copy of its adapter as the reference."""
     base = AutoModelForCausalLM.from_pretrained(tiny_llama())

@@ -166,6 +166,9 @@ def test_rewards_alone_are_the_target_of_kl_control(tokenizer, tmp_path):
     phi = trainer.target.features(["a"], ["x"], completion_ids=[[A, B]])
     assert trainer.target.energy(phi).tolist() == pytest.approx([-1.0 / 0.5])
     trainer.train()
+    trainer.create_model_card(model_name="mine")
+    card = (tmp_path / "README.md").read_text()
+    assert f"## Objective\n\n- divergence: `js`\n- target: `base * exp({trainer.target.names[0]} / 0.5)`\n\n##" in card
 
 
 def test_killed_and_resumed_is_not_killed(tokenizer, tmp_path):

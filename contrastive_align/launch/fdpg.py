@@ -280,11 +280,6 @@ def _describe(
     args: Arguments, trainer: FDPGTrainer, data_name: str, train: Dataset, test: Dataset | None
 ) -> TargetSummary:
     training, target = args.training, trainer.target
-    if target.constraints:
-        wishes = [f"E[{c.name}] = {c.moment:g}" if not c.pointwise else f"always {c.name}" for c in target.constraints]
-        line = f"the base with {', '.join(wishes)}"
-    else:
-        line = f"base * exp({target.names[0]} / {target.reward_beta:g})"
     is_demo = args.model.model_name_or_path == demo.MODEL_PATH
     name = "the bundled demo model" if is_demo else str(args.model.model_name_or_path)
     a_step = training.generation_batch_size // training.num_generations
@@ -292,7 +287,7 @@ def _describe(
     rows = {"train": train} if test is None else {"train": train, "test": test}
     return TargetSummary(
         method={
-            "line": f"f-DPG, {training.divergence}, towards {line}; {step}",
+            "line": f"f-DPG, {training.divergence}, towards {target}; {step}",
             "trainer": type(trainer).__name__,
             "divergence": training.divergence,
             "target": target.state_dict(),

@@ -105,6 +105,16 @@ class Target:
         rows = zip(made, state["constraints"], strict=True)
         return cls([Constraint(feature, row["moment"], row["pointwise"]) for feature, row in rows]).load(path)
 
+    def __str__(self) -> str:
+        """
+        >>> print(Target([Constraint({"contains": "please"}, moment=0.5)]))
+        the base with E[contains:please] = 0.5
+        """
+        if self.reward_beta is not None:
+            return f"base * exp({self.names[0]} / {self.reward_beta:g})"
+        wishes = [f"E[{c.name}] = {c.moment:g}" if not c.pointwise else f"always {c.name}" for c in self.constraints]
+        return f"the base with {', '.join(wishes)}"
+
     @property
     def names(self) -> list[str]:
         """J names of features."""

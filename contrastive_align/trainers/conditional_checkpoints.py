@@ -12,14 +12,14 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.utils import get_config_model_id
 
-from contrastive_align.trainers.card import add_section, how_to_ask
+from contrastive_align.trainers.card import CardMixin, add_section, how_to_ask
 from contrastive_align.trainers.checkpoints import last_whole_checkpoint
 
 
 STATE_FILE = "conditional_state.json"
 
 
-class ConditionalCheckpointsMixin:
+class ConditionalCheckpointsMixin(CardMixin):
     """Resuming and saving of :class:`~contrastive_align.ConditionalTrainer`."""
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any):
@@ -78,8 +78,15 @@ class ConditionalCheckpointsMixin:
         if self.args.should_save:
             self.best_condition().save(output_dir or self.args.output_dir)
 
+    def objective(self) -> dict[str, Any]:
+        args = self.args
+        found = {"condition": json.dumps(self.condition.spec), "entropy_coef": args.entropy_coef}
+        found |= {"kl_coef": args.kl_coef, "kl_direction": args.kl_direction if args.kl_coef else None}
+        found |= {name: getattr(args, name) for name in ("kl_target", "entropy_target")}
+        return {name: value for name, value in found.items() if value is not None}
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As TRL; in place of its quick start, which asks without a condition, how to ask for the best."""
+        """As TRL, with the objective; in place of its quick start, which has no condition, how to ask for the best."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             condition, adapter = self.best_condition(), is_peft_model(self.model)

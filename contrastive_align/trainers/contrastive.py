@@ -34,6 +34,7 @@ from contrastive_align.models import completion_logps, load_tokenizer, resolve_s
 from contrastive_align.models.layout import set_layout
 from contrastive_align.models.loading import check_output_dir
 from contrastive_align.models.logps import CompletionLogps, per_completion
+from contrastive_align.trainers.card import CardMixin
 from contrastive_align.trainers.checkpoints import checkpoint_to_resume
 from contrastive_align.trainers.contrastive_config import ContrastiveConfig
 from contrastive_align.trainers.metrics import Averages, Mean, Metric, group_metrics
@@ -46,7 +47,7 @@ logger = logging.get_logger(__name__)
 AnyDataset = Dataset | IterableDataset
 
 
-class ContrastiveTrainer(TokenBatchesMixin, ReferenceMixin, DPOTrainer):
+class ContrastiveTrainer(CardMixin, TokenBatchesMixin, ReferenceMixin, DPOTrainer):
     """Align a language model on groups of K scored completions: NCA, InfoNCA, DPO and kin.
 
     A subclass of :class:`trl.DPOTrainer` that takes its arguments and keeps what it does: model loading, PEFT,
@@ -490,6 +491,15 @@ class ContrastiveTrainer(TokenBatchesMixin, ReferenceMixin, DPOTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": m.mean for name, m in means.items()})
         self.last_evaluation = means
         return output
+
+    def objective(self) -> dict[str, Any]:
+        args = self.args
+        found = {"loss": " + ".join(args.loss_type), "beta": args.beta}
+        if args.loss_weights is not None:
+            found["loss_weights"] = args.loss_weights
+        if any(map(_reads_labels, args.loss_type)):
+            found["temperature_alpha"] = args.temperature_alpha
+        return found
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
         raise NotImplementedError(

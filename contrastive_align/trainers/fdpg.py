@@ -30,6 +30,7 @@ from contrastive_align.models.layout import set_layout
 from contrastive_align.sampling.decode import draw
 from contrastive_align.sampling.seeds import seed_of
 from contrastive_align.targets import Target
+from contrastive_align.trainers.card import CardMixin
 from contrastive_align.trainers.checkpoints import checkpoint_to_resume
 from contrastive_align.trainers.distribution_metrics import distribution_metrics
 from contrastive_align.trainers.encoder_decoder import (
@@ -76,7 +77,7 @@ _NOT_COLUMNS = (
 AnyDataset = Dataset | IterableDataset
 
 
-class FDPGTrainer(RLOOTrainer):
+class FDPGTrainer(CardMixin, RLOOTrainer):
     r"""Train a language model towards a target distribution under an f-divergence, from its own samples.
 
     .. math:: \nabla D_f(\pi \| p) = E_{y \sim q}\Big[\frac{\pi(y)}{q(y)}\, f'\Big(\frac{\pi(y)}{p(y)}\Big)\,
@@ -495,3 +496,6 @@ class FDPGTrainer(RLOOTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         save_state(self, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+
+    def objective(self) -> dict[str, Any]:
+        return {"divergence": self.args.divergence, "target": str(self.target)}
