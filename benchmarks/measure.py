@@ -61,18 +61,21 @@ class Task:
         precision: ``fp32``, or ``bf16``: autocast over fp32 weights, as ``bf16=True`` means to both trainers.
         reference: ``cached`` log-probs, or ``uncached``: computed in every step.
         tuning: ``full``, or ``lora``: r=16 on every linear layer but the head.
+        compile: ``no``, or ``yes``: torch_compile=True, which falls into the steps that are not counted.
         rows: (layout, K).
         groups: groups a step.
         size: one of ``SIZES``.
         vocabulary: 0 for the workload's: 32,000, or the tokenizer's for real text.
         tokenizer: a folder, for real text.
         max_tokens: rows that would compute on more tokens a step (padding counted) are left out.
+        keep_freed_memory: whether the process does so, as the run scripts do.
     """
 
     workload: str = "synthetic"
     precision: str = "fp32"
     reference: str = "uncached"
     tuning: str = "full"
+    compile: str = "no"
     rows: list[tuple[str, int]] = field(default_factory=list)
     steps: int = 5
     groups: int = 4
@@ -81,6 +84,7 @@ class Task:
     vocabulary: int = 0
     tokenizer: str | None = None
     max_tokens: int = 10**9
+    keep_freed_memory: bool = False
 
 
 # -------------------------------------------------------------------------------------------------------- trainers
@@ -116,6 +120,7 @@ def _build(layout: str, folder: str, tokenizer, task: Task) -> DPOTrainer:
         "use_cpu": task.device == "cpu",
         "bf16": task.precision == "bf16",
         "precompute_ref_log_probs": task.reference == "cached",
+        "torch_compile": task.compile == "yes",
         "report_to": "none",
         "gradient_checkpointing": False,
         "max_length": None,
@@ -137,7 +142,9 @@ def _build(layout: str, folder: str, tokenizer, task: Task) -> DPOTrainer:
             _with_full_logits(model.get_base_model() if lora else model)
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer()
-    trainer.model, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)  # autocast
+    trainer.model, trainer.optimizer = trainer.accelerator.prepare(
+        trainer.model, trainer.optimizer
+    )  # autocast, TRL's compilation
     return trainer
 
 

@@ -2,13 +2,15 @@
 
     CONTRASTIVE_ALIGN_DATA=path/to/data CONTRASTIVE_ALIGN_MODELS=path/to/models python benchmarks/speed.py
     python benchmarks/speed.py --workload synthetic --k 2 4 [--precision bf16] [--reference cached] [--tuning lora]
+                               [--compile yes] [--keep-freed-memory]
     python benchmarks/speed.py --gpu
 
 Without a choice of rows: TRL and this package at K = 2, both layouts at K = 4, the shared one at K = 16, on synthetic
-and on real lengths: some 20 minutes on 2 cores. With a choice: every combination of what was chosen, and of K = 2 and
-4, fp32, an uncached reference and full fine-tuning for what was not. --all takes hours. --memory adds the peaks (a
-process of its own for every row, about a minute each), --lengths the growth with the prompt (10 minutes). Rows of more
-than --max-tokens a step, padding counted, are left out: each token takes about 0.4 MB, and the default 16 GB in all.
+and on real lengths: some 25 minutes on 2 cores. With a choice: every combination of what was chosen, and of K = 2 and
+4, fp32, an uncached reference, full fine-tuning and nothing compiled for what was not. --all takes hours. --memory adds
+the peaks (a process of its own for every row, about a minute each), --lengths the growth with the prompt (10 minutes).
+Rows of more than --max-tokens a step, padding counted, are left out: each token takes about 0.4 MB, and the default
+16 GB in all.
 
 Model: a random Llama of 56M parameters (hidden 512, 8 layers, 8 heads, 4 KV heads, intermediate 1408, vocabulary
 32,000, 4,096 positions). Workloads: ``synthetic``, log-normal lengths (prompts median 160, completions median 260);
@@ -41,16 +43,20 @@ from measure import FULL_LOGITS, LAYOUTS, Task, peak_memory, profile, time_rows
 from transformers.utils.logging import disable_progress_bar
 from workloads import REAL, find_tokenizer
 
+from contrastive_align.launch.memory import keep_freed_memory
+
 
 CHOICES = {
     "workload": ["synthetic", *REAL],
     "precision": ["fp32", "bf16"],
     "reference": ["uncached", "cached"],
     "tuning": ["full", "lora"],
+    "compile": ["no", "yes"],
 }
 DEFAULTS = [  # what answers "how much faster?", with no row for nothing
     Task("synthetic", rows=[("trl", 2), ("shared", 2), ("padded", 4), ("shared", 4)]),
     Task("synthetic", reference="cached", rows=[("shared", 4)]),
+    Task("synthetic", reference="cached", compile="yes", rows=[("shared", 4)]),
     Task("qa", rows=[("trl", 2), ("shared", 2), ("padded", 4), ("shared", 4), ("shared", 16)]),
     Task("qa", reference="cached", rows=[("shared", 4)]),
 ]
@@ -58,7 +64,7 @@ GPU_ROWS = [("trl", 2), ("padded", 2), ("shared", 2), ("padded", 4), ("shared", 
 LENGTHS = (64, 128, 256, 512, 1024)
 WIDE = 128_000  # the vocabulary beside 32,000
 HEADER = (
-    "workload", "precision", "reference", "tuning", "layout", "K", "seconds a step", "unique tokens/s",
+    "workload", "precision", "reference", "tuning", "compiled", "layout", "K", "seconds a step", "unique tokens/s",
     "peak above the model, GB", "time over TRL's at K=2", "share of the matrix-product rate",
 )  # fmt: skip
 GROWTH_HEADER = ("what", "from", "to", "seconds", "seconds", "ratio", "ratio of unique tokens", "one over the other")
@@ -81,6 +87,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=33_000, help="leave out rows of more tokens a step")
     parser.add_argument("--tokenizer", help="a folder (default: the one in CONTRASTIVE_ALIGN_MODELS)")
     parser.add_argument("--gpu", action="store_true", help="the 1B model on a GPU")
+    parser.add_argument("--keep-freed-memory", action="store_true", help="in every process, as the run scripts do")
     parser.add_argument("--profile", metavar="ROW", help="instead: the operators of one step, of shared4, trl2, ...")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured there")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # a trial of the benchmark itself
@@ -105,10 +112,12 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
         "device": "cuda" if args.gpu else "cpu",
         "tokenizer": args.tokenizer or find_tokenizer(),
         "max_tokens": 10**9 if args.gpu else args.max_tokens,
+        "keep_freed_memory": args.keep_freed_memory,
     }
     if args.gpu:
         rows = [row for row in GPU_ROWS if row[0] in (args.layouts or LAYOUTS) and row[1] in (args.k or [2, 4, 8])]
-        axes = (args.precision or ["bf16"], args.reference or ["uncached"], args.tuning or ["full"])
+        defaults = {**CHOICES, "precision": ["bf16"]}
+        axes = [chosen[name] or values[:1] for name, values in list(defaults.items())[1:]]
         # A process for each layout: three trainers of 1B parameters do not fit beside each other everywhere.
         tasks = [
             Task("fixed:1024:512:512", *axis, rows=[row for row in rows if row[0] == layout])
@@ -130,8 +139,10 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
 def perform(task: Task, what: str, apart: bool = True) -> dict:
     """Measure ``time`` or ``memory`` of a task, ``apart``: in a process of its own, so that none disturbs the next."""
     if not apart:
+        if task.keep_freed_memory:
+            keep_freed_memory()
         return {"time": time_rows, "memory": peak_memory, "profile": profile}[what](task)
-    print(f"{what}: {task.workload}, {task.precision}, {task.reference}, {task.tuning}: {task.rows}", file=sys.stderr)
+    print(f"{what}: {', '.join(filter(None, _choices(_settings(task))))}: {task.rows}", file=sys.stderr)
     command = [sys.executable, __file__, "--child", what, json.dumps(asdict(task))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -210,7 +221,7 @@ def growth(rows: list[dict]) -> str:
     lines = []
     for pair in pairs:
         labels = list(zip(*map(_labels, pair), strict=True))
-        same = ", ".join(a for a, b in labels if a == b)
+        same = ", ".join(a for a, b in labels if a == b != "")
         differ = next((a, b) for a, b in labels if a != b)
         times = [row["median"] for row in pair]
         tokens = pair[1]["unique_tokens"] / pair[0]["unique_tokens"]
@@ -222,7 +233,12 @@ def growth(rows: list[dict]) -> str:
 def _labels(row: dict) -> list[str]:
     workload, *fixed = row["workload"].split(":")
     workload = f"prompts of {fixed[0]}" if fixed else workload
-    return [workload, *(row[name] for name in list(CHOICES)[1:]), row["layout"], f"K = {row['k']}"]
+    return [workload, *_choices(row)[1:], row["layout"], f"K = {row['k']}"]
+
+
+def _choices(row: dict) -> list[str]:
+    """What was chosen for a row, to be read without a header."""
+    return [{"yes": "compiled", "no": ""}.get(row[name], row[name]) for name in CHOICES]
 
 
 def memory_notes(rows: list[dict]) -> list[str]:
@@ -231,7 +247,7 @@ def memory_notes(rows: list[dict]) -> list[str]:
     rows = [row for row in rows if row["k"] == 4 and row.get("counts")]
     for row in [row for row in rows if row["layout"] == "shared"]:
         alike = [r for r in rows if _alike(r, row) and r is not row]
-        what = ", ".join([*(row[name] for name in CHOICES), "K = 4, shared"])
+        what = ", ".join(filter(None, [*_choices(row), "K = 4, shared"]))
         if row["vocabulary"] != WIDE:
             ratios = [row["peak"] / r["peak"] for r in alike if r["layout"] == FULL_LOGITS]
             notes += [f"{what}: {ratio:.2f} of the peak of padded rows with full logits." for ratio in ratios]

@@ -113,6 +113,21 @@ def shared_prompt_attention(
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"attention with {name} has no shared-prompt layout")
+    return _by_segments(shared_prompt, query, key, value, sliding_window, dropout, scaling, softcap), None
+
+
+@torch.compiler.disable  # the lengths of every batch are others
+def _by_segments(
+    shared_prompt: SharedPrompt,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sliding_window: int | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention over a packed row: (1, H, n, D) -> (1, n, H, D)."""
     shared_prompt.layers_seen += 1
     # Grouped queries: a CPU's kernel reads shared keys where they are, with a mask too; a GPU's do not, with a mask.
     if softcap is not None or query.device.type != "cpu":
@@ -130,7 +145,7 @@ def shared_prompt_attention(
         for _ in branches:
             q, k, v = next(pieces)
             outputs += attend(q, torch.cat([prompt_k, k], 2), torch.cat([prompt_v, v], 2))
-    return torch.cat([output.transpose(1, 2) for output in outputs], 1), None
+    return torch.cat([output.transpose(1, 2) for output in outputs], 1)
 
 
 def _causal(

@@ -465,11 +465,12 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, side: str, device: torch.de
 
 @contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """No dropout; afterwards every module is in the mode in which it was."""
+    """No dropout, nothing compiled (each length of the cache is another); afterwards every module is as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module in training:
             module.training = True

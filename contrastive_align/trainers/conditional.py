@@ -31,6 +31,7 @@ from contrastive_align.models.loading import check_output_dir
 from contrastive_align.models.logps import completion_objective
 from contrastive_align.models.token_loss import token_loss
 from contrastive_align.trainers.coefficients import AdaptiveCoefficient
+from contrastive_align.trainers.compiling import compile_layers
 from contrastive_align.trainers.conditional_checkpoints import ConditionalCheckpointsMixin
 from contrastive_align.trainers.conditional_config import ConditionalConfig
 from contrastive_align.trainers.conditional_data import ConditionalDataMixin
@@ -217,6 +218,7 @@ class ConditionalTrainer(
         models += [] if self.reference is None else [self.reference]
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.layout = set_layout(models, args.layout, sharded=sharded, autocast=args.bf16 or args.fp16)
+        compile_layers(self, models)
         self.kl_coef = AdaptiveCoefficient(args.kl_coef, target=args.kl_target, horizon=args.coef_horizon)
         self.entropy_coef = AdaptiveCoefficient(
             args.entropy_coef, target=args.entropy_target, horizon=args.coef_horizon, sign=-1

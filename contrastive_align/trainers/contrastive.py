@@ -36,6 +36,7 @@ from contrastive_align.models.loading import check_output_dir
 from contrastive_align.models.logps import CompletionLogps, per_completion
 from contrastive_align.trainers.card import CardMixin
 from contrastive_align.trainers.checkpoints import checkpoint_to_resume
+from contrastive_align.trainers.compiling import compile_layers
 from contrastive_align.trainers.contrastive_config import ContrastiveConfig
 from contrastive_align.trainers.metrics import Averages, Mean, Metric, group_metrics
 from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMixin
@@ -225,6 +226,7 @@ class ContrastiveTrainer(CardMixin, TokenBatchesMixin, ReferenceMixin, DPOTraine
         sharded = self.is_fsdp_enabled or (self.is_deepspeed_enabled and self._zero_stage == 3)
         autocast = self.args.bf16 or self.args.fp16
         self.layout = set_layout(models, self.args.layout, obstacle=obstacle, sharded=sharded, autocast=autocast)
+        compile_layers(self, models)
 
     @property
     def _zero_stage(self) -> int:

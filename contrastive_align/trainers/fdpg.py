@@ -32,6 +32,7 @@ from contrastive_align.sampling.seeds import seed_of
 from contrastive_align.targets import Target
 from contrastive_align.trainers.card import CardMixin
 from contrastive_align.trainers.checkpoints import checkpoint_to_resume
+from contrastive_align.trainers.compiling import compile_layers
 from contrastive_align.trainers.distribution_metrics import distribution_metrics
 from contrastive_align.trainers.encoder_decoder import (
     EncoderDecoderCollator,
@@ -202,6 +203,7 @@ class FDPGTrainer(CardMixin, RLOOTrainer):
         else:
             self.layout = set_layout(models, args.layout, sharded=sharded, autocast=args.bf16 or args.fp16)
             self._collate = GroupCollator(*pad)
+        compile_layers(self, models)
         self.log_z = RunningLogZ()
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
         self.kept_proposal = kept_proposal(args, sharded=sharded)
