@@ -67,8 +67,8 @@ def add_head(model: PreTrainedModel) -> None:
             return token_objective(hidden, labels, *head_parameters(head), scale, softcap)
         trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
         backward = torch.is_grad_enabled()
-        frozen, keep = backward and hidden.requires_grad and not trained, KEPT if backward and trained else 0
-        values = _ScoreTokens.apply(hidden, head.weight, head.bias, labels, scale, softcap, token_stats, frozen, keep)
+        slopes, keep = backward and hidden.requires_grad, KEPT if backward and trained else 0
+        values = _ScoreTokens.apply(hidden, head.weight, head.bias, labels, scale, softcap, token_stats, slopes, keep)
         return ScoredTokens(*values) if token_stats else ScoredTokens(values[0])
 
     model.forward = types.MethodType(forward, model)
@@ -86,80 +86,79 @@ def logit_scale(config) -> float:
 
 
 class _ScoreTokens(torch.autograd.Function):
-    """log softmax(softcap(scale * (h W^T + b)))[label] of every token.
+    r"""log softmax(softcap(scale * (h W^T + b)))[label] of every token.
 
-    The backward pass makes the logits again, but for the first ``KEPT`` of them, which stay (without a softcap as their
-    exponentials); where the head is frozen (LoRA), the gradient of a log-prob with respect to its hidden state is made
-    at once in the forward pass instead, and nothing is computed twice.
+    With logits z, their largest z* and T = sum_v exp(z_v - z*),
+
+    .. math:: \frac{\partial \log p_y}{\partial z_v} = -\frac1T \big( e^{z_v - z^*} - T\, 1[v = y] \big) .
+
+    The bracket takes the place of the logits, and what stands before it scales the rows of the smaller factor of each
+    product. The gradient with respect to the hidden states is made of it at once. That with respect to the weights
+    is made in the backward pass, of the first ``KEPT`` brackets, which stay, and of the others, which are made again;
+    where the head is frozen (LoRA), nothing is kept and nothing is computed twice.
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, softcap, token_stats, frozen, keep=0):
+    def forward(ctx, hidden, weight, bias, labels, scale, softcap, token_stats, slopes, keep=0):
         logits = _Logits(weight, bias, scale, softcap, len(labels))
         logits.keep(keep)
-        vectors = (hidden.new_empty(len(labels), dtype=logits.values.dtype) for _ in range(5))
-        log_probs, log_total, tops, *stats = vectors
+        chosen, tops, totals, entropy, mean_logits = (
+            hidden.new_empty(len(labels), dtype=logits.values.dtype) for _ in range(5)
+        )
         is_top1 = torch.empty(len(labels), dtype=torch.bool, device=hidden.device)
-        entropy, mean_logits = stats
-        slopes = torch.empty_like(hidden) if frozen else None
+        slope = torch.empty_like(hidden, dtype=logits.weight.dtype) if slopes else None
         for part in logits.chunks():
-            z, y = logits(hidden, part), labels[part, None]
-            chosen = z.gather(1, y)[:, 0]
+            z, y = logits(hidden, part), labels[part]
+            chosen[part] = z.gather(1, y[:, None])[:, 0]
             for i in range(0, len(z), BLOCK):
                 block = slice(i, i + BLOCK)
                 here = slice(part.start + i, min(part.start + i + BLOCK, part.stop))
-                top = z[block].amax(-1, keepdim=True)
+                tops[here] = z[block].amax(-1)
                 if token_stats:
-                    is_top1[here] = chosen[block] == top[:, 0]
                     mean_logits[here] = z[block].mean(-1)
-                shifted = z[block] - top if token_stats else None
-                p = logits.exponentials(block, top)
-                total = p.sum(-1)
-                tops[here], log_total[here] = top[:, 0], total.log() + top[:, 0]
+                p, shifted = logits.exponentials(block, tops[here])
+                totals[here] = p.sum(-1)
                 if token_stats:
-                    entropy[here] = total.log() - shifted.mul_(p).sum(-1) / total
-            log_probs[part] = chosen - log_total[part]
-            if frozen:
-                ones = torch.ones_like(log_total[part])
-                slopes[part] = logits.slopes(y, log_total[part], tops[part], ones) @ logits.weight
-        ctx.frozen = frozen
-        if frozen:
-            ctx.save_for_backward(slopes)
-        else:
-            ctx.save_for_backward(hidden, weight, bias, labels, log_total, tops)
-            ctx.scale, ctx.softcap, ctx.compute, ctx.kept = scale, softcap, logits.weight.dtype, logits.kept
+                    entropy[here] = totals[here].log() - shifted.mul_(p).sum(-1) / totals[here]
+            if slopes or keep:
+                logits.subtract(y, chosen[part], totals[part])
+            if slopes:
+                slope[part] = logits.rounded() @ logits.weight
+        ctx.save_for_backward(hidden, weight, bias, labels, chosen, tops, totals, slope)
+        ctx.scale, ctx.softcap, ctx.compute, ctx.kept = scale, softcap, logits.weight.dtype, logits.kept
+        torch.eq(chosen, tops, out=is_top1)
         ctx.mark_non_differentiable(entropy, mean_logits, is_top1)
-        return log_probs, entropy, mean_logits, is_top1
+        return chosen - tops - totals.log(), entropy, mean_logits, is_top1
 
     @staticmethod
     def backward(ctx, grad, *_):
-        nothing = (None,) * 6
-        if ctx.frozen:
-            (slopes,) = ctx.saved_tensors
-            return (slopes * grad[:, None]).to(slopes.dtype), None, None, *nothing
-        hidden, weight, bias, labels, log_total, tops = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None  # what is read is written over: a second backward pass computes it anew
-        logits = _Logits(weight, bias, ctx.scale, ctx.softcap, len(labels), ctx.compute, kept)
-        wanted = ctx.needs_input_grad
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        new = torch.empty_like if len(labels) else torch.zeros_like
-        grad_weight = new(weight, dtype=precise) if wanted[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=precise) if bias is not None and wanted[2] else None
-        for part in logits.chunks():
-            logits(hidden, part, again=True)
-            d = logits.slopes(labels[part, None], log_total[part], tops[part], grad[part])
-            if grad_hidden is not None:
-                grad_hidden[part] = d @ logits.weight
-            if grad_weight is not None:
-                of_part = hidden[part].to(logits.weight.dtype).to(precise)
-                grad_weight.addmm_(d.T.to(precise), of_part, beta=0 if part.start == 0 else 1)
-            if grad_bias is not None:
-                grad_bias += d.sum(0)
-        _give_back(logits.kept)
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, *nothing
+        hidden, weight, bias, labels, chosen, tops, totals, slope = ctx.saved_tensors
+        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        rows = (-ctx.scale * grad / totals)[:, None]
+        grad_hidden = (slope * rows).to(hidden.dtype) if of_hidden else None
+        grad_weight = grad_bias = None
+        if of_weight or of_bias:
+            kept, ctx.kept = ctx.kept, None  # whose memory is given back: a second backward pass makes it anew
+            logits = _Logits(weight, bias, ctx.scale, ctx.softcap, len(labels), ctx.compute, kept)
+            precise = logits.values.dtype
+            new = torch.empty_like if len(labels) else torch.zeros_like
+            grad_weight = new(weight, dtype=precise) if of_weight else None
+            grad_bias = torch.zeros_like(bias, dtype=precise) if of_bias else None
+            for part in logits.chunks():
+                if not logits.restore(part):
+                    logits(hidden, part)
+                    for i in range(0, part.stop - part.start, BLOCK):
+                        logits.exponentials(slice(i, i + BLOCK), tops[part][i : i + BLOCK])
+                    logits.subtract(labels[part], chosen[part], totals[part])
+                if of_weight:
+                    h = hidden[part].to(ctx.compute).to(precise) * rows[part]
+                    grad_weight.addmm_(logits.values.T, h, beta=0 if part.start == 0 else 1)
+                if of_bias:
+                    grad_bias += rows[part, 0] @ logits.values
+            _give_back(logits.kept)
+            grad_weight = grad_weight.to(weight.dtype) if of_weight else None
+            grad_bias = grad_bias.to(bias.dtype) if of_bias else None
+        return grad_hidden, grad_weight, grad_bias, *(None,) * 6
 
 
 _spare: dict[torch.dtype, Tensor] = {}
@@ -180,9 +179,9 @@ def _give_back(memory: Tensor) -> None:
 
 
 class _Logits:
-    """softcap(scale * (h W^T + b)) of a chunk of tokens at a time, in float32 at least.
+    """softcap(scale * (h W^T + b)) of a chunk of tokens at a time, in float32 at least; then what gradients need of it.
 
-    A chunk that ``kept`` has rows for is written there and can be read again; all others are written into the same
+    A chunk that ``kept`` has rows for is written there and can be restored; all others are written into the same
     memory: on a CPU fresh pages cost as much again as the product.
     """
 
@@ -206,7 +205,6 @@ class _Logits:
         self._values = self._product if precise == dtype else torch.empty_like(self._product, dtype=precise)
         self.kept = self._values[:0] if kept is None else kept
         self.values = self._values
-        self._exponentials = False
 
     def keep(self, most: int) -> None:
         """Let the first chunks of at most ``most`` logits stay."""
@@ -216,13 +214,17 @@ class _Logits:
     def chunks(self) -> list[slice]:
         return [slice(i, min(i + self._rows, self.tokens)) for i in range(0, self.tokens, self._rows)]
 
-    def __call__(self, hidden: Tensor, part: slice, again: bool = False) -> Tensor:
-        """The logits of these tokens; ``again``: what was kept in their place, where it was."""
-        stays = part.stop <= len(self.kept)
-        self.values = self.kept[part] if stays else self._values[: part.stop - part.start]
-        self._exponentials = stays and again and self.softcap is None
-        if stays and again:
-            return self.values
+    def restore(self, part: slice) -> bool:
+        """Whether ``values`` is now what was kept of these tokens."""
+        if part.stop > len(self.kept):
+            return False
+        self.values = self.kept[part]
+        return True
+
+    def __call__(self, hidden: Tensor, part: slice) -> Tensor:
+        """The logits of these tokens, which are ``values`` from now on."""
+        if not self.restore(part):
+            self.values = self._values[: part.stop - part.start]
         hidden = hidden[part].to(self.weight.dtype)
         in_place = self._product.dtype == self.values.dtype
         product = self.values if in_place else self._product[: len(hidden)]
@@ -238,32 +240,29 @@ class _Logits:
             self.values.div_(self.softcap).tanh_().mul_(self.softcap)
         return self.values
 
-    def exponentials(self, block: slice, top: Tensor) -> Tensor:
-        """exp(logit - top) of a block of the last chunk, written over its logits but under a softcap."""
+    def exponentials(self, block: slice, top: Tensor) -> tuple[Tensor, Tensor]:
+        """exp(z - top) of a block's logits z, and z - top; the first, times the softcap's slope, takes their place."""
         z = self.values[block]
-        if self.softcap is not None:  # whose slope is a function of the logits
-            return (z - top).exp_()
-        self._exponentials = True
-        return z.sub_(top).exp_()
+        shifted = z - top[:, None]
+        if self.softcap is None:
+            p = torch.exp(shifted, out=z)
+        else:
+            p = shifted.exp()
+            z.copy_(self._steepness(z).mul_(p))
+        F.threshold_(z, 1e-20, 0.0)  # what cannot matter: as denormal numbers it would slow the products 30 times
+        return p, shifted
 
-    def slopes(self, labels: Tensor, log_total: Tensor, top: Tensor, grad: Tensor) -> Tensor:
-        """grad * d log p[label] / d (h W^T + b) of the last chunk, written over its logits or exponentials."""
-        chosen = self.values.gather(1, labels) if self.softcap is not None else None
-        share = (top - log_total).exp()
-        for i in range(0, len(labels), BLOCK):
-            block = slice(i, i + BLOCK)
-            z = self.values[block]
-            slope = -grad[block, None] * self.scale
-            if self.softcap is not None:
-                slope = slope * (1 - (z / self.softcap).square())
-            if not self._exponentials:
-                z.sub_(top[block, None]).exp_()
-            # What cannot matter goes to 0: as denormal numbers it would slow the products 30 times.
-            F.threshold_(z, 1e-20, 0.0).mul_(slope * share[block, None])
-        peak = grad[:, None] * self.scale
-        if self.softcap is not None:
-            peak = peak * (1 - (chosen / self.softcap).square())
-        self.values.scatter_add_(1, labels, peak.to(self.values.dtype))
+    def subtract(self, labels: Tensor, chosen: Tensor, totals: Tensor) -> None:
+        """The total, times the softcap's slope, from the exponential of each token's label."""
+        taken = totals if self.softcap is None else totals * self._steepness(chosen)
+        self.values.scatter_add_(1, labels[:, None], -taken[:, None])
+
+    def rounded(self) -> Tensor:
+        """``values`` in the dtype of the products."""
         if self._product.dtype == self.values.dtype:
             return self.values
-        return self._product[: len(labels)].copy_(self.values)
+        return self._product[: len(self.values)].copy_(self.values)
+
+    def _steepness(self, z: Tensor) -> Tensor:
+        """The derivative of softcap * tanh(u / softcap) with respect to u, from its value."""
+        return 1 - (z / self.softcap).square()
