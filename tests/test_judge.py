@@ -16,6 +16,7 @@ from judge_server import FAULTS, JudgeServer, scored, some_faults
 
 from contrastive_align.calls import schedule
 from contrastive_align.calls.endpoint import _seconds
+from contrastive_align.calls.patience import Patience
 from contrastive_align.calls.schedule import backoff, run_jobs
 from contrastive_align.feedback.judge import Judge, JudgeError, Verdict, resolve_judge
 from contrastive_align.feedback.judge_answers import Categories, Feedback, Unparsable, read_template, render
@@ -228,6 +229,49 @@ def test_the_timeout_is_for_the_whole_reply(make, silence):
         assert judge(["p"], ["c"])[0] is not None
         assert 0.3 <= time.monotonic() - start < 2
         assert counts(judge, "calls", "retried") == (2, 1)
+
+
+def test_a_call_that_hangs_is_not_waited_for_when_others_are_answered(make):
+    """Among answers that come at once, silence is a fault long before the timeout."""
+    items = [f"q{i}" for i in range(60)]
+    hung = {"q0|c", "q30|c", "q59|c"}  # before anything is known of the others, in the middle, last
+
+    def behaviour(text, attempt):
+        return "hang" if text in hung and attempt < 2 else "good"
+
+    with JudgeServer(scored, behaviour, latency=0.01) as server:
+        judge, start = make(server, timeout=20.0, concurrency=4), time.monotonic()
+        assert None not in judge(items, ["c"] * 60)
+        assert time.monotonic() - start < 8
+        assert counts(judge, "calls", "retried", "answered") == (66, 6, 60)
+        assert server.served["hang"] == 6
+
+
+@pytest.mark.parametrize(("retries", "calls"), [(5, 42), (1, 41)])
+def test_an_answer_that_takes_long_is_waited_for_in_the_end(make, retries, calls):
+    """Given up early at first; then given more, or, at the last try, the whole timeout."""
+
+    class Slow(JudgeServer):
+        def behaviour_of(self, headers, body):
+            found = super().behaviour_of(headers, body)
+            self.wait(1.5 if found[0] == "slow|c" else 0)
+            return found
+
+    with Slow(scored) as server:
+        judge = make(server, timeout=20.0, concurrency=1, max_retries=retries)
+        assert None not in judge([*(f"q{i}" for i in range(39)), "slow"], ["c"] * 40)
+        assert counts(judge, "calls", "answered", "failed") == (calls, 40, 0)
+
+
+def test_the_last_try_and_a_lone_call_have_the_whole_timeout():
+    patience = Patience(30.0)
+    assert patience.seconds(0) == patience.seconds(3) == 30.0
+    for seconds in [0.01] * 99 + [7.0]:
+        patience.learn(seconds)
+    assert [patience.seconds(faults) for faults in range(5)] == pytest.approx([0.2, 0.8, 3.2, 12.8, 30.0])
+    for _ in range(200):
+        patience.learn(2.0)  # the server got slower: so does what is expected of it
+    assert patience.seconds(0) == 8.0
 
 
 def test_an_error_in_a_reply_of_status_200_is_a_fault(make):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,12 +12,15 @@ from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import urlsplit
 
+from contrastive_align.calls.patience import Patience
+
 
 Answer = TypeVar("Answer")
 
 PASSING = (408, 409, 425, 429)  # and every 5xx
 LONGEST_RETRY_AFTER = 600.0  # seconds
 NO_KEY = "EMPTY"  # what local servers take for a key
+LOOK = 0.2  # seconds between two looks whether answers to other calls say by now how long to wait
 
 
 class CallError(RuntimeError):
@@ -71,7 +76,7 @@ class Endpoint:
                 f"No key for the {self.who}: set the environment variable OPENAI_API_KEY, or base_url for a server "
                 "that needs none, for instance base_url: http://localhost:8000/v1."
             )
-        self._openai, self._timeout = openai, timeout
+        self._openai, self._timeout, self._patience = openai, timeout, Patience(timeout)
         # Its own retries are off: they would be neither counted nor held to a budget.
         self._client = openai.OpenAI(api_key=self._key, base_url=base_url, timeout=timeout, max_retries=0)
         parts = urlsplit(str(self._client.base_url))
@@ -83,12 +88,16 @@ class Endpoint:
     def __exit__(self, *_: object) -> None:
         self._client.close()
 
-    def call(self, create: Callable[..., Any], read: Callable[[bytes], Answer], **request: Any) -> Answer | Fault:
+    def call(
+        self, create: Callable[..., Any], read: Callable[[bytes], Answer], *, faults: int | None = None, **request: Any
+    ) -> Answer | Fault:
         """One call: ``read`` of the body that ``create(**request)`` streams.
 
         Args:
             create: a ``with_streaming_response`` method of the client.
             read: raises :class:`Unreadable` for a body that may be another one when asked again.
+            faults: how often this was asked in vain, where it is given up when it takes far longer than others (see
+                :class:`~contrastive_align.calls.patience.Patience`); None: it has the whole timeout.
 
         Raises:
             CallError, or what ``error`` is: 400, 401, 403, 404 and their like, with what the server said and what to
@@ -96,7 +105,7 @@ class Endpoint:
         """
         status = None
         try:
-            body = self._body(create, request)
+            body = self._body(create, request) if faults is None else self._awaited(create, request, faults)
         except self._openai.APIStatusError as error:
             status, said, headers = error.status_code, self._said(error), error.response.headers
             code = error.body.get("code") if isinstance(error.body, dict) else None
@@ -134,6 +143,33 @@ class Endpoint:
             except Exception as error:  # of whichever HTTP library the client is built on
                 raise _Broken(f"the answer broke off: {type(error).__name__} {error}") from None
         return b"".join(chunks)
+
+    def _awaited(self, create: Callable[..., Any], request: dict[str, Any], faults: int) -> bytes:
+        """The body, read in a thread of its own: a call that hangs cannot be ended, but need not be waited for."""
+        outcome: queue.SimpleQueue[tuple[bytes, BaseException | None]] = queue.SimpleQueue()
+
+        def read() -> None:
+            try:
+                outcome.put((self._body(create, request), None))
+            except BaseException as error:
+                outcome.put((b"", error))
+
+        threading.Thread(target=read, daemon=True).start()
+        begun = time.monotonic()
+        while True:
+            patience = self._patience.seconds(faults)
+            known = patience < self._timeout
+            left = begun + patience - time.monotonic()
+            if known and left <= 0:
+                raise _Broken(f"no answer within {patience:.2g} s, far longer than others take")
+            try:
+                body, error = outcome.get(timeout=left if known else LOOK)
+            except queue.Empty:
+                continue
+            if error is not None:
+                raise error
+            self._patience.learn(time.monotonic() - begun)
+            return body
 
     def _said(self, error: Any) -> str:
         body = error.body

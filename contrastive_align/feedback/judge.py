@@ -42,8 +42,9 @@ class Judge:
         answers: a list of categories, the best first, or ``"text"``: feedback in words and a score of 0 to 3.
         cache: a folder. Every answer is kept there by the content of its question; a rerun makes no call.
         base_url: of the API, for instance ``http://localhost:8000/v1``; None: ``OPENAI_BASE_URL``, else OpenAI's.
-        concurrency: the most calls in flight.
-        timeout: seconds for one call.
+        concurrency: the most calls waited for at a time.
+        timeout: seconds for one call, at the most. One that takes far longer than others did is given up before, made
+            again, and then waited for longer (``calls/patience.py``).
         max_retries: how often an item is asked again after 408, 409, 425, 429, 5xx, a timeout, a broken connection or a
             cut-off body, before it counts as failed.
         budget: the most calls ever made with this cache, restarts included; None: no limit.
@@ -186,8 +187,9 @@ class Judge:
         self._count(calls=1, retried=int(job.calls > 0))
         job.calls += 1
         reminder = f"\n\n{self._answers.reminder}" if job.reminded else ""
+        faults = job.faults if job.faults < self._max_retries else None  # the last try has the whole timeout
         try:
-            found = endpoint.ask(_messages(job.question + reminder))
+            found = endpoint.ask(_messages(job.question + reminder), faults=faults)
         except JudgeError as error:
             raise JudgeError(f"Item {job.rows[0]}: {error}") from None
         if not isinstance(found, Fault):

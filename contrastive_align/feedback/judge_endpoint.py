@@ -39,14 +39,17 @@ class JudgeEndpoint(Endpoint):
         super().__init__(base_url, timeout)
         self._request = request
 
-    def ask(self, messages: list[dict[str, str]]) -> Reply | Fault:
+    def ask(self, messages: list[dict[str, str]], *, faults: int | None = None) -> Reply | Fault:
         """One call.
+
+        Args:
+            faults: as :meth:`~contrastive_align.calls.endpoint.Endpoint.call`.
 
         Raises:
             JudgeError: 400, 401, 403, 404 and their like, with what the server said and what to check.
         """
         create = self._client.chat.completions.with_streaming_response.create
-        return self.call(create, self._read, messages=messages, **self._request)
+        return self.call(create, self._read, faults=faults, messages=messages, **self._request)
 
     def _read(self, body: bytes) -> Reply:
         try:
