@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
 from contrastive_align import (
     ConditionalConfig,
@@ -19,7 +19,7 @@ from contrastive_align import (
 )
 from contrastive_align.demo import reward
 from contrastive_align.demo.task import all_prompts
-from contrastive_align.trainers.compiling import compile_layers, layers_of
+from contrastive_align.trainers.compiling import compile_layers, parts_of
 
 
 STEPS = 4
@@ -83,13 +83,24 @@ def same_training(make, path, tmp_path, compiled, **options):
     return trainer
 
 
-@pytest.mark.parametrize("options", [{"layout": "shared"}, {"layout": "padded"}, {"lora": True}], ids=str)
+# Layers are checkpointed where nothing else is said.
+VARIANTS = [{"layout": "shared"}, {"layout": "padded"}, {"lora": True}, {"gradient_checkpointing": False}]
+VARIANTS += [{"gradient_checkpointing_kwargs": {"use_reentrant": True}}]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_contrastive(tiny_llama, tmp_path, compiled, options):
     """Every batch has other lengths, and no step after the first compiles anything."""
     seen = []
-    trainer = same_training(
-        lambda *a, **k: watch(contrastive(*a, **k), seen, compiled), tiny_llama(), tmp_path, compiled, **options
-    )
+
+    def make(*args, **kwargs):
+        trainer = contrastive(*args, precompute_ref_log_probs=True, **kwargs)
+        trainer.get_train_dataloader()  # the reference's passes are over
+        torch._dynamo.reset()
+        counters.clear()
+        return watch(trainer, seen, compiled)
+
+    trainer = same_training(make, tiny_llama(), tmp_path, compiled, **options)
     ours = seen[STEPS:]
     assert ours[0] > 0 and len(set(ours)) == 1
     trainer.save_model()
@@ -154,10 +165,16 @@ def sharded(make):
     return build
 
 
+def test_what_is_compiled_of_a_list_is_what_is_called():
+    config = T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
+    names = [type(part).__name__ for part in parts_of(T5ForConditionalGeneration(config))]
+    assert names == ["T5LayerSelfAttention", "T5LayerFF", "T5LayerSelfAttention", "T5LayerCrossAttention", "T5LayerFF"]
+
+
 def test_nothing_to_compile_is_refused(tmp_path):
     AcceleratorState._reset_state()
     args = TrainingArguments(str(tmp_path), use_cpu=True, torch_compile=True, report_to="none")
     trainer = Trainer(model=torch.nn.Linear(2, 2), args=args)
     with pytest.raises(ValueError, match="Linear has no layers"):
         compile_layers(trainer, [trainer.model])
-    assert layers_of(trainer.model) == []
+    assert parts_of(trainer.model) == []

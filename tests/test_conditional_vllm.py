@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -108,10 +109,11 @@ def test_the_stand_in_takes_what_trls_client_takes(method):
 def test_the_options_are_trls():
     theirs = {f.name: f for f in fields(RLOOConfig)}
     ours = [f for f in fields(ConditionalConfig) if "vllm" in f.name]
+    types = [get_type_hints(config) for config in (ConditionalConfig, RLOOConfig)]
     assert len(ours) == 12
     for f in ours:
-        assert (f.type, f.default, f.metadata["help"]) == (
-            getattr(theirs[f.name].type, "__name__", str(theirs[f.name].type)),
+        assert (types[0][f.name], f.default, f.metadata["help"]) == (
+            types[1][f.name],
             theirs[f.name].default,
             theirs[f.name].metadata["help"],
         )

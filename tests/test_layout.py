@@ -185,6 +185,31 @@ def test_graphs_side_by_side_do_not_share_their_logits():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype, near", [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
+def test_the_heads_gradient_in_half_precision(dtype, near):
+    """A vocabulary whose sum of exponentials float16 cannot hold, against float64."""
+    from contrastive_align.models.head import _ScoreTokens
+
+    torch.manual_seed(0)
+    hidden, weight, labels = (0.01 * torch.randn(4, 32)).to(dtype), torch.randn(70_000, 32).to(dtype), torch.arange(4)
+    found = [t.clone().requires_grad_() for t in (hidden, weight)]
+    _ScoreTokens.apply(*found, None, labels, 1.0, None, False, True, 10**9)[0].sum().backward()
+    want = [t.double().requires_grad_() for t in (hidden, weight)]
+    (want[0] @ want[1].T).log_softmax(-1).gather(1, labels[:, None]).sum().backward()
+    for a, b in zip(found, want, strict=True):
+        assert (a.grad - b.grad).norm() < near * b.grad.norm()
+
+
+def test_the_head_has_no_second_derivative():
+    from contrastive_align.models.head import _ScoreTokens
+
+    hidden = torch.randn(3, 5, requires_grad=True)
+    score = _ScoreTokens.apply(hidden, torch.randn(7, 5), None, torch.arange(3), 1.0, None, False, True)[0].sum()
+    (gradient,) = torch.autograd.grad(score, hidden, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_the_head_against_a_plain_projection(softcap, monkeypatch):
     """More tokens than a chunk, and chunks that blocks do not fill."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from contrastive_align.models.token_loss import head_parameters
@@ -123,7 +124,7 @@ class _ScoreTokens(torch.autograd.Function):
             if slopes or keep:
                 logits.subtract(y, chosen[part], totals[part])
             if slopes:
-                slope[part] = logits.rounded() @ logits.weight
+                slope[part] = logits.times_weight(totals[part])
         ctx.save_for_backward(hidden, weight, bias, labels, chosen, tops, totals, slope)
         ctx.scale, ctx.softcap, ctx.compute, ctx.kept = scale, softcap, logits.weight.dtype, logits.kept
         torch.eq(chosen, tops, out=is_top1)
@@ -131,11 +132,13 @@ class _ScoreTokens(torch.autograd.Function):
         return chosen - tops - totals.log(), entropy, mean_logits, is_top1
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, *_):
         hidden, weight, bias, labels, chosen, tops, totals, slope = ctx.saved_tensors
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
-        rows = (-ctx.scale * grad / totals)[:, None]
-        grad_hidden = (slope * rows).to(hidden.dtype) if of_hidden else None
+        grad = -ctx.scale * grad[:, None]
+        rows = grad / totals[:, None]
+        grad_hidden = (slope * grad).to(hidden.dtype) if of_hidden else None
         grad_weight = grad_bias = None
         if of_weight or of_bias:
             kept, ctx.kept = ctx.kept, None  # whose memory is given back: a second backward pass makes it anew
@@ -257,11 +260,12 @@ class _Logits:
         taken = totals if self.softcap is None else totals * self._steepness(chosen)
         self.values.scatter_add_(1, labels[:, None], -taken[:, None])
 
-    def rounded(self) -> Tensor:
-        """``values`` in the dtype of the products."""
+    def times_weight(self, totals: Tensor) -> Tensor:
+        """``values / totals`` times W, in the dtype of the products."""
         if self._product.dtype == self.values.dtype:
-            return self.values
-        return self._product[: len(self.values)].copy_(self.values)
+            return (self.values @ self.weight).div_(totals[:, None])
+        # Divided before it is rounded: a sum of 70,000 exponentials is infinite in float16.
+        return torch.div(self.values, totals[:, None], out=self._product[: len(self.values)]) @ self.weight
 
     def _steepness(self, z: Tensor) -> Tensor:
         """The derivative of softcap * tanh(u / softcap) with respect to u, from its value."""

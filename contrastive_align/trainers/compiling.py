@@ -1,4 +1,4 @@
-"""What torch_compile=True means: a model's layers are compiled, one by one; what differs between batches is not."""
+"""What torch_compile=True means: the parts of a model's layers are compiled; what differs between batches is not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ def compile_layers(trainer: Trainer, models: list[PreTrainedModel]) -> None:
     """Compile the layers of the models where the trainer's arguments, or ``accelerate launch``, ask for it.
 
     Accelerate would compile the model as a whole. The loss in its head and the attention over packed rows are made
-    anew for every batch's lengths; the layers around them are the same, and one compilation serves them all.
+    anew for every batch's lengths; the layers around them are the same, and one compilation serves them all. A layer
+    as a whole is not compiled where it is checkpointed; its parts (attention, MLP, norms) are.
 
     Raises:
         ValueError: under DeepSpeed or FSDP, or no layer that can be compiled.
@@ -25,16 +26,26 @@ def compile_layers(trainer: Trainer, models: list[PreTrainedModel]) -> None:
     options = {**plugin.to_kwargs(), "dynamic": True}
     plugin.backend = DynamoBackend.NO  # for the whole model, which the accelerator has not met yet
     for model in models:
-        layers = layers_of(model)
-        if not layers:
+        parts = parts_of(model)
+        if not parts:
             raise ValueError(
                 f"torch_compile: {type(model).__name__} has no layers of transformers' GradientCheckpointingLayer, "
-                "which are what is compiled. Leave it out."
+                "whose parts are what is compiled. Leave it out."
             )
-        for layer in layers:
-            layer.compile(**options)  # in place: its class and the names of its weights stay
+        for part in parts:
+            part.compile(**options)  # in place: its class and the names of its weights stay
 
 
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformer, embeddings, norms and heads left out."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+def parts_of(model: nn.Module) -> list[nn.Module]:
+    """What the blocks of a transformer call: attention, MLP and norms, embeddings and heads left out."""
+    return [
+        part for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer) for part in _called(layer)
+    ]
+
+
+def _called(module: nn.Module) -> list[nn.Module]:
+    """Its children, those of a list (as T5's) one by one: a list is not called itself."""
+    parts = []
+    for child in module.children():
+        parts += _called(child) if isinstance(child, (nn.ModuleList, nn.ModuleDict)) else [child]
+    return parts
