@@ -15,7 +15,7 @@ import yaml
 from judge_server import FAULTS, JudgeServer, scored, some_faults
 
 from contrastive_align.calls import schedule
-from contrastive_align.calls.endpoint import _seconds
+from contrastive_align.calls.endpoint import Mailbox, _seconds
 from contrastive_align.calls.patience import Patience
 from contrastive_align.calls.schedule import backoff, run_jobs
 from contrastive_align.feedback.judge import Judge, JudgeError, Verdict, resolve_judge
@@ -261,6 +261,36 @@ def test_an_answer_that_takes_long_is_waited_for_in_the_end(make, retries, calls
         judge = make(server, timeout=20.0, concurrency=1, max_retries=retries)
         assert None not in judge([*(f"q{i}" for i in range(39)), "slow"], ["c"] * 40)
         assert counts(judge, "calls", "answered", "failed") == (calls, 40, 0)
+
+
+def test_a_server_that_becomes_slow_is_not_asked_everything_twice(make):
+    """The answers to calls that were given up are taken, and what they took is learned."""
+
+    class Slowing(JudgeServer):
+        def behaviour_of(self, headers, body):
+            found = super().behaviour_of(headers, body)
+            self.wait(0.01 if len(self.calls) <= 40 else 0.6)
+            return found
+
+    with Slowing(scored) as server:
+        judge = make(server, timeout=20.0, concurrency=8)
+        assert None not in judge([f"q{i}" for i in range(100)], ["c"] * 100)
+        asked_again = counts(judge, "retried")[0]
+        assert 8 <= asked_again <= 40  # of 60 slow ones
+        assert counts(judge, "calls", "failed") == (100 + asked_again, 0)
+
+
+def test_a_mailbox_gives_any_answer_and_no_error_of_an_older_call():
+    mailbox = Mailbox()
+    assert mailbox.get(None, 0) is None
+    mailbox.put("first", None, OSError("late"))
+    assert mailbox.get("second", 0) is None
+    mailbox.put("second", None, OSError("now"))
+    with pytest.raises(OSError, match="now"):
+        mailbox.get("second", 0)
+    mailbox.put("first", None, OSError("late"))
+    mailbox.put("first", "answer", None)
+    assert mailbox.get("third", 0) == "answer"
 
 
 def test_the_last_try_and_a_lone_call_have_the_whole_timeout():

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from contrastive_align.calls.patience import Patience
@@ -39,6 +39,29 @@ class Fault:
     reason: str
     retry_after: float | None = None
     reached: bool = True
+
+
+class Mailbox(Generic[Answer]):
+    """Where the calls made for one question leave what they got: a call that is given up may still be answered."""
+
+    def __init__(self) -> None:
+        self._outcomes: queue.SimpleQueue[tuple[object, Answer | None, BaseException | None]] = queue.SimpleQueue()
+
+    def put(self, call: object, answer: Answer | None, error: BaseException | None) -> None:
+        self._outcomes.put((call, answer, error))
+
+    def get(self, call: object | None, seconds: float) -> Answer | None:
+        """The first answer to any call, waited for so long, or None. Of errors only ``call``'s own is raised."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                whose, answer, error = self._outcomes.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                return None
+            if error is None:
+                return answer
+            if whose is call:
+                raise error
 
 
 class Endpoint:
@@ -89,23 +112,31 @@ class Endpoint:
         self._client.close()
 
     def call(
-        self, create: Callable[..., Any], read: Callable[[bytes], Answer], *, faults: int | None = None, **request: Any
+        self,
+        create: Callable[..., Any],
+        read: Callable[[bytes], Answer],
+        *,
+        mailbox: Mailbox[Answer] | None = None,
+        faults: int | None = None,
+        **request: Any,
     ) -> Answer | Fault:
         """One call: ``read`` of the body that ``create(**request)`` streams.
 
         Args:
             create: a ``with_streaming_response`` method of the client.
             read: raises :class:`Unreadable` for a body that may be another one when asked again.
+            mailbox: of all calls for the same question; the first answer to any of them is taken.
             faults: how often this was asked in vain, where it is given up when it takes far longer than others (see
-                :class:`~contrastive_align.calls.patience.Patience`); None: it has the whole timeout.
+                :class:`~contrastive_align.calls.patience.Patience`); needs a mailbox. None: it has the whole timeout.
 
         Raises:
             CallError, or what ``error`` is: 400, 401, 403, 404 and their like, with what the server said and what to
                 check.
         """
-        status = None
         try:
-            body = self._body(create, request) if faults is None else self._awaited(create, request, faults)
+            if mailbox is None:
+                return self._read(create, read, request)
+            return self._awaited(create, read, request, mailbox, faults)
         except self._openai.APIStatusError as error:
             status, said, headers = error.status_code, self._said(error), error.response.headers
             code = error.body.get("code") if isinstance(error.body, dict) else None
@@ -115,11 +146,6 @@ class Endpoint:
             return Fault(f"{error.message} {self.clean(str(error.__cause__ or ''))}".strip(), reached=_connected(error))
         except _Broken as error:
             return Fault(self.clean(str(error)))
-        if status is None:
-            try:
-                return read(body)
-            except Unreadable as error:
-                return Fault(f"{error}: {self.clean(body[:200].decode(errors='replace'))!r}")
         # Outside the handler: an error raised there would drag the request, and with it the key, along.
         if (status in PASSING or status >= 500) and code != "insufficient_quota":
             return Fault(f"status {status}: {said}", _seconds(headers.get("Retry-After")))
@@ -144,32 +170,43 @@ class Endpoint:
                 raise _Broken(f"the answer broke off: {type(error).__name__} {error}") from None
         return b"".join(chunks)
 
-    def _awaited(self, create: Callable[..., Any], request: dict[str, Any], faults: int) -> bytes:
-        """The body, read in a thread of its own: a call that hangs cannot be ended, but need not be waited for."""
-        outcome: queue.SimpleQueue[tuple[bytes, BaseException | None]] = queue.SimpleQueue()
+    def _read(self, create: Callable[..., Any], read: Callable[[bytes], Answer], request: dict[str, Any]) -> Answer:
+        body = self._body(create, request)
+        try:
+            return read(body)
+        except Unreadable as error:
+            raise _Broken(f"{error}: {self.clean(body.decode(errors='replace'))[:200]!r}") from None
 
-        def read() -> None:
+    def _awaited(
+        self,
+        create: Callable[..., Any],
+        read: Callable[[bytes], Answer],
+        request: dict[str, Any],
+        mailbox: Mailbox[Answer],
+        faults: int | None,
+    ) -> Answer:
+        """Asked in a thread of its own: a call that hangs cannot be ended, but need not be waited for."""
+        call, begun = object(), time.monotonic()
+
+        def ask() -> None:
             try:
-                outcome.put((self._body(create, request), None))
+                answer = self._read(create, read, request)
             except BaseException as error:
-                outcome.put((b"", error))
+                mailbox.put(call, None, error)
+            else:
+                self._patience.learn(time.monotonic() - begun)  # late or not
+                mailbox.put(call, answer, None)
 
-        threading.Thread(target=read, daemon=True).start()
-        begun = time.monotonic()
+        threading.Thread(target=ask, daemon=True).start()
         while True:
-            patience = self._patience.seconds(faults)
+            patience = self._timeout if faults is None else self._patience.seconds(faults)
             known = patience < self._timeout
             left = begun + patience - time.monotonic()
             if known and left <= 0:
                 raise _Broken(f"no answer within {patience:.2g} s, far longer than others take")
-            try:
-                body, error = outcome.get(timeout=left if known else LOOK)
-            except queue.Empty:
-                continue
-            if error is not None:
-                raise error
-            self._patience.learn(time.monotonic() - begun)
-            return body
+            answer = mailbox.get(call, left if known else LOOK)
+            if answer is not None:
+                return answer
 
     def _said(self, error: Any) -> str:
         body = error.body

@@ -13,10 +13,10 @@ GROWTH = 4.0  # with every fault of a job
 
 
 class Patience:
-    """Learns from the answers there were.
+    """Learns from the answers there were, late ones too.
 
     The first try of a job is given 4 times the 95th percentile of the last 200 answers' seconds, and each further try 4
-    times as long, up to the timeout: an answer that takes long is asked for again, not lost.
+    times as long, up to the timeout. What is given up on may still be answered: then that answer is taken.
 
     Args:
         timeout: seconds, the longest patience, and the one of the first calls and of last tries.

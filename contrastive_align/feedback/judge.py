@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from contrastive_align.calls.endpoint import LONGEST_RETRY_AFTER, Fault
+from contrastive_align.calls.endpoint import LONGEST_RETRY_AFTER, Fault, Mailbox
 from contrastive_align.calls.options import check_address, check_counts, check_model, check_number
 from contrastive_align.calls.schedule import backoff, run_jobs
 from contrastive_align.feedback.judge_answers import Unparsable, Verdict, answers_from, read_template, render
@@ -182,6 +182,9 @@ class Judge:
 
     def _work(self, job: _Job, endpoint: JudgeEndpoint) -> float | None:
         """One call for the job: None when it is settled, else the seconds to wait before the next."""
+        late = job.mailbox.get(None, 0)
+        if late is not None:  # the answer to a call that was given up came while the job waited
+            return self._after_reply(job, late)
         if not self._cache.take_call(self._budget):
             return job.settle("over_budget", f"the budget of {self._budget} calls is used up")
         self._count(calls=1, retried=int(job.calls > 0))
@@ -189,7 +192,7 @@ class Judge:
         reminder = f"\n\n{self._answers.reminder}" if job.reminded else ""
         faults = job.faults if job.faults < self._max_retries else None  # the last try has the whole timeout
         try:
-            found = endpoint.ask(_messages(job.question + reminder), faults=faults)
+            found = endpoint.ask(_messages(job.question + reminder), mailbox=job.mailbox, faults=faults)
         except JudgeError as error:
             raise JudgeError(f"Item {job.rows[0]}: {error}") from None
         if not isinstance(found, Fault):
@@ -218,6 +221,7 @@ class Judge:
         except Unparsable as error:
             if not job.reminded:
                 job.reminded = True
+                job.mailbox = Mailbox()  # it is another question from now on
                 return 0.0
             cut = f" (cut at max_tokens={self._max_tokens}; raise it)" if reply.cut else ""
             job.reason = f"{error}{cut}"
@@ -243,6 +247,7 @@ class _Job:
     rows: list[int] = field(default_factory=list)
     calls: int = 0
     faults: int = 0
+    mailbox: Mailbox[Reply] = field(default_factory=Mailbox)
     reminded: bool = False
     verdict: Verdict | None = None
     outcome: str = ""

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from contrastive_align.calls.endpoint import CallError, Endpoint, Fault, Unreadable
+from contrastive_align.calls.endpoint import CallError, Endpoint, Fault, Mailbox, Unreadable
 
 
 class JudgeError(CallError):
@@ -39,19 +39,25 @@ class JudgeEndpoint(Endpoint):
         super().__init__(base_url, timeout)
         self._request = request
 
-    def ask(self, messages: list[dict[str, str]], *, faults: int | None = None) -> Reply | Fault:
+    def ask(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        mailbox: Mailbox[Reply] | None = None,
+        faults: int | None = None,
+    ) -> Reply | Fault:
         """One call.
 
         Args:
-            faults: as :meth:`~contrastive_align.calls.endpoint.Endpoint.call`.
+            mailbox, faults: as :meth:`~contrastive_align.calls.endpoint.Endpoint.call`.
 
         Raises:
             JudgeError: 400, 401, 403, 404 and their like, with what the server said and what to check.
         """
         create = self._client.chat.completions.with_streaming_response.create
-        return self.call(create, self._read, faults=faults, messages=messages, **self._request)
+        return self.call(create, self._reply, mailbox=mailbox, faults=faults, messages=messages, **self._request)
 
-    def _read(self, body: bytes) -> Reply:
+    def _reply(self, body: bytes) -> Reply:
         try:
             choice = json.loads(body)["choices"][0]
             content = choice["message"].get("content")
