@@ -254,7 +254,7 @@ def test_an_answer_that_takes_long_is_waited_for_in_the_end(make, retries, calls
     class Slow(JudgeServer):
         def behaviour_of(self, headers, body):
             found = super().behaviour_of(headers, body)
-            self.wait(1.5 if found[0] == "slow|c" else 0)
+            self.wait(1.1 if found[0] == "slow|c" else 0)
             return found
 
     with Slow(scored) as server:
@@ -276,7 +276,7 @@ def test_a_server_that_becomes_slow_is_not_asked_everything_twice(make):
         judge = make(server, timeout=20.0, concurrency=8)
         assert None not in judge([f"q{i}" for i in range(100)], ["c"] * 100)
         asked_again = counts(judge, "retried")[0]
-        assert 8 <= asked_again <= 40  # of 60 slow ones
+        assert 1 <= asked_again <= 40  # of 60 slow ones
         assert counts(judge, "calls", "failed") == (100 + asked_again, 0)
 
 
@@ -298,7 +298,9 @@ def test_the_last_try_and_a_lone_call_have_the_whole_timeout():
     assert patience.seconds(0) == patience.seconds(3) == 30.0
     for seconds in [0.01] * 99 + [7.0]:
         patience.learn(seconds)
-    assert [patience.seconds(faults) for faults in range(5)] == pytest.approx([0.2, 0.8, 3.2, 12.8, 30.0])
+    assert [patience.seconds(given_up) for given_up in range(9)] == pytest.approx(
+        [0.2 * 2**i for i in range(8)] + [30.0]
+    )
     for _ in range(200):
         patience.learn(2.0)  # the server got slower: so does what is expected of it
     assert patience.seconds(0) == 8.0
@@ -659,7 +661,7 @@ def test_waits_double_up_to_their_bound_and_vary():
     for n, found in enumerate(waits):
         longest = min(30.0, 0.25 * 2**n)
         assert longest / 2 <= min(found) < 0.6 * longest and 0.9 * longest < max(found) <= longest
-    assert all(7 < backoff(n, 7.0) <= 7.25 for n in range(1, 10))
+    assert all(7 < backoff(n, 7.0) <= 7.7 for n in range(1, 10)) and backoff(9, 0.0) == 0
 
 
 def test_retry_after_is_seconds_or_a_date():

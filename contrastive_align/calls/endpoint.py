@@ -33,18 +33,25 @@ class CallError(RuntimeError):
 class Fault:
     """A failure that may pass; ``retry_after`` in seconds where the server says so.
 
-    ``reached`` is False where no connection was made at all: nobody listens there, or no such host.
+    ``reached`` is False where no connection was made at all: nobody listens there, or no such host. ``given_up`` where
+    the call was not waited for any longer.
     """
 
     reason: str
     retry_after: float | None = None
     reached: bool = True
+    given_up: bool = False
 
 
 class Mailbox(Generic[Answer]):
-    """Where the calls made for one question leave what they got: a call that is given up may still be answered."""
+    """Where the calls made for one question leave what they got: a call that is given up may still be answered.
+
+    Attributes:
+        given_up: how many calls were.
+    """
 
     def __init__(self) -> None:
+        self.given_up = 0
         self._outcomes: queue.SimpleQueue[tuple[object, Answer | None, BaseException | None]] = queue.SimpleQueue()
 
     def put(self, call: object, answer: Answer | None, error: BaseException | None) -> None:
@@ -117,7 +124,7 @@ class Endpoint:
         read: Callable[[bytes], Answer],
         *,
         mailbox: Mailbox[Answer] | None = None,
-        faults: int | None = None,
+        patient: bool = True,
         **request: Any,
     ) -> Answer | Fault:
         """One call: ``read`` of the body that ``create(**request)`` streams.
@@ -126,8 +133,8 @@ class Endpoint:
             create: a ``with_streaming_response`` method of the client.
             read: raises :class:`Unreadable` for a body that may be another one when asked again.
             mailbox: of all calls for the same question; the first answer to any of them is taken.
-            faults: how often this was asked in vain, where it is given up when it takes far longer than others (see
-                :class:`~contrastive_align.calls.patience.Patience`); needs a mailbox. None: it has the whole timeout.
+            patient: False, with a mailbox: the call is given up when it takes far longer than others did (see
+                :class:`~contrastive_align.calls.patience.Patience`). True: it has the whole timeout.
 
         Raises:
             CallError, or what ``error`` is: 400, 401, 403, 404 and their like, with what the server said and what to
@@ -136,7 +143,7 @@ class Endpoint:
         try:
             if mailbox is None:
                 return self._read(create, read, request)
-            return self._awaited(create, read, request, mailbox, faults)
+            return self._awaited(create, read, request, mailbox, patient)
         except self._openai.APIStatusError as error:
             status, said, headers = error.status_code, self._said(error), error.response.headers
             code = error.body.get("code") if isinstance(error.body, dict) else None
@@ -145,7 +152,7 @@ class Endpoint:
         except self._openai.APIConnectionError as error:
             return Fault(f"{error.message} {self.clean(str(error.__cause__ or ''))}".strip(), reached=_connected(error))
         except _Broken as error:
-            return Fault(self.clean(str(error)))
+            return Fault(self.clean(str(error)), given_up=isinstance(error, _GivenUp))
         # Outside the handler: an error raised there would drag the request, and with it the key, along.
         if (status in PASSING or status >= 500) and code != "insufficient_quota":
             return Fault(f"status {status}: {said}", _seconds(headers.get("Retry-After")))
@@ -183,7 +190,7 @@ class Endpoint:
         read: Callable[[bytes], Answer],
         request: dict[str, Any],
         mailbox: Mailbox[Answer],
-        faults: int | None,
+        patient: bool,
     ) -> Answer:
         """Asked in a thread of its own: a call that hangs cannot be ended, but need not be waited for."""
         call, begun = object(), time.monotonic()
@@ -199,11 +206,12 @@ class Endpoint:
 
         threading.Thread(target=ask, daemon=True).start()
         while True:
-            patience = self._timeout if faults is None else self._patience.seconds(faults)
+            patience = self._timeout if patient else self._patience.seconds(mailbox.given_up)
             known = patience < self._timeout
             left = begun + patience - time.monotonic()
             if known and left <= 0:
-                raise _Broken(f"no answer within {patience:.2g} s, far longer than others take")
+                mailbox.given_up += 1
+                raise _GivenUp(f"no answer within {patience:.2g} s, far longer than others take")
             answer = mailbox.get(call, left if known else LOOK)
             if answer is not None:
                 return answer
@@ -225,6 +233,10 @@ class Unreadable(Exception):
 
 class _Broken(Exception):
     """The body did not come to its end."""
+
+
+class _GivenUp(_Broken):
+    """It may still come."""
 
 
 def _connected(error: Exception) -> bool:

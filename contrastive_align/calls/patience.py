@@ -9,25 +9,25 @@ from collections import deque
 ENOUGH = 10  # answers to judge by
 RECENT = 200
 TIMES, LEAST = 4.0, 0.2  # the 95th percentile of recent answers; seconds
-GROWTH = 4.0  # with every fault of a job
+GROWTH = 2.0  # with every call of a job that was given up
 
 
 class Patience:
     """Learns from the answers there were, late ones too.
 
-    The first try of a job is given 4 times the 95th percentile of the last 200 answers' seconds, and each further try 4
-    times as long, up to the timeout. What is given up on may still be answered: then that answer is taken.
+    A call is given 4 times the 95th percentile of the last 200 answers' seconds, and twice as long with every call for
+    the same job that was given up, up to the timeout. What is given up may still be answered: that answer is taken.
 
     Args:
         timeout: seconds, the longest patience, and the one of the first calls and of last tries.
 
     >>> patience = Patience(60.0)
-    >>> patience.seconds(faults=0)
+    >>> patience.seconds(given_up=0)
     60.0
     >>> for _ in range(10):
     ...     patience.learn(0.5)
-    >>> [patience.seconds(faults) for faults in range(4)]
-    [2.0, 8.0, 32.0, 60.0]
+    >>> [patience.seconds(given_up) for given_up in range(6)]
+    [2.0, 4.0, 8.0, 16.0, 32.0, 60.0]
     """
 
     def __init__(self, timeout: float) -> None:
@@ -40,11 +40,11 @@ class Patience:
         with self._lock:
             self._recent.append(seconds)
 
-    def seconds(self, faults: int) -> float:
-        """For a call of a job that failed so often before."""
+    def seconds(self, given_up: int) -> float:
+        """For a call of a job of which so many calls were given up."""
         with self._lock:
             recent = sorted(self._recent)
         if len(recent) < ENOUGH:
             return self._timeout
         usual = recent[int(0.95 * len(recent))]
-        return min(self._timeout, max(LEAST, TIMES * usual) * GROWTH**faults)
+        return min(self._timeout, max(LEAST, TIMES * usual) * GROWTH**given_up)

@@ -14,6 +14,7 @@ from typing import TypeVar
 Job = TypeVar("Job")
 
 FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0  # seconds, of waits that the server does not set
+SPREAD = 0.1
 BEGUN_PER_WORKER = 4
 _JITTER = random.Random()  # not the global one, whose seed is the user's
 
@@ -21,13 +22,13 @@ _JITTER = random.Random()  # not the global one, whose seed is the user's
 def backoff(faults: int, retry_after: float | None) -> float:
     """Seconds to wait after so many faults in a row: twice as long each time, less up to half of it by chance.
 
-    A server's ``Retry-After`` is the least that is waited.
+    A server's ``Retry-After`` is the least that is waited; at most a tenth is added, so that not all come back at once.
 
     >>> 1.0 <= backoff(4, None) <= 2.0 and 10.0 <= backoff(1, retry_after=10) <= 10.25
     True
     """
     wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (faults - 1)) * _JITTER.uniform(0.5, 1.0)
-    return wait if retry_after is None else retry_after + min(wait, FIRST_WAIT)
+    return wait if retry_after is None else retry_after + min(wait, SPREAD * retry_after)
 
 
 def run_jobs(jobs: Iterable[Job], work: Callable[[Job], float | None], *, concurrency: int) -> None:

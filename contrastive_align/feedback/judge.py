@@ -190,9 +190,9 @@ class Judge:
         self._count(calls=1, retried=int(job.calls > 0))
         job.calls += 1
         reminder = f"\n\n{self._answers.reminder}" if job.reminded else ""
-        faults = job.faults if job.faults < self._max_retries else None  # the last try has the whole timeout
         try:
-            found = endpoint.ask(_messages(job.question + reminder), mailbox=job.mailbox, faults=faults)
+            last = job.faults >= self._max_retries
+            found = endpoint.ask(_messages(job.question + reminder), mailbox=job.mailbox, patient=last)
         except JudgeError as error:
             raise JudgeError(f"Item {job.rows[0]}: {error}") from None
         if not isinstance(found, Fault):
@@ -210,10 +210,12 @@ class Judge:
         job.faults += 1
         if job.faults > self._max_retries:
             return job.settle("failed", f"{job.faults} faults, the last: {fault.reason}")
+        if fault.given_up:  # nothing says that the server is overloaded
+            return 0.0
         wait = fault.retry_after
         if wait is not None and wait > LONGEST_RETRY_AFTER:
             return job.settle("failed", f"the server asks to wait for {wait:g} s: {fault.reason}")
-        return self._backoff(job.faults, wait)
+        return self._backoff(job.faults - job.mailbox.given_up, wait)
 
     def _after_reply(self, job: _Job, reply: Reply) -> float | None:
         try:

@@ -44,18 +44,18 @@ class JudgeEndpoint(Endpoint):
         messages: list[dict[str, str]],
         *,
         mailbox: Mailbox[Reply] | None = None,
-        faults: int | None = None,
+        patient: bool = True,
     ) -> Reply | Fault:
         """One call.
 
         Args:
-            mailbox, faults: as :meth:`~contrastive_align.calls.endpoint.Endpoint.call`.
+            mailbox, patient: as :meth:`~contrastive_align.calls.endpoint.Endpoint.call`.
 
         Raises:
             JudgeError: 400, 401, 403, 404 and their like, with what the server said and what to check.
         """
         create = self._client.chat.completions.with_streaming_response.create
-        return self.call(create, self._reply, mailbox=mailbox, faults=faults, messages=messages, **self._request)
+        return self.call(create, self._reply, mailbox=mailbox, patient=patient, messages=messages, **self._request)
 
     def _reply(self, body: bytes) -> Reply:
         try:
