@@ -148,7 +148,8 @@ def test_the_gradient_of_the_head_by_gradcheck(keep, monkeypatch):
     from contrastive_align.models import head
     from contrastive_align.models.head import _ScoreTokens
 
-    monkeypatch.setattr(head, "CHUNK", 2 * 7)
+    monkeypatch.setattr(head, "TILE", 2 * 3)  # two tokens by three words
+    monkeypatch.setattr(head, "ROWS", 2)
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
     bias, labels = torch.randn(7, dtype=torch.float64), torch.randint(7, (5,))
@@ -200,6 +201,32 @@ def test_the_heads_gradient_in_half_precision(dtype, near):
         assert (a.grad - b.grad).norm() < near * b.grad.norm()
 
 
+@pytest.mark.parametrize("slopes", [False, True])
+def test_the_head_where_the_first_words_say_nothing_of_the_others(slopes, monkeypatch):
+    """Logits of +-400 in float32, the largest in other tiles than the first; and p_y = 1 - 1e-9."""
+    from contrastive_align.models import head
+
+    monkeypatch.setattr(head, "TILE", 4 * 8)
+    monkeypatch.setattr(head, "ROWS", 4)
+    torch.manual_seed(0)
+    hidden, labels = torch.eye(6), torch.tensor([20, 3, 20, 7, 29, 5])
+    weight = torch.randn(30, 6)
+    weight[20, :3], weight[:8, 3], weight[29, 4], weight[5, 5] = 400.0, -400.0, 21.0, -300.0
+    inputs = [t.clone().requires_grad_() for t in (hidden, weight)]
+    found = head._ScoreTokens.apply(inputs[0], inputs[1], None, labels, 1.0, None, True, slopes, 2 * 30)
+    wide = [t.double().requires_grad_() for t in (hidden, weight)]
+    log_p = (wide[0] @ wide[1].T).log_softmax(-1)
+    want = log_p.gather(1, labels[:, None])[:, 0]
+    assert torch.allclose(found[0].double(), want, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(found[1].double(), -(log_p.exp() * log_p).sum(-1), atol=1e-6)
+    assert torch.equal(found[3], log_p.argmax(-1) == labels)
+    if slopes:
+        for a, b in zip(
+            torch.autograd.grad(found[0].sum(), inputs), torch.autograd.grad(want.sum(), wide), strict=True
+        ):
+            assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-12)
+
+
 def test_the_head_has_no_second_derivative():
     from contrastive_align.models.head import _ScoreTokens
 
@@ -215,7 +242,8 @@ def test_the_head_against_a_plain_projection(softcap, monkeypatch):
     """More tokens than a chunk, and chunks that blocks do not fill."""
     from contrastive_align.models import head
 
-    monkeypatch.setattr(head, "CHUNK", 40 * 33)
+    monkeypatch.setattr(head, "TILE", 40 * 13)
+    monkeypatch.setattr(head, "ROWS", 40)
     torch.manual_seed(0)
     hidden, weight = torch.randn(101, 16, dtype=torch.float64), torch.randn(33, 16, dtype=torch.float64)
     labels = torch.randint(33, (101,))
