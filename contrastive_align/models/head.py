@@ -20,7 +20,7 @@ from contrastive_align.models.token_loss import head_parameters
 
 TILE = 2**21  # logits made at once, which the cache holds
 ROWS = 1024  # tokens of a tile, at most
-KEPT = 2**27  # logits that stay for the backward pass (512 MB in float32), which makes the others again
+KEPT = 5 * 2**25  # logits that stay for the backward pass (640 MB in float32), which makes the others again
 LARGEST = 1e30  # a sum of exponentials that is safe in float32
 
 
