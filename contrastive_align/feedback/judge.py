@@ -43,8 +43,8 @@ class Judge:
         cache: a folder. Every answer is kept there by the content of its question; a rerun makes no call.
         base_url: of the API, for instance ``http://localhost:8000/v1``; None: ``OPENAI_BASE_URL``, else OpenAI's.
         concurrency: the most calls waited for at a time.
-        timeout: seconds for one call, at the most. One that takes far longer than others did is given up before, made
-            again, and then waited for longer (``calls/patience.py``).
+        timeout: seconds for one call, at the most. One that takes far longer than others did is made again before, and
+            the first answer is taken (``calls/patience.py``).
         max_retries: how often an item is asked again after 408, 409, 425, 429, 5xx, a timeout, a broken connection or a
             cut-off body, before it counts as failed.
         budget: the most calls ever made with this cache, restarts included; None: no limit.
