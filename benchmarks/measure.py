@@ -195,7 +195,7 @@ def step(trainer: DPOTrainer, batch: dict) -> float:
 
 
 class Machine:
-    """The rate of the machine's matrix products, the best seen; to be asked between the steps."""
+    """The rate of the machine's matrix products, to be asked between the steps: the best seen, and the present one."""
 
     def __init__(self, task: Task) -> None:
         self.n = PRODUCT.get(task.size, 8192 if task.device == "cuda" else 2048)
@@ -203,13 +203,17 @@ class Machine:
         self.a, self.b = (torch.randn(self.n, self.n, device=task.device).to(dtype) for _ in range(2))
         self.rate = 0.0
 
-    def measure(self) -> None:
-        for _ in range(3):
+    def measure(self) -> float:
+        """The mean rate of a few products now."""
+        seconds = []
+        for _ in range(6):
             _synchronise()
             started = time.perf_counter()
             torch.mm(self.a, self.b)
             _synchronise()
-            self.rate = max(self.rate, 2 * self.n**3 / (time.perf_counter() - started))
+            seconds.append(time.perf_counter() - started)
+        self.rate = max(self.rate, 2 * self.n**3 / min(seconds))
+        return 2 * self.n**3 / statistics.mean(seconds)
 
 
 def time_rows(task: Task) -> dict:
@@ -222,26 +226,30 @@ def time_rows(task: Task) -> dict:
         rows, batches = [], {}
         for layout, k in task.rows:
             problem = _too_many(task, layout, k, steps)
-            row = {"layout": layout, "k": k, "seconds": [], "problem": problem, "peak": None}
+            row = {"layout": layout, "k": k, "seconds": [], "rates": [], "problem": problem, "peak": None}
             rows.append(row)
             if problem is None:
                 batches[layout, k] = [batch_of(trainers[layout], layout, g, k, task) for g in steps]
         machine = Machine(task)
+        now = machine.measure()
         for i in range(len(steps)):
             for row in rows:
                 if row["problem"] is None:
                     _turn(row, trainers[row["layout"]], batches[row["layout"], row["k"]][i], task.device)
-                    machine.measure()
+                    before, now = now, machine.measure()
+                    row["rates"].append((before + now) / 2)
         for row in rows:
             if row["problem"] is not None:
                 continue
-            row["seconds"] = row["seconds"][WARM_UP:]
+            row["seconds"], row["rates"] = row["seconds"][WARM_UP:], row["rates"][WARM_UP:]
             unique = [unique_tokens(g, row["k"]) for g in steps[WARM_UP:]]
             floors = [floor_flop(g, row["k"], counts, task.tuning, task.reference) for g in steps[WARM_UP:]]
             row["median"] = statistics.median(row["seconds"])
             row["unique_tokens"] = sum(unique)
             row["tokens_per_second"] = sum(unique) / sum(row["seconds"])
-            row["share"] = statistics.median(f / s / machine.rate for f, s in zip(floors, row["seconds"], strict=True))
+            reached = [f / s for f, s in zip(floors, row["seconds"], strict=True)]
+            row["share"] = statistics.median(reached) / machine.rate
+            row["share_now"] = statistics.median(r / now for r, now in zip(reached, row["rates"], strict=True))
         return {"rate": machine.rate, "threads": torch.get_num_threads(), "rows": rows}
 
 

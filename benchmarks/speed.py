@@ -20,7 +20,8 @@ completions of 512, bf16. The trainers take turns step by step on the same group
 Columns: the median of a step's seconds (forward, backward, optimiser) after the first two; unique tokens (each prompt
 once) a second; peak memory above the loaded model; the time over that of TRL at K = 2, all else equal; and the share
 of the machine's matrix-product rate (the best of 2048 x 2048 x 2048 products in the same precision timed between the
-steps, 8192 on a GPU) that the step's floor (``floor.floor_flop``) reaches.
+steps, 8192 on a GPU) that the step's floor (``floor.floor_flop``) reaches; on a machine with neighbours also of the
+mean rate of the products right before and after each step.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ WIDE = 128_000  # the vocabulary beside 32,000
 HEADER = (
     "workload", "precision", "reference", "tuning", "compiled", "layout", "K", "seconds a step", "unique tokens/s",
     "peak above the model, GB", "time over TRL's at K=2", "share of the matrix-product rate",
+    "of the rate around each step",
 )  # fmt: skip
 GROWTH_HEADER = ("what", "from", "to", "seconds", "seconds", "ratio", "ratio of unique tokens", "one over the other")
 
@@ -196,10 +198,17 @@ def table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         peak = f"{row['peak'] / 1e9:.2f}" if row.get("peak") is not None else ""
-        cells = [row["problem"] or "", "", peak, "", ""]
+        cells = [row["problem"] or "", "", peak, "", "", ""]
         if "median" in row:
             over = f"{row['over_trl']:.2f}" if row["over_trl"] else ""
-            cells = [f"{row['median']:.3g}", f"{row['tokens_per_second']:.0f}", peak, over, f"{row['share']:.2f}"]
+            cells = [
+                f"{row['median']:.3g}",
+                f"{row['tokens_per_second']:.0f}",
+                peak,
+                over,
+                f"{row['share']:.2f}",
+                f"{row['share_now']:.2f}",
+            ]
         layout = row["layout"] + (f", vocabulary {row['vocabulary']:,}" if row["vocabulary"] else "")
         lines.append([*(row[name] for name in CHOICES), layout, row["k"], *cells])
     return markdown(HEADER, lines)

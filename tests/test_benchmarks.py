@@ -45,8 +45,9 @@ def test_the_table_has_its_rows_and_columns(benchmarks, reference):
     assert [(line[5], line[6]) for line in lines] == wanted
     for line in lines:
         assert line[:5] == ["synthetic", "fp32", reference, "full", "no"]
-        seconds, tokens, peak, over_trl, share = line[7:]
+        seconds, tokens, peak, over_trl, share, share_now = line[7:]
         assert float(seconds) > 0 and float(tokens) > 0 and float(over_trl) > 0 and 0 <= float(share) < 1
+        assert 0 <= float(share_now) < 1
         assert peak == ""  # was not asked for
     assert lines[0][10] == "1.00"
 
