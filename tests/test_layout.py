@@ -186,6 +186,22 @@ def test_graphs_side_by_side_do_not_share_their_logits():
         assert torch.equal(a, b)
 
 
+def test_a_pass_without_gradients_leaves_the_memory_of_the_last_step(monkeypatch):
+    from contrastive_align.models import head
+
+    monkeypatch.setattr(head, "_spare", {})
+    hidden, weight, labels = torch.randn(5, 4), torch.randn(7, 4, requires_grad=True), torch.arange(5)
+    places = set()
+    for keep in (5 * 7, 0, 5 * 7):
+        found = head._ScoreTokens.apply(hidden, weight, None, labels, 1.0, None, False, False, keep)[0]
+        if keep:
+            assert not head._spare
+            found.sum().backward()
+        assert head._spare[torch.float32].numel() == 5 * 7
+        places.add(head._spare[torch.float32].data_ptr())
+    assert len(places) == 1
+
+
 @pytest.mark.parametrize("dtype, near", [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
 def test_the_heads_gradient_in_half_precision(dtype, near):
     """A vocabulary whose sum of exponentials float16 cannot hold, against float64."""

@@ -14,7 +14,7 @@ from typing import TypeVar
 Job = TypeVar("Job")
 
 FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0  # seconds, of waits that the server does not set
-SPREAD = 0.1
+SPREAD = 0.1  # of a wait that it sets
 BEGUN_PER_WORKER = 4
 _JITTER = random.Random()  # not the global one, whose seed is the user's
 

@@ -240,6 +240,8 @@ class _Tiles:
     def keep(self, most: int) -> None:
         """Let those of the first tokens stay, at most so many logits."""
         size = min(self.tokens, most // self.vocabulary) * self.vocabulary
+        if not size:  # what is spare waits for a pass that has a use for it
+            return
         spare = _spare.pop(self._scratch.dtype, None)
         if spare is None or spare.numel() < size:
             spare = torch.empty(size, dtype=self._scratch.dtype)
