@@ -242,11 +242,10 @@ def time_rows(task: Task) -> dict:
             if row["problem"] is not None:
                 continue
             row["seconds"], row["rates"] = row["seconds"][WARM_UP:], row["rates"][WARM_UP:]
-            unique = [unique_tokens(g, row["k"]) for g in steps[WARM_UP:]]
+            row["tokens"] = [unique_tokens(g, row["k"]) for g in steps[WARM_UP:]]
             floors = [floor_flop(g, row["k"], counts, task.tuning, task.reference) for g in steps[WARM_UP:]]
             row["median"] = statistics.median(row["seconds"])
-            row["unique_tokens"] = sum(unique)
-            row["tokens_per_second"] = sum(unique) / sum(row["seconds"])
+            row["tokens_per_second"] = sum(row["tokens"]) / sum(row["seconds"])
             reached = [f / s for f, s in zip(floors, row["seconds"], strict=True)]
             row["share"] = statistics.median(reached) / machine.rate
             row["share_now"] = statistics.median(r / now for r, now in zip(reached, row["rates"], strict=True))

@@ -21,7 +21,8 @@ Columns: the median of a step's seconds (forward, backward, optimiser) after the
 once) a second; peak memory above the loaded model; the time over that of TRL at K = 2, all else equal; and the share
 of the machine's matrix-product rate (the best of 2048 x 2048 x 2048 products in the same precision timed between the
 steps, 8192 on a GPU) that the step's floor (``floor.floor_flop``) reaches; on a machine with neighbours also of the
-mean rate of the products right before and after each step.
+mean rate of the products right before and after each step. Ratios of rows that took turns are the medians of the steps'
+own, whose groups are the same and whose neighbours nearly so; divide the seconds for the ratio of the medians.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import json
 import logging
 import os
 import re
+import statistics
 import subprocess
 import sys
 import warnings
@@ -163,9 +165,16 @@ def measured(tasks: list[Task], memory: bool, apart: bool = True) -> list[dict]:
         if memory and task.device == "cpu":
             rows += _peaks(task, rows[-len(task.rows) :], apart)
     for row in rows:
-        trl = [r["median"] for r in rows if r["layout"] == "trl" and "median" in r and _alike(r, row)]
-        row["over_trl"] = row["median"] / trl[0] if trl and "median" in row else None
+        trl = [r for r in rows if r["layout"] == "trl" and "median" in r and _alike(r, row)]
+        row["over_trl"] = statistics.median(_ratios(row, trl[0])) if trl and "median" in row else None
     return rows
+
+
+def _ratios(row: dict, base: dict, name: str = "seconds") -> list[float]:
+    """Each step's own ratio where both rows took the steps of one run in turns, else that of the medians."""
+    if _alike(row, base):
+        return [a / b for a, b in zip(row[name], base[name], strict=True)]
+    return [statistics.median(row[name]) / statistics.median(base[name])]
 
 
 def _settings(task: Task) -> dict:
@@ -232,10 +241,11 @@ def growth(rows: list[dict]) -> str:
         labels = list(zip(*map(_labels, pair), strict=True))
         same = ", ".join(a for a, b in labels if a == b != "")
         differ = next((a, b) for a, b in labels if a != b)
-        times = [row["median"] for row in pair]
-        tokens = pair[1]["unique_tokens"] / pair[0]["unique_tokens"]
-        ratios = [times[1] / times[0], tokens, times[1] / times[0] / tokens]
-        lines.append([same, *differ, *(f"{t:.3g}" for t in times), *(f"{x:.2f}" for x in ratios)])
+        base, row = pair
+        times, tokens = _ratios(row, base), _ratios(row, base, "tokens")
+        over = [time / token for time, token in zip(times, tokens, strict=True)]
+        ratios = [f"{statistics.median(x):.2f}" for x in (times, tokens, over)]
+        lines.append([same, *differ, *(f"{row['median']:.3g}" for row in pair), *ratios])
     return markdown(GROWTH_HEADER, lines)
 
 

@@ -60,16 +60,20 @@ def test_growth_compares_with_4_completions_and_layouts_at_each_length(benchmark
     speed, *_ = benchmarks
     same = {"precision": "fp32", "reference": "cached", "tuning": "full", "compile": "no"}
     rows = [
-        {**same, "workload": "qa", "layout": "shared", "k": k, "median": t, "unique_tokens": n}
-        for k, t, n in ((2, 1.5, 80), (4, 2.0, 100), (16, 6.0, 200))
+        {**same, "workload": "qa", "layout": "shared", "k": k, "median": t[1], "seconds": t, "tokens": n}
+        for k, t, n in (
+            (2, [1.0, 1.5, 8.0], [80, 90, 100]),
+            (4, [1.5, 2.0, 9.0], [100, 100, 100]),
+            (16, [4.5, 7.0, 18.0], [150, 200, 300]),  # 3, 3.5 and 2 times the time for 1.5, 2 and 3 times the tokens
+        )
     ]
     rows += [
-        {**same, "workload": f"fixed:{p}:64:256", "layout": layout, "k": 4, "median": t, "unique_tokens": p}
+        {**same, "workload": f"fixed:{p}:64:256", "layout": layout, "k": 4, "median": t, "seconds": [t], "tokens": [p]}
         for p, layout, t in ((64, "padded", 4.0), (64, "shared", 3.0), (128, "padded", 10.0), (128, "shared", 5.0))
     ]
     _, _, *lines = cells(speed.growth(rows))
     assert [line[1:] for line in lines] == [
-        ["K = 4", "K = 16", "2", "6", "3.00", "2.00", "1.50"],
+        ["K = 4", "K = 16", "2", "7", "3.00", "2.00", "1.75"],
         ["prompts of 64", "prompts of 128", "4", "10", "2.50", "2.00", "1.25"],
         ["prompts of 64", "prompts of 128", "3", "5", "1.67", "2.00", "0.83"],
         ["padded", "shared", "4", "3", "0.75", "1.00", "0.75"],

@@ -89,13 +89,15 @@ def gradients(model, logps):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("variant", ["plain", "checkpointing", "blocks of queries"])
+@pytest.mark.parametrize("variant", ["plain", "checkpointing", "blocks of queries", "long prompts"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypatch):
     if variant == "blocks of queries":
         monkeypatch.setattr(attention, "QUERIES", 3)
+    elif variant == "long prompts":
+        monkeypatch.setattr(attention, "LONG", 1)
     model = build(*ARCHITECTURES[name]).train()
-    batch = GroupCollator(0)(groups())
+    batch = GroupCollator(0)(groups()[::2] if variant == "long prompts" else groups())  # none of one token
     expected = _own_logps(model, batch)
     expected_gradient = gradients(model, expected)
     add_head_over_plain(model)
@@ -112,8 +114,125 @@ def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypa
 def test_masks_are_of_a_block_of_queries_whatever_the_prompt():
     shared = attention.SharedPrompt([attention.Segment(3000, (5,))])
     q, k = torch.randn(1, 2, 3005, 4), torch.randn(1, 1, 3005, 4)
-    attention.shared_prompt_attention(None, q, k, k, None, shared_prompt=shared)
+    attention.shared_prompt_attention(None, q, k, k, None, sliding_window=100, shared_prompt=shared)
     assert shared._masks and all(mask.size(0) <= 2 * attention.QUERIES for mask in shared._masks.values())
+
+
+def row(lengths, heads=(4, 2), size=8, dtype=torch.float64, seed=0):
+    """Queries, keys and values of a packed row, its layout, and for every query the keys that it sees."""
+    torch.manual_seed(seed)
+    segments = [attention.Segment(prompt, branches) for prompt, branches in lengths]
+    n = sum(prompt + sum(branches) for prompt, branches in lengths)
+    q, k, v = (torch.randn(1, n, h, size, dtype=dtype).transpose(1, 2) for h in (heads[0], heads[1], heads[1]))
+    sees, start = torch.zeros(n, n, dtype=torch.bool), 0
+    for prompt, branches in lengths:
+        sees[start : start + prompt, start : start + prompt] = torch.ones(prompt, prompt).tril().bool()
+        at = start + prompt
+        for branch in branches:
+            sees[at : at + branch, start : start + prompt] = True
+            sees[at : at + branch, at : at + branch] = torch.ones(branch, branch).tril().bool()
+            at += branch
+        start = at
+    return (q, k, v), segments, sees
+
+
+ROWS = {
+    "one group": [(300, (40, 1, 70))],
+    "several": [(257, (3, 5)), (290, (100,)), (400, (1, 1, 1))],
+    "a short prompt among long ones": [(600, (9, 4)), (1, (2, 3))],
+    "of one branch": [(260, (30,))],
+    "blocks of the kernel": [(1030, (800, 600))],
+}
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
+def test_long_prompts_are_read_for_all_branches_at_once(lengths, heads):
+    """Output and gradients in float64 against a softmax with the whole mask, with keys and values of fewer heads."""
+    (q, k, v), segments, sees = row(lengths, heads)
+    q = 3 * q  # scores far apart: the weights of the parts too
+
+    def whole(q, k, v):
+        groups = heads[0] // heads[1]
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = (0.3 * q @ k.transpose(2, 3)).masked_fill(~sees, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+
+    def shared(q, k, v):
+        layout = attention.SharedPrompt(segments)
+        output = attention.shared_prompt_attention(None, q, k, v, None, scaling=0.3, shared_prompt=layout)[0]
+        assert type(output.grad_fn.next_functions[0][0]).__name__ == "_MergedAttentionBackward"
+        return output
+
+    slope, results = None, []
+    for attend in (whole, shared):
+        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+        output = attend(*inputs)
+        slope = torch.randn_like(output) if slope is None else slope
+        results.append((output, *torch.autograd.grad(output, inputs, slope)))
+    for want, found in zip(*results, strict=True):
+        assert (want - found).abs().max() < 1e-11 * want.abs().max()
+
+
+def test_the_merged_kernel_is_where_it_was():
+    """The private operators of torch: their arguments, and that the log-sum-exp is the natural one, (1, H, n)."""
+    from contrastive_align.models import merged_attention
+
+    (q, k, v), _, _ = row([(5, (4,))], heads=(2, 2))
+    output, log_sums = merged_attention._attend(q, k, v, 0.0, False, scale=0.5)
+    scores = 0.5 * q @ k.transpose(2, 3)
+    assert torch.allclose(log_sums, scores.logsumexp(-1), rtol=1e-12)
+    assert torch.allclose(output, scores.softmax(-1) @ v, rtol=1e-12)
+    names = [a.name for a in merged_attention._attend_backward.default._schema.arguments]
+    assert names[:8] == "grad_out query key value out logsumexp dropout_p is_causal".split() and "scale" in names
+
+
+@pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float32, 1e-6)])
+def test_long_prompts_in_half_precision(dtype, near):
+    """No further from float64 than the masked way is, which rounds once where this rounds twice."""
+    (q, k, v), segments, sees = row([(300, (40, 70, 20))])
+    want_inputs = [t.to(dtype).double().requires_grad_() for t in (q, k, v)]
+    k2, v2 = (t.repeat_interleave(2, 1) for t in want_inputs[1:])
+    scores = (8**-0.5 * want_inputs[0] @ k2.transpose(2, 3)).masked_fill(~sees, -torch.inf)
+    want = (scores.softmax(-1) @ v2).transpose(1, 2)
+    slope = torch.randn_like(want)
+    inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+    found = attention.shared_prompt_attention(None, *inputs, None, shared_prompt=attention.SharedPrompt(segments))[0]
+    assert found.dtype == dtype
+    expected = (want, *torch.autograd.grad(want, want_inputs, slope))
+    for a, b in zip(expected, (found, *torch.autograd.grad(found, inputs, slope.to(dtype))), strict=True):
+        assert (a - b).norm() < near * a.norm()
+
+
+def test_long_prompts_under_autocast():
+    """Queries and keys in float32, as a rotary embedding leaves them, values in bfloat16."""
+    (q, k, v), segments, _ = row([(300, (40, 70))], dtype=torch.float32)
+    k, v = k.to(torch.bfloat16).float(), v.to(torch.bfloat16)
+    with torch.autocast("cpu"):
+        layout = attention.SharedPrompt(segments)
+        found = attention.shared_prompt_attention(None, q, k, v, None, shared_prompt=layout)[0]
+    assert found.dtype == torch.bfloat16 and not layout._masks
+    rounded = [t.to(torch.bfloat16) for t in (q, k, v)]
+    assert torch.equal(found, attention.shared_prompt_attention(None, *rounded, None, shared_prompt=layout)[0])
+
+
+@pytest.mark.parametrize(
+    "what, options",
+    [
+        ("window", {"sliding_window": 969}),  # one less than the longest branch with its prompt
+        ("softcap", {"softcap": 5.0}),
+        ("dropout", {"dropout": 0.1}),
+        ("size of the values", {}),
+        ("empty prompt", {}),
+    ],
+)
+def test_what_is_left_to_masks(what, options, monkeypatch):
+    monkeypatch.setattr(attention, "merged_attention", None)  # not to be called
+    (q, k, v), segments, _ = row([(900, (40, 70)), (0 if what == "empty prompt" else 300, (3, 4))])
+    v = v[..., :4] if what == "size of the values" else v
+    layout = attention.SharedPrompt(segments)
+    output = attention.shared_prompt_attention(None, q, k, v, None, shared_prompt=layout, **options)[0]
+    assert output.shape == (1, q.size(2), 4, v.size(-1)) and output.isfinite().all()
 
 
 def add_head_over_plain(model):

@@ -18,9 +18,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from contrastive_align.models.merged_attention import READS_SHARED_KEYS, merged_attention, merges
+
 
 NAME = "shared_prompt"
 QUERIES = 256  # about as many in a block
+LONG = 256  # tokens of a prompt from which on a CPU reads it faster for all branches at once
 
 
 class Segment(NamedTuple):
@@ -41,6 +44,11 @@ class SharedPrompt:
         self.segments = segments
         self.layers_seen = 0
         self._masks: dict = {}
+
+    @property
+    def long_prompts(self) -> bool:
+        prompts = [s.prompt for s in self.segments]
+        return min(prompts) > 0 and sum(prompts) >= LONG * len(prompts)
 
     def mask(self, prompt: int, branch: int, window: int | None, like: Tensor) -> Tensor:
         """Additive (branch, prompt + branch): lower-right causal, and within ``window`` where there is one."""
@@ -129,16 +137,23 @@ def _by_segments(
 ) -> Tensor:
     """Attention over a packed row: (1, H, n, D) -> (1, n, H, D)."""
     shared_prompt.layers_seen += 1
+    device = query.device.type
+    if torch.is_autocast_enabled(device) and query.dtype != torch.float64:  # as torch's own attention does
+        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     # Grouped queries: a CPU's kernel reads shared keys where they are, with a mask too; a GPU's do not, with a mask.
-    if softcap is not None or query.device.type != "cpu":
+    if softcap is not None or device != "cpu" or not READS_SHARED_KEYS:
         groups = query.size(1) // key.size(1)
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    segments = shared_prompt.segments
+    whole = sliding_window is None or all(s.prompt + max(s.branches) <= sliding_window for s in segments)
+    if whole and softcap is None and not dropout and shared_prompt.long_prompts and merges(query, key, value):
+        return merged_attention(query, key, value, segments, scaling).transpose(1, 2)
     # Split once: the gradient of a slice is as long as the row, that of a split is one concatenation.
-    sizes = [length for s in shared_prompt.segments for length in (s.prompt, *s.branches)]
+    sizes = [length for s in segments for length in (s.prompt, *s.branches)]
     pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     outputs = []
     attend = partial(_causal, shared_prompt, window=sliding_window, dropout=dropout, scaling=scaling, softcap=softcap)
-    for prompt, branches in shared_prompt.segments:
+    for prompt, branches in segments:
         q, prompt_k, prompt_v = next(pieces)
         if prompt:
             outputs += attend(q, prompt_k, prompt_v)

@@ -1,0 +1,116 @@
+"""Attention over a packed row on a CPU, in parts that need no mask, merged by their log-sum-exps.
+
+A softmax over the union of two sets of keys is the mean of the softmaxes over each, weighted by their sums of
+exponentials. So the prompt with its first branch, which follows it in memory, is one causal row; every other branch is
+one of its own; and what these read of the prompt is a single call without a mask, for all of them together: the
+kernel's fastest case. Of the backward pass nothing changes but that every part is given the merged output and
+log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+# The kernel behind F.scaled_dot_product_attention, which keeps the log-sum-exp to itself.
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+READS_SHARED_KEYS = Version(torch.__version__) >= Version("2.9")  # fewer heads of keys than of queries
+
+
+class _Group(NamedTuple):
+    """Where a group's parts stand in the row. ``first`` is the prompt with its first branch, ``others`` the rest."""
+
+    prompt: slice
+    first: slice
+    others: slice
+    branches: list[slice]
+
+
+def _groups(segments: Sequence[tuple[int, Sequence[int]]]) -> Iterator[_Group]:
+    start = 0
+    for prompt, (first, *lengths) in segments:
+        begin = end = start + prompt + first
+        branches = []
+        for length in lengths:
+            branches.append(slice(end, end + length))
+            end += length
+        yield _Group(slice(start, start + prompt), slice(start, begin), slice(begin, end), branches)
+        start = end
+
+
+def merges(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel takes these tensors as they are."""
+    alike = query.dtype == key.dtype == value.dtype and query.size(-1) == key.size(-1) == value.size(-1)
+    heads = query.size(1) == key.size(1) or READS_SHARED_KEYS
+    dense = all(t.stride(-1) == 1 for t in (query, key, value))
+    return query.device.type == "cpu" and alike and heads and dense
+
+
+def merged_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[tuple[int, Sequence[int]]], scale: float | None
+) -> Tensor:
+    """(1, H, n, D) queries, (1, H or fewer, n, D) keys and values of a packed row -> (1, H, n, D).
+
+    ``segments``: the lengths of each group's prompt, at least one token, and of its branches. A branch attends to its
+    prompt and, causally, to itself; a prompt, causally, to itself. ``scale``: of the scores, 1 / sqrt(D) where None.
+    """
+    return _MergedAttention.apply(query, key, value, list(_groups(segments)), scale)
+
+
+class _MergedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, groups: list[_Group], scale: float | None) -> Tensor:
+        def attend(q: slice, k: slice, causal: bool) -> tuple[Tensor, Tensor]:
+            return _attend(query[:, :, q], key[:, :, k], value[:, :, k], 0.0, causal, scale=scale)
+
+        output = torch.empty_like(query)
+        log_sums = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+        for prompt, first, others, branches in groups:
+            output[:, :, first], log_sums[:, :, first] = attend(first, first, True)
+            if not branches:
+                continue
+            of_prompt, log_sums_of_prompt = attend(others, prompt, False)
+            for branch in branches:
+                here = slice(branch.start - others.start, branch.stop - others.start)
+                a, log_a = of_prompt[:, :, here], log_sums_of_prompt[:, :, here]
+                b, log_b = attend(branch, branch, True)
+                weight = torch.sigmoid(log_b - log_a).unsqueeze(-1)
+                if a.dtype == weight.dtype:
+                    torch.lerp(a, b, weight, out=output[:, :, branch])
+                else:
+                    output[:, :, branch] = torch.lerp(a.to(weight.dtype), b.to(weight.dtype), weight)
+                torch.logaddexp(log_a, log_b, out=log_sums[:, :, branch])
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        ctx.groups, ctx.scale = groups, scale
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, log_sums = ctx.saved_tensors
+
+        def gradients(q: slice, k: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+            of_queries = (output[:, :, q], log_sums[:, :, q], 0.0, causal)
+            tensors = (slope[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k], *of_queries)
+            return _attend_backward(*tensors, scale=ctx.scale)
+
+        dq, dk, dv = (torch.empty_like(t) for t in (query, key, value))
+        for prompt, first, others, branches in ctx.groups:
+            dq[:, :, first], dk[:, :, first], dv[:, :, first] = gradients(first, first, True)
+            if not branches:
+                continue
+            dq_of_prompt, dk_prompt, dv_prompt = gradients(others, prompt, False)
+            dk[:, :, prompt] += dk_prompt
+            dv[:, :, prompt] += dv_prompt
+            for branch in branches:
+                here = slice(branch.start - others.start, branch.stop - others.start)
+                own, dk[:, :, branch], dv[:, :, branch] = gradients(branch, branch, True)
+                torch.add(dq_of_prompt[:, :, here], own, out=dq[:, :, branch])
+        return dq, dk, dv, None, None
