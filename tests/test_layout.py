@@ -49,11 +49,28 @@ ARCHITECTURES = {
     "cohere": (hf.CohereConfig, {"logit_scale": 0.5}),
     "granite": (hf.GraniteConfig, {"logits_scaling": 2.0}),
 }
+EXPERTS = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 CANNOT = {
     "stablelm": (hf.StableLmConfig, {}),  # drops the keywords
     "bloom": (hf.BloomConfig, {"n_layer": 2, "n_head": 4}),  # ALiBi
     "mamba": (hf.MambaConfig, {}),
     "gpt_oss": (hf.GptOssConfig, {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}),  # sinks
+    # Windows and chunks of the masks alone, longer than the batch that is tried; keys of sparse attention.
+    "phimoe": (hf.PhimoeConfig, {"sliding_window": 64, "num_local_experts": 2}),
+    "qwen2_moe": (
+        hf.Qwen2MoeConfig,
+        {"sliding_window": 64, "use_sliding_window": True, "num_experts": 2, "num_experts_per_tok": 1, **EXPERTS},
+    ),
+    "llama4": (
+        hf.Llama4TextConfig,
+        {"attention_chunk_size": 64, "head_dim": 8, "num_local_experts": 1, "intermediate_size_mlp": 64},
+    ),
+    "deepseek_v32": (
+        hf.DeepseekV32Config,
+        {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+        | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+        | {"index_topk": 32, **EXPERTS},
+    ),
 }
 
 
@@ -241,6 +258,7 @@ def add_head_over_plain(model):
 
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     add_head(model)
+    return model
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite"])
@@ -410,6 +428,33 @@ def test_models_that_cannot_go_padded_or_raise(name, caplog):
     for sharded in (False, True):
         with pytest.raises(ValueError, match="layout='padded'"):
             choose_layout(model, "shared", sharded=sharded)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "phi3"])
+def test_windows_longer_than_what_is_tried_and_shorter_than_the_rows(name):
+    config_class, extra = ARCHITECTURES[name]
+    model = build(config_class, {**extra, "sliding_window": 48}).eval()
+    rows = groups()
+    for row in rows[::2]:
+        row["prompt_ids"] = 7 * row["prompt_ids"]
+    batch = GroupCollator(0)(rows)
+    with torch.no_grad():
+        expected = _own_logps(model, batch)
+        assert choose_layout(add_head_over_plain(model), "shared") == "shared"
+        found = completion_logps(model, batch, layout="shared").logps
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-4)
+
+
+def test_tensors_and_masks_that_the_packed_row_does_not_heed_raise():
+    (q, k, v), segments, _ = row([(3, (2, 2))], size=4)
+    for options, told in (
+        ({"attention_mask": torch.zeros(1, 1, 7, 7)}, "a mask of its own"),
+        ({"attention_mask": None, "sinks": torch.zeros(4)}, "sinks"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"Linear gives its attention {told}.*layout='padded'"):
+            attention.shared_prompt_attention(
+                torch.nn.Linear(1, 1), q, k, v, **options, shared_prompt=attention.SharedPrompt(segments)
+            )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

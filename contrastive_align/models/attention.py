@@ -8,6 +8,8 @@ positions continuing from the prompt's end, which makes its numbers those of a r
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from contrastive_align.models.merged_attention import READS_SHARED_KEYS, merged_
 
 NAME = "shared_prompt"
 QUERIES = 256  # about as many in a block
+IGNORED = ("position_ids", "cache_position")  # tensors that models hand to any attention, and none reads
 LONG = 256  # tokens of a prompt from which on a CPU reads it faster for all branches at once
 
 
@@ -118,9 +121,14 @@ def shared_prompt_attention(
             minimum = torch.finfo(query.dtype).min
             attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, minimum)
         return _attend(query, key, value, attention_mask, dropout, scaling, softcap).transpose(1, 2).contiguous(), None
-    for name in ("s_aux", "position_bias"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"attention with {name} has no shared-prompt layout")
+    unknown = [name for name, value in kwargs.items() if torch.is_tensor(value) and name not in IGNORED]
+    if attention_mask is not None and attention_mask.numel() > 1:  # not the one the row came with
+        unknown.append("a mask of its own")
+    if unknown:  # sinks, biases, indices of sparse attention: what the packed row does not heed
+        raise NotImplementedError(
+            f"{type(module).__name__} gives its attention {' and '.join(unknown)}, which has no place in the "
+            "shared-prompt layout; set layout='padded'"
+        )
     return _by_segments(shared_prompt, query, key, value, sliding_window, dropout, scaling, softcap), None
 
 
@@ -197,5 +205,32 @@ def _attend(
     return F.dropout(weights, dropout) @ v
 
 
-AttentionInterface.register(NAME, shared_prompt_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+@contextmanager
+def recorded_windows() -> Iterator[tuple[set[int], set[int]]]:
+    """The windows (and chunks) of the masks that a model has made meanwhile, and those its attention was called with.
+
+    A packed row has no mask: a window that reaches a model's masks alone would be lost on it.
+    """
+    of_masks, of_calls = set(), set()
+
+    def mask(*args, local_size: int | None = None, **kwargs) -> Tensor | None:
+        of_masks.update({local_size} - {None})
+        return sdpa_mask(*args, local_size=local_size, **kwargs)
+
+    def attend(*args, sliding_window: int | None = None, **kwargs) -> tuple[Tensor, None]:
+        of_calls.update({sliding_window} - {None})
+        return shared_prompt_attention(*args, sliding_window=sliding_window, **kwargs)
+
+    try:
+        _register(attend, mask)
+        yield of_masks, of_calls
+    finally:
+        _register(shared_prompt_attention, sdpa_mask)
+
+
+def _register(attention: Callable, mask: Callable) -> None:
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+
+
+_register(shared_prompt_attention, sdpa_mask)

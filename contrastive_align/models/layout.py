@@ -82,22 +82,7 @@ def _problem_with(model: PreTrainedModel, own_attention: str, autocast: bool) ->
     was_training = model.training
     try:
         with torch.no_grad():
-            batch = _small_batch(model)
-            # The mode it will train in, since in evaluation mode some 4-bit layers on CPU repack their weights for
-            # another kernel; but not where dropout would blur the comparison.
-            model.train()
-            expected = _own_logps(model, batch)
-            if not torch.equal(expected, _own_logps(model, batch)):
-                model.eval()
-                expected = _own_logps(model, batch)
-            model.set_attn_implementation(attention.NAME)
-            if model.config._attn_implementation != attention.NAME:
-                return "its attention cannot be replaced"
-            found = completion_logps(model, batch, layout="shared")
-            gap = ((found.logps - expected).abs() / found.lengths.clamp(min=1)).max().item()
-        sixteen_bit = autocast or getattr(model, "is_quantized", False)
-        tolerance = TOLERANCE_16_BIT if sixteen_bit else TOLERANCE.get(model.dtype, TOLERANCE_16_BIT)
-        problem = None if gap <= tolerance else f"its log-probs differ by {gap:.2g} nats per token"
+            problem = _difference(model, autocast)
     except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError) as error:
         problem = f"{type(error).__name__} ({str(error).splitlines()[0] if str(error) else ''})"
     finally:
@@ -105,6 +90,30 @@ def _problem_with(model: PreTrainedModel, own_attention: str, autocast: bool) ->
     if problem is not None and model.config._attn_implementation != own_attention:
         model.set_attn_implementation(own_attention)
     return problem
+
+
+def _difference(model: PreTrainedModel, autocast: bool) -> str | None:
+    batch = _small_batch(model)
+    # The mode it will train in, since in evaluation mode some 4-bit layers on CPU repack their weights for another
+    # kernel; but not where dropout would blur the comparison.
+    model.train()
+    expected = _own_logps(model, batch)
+    if not torch.equal(expected, _own_logps(model, batch)):
+        model.eval()
+        expected = _own_logps(model, batch)
+    model.set_attn_implementation(attention.NAME)
+    if model.config._attn_implementation != attention.NAME:
+        return "its attention cannot be replaced"
+    # Windows are longer than this batch, whose log-probs say nothing of them.
+    with attention.recorded_windows() as (of_masks, of_calls):
+        _own_logps(model, batch)
+    if lost := of_masks - of_calls:
+        return f"a window of {' and '.join(map(str, lost))} tokens reaches its masks, but not its attention"
+    found = completion_logps(model, batch, layout="shared")
+    gap = ((found.logps - expected).abs() / found.lengths.clamp(min=1)).max().item()
+    sixteen_bit = autocast or getattr(model, "is_quantized", False)
+    tolerance = TOLERANCE_16_BIT if sixteen_bit else TOLERANCE.get(model.dtype, TOLERANCE_16_BIT)
+    return None if gap <= tolerance else f"its log-probs differ by {gap:.2g} nats per token"
 
 
 def _problem_with_a_small(model: PreTrainedModel) -> str | None:
