@@ -106,13 +106,15 @@ def gradients(model, logps):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("variant", ["plain", "checkpointing", "blocks of queries", "long prompts"])
+@pytest.mark.parametrize("variant", ["plain", "checkpointing", "blocks of queries", "long prompts", "as on a GPU"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypatch):
     if variant == "blocks of queries":
         monkeypatch.setattr(attention, "QUERIES", 3)
     elif variant == "long prompts":
         monkeypatch.setattr(attention, "LONG", 1)
+    elif variant == "as on a GPU":
+        monkeypatch.setattr(attention, "LOWER_RIGHT", ("cpu",))
     model = build(*ARCHITECTURES[name]).train()
     batch = GroupCollator(0)(groups()[::2] if variant == "long prompts" else groups())  # none of one token
     expected = _own_logps(model, batch)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -25,6 +26,7 @@ from contrastive_align.models.merged_attention import READS_SHARED_KEYS, merged_
 
 NAME = "shared_prompt"
 QUERIES = 256  # about as many in a block
+LOWER_RIGHT = ("cuda",)  # where flash kernels take no mask, but end the causal triangle where the keys end
 IGNORED = ("position_ids", "cache_position")  # tensors that models hand to any attention, and none reads
 LONG = 256  # tokens of a prompt from which on a CPU reads it faster for all branches at once
 
@@ -178,8 +180,11 @@ def _causal(
     total, length = k.size(2), q.size(2)
     window = window if window is not None and window < total else None
     blocks = max(1, round(length / QUERIES)) if q.device.type == "cpu" else 1
-    if blocks == 1 and length == total and softcap is None and window is None:
-        return [_attend(q, k, v, None, softcap=None, **options)]
+    if blocks == 1 and softcap is None and window is None:
+        if length == total:
+            return [_attend(q, k, v, None, softcap=None, **options)]
+        if q.device.type in LOWER_RIGHT:
+            return [_attend(q, k, v, causal_lower_right(length, total), softcap=None, **options)]
     # One mask for all blocks: where they end, they see the same, and what a longer one hides lies further back.
     size = -(-length // blocks)
     mask = shared_prompt.mask(total - size, size, window, q)
@@ -192,7 +197,13 @@ def _causal(
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | CausalBias | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
 ) -> Tensor:
     """(1, H, q, D) attention; causal where ``mask`` is None."""
     if softcap is None:
