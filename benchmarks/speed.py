@@ -21,8 +21,9 @@ Columns: the median of a step's seconds (forward, backward, optimiser) after the
 once) a second; peak memory above the loaded model; the time over that of TRL at K = 2, all else equal; and the share
 of the machine's matrix-product rate (the best of 2048 x 2048 x 2048 products in the same precision timed between the
 steps, 8192 on a GPU) that the step's floor (``floor.floor_flop``) reaches; on a machine with neighbours also of the
-mean rate of the products right before and after each step. Ratios of rows that took turns are the medians of the steps'
-own, whose groups are the same and whose neighbours nearly so; divide the seconds for the ratio of the medians.
+mean rate of the products right before and after each step. A ratio of rows that took turns is the median of the steps'
+own ratios, whose groups are the same and whose neighbours nearly so: not quite that of the two medians beside it, and
+the last column of the second table not quite the quotient of the two before it. Other rows have their medians divided.
 """
 
 from __future__ import annotations
@@ -157,11 +158,13 @@ def perform(task: Task, what: str, apart: bool = True) -> dict:
 def measured(tasks: list[Task], memory: bool, apart: bool = True) -> list[dict]:
     """One dict a row: its settings and what was measured."""
     rows = []
-    for task in tasks:
+    for run, task in enumerate(tasks):
         found = perform(task, "time", apart)
         nothing = {"problem": found.get("problem"), "peak": None}
         for row in found.get("rows") or [{"layout": layout, "k": k, **nothing} for layout, k in task.rows]:
-            rows.append({**_settings(task), "rate": found.get("rate"), "threads": found.get("threads"), **row})
+            rows.append(
+                {**_settings(task), "run": run, "rate": found.get("rate"), "threads": found.get("threads"), **row}
+            )
         if memory and task.device == "cpu":
             rows += _peaks(task, rows[-len(task.rows) :], apart)
     for row in rows:
@@ -171,8 +174,8 @@ def measured(tasks: list[Task], memory: bool, apart: bool = True) -> list[dict]:
 
 
 def _ratios(row: dict, base: dict, name: str = "seconds") -> list[float]:
-    """Each step's own ratio where both rows took the steps of one run in turns, else that of the medians."""
-    if _alike(row, base):
+    """Each step's own ratio where the rows took turns, in one process on the same groups; else that of the medians."""
+    if _alike(row, base) and row["run"] == base["run"]:
         return [a / b for a, b in zip(row[name], base[name], strict=True)]
     return [statistics.median(row[name]) / statistics.median(base[name])]
 

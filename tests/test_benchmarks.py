@@ -58,7 +58,7 @@ def test_the_table_has_its_rows_and_columns(benchmarks, reference):
 
 def test_growth_compares_with_4_completions_and_layouts_at_each_length(benchmarks):
     speed, *_ = benchmarks
-    same = {"precision": "fp32", "reference": "cached", "tuning": "full", "compile": "no"}
+    same = {"precision": "fp32", "reference": "cached", "tuning": "full", "compile": "no", "run": 0}
     rows = [
         {**same, "workload": "qa", "layout": "shared", "k": k, "median": t[1], "seconds": t, "tokens": n}
         for k, t, n in (
@@ -80,6 +80,8 @@ def test_growth_compares_with_4_completions_and_layouts_at_each_length(benchmark
         ["padded", "shared", "10", "5", "0.50", "1.00", "0.50"],
     ]
     assert lines[0][0] == "qa, fp32, cached, full, shared"
+    rows[2]["run"] = 1  # a process of its own: the ratio of the medians
+    assert cells(speed.growth(rows))[2][1:] == ["K = 4", "K = 16", "2", "7", "3.50", "2.00", "1.75"]
 
 
 def test_floor_against_a_hand_made_count(benchmarks):

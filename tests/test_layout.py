@@ -160,6 +160,7 @@ ROWS = {
     "several": [(257, (3, 5)), (290, (100,)), (400, (1, 1, 1))],
     "a short prompt among long ones": [(600, (9, 4)), (1, (2, 3))],
     "of one branch": [(260, (30,))],
+    "branches of nothing": [(300, (0, 4)), (280, (5, 0, 7)), (270, (6, 0)), (260, (0,))],
     "blocks of the kernel": [(1030, (800, 600))],
 }
 
@@ -206,21 +207,23 @@ def test_the_merged_kernel_is_where_it_was():
     assert names[:8] == "grad_out query key value out logsumexp dropout_p is_causal".split() and "scale" in names
 
 
-@pytest.mark.parametrize("dtype, near", [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float32, 1e-6)])
-def test_long_prompts_in_half_precision(dtype, near):
-    """No further from float64 than the masked way is, which rounds once where this rounds twice."""
-    (q, k, v), segments, sees = row([(300, (40, 70, 20))])
-    want_inputs = [t.to(dtype).double().requires_grad_() for t in (q, k, v)]
-    k2, v2 = (t.repeat_interleave(2, 1) for t in want_inputs[1:])
-    scores = (8**-0.5 * want_inputs[0] @ k2.transpose(2, 3)).masked_fill(~sees, -torch.inf)
-    want = (scores.softmax(-1) @ v2).transpose(1, 2)
-    slope = torch.randn_like(want)
-    inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-    found = attention.shared_prompt_attention(None, *inputs, None, shared_prompt=attention.SharedPrompt(segments))[0]
-    assert found.dtype == dtype
-    expected = (want, *torch.autograd.grad(want, want_inputs, slope))
-    for a, b in zip(expected, (found, *torch.autograd.grad(found, inputs, slope.to(dtype))), strict=True):
-        assert (a - b).norm() < near * a.norm()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_long_prompts_in_less_precision(dtype, monkeypatch):
+    """About as far from float64 as the masked way is, which rounds once where this rounds twice."""
+    (q, k, v), segments, _ = row([(1100, 3 * (150,))], size=64)
+    slope = torch.randn_like(q.transpose(1, 2))
+
+    def results(dtype, long):
+        monkeypatch.setattr(attention, "LONG", long)
+        inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        layout = attention.SharedPrompt(segments)
+        output = attention.shared_prompt_attention(None, *inputs, None, shared_prompt=layout)[0]
+        assert output.dtype == dtype and bool(layout._masks) == (long > 1)
+        return output, *torch.autograd.grad(output, inputs, slope.to(dtype))
+
+    exact = results(torch.float64, 1)
+    for want, masked, merged in zip(exact, results(dtype, 10**9), results(dtype, 1), strict=True):
+        assert (merged - want).norm() < 1.4 * (masked - want).norm()
 
 
 def test_long_prompts_under_autocast():
@@ -231,8 +234,23 @@ def test_long_prompts_under_autocast():
         layout = attention.SharedPrompt(segments)
         found = attention.shared_prompt_attention(None, q, k, v, None, shared_prompt=layout)[0]
     assert found.dtype == torch.bfloat16 and not layout._masks
+    with torch.autocast("cpu"):
+        wide = [t.double() for t in (q, k, v)]
+        assert attention.shared_prompt_attention(None, *wide, None, shared_prompt=layout)[0].dtype == torch.float64
     rounded = [t.to(torch.bfloat16) for t in (q, k, v)]
     assert torch.equal(found, attention.shared_prompt_attention(None, *rounded, None, shared_prompt=layout)[0])
+
+
+def test_a_window_as_long_as_the_longest_branch_needs_no_mask():
+    (q, k, v), segments, _ = row([(300, (40, 70)), (301, (3, 4))])
+    layout = attention.SharedPrompt(segments)
+    found = attention.shared_prompt_attention(None, q, k, v, None, sliding_window=370, shared_prompt=layout)[0]
+    assert not layout._masks
+    masked = attention.shared_prompt_attention(None, q, k, v, None, sliding_window=369, shared_prompt=layout)[0]
+    assert layout._masks
+    same = torch.ones(found.size(1), dtype=torch.bool)
+    same[300 + 40 + 69] = False  # the last query of the longest branch alone sees one key less
+    assert torch.allclose(found[:, same], masked[:, same], rtol=1e-12) and (found != masked)[:, ~same].any()
 
 
 @pytest.mark.parametrize(
@@ -243,11 +261,13 @@ def test_long_prompts_under_autocast():
         ("dropout", {"dropout": 0.1}),
         ("size of the values", {}),
         ("empty prompt", {}),
+        ("short prompts", {}),
     ],
 )
 def test_what_is_left_to_masks(what, options, monkeypatch):
     monkeypatch.setattr(attention, "merged_attention", None)  # not to be called
-    (q, k, v), segments, _ = row([(900, (40, 70)), (0 if what == "empty prompt" else 300, (3, 4))])
+    second = {"empty prompt": 0, "short prompts": 1}.get(what, 300)
+    (q, k, v), segments, _ = row([(500 if what == "short prompts" else 900, (40, 70)), (second, (3, 4))])
     v = v[..., :4] if what == "size of the values" else v
     layout = attention.SharedPrompt(segments)
     output = attention.shared_prompt_attention(None, q, k, v, None, shared_prompt=layout, **options)[0]
@@ -382,14 +402,32 @@ def test_the_head_where_the_first_words_say_nothing_of_the_others(slopes, monkey
             assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-12)
 
 
-def test_the_head_has_no_second_derivative():
+def _score(hidden):
     from contrastive_align.models.head import _ScoreTokens
 
-    hidden = torch.randn(3, 5, requires_grad=True)
-    score = _ScoreTokens.apply(hidden, torch.randn(7, 5), None, torch.arange(3), 1.0, None, False, True)[0].sum()
-    (gradient,) = torch.autograd.grad(score, hidden, create_graph=True)
-    with pytest.raises(RuntimeError):
-        gradient.sum().backward()
+    return _ScoreTokens.apply(hidden, torch.ones(7, 5), None, torch.arange(3), 1.0, None, False, True)[0]
+
+
+def _objective(hidden):
+    from contrastive_align.models.token_loss import token_loss
+
+    terms = {"kl_coef": 0.0, "entropy_coef": 0.1, "kl_direction": "reverse"}
+    return token_loss(hidden, torch.ones(7, 5), None, torch.arange(3), **terms).loss
+
+
+def _attention(query):
+    layout = attention.SharedPrompt([attention.Segment(300, (2, 3))])
+    query = query.expand(305, 3, 5).transpose(0, 1)[None]
+    return attention.shared_prompt_attention(None, query, query, query, None, shared_prompt=layout)[0]
+
+
+@pytest.mark.parametrize("what", [_score, _objective, _attention])
+def test_no_second_derivative_is_zero_without_a_word(what):
+    """Neither where the gradient that comes in is a constant, nor through one that is not, nor to another leaf."""
+    hidden, other = torch.randn(3, 5, requires_grad=True), torch.randn((), requires_grad=True)
+    for loss in (what(hidden).sum(), other * what(hidden).sum()):
+        with pytest.raises(RuntimeError, match="no second derivative: leave out create_graph"):
+            torch.autograd.grad(loss, hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

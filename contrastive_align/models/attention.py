@@ -28,7 +28,7 @@ NAME = "shared_prompt"
 QUERIES = 256  # about as many in a block
 LOWER_RIGHT = ("cuda",)  # where flash kernels take no mask, but end the causal triangle where the keys end
 IGNORED = ("position_ids", "cache_position")  # tensors that models hand to any attention, and none reads
-LONG = 256  # tokens of a prompt from which on a CPU reads it faster for all branches at once
+LONG = 256  # tokens of the mean prompt from which on a CPU reads them faster for all branches at once
 
 
 class Segment(NamedTuple):

@@ -1,4 +1,4 @@
-"""The LM head only where it is needed: completion tokens, a chunk at a time, the logits never kept.
+"""The LM head only where it is needed: completion tokens, a tile of their logits at a time.
 
 TRL's fused head does this with a kernel where Triton runs. Elsewhere it scores every position, prompts and padding too,
 and tiles the vocabulary; there this one takes its place.
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from contrastive_align.models.gradients import first_derivative_only
 from contrastive_align.models.token_loss import head_parameters
 
 
@@ -126,7 +126,7 @@ class _ScoreTokens(torch.autograd.Function):
         return shifted - log_totals, entropy, mean_logits, is_top1
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad, *_):
         hidden, weight, bias, labels, chosen, offset, others, slope = ctx.saved_tensors
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]

@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from packaging.version import Version
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from contrastive_align.models.gradients import first_derivative_only
 
 
 # The kernel behind F.scaled_dot_product_attention, which keeps the log-sum-exp to itself.
@@ -38,7 +39,7 @@ def _groups(segments: Sequence[tuple[int, Sequence[int]]]) -> Iterator[_Group]:
     for prompt, (first, *lengths) in segments:
         begin = end = start + prompt + first
         branches = []
-        for length in lengths:
+        for length in filter(None, lengths):
             branches.append(slice(end, end + length))
             end += length
         yield _Group(slice(start, start + prompt), slice(start, begin), slice(begin, end), branches)
@@ -48,9 +49,8 @@ def _groups(segments: Sequence[tuple[int, Sequence[int]]]) -> Iterator[_Group]:
 def merges(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel takes these tensors as they are."""
     alike = query.dtype == key.dtype == value.dtype and query.size(-1) == key.size(-1) == value.size(-1)
-    heads = query.size(1) == key.size(1) or READS_SHARED_KEYS
     dense = all(t.stride(-1) == 1 for t in (query, key, value))
-    return query.device.type == "cpu" and alike and heads and dense
+    return query.device.type == "cpu" and alike and dense
 
 
 def merged_attention(
@@ -70,7 +70,8 @@ class _MergedAttention(torch.autograd.Function):
         def attend(q: slice, k: slice, causal: bool) -> tuple[Tensor, Tensor]:
             return _attend(query[:, :, q], key[:, :, k], value[:, :, k], 0.0, causal, scale=scale)
 
-        output = torch.empty_like(query)
+        batch, heads, n, size = query.shape
+        output = query.new_empty(batch, n, heads, size).transpose(1, 2)
         log_sums = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
         for prompt, first, others, branches in groups:
             output[:, :, first], log_sums[:, :, first] = attend(first, first, True)
@@ -92,7 +93,7 @@ class _MergedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, slope: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sums = ctx.saved_tensors
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from contrastive_align.losses import conditional
+from contrastive_align.models.gradients import first_derivative_only
 
 
 CHUNK = 2**23  # logits of the policy in memory at once, as many tokens of them as the vocabulary allows
@@ -141,7 +141,7 @@ class _TokenLoss(torch.autograd.Function):
         return (weights * losses.masked_fill(weights == 0, 0.0)).sum(), *measured
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx, grad, *_):
         if ctx.grads is None:
             raise RuntimeError("The gradient of this token_loss was used already: call token_loss again.")
