@@ -62,13 +62,13 @@ class Task:
         reference: ``cached`` log-probs, or ``uncached``: computed in every step.
         tuning: ``full``, or ``lora``: r=16 on every linear layer but the head.
         compile: ``no``, or ``yes``: torch_compile=True, which falls into the steps that are not counted.
+        malloc: ``default``, or ``keeping``: what is freed stays with the process, as under the run scripts.
         rows: (layout, K).
         groups: groups a step.
         size: one of ``SIZES``.
         vocabulary: 0 for the workload's: 32,000, or the tokenizer's for real text.
         tokenizer: a folder, for real text.
         max_tokens: rows that would compute on more tokens a step (padding counted) are left out.
-        keep_freed_memory: whether the process does so, as the run scripts do.
     """
 
     workload: str = "synthetic"
@@ -76,6 +76,7 @@ class Task:
     reference: str = "uncached"
     tuning: str = "full"
     compile: str = "no"
+    malloc: str = "default"
     rows: list[tuple[str, int]] = field(default_factory=list)
     steps: int = 5
     groups: int = 4
@@ -84,7 +85,6 @@ class Task:
     vocabulary: int = 0
     tokenizer: str | None = None
     max_tokens: int = 10**9
-    keep_freed_memory: bool = False
 
 
 # -------------------------------------------------------------------------------------------------------- trainers

@@ -2,15 +2,18 @@
 
     CONTRASTIVE_ALIGN_DATA=path/to/data CONTRASTIVE_ALIGN_MODELS=path/to/models python benchmarks/speed.py
     python benchmarks/speed.py --workload synthetic --k 2 4 [--precision bf16] [--reference cached] [--tuning lora]
-                               [--compile yes] [--keep-freed-memory]
+                               [--compile yes] [--malloc keeping]
     python benchmarks/speed.py --gpu
 
 Without a choice of rows: TRL and this package at K = 2, both layouts at K = 4, the shared one at K = 16, on synthetic
-and on real lengths: some 25 minutes on 2 cores. With a choice: every combination of what was chosen, and of K = 2 and
-4, fp32, an uncached reference, full fine-tuning and nothing compiled for what was not. --all takes hours. --memory adds
-the peaks (a process of its own for every row, about a minute each), --lengths the growth with the prompt (10 minutes).
-Rows of more than --max-tokens a step, padding counted, are left out: each token takes about 0.4 MB, and the default
-16 GB in all.
+and on real lengths: some 35 minutes on 2 cores. With a choice: every combination of what was chosen, and of K = 2 and
+4, fp32, an uncached reference, full fine-tuning, nothing compiled and malloc as it is for what was not. --all takes
+hours. --memory adds the peaks (a process of its own for every row, about a minute each), --lengths the growth with the
+prompt (10 minutes). Rows of more than --max-tokens a step, padding counted, are left out: each token takes about 0.4
+MB, and the default 16 GB in all.
+
+``--malloc keeping``: freed memory stays with the process, as under the run scripts. Otherwise a step's largest tensors
+come on fresh pages every time, which costs TRL's logits most, then rows of many tokens, such as those of K = 16.
 
 Model: a random Llama of 56M parameters (hidden 512, 8 layers, 8 heads, 4 KV heads, intermediate 1408, vocabulary
 32,000, 4,096 positions). Workloads: ``synthetic``, log-normal lengths (prompts median 160, completions median 260);
@@ -56,20 +59,22 @@ CHOICES = {
     "reference": ["uncached", "cached"],
     "tuning": ["full", "lora"],
     "compile": ["no", "yes"],
+    "malloc": ["default", "keeping"],
 }
 DEFAULTS = [  # what answers "how much faster?", with no row for nothing
     Task("synthetic", rows=[("trl", 2), ("shared", 2), ("padded", 4), ("shared", 4)]),
-    Task("synthetic", reference="cached", rows=[("shared", 4)]),
-    Task("synthetic", reference="cached", compile="yes", rows=[("shared", 4)]),
-    Task("qa", rows=[("trl", 2), ("shared", 2), ("padded", 4), ("shared", 4), ("shared", 16)]),
-    Task("qa", reference="cached", rows=[("shared", 4)]),
+    Task("synthetic", reference="cached", malloc="keeping", rows=[("shared", 4)]),
+    Task("synthetic", reference="cached", compile="yes", malloc="keeping", rows=[("shared", 4)]),
+    Task("qa", rows=[("trl", 2), ("shared", 2), ("padded", 4), ("shared", 4)]),
+    Task("qa", malloc="keeping", rows=[("trl", 2), ("shared", 2), ("shared", 4), ("shared", 16)]),
+    Task("qa", reference="cached", malloc="keeping", rows=[("shared", 4)]),
 ]
 GPU_ROWS = [("trl", 2), ("padded", 2), ("shared", 2), ("padded", 4), ("shared", 4), ("padded", 8), ("shared", 8)]
 LENGTHS = (64, 128, 256, 512, 1024)
 WIDE = 128_000  # the vocabulary beside 32,000
 HEADER = (
-    "workload", "precision", "reference", "tuning", "compiled", "layout", "K", "seconds a step", "unique tokens/s",
-    "peak above the model, GB", "time over TRL's at K=2", "share of the matrix-product rate",
+    "workload", "precision", "reference", "tuning", "compiled", "malloc", "layout", "K", "seconds a step",
+    "unique tokens/s", "peak above the model, GB", "time over TRL's at K=2", "share of the matrix-product rate",
     "of the rate around each step",
 )  # fmt: skip
 GROWTH_HEADER = ("what", "from", "to", "seconds", "seconds", "ratio", "ratio of unique tokens", "one over the other")
@@ -92,7 +97,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=33_000, help="leave out rows of more tokens a step")
     parser.add_argument("--tokenizer", help="a folder (default: the one in CONTRASTIVE_ALIGN_MODELS)")
     parser.add_argument("--gpu", action="store_true", help="the 1B model on a GPU")
-    parser.add_argument("--keep-freed-memory", action="store_true", help="in every process, as the run scripts do")
     parser.add_argument("--profile", metavar="ROW", help="instead: the operators of one step, of shared4, trl2, ...")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything measured there")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # a trial of the benchmark itself
@@ -117,7 +121,6 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
         "device": "cuda" if args.gpu else "cpu",
         "tokenizer": args.tokenizer or find_tokenizer(),
         "max_tokens": 10**9 if args.gpu else args.max_tokens,
-        "keep_freed_memory": args.keep_freed_memory,
     }
     if args.gpu:
         rows = [row for row in GPU_ROWS if row[0] in (args.layouts or LAYOUTS) and row[1] in (args.k or [2, 4, 8])]
@@ -144,7 +147,7 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
 def perform(task: Task, what: str, apart: bool = True) -> dict:
     """Measure ``time`` or ``memory`` of a task, ``apart``: in a process of its own, so that none disturbs the next."""
     if not apart:
-        if task.keep_freed_memory:
+        if task.malloc == "keeping":
             keep_freed_memory()
         return {"time": time_rows, "memory": peak_memory, "profile": profile}[what](task)
     print(f"{what}: {', '.join(filter(None, _choices(_settings(task))))}: {task.rows}", file=sys.stderr)
@@ -260,7 +263,8 @@ def _labels(row: dict) -> list[str]:
 
 def _choices(row: dict) -> list[str]:
     """What was chosen for a row, to be read without a header."""
-    return [{"yes": "compiled", "no": ""}.get(row[name], row[name]) for name in CHOICES]
+    words = {"yes": "compiled", "no": "", "default": "", "keeping": "malloc keeping"}
+    return [words.get(row[name], row[name]) for name in CHOICES]
 
 
 def memory_notes(rows: list[dict]) -> list[str]:

@@ -42,14 +42,14 @@ def test_the_table_has_its_rows_and_columns(benchmarks, reference):
     header, _, *lines = cells(speed.table(rows))
     assert tuple(header) == speed.HEADER
     wanted = [("trl", "2"), ("padded", "2"), ("shared", "2"), ("padded", "4"), ("shared", "4")]
-    assert [(line[5], line[6]) for line in lines] == wanted
+    assert [(line[6], line[7]) for line in lines] == wanted
     for line in lines:
-        assert line[:5] == ["synthetic", "fp32", reference, "full", "no"]
-        seconds, tokens, peak, over_trl, share, share_now = line[7:]
+        assert line[:6] == ["synthetic", "fp32", reference, "full", "no", "default"]
+        seconds, tokens, peak, over_trl, share, share_now = line[8:]
         assert float(seconds) > 0 and float(tokens) > 0 and float(over_trl) > 0 and 0 <= float(share) < 1
         assert 0 <= float(share_now) < 1
         assert peak == ""  # was not asked for
-    assert lines[0][10] == "1.00"
+    assert lines[0][11] == "1.00"
 
     header, _, *lines = cells(speed.growth(rows))
     assert tuple(header) == speed.GROWTH_HEADER
@@ -58,7 +58,14 @@ def test_the_table_has_its_rows_and_columns(benchmarks, reference):
 
 def test_growth_compares_with_4_completions_and_layouts_at_each_length(benchmarks):
     speed, *_ = benchmarks
-    same = {"precision": "fp32", "reference": "cached", "tuning": "full", "compile": "no", "run": 0}
+    same = {
+        "precision": "fp32",
+        "reference": "cached",
+        "tuning": "full",
+        "compile": "no",
+        "malloc": "default",
+        "run": 0,
+    }
     rows = [
         {**same, "workload": "qa", "layout": "shared", "k": k, "median": t[1], "seconds": t, "tokens": n}
         for k, t, n in (
