@@ -106,7 +106,7 @@ def _difference(model: PreTrainedModel, autocast: bool) -> str | None:
         return "its attention cannot be replaced"
     # Windows are longer than this batch, whose log-probs say nothing of them.
     with attention.recorded_windows() as (of_masks, of_calls):
-        _own_logps(model, batch)
+        model(input_ids=batch["input_ids"][:1], attention_mask=batch["attention_mask"][:1], use_cache=False)
     if lost := of_masks - of_calls:
         return f"a window of {' and '.join(map(str, lost))} tokens reaches its masks, but not its attention"
     found = completion_logps(model, batch, layout="shared")
