@@ -470,6 +470,27 @@ def test_models_that_cannot_go_padded_or_raise(name, caplog):
             choose_layout(model, "shared", sharded=sharded)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_convolutions_are_found_whatever_rounding_hides(dtype, caplog):
+    """Of a last layer that mixes 3 tokens, log-probs in 16 bits tell less than their tolerance."""
+    import logging
+
+    model = build(hf.Lfm2Config, {"layer_types": ["full_attention", "full_attention", "conv"]}).to(dtype)
+    add_head_over_plain(model)
+    logging.getLogger("contrastive_align.models.layout").propagate = True
+    logging.getLogger("transformers").propagate = True
+    with caplog.at_level(logging.WARNING):
+        assert choose_layout(model, "auto") == "padded"
+    assert (dtype == torch.float32) != ("nats with the words of another" in caplog.text)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "mixtral"])
+def test_what_can_is_found_in_16_bits_too(name):
+    experts = (hf.MixtralConfig, {"num_local_experts": 4})
+    model = build(*(experts if name == "mixtral" else ARCHITECTURES[name])).to(torch.bfloat16)
+    assert choose_layout(add_head_over_plain(model), "shared") == "shared"
+
+
 @pytest.mark.parametrize("name", ["mistral", "gemma3", "phi3"])
 def test_windows_longer_than_what_is_tried_and_shorter_than_the_rows(name):
     config_class, extra = ARCHITECTURES[name]
