@@ -291,3 +291,14 @@ def test_conditional_training_is_compared_in_two_tables(script, tmp_path, monkey
     monkeypatch.setattr(conditional.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 2))
     with pytest.raises(SystemExit, match=r"run_conditional\.py.* failed; its output is in .*tokens-seed3/run\.log"):
         conditional.main(["--seeds", "3", "--out", str(tmp_path)])
+
+
+def test_architectures_are_compared_with_their_own_forward(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import architectures
+
+    layout, gap, off = architectures.compare("mistral")
+    assert layout == "shared" and 0 < gap < architectures.FAULT and 0 < off < architectures.FAULT
+    assert architectures.compare("bloom") == ("padded", None, None)
+    monkeypatch.setattr(architectures, "choose_layout", lambda model, _: model.set_attn_implementation("shared_prompt"))
+    assert architectures.compare("phimoe")[1] > architectures.FAULT  # its window is lost where the check is left out
