@@ -484,6 +484,13 @@ def test_short_convolutions_are_found_whatever_rounding_hides(dtype, caplog):
     assert (dtype == torch.float32) != ("nats with the words of another" in caplog.text)
 
 
+def test_log_probs_that_are_no_numbers_say_nothing_for_the_shared_layout():
+    model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
+    with torch.no_grad():
+        model.get_output_embeddings().weight[5] = torch.nan
+    assert choose_layout(model, "auto") == "padded"
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "mixtral"])
 def test_what_can_is_found_in_16_bits_too(name):
     experts = (hf.MixtralConfig, {"num_local_experts": 4})

@@ -117,11 +117,11 @@ def _difference(model: PreTrainedModel, autocast: bool) -> str | None:
     gap = ((found.logps - expected).abs() / found.lengths.clamp(min=1)).max().item()
     sixteen_bit = autocast or getattr(model, "is_quantized", False)
     tolerance = TOLERANCE_16_BIT if sixteen_bit else TOLERANCE.get(model.dtype, TOLERANCE_16_BIT)
-    if gap > tolerance:
+    if not gap <= tolerance:  # not a number either
         return f"its log-probs differ by {gap:.2g} nats per token"
     # What 16 bits may hide from the comparison: layers that see the row as one text, as short convolutions do.
     leak = _moved(found.logps, completion_logps(model, changed, layout="shared").logps)
-    if leak > max(LEAK, 10 * moved):
+    if not leak <= max(LEAK, 10 * moved):
         return f"a completion's log-prob moves by {leak:.2g} nats with the words of another"
     return None
 
