@@ -8,6 +8,7 @@ positions continuing from the prompt's end, which makes its numbers those of a r
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -48,7 +49,30 @@ class SharedPrompt:
     def __init__(self, segments: list[Segment]) -> None:
         self.segments = segments
         self.layers_seen = 0
+        self.part = "row"  # or "prompts", or "branches": what a layer is given
+        self.keys: tuple[Tensor, Tensor] | None = None  # and values, of the prompts, where these are not given
         self._masks: dict = {}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of every prompt and, in turn, of all the branches after it."""
+        return [length for s in self.segments for length in (s.prompt, sum(s.branches))]
+
+    def cut(self, row: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """A row -> what of it are prompts, and what are branches."""
+        parts = row.split(self.lengths, axis)  # whose gradient is one concatenation: that of a slice is a whole row
+        return torch.cat(parts[::2], axis), torch.cat(parts[1::2], axis)
+
+    def join(self, prompts: Tensor, branches: Tensor, axis: int) -> Tensor:
+        """What ``cut`` has cut."""
+        parts = zip(prompts.split(self.lengths[::2], axis), branches.split(self.lengths[1::2], axis), strict=True)
+        return torch.cat([part for pair in parts for part in pair], axis)
+
+    def at(self, part: str, keys: tuple[Tensor, Tensor] | None = None) -> SharedPrompt:
+        """For a layer that is given but a part of the row: see ``models/last_layer.py``."""
+        other = copy.copy(self)
+        other.part, other.keys = part, keys
+        return other
 
     @property
     def long_prompts(self) -> bool:
@@ -66,6 +90,10 @@ class SharedPrompt:
                 hidden, -torch.inf
             )
         return self._masks[key]
+
+
+class PromptsRead(Exception):
+    """Ends the call of a layer that is given the prompts alone, once their keys are there."""
 
 
 def pack(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], SharedPrompt]:
@@ -90,7 +118,8 @@ def pack(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], SharedPrompt]:
         segments.append(Segment(shared, tuple(completions[row : row + k])))
         row += k
     packed = {"input_ids": pieces, "position_ids": positions, "shift_labels": labels}
-    return {name: torch.cat(parts)[None] for name, parts in packed.items()}, SharedPrompt(segments)
+    # Stacked: torch.compile makes another graph for a view, and what a layer gets of these is none.
+    return {name: torch.stack([torch.cat(parts)]) for name, parts in packed.items()}, SharedPrompt(segments)
 
 
 def shared_prompt_attention(
@@ -145,11 +174,17 @@ def _by_segments(
     scaling: float | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention over a packed row: (1, H, n, D) -> (1, n, H, D)."""
+    """Attention over a packed row: (1, H, n, D) -> (1, n, H, D), where n are the queries that were given."""
     shared_prompt.layers_seen += 1
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:  # as torch's own attention does
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+    if shared_prompt.part == "prompts":
+        shared_prompt.keys = key, value
+        raise PromptsRead
+    if shared_prompt.part == "branches":
+        prompt_key, prompt_value = shared_prompt.keys
+        key, value = shared_prompt.join(prompt_key, key, 2), shared_prompt.join(prompt_value, value, 2)
     # Grouped queries: a CPU's kernel reads shared keys where they are, with a mask too; a GPU's do not, with a mask.
     if softcap is not None or device != "cpu" or not READS_SHARED_KEYS:
         groups = query.size(1) // key.size(1)
@@ -160,12 +195,13 @@ def _by_segments(
         return merged_attention(query, key, value, segments, scaling).transpose(1, 2)
     # Split once: the gradient of a slice is as long as the row, that of a split is one concatenation.
     sizes = [length for s in segments for length in (s.prompt, *s.branches)]
-    pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    asking = sizes if shared_prompt.part == "row" else [length for s in segments for length in (0, *s.branches)]
+    pieces = zip(query.split(asking, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     outputs = []
     attend = partial(_causal, shared_prompt, window=sliding_window, dropout=dropout, scaling=scaling, softcap=softcap)
-    for prompt, branches in segments:
+    for _, branches in segments:
         q, prompt_k, prompt_v = next(pieces)
-        if prompt:
+        if q.size(2):
             outputs += attend(q, prompt_k, prompt_v)
         for _ in branches:
             q, k, v = next(pieces)

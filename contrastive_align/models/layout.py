@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from contrastive_align.models import attention
 from contrastive_align.models.head import add_head
+from contrastive_align.models.last_layer import run_prompts_whole, stop_prompts_at_keys
 from contrastive_align.models.logps import completion_logps
 
 
@@ -80,6 +81,15 @@ def choose_layout(
 
 
 def _problem_with(model: PreTrainedModel, own_attention: str, autocast: bool) -> str | None:
+    """With a last layer that stops at the prompts' keys; where that has a problem, as the model is."""
+    if stop_prompts_at_keys(model):
+        if _problem_as_it_is(model, own_attention, autocast) is None:
+            return None
+        run_prompts_whole(model)
+    return _problem_as_it_is(model, own_attention, autocast)
+
+
+def _problem_as_it_is(model: PreTrainedModel, own_attention: str, autocast: bool) -> str | None:
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
     was_training = model.training
@@ -142,7 +152,7 @@ def _problem_with_a_small(model: PreTrainedModel) -> str | None:
         except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, KeyError) as error:
             return f"no small model of its class to try it on, {type(error).__name__} ({error})"
         add_head(small)
-        return _problem_with(small, small.config._attn_implementation, autocast=False)
+        return _problem_as_it_is(small, small.config._attn_implementation, autocast=False)
 
 
 def _small(model: PreTrainedModel) -> PreTrainedModel:

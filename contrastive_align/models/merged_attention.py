@@ -3,8 +3,8 @@
 A softmax over the union of two sets of keys is the mean of the softmaxes over each, weighted by their sums of
 exponentials. So the prompt with its first branch, which follows it in memory, is one causal row; every other branch is
 one of its own; and what these read of the prompt is a single call without a mask, for all of them together: the
-kernel's fastest case. Of the backward pass nothing changes but that every part is given the merged output and
-log-sum-exp.
+kernel's fastest case. Where the prompts ask nothing (a model's last layer), the first branch is as the others. Of the
+backward pass nothing changes but that every part is given the merged output and log-sum-exp.
 """
 
 from __future__ import annotations
@@ -25,24 +25,41 @@ _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 READS_SHARED_KEYS = Version(torch.__version__) >= Version("2.9")  # fewer heads of keys than of queries
 
 
+class _Branch(NamedTuple):
+    """Where its queries stand, and its keys: elsewhere if the prompts ask nothing."""
+
+    queries: slice
+    keys: slice
+
+
 class _Group(NamedTuple):
-    """Where a group's parts stand in the row. ``first`` is the prompt with its first branch, ``others`` the rest."""
+    """Where a group's parts stand in the row. ``first`` is the prompt with its first branch, if the prompt asks.
+
+    The other branches, all of them if it does not, stand at ``others`` among the queries.
+    """
 
     prompt: slice
-    first: slice
+    first: slice | None
     others: slice
-    branches: list[slice]
+    branches: list[_Branch]
 
 
-def _groups(segments: Sequence[tuple[int, Sequence[int]]]) -> Iterator[_Group]:
-    start = 0
-    for prompt, (first, *lengths) in segments:
-        begin = end = start + prompt + first
-        branches = []
+def _groups(segments: Sequence[tuple[int, Sequence[int]]], prompts_ask: bool) -> Iterator[_Group]:
+    start = left_out = 0  # left out of the queries
+    for prompt, lengths in segments:
+        keys = slice(start, start + prompt)
+        first, end = None, start + prompt
+        if prompts_ask:
+            first, *lengths = lengths
+            first = slice(start, end + first)
+            end = first.stop
+        else:
+            left_out += prompt
+        begin, branches = end - left_out, []
         for length in filter(None, lengths):
-            branches.append(slice(end, end + length))
+            branches.append(_Branch(slice(end - left_out, end - left_out + length), slice(end, end + length)))
             end += length
-        yield _Group(slice(start, start + prompt), slice(start, begin), slice(begin, end), branches)
+        yield _Group(keys, first, slice(begin, end - left_out), branches)
         start = end
 
 
@@ -59,9 +76,11 @@ def merged_attention(
     """(1, H, n, D) queries, (1, H or fewer, n, D) keys and values of a packed row -> (1, H, n, D).
 
     ``segments``: the lengths of each group's prompt, at least one token, and of its branches. A branch attends to its
-    prompt and, causally, to itself; a prompt, causally, to itself. ``scale``: of the scores, 1 / sqrt(D) where None.
+    prompt and, causally, to itself; a prompt, causally, to itself, or not at all: the queries may be those of the
+    branches alone. ``scale``: of the scores, 1 / sqrt(D) where None.
     """
-    return _MergedAttention.apply(query, key, value, list(_groups(segments)), scale)
+    groups = list(_groups(segments, prompts_ask=query.size(2) == key.size(2)))
+    return _MergedAttention.apply(query, key, value, groups, scale)
 
 
 class _MergedAttention(torch.autograd.Function):
@@ -74,14 +93,15 @@ class _MergedAttention(torch.autograd.Function):
         output = query.new_empty(batch, n, heads, size).transpose(1, 2)
         log_sums = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
         for prompt, first, others, branches in groups:
-            output[:, :, first], log_sums[:, :, first] = attend(first, first, True)
+            if first is not None:
+                output[:, :, first], log_sums[:, :, first] = attend(first, first, True)
             if not branches:
                 continue
             of_prompt, log_sums_of_prompt = attend(others, prompt, False)
-            for branch in branches:
+            for branch, keys in branches:
                 here = slice(branch.start - others.start, branch.stop - others.start)
                 a, log_a = of_prompt[:, :, here], log_sums_of_prompt[:, :, here]
-                b, log_b = attend(branch, branch, True)
+                b, log_b = attend(branch, keys, True)
                 weight = torch.sigmoid(log_b - log_a).unsqueeze(-1)
                 if a.dtype == weight.dtype:
                     torch.lerp(a, b, weight, out=output[:, :, branch])
@@ -104,14 +124,17 @@ class _MergedAttention(torch.autograd.Function):
 
         dq, dk, dv = (torch.empty_like(t) for t in (query, key, value))
         for prompt, first, others, branches in ctx.groups:
-            dq[:, :, first], dk[:, :, first], dv[:, :, first] = gradients(first, first, True)
+            if first is not None:
+                dq[:, :, first], dk[:, :, first], dv[:, :, first] = gradients(first, first, True)
+            else:
+                dk[:, :, prompt] = dv[:, :, prompt] = 0
             if not branches:
                 continue
             dq_of_prompt, dk_prompt, dv_prompt = gradients(others, prompt, False)
             dk[:, :, prompt] += dk_prompt
             dv[:, :, prompt] += dv_prompt
-            for branch in branches:
+            for branch, keys in branches:
                 here = slice(branch.start - others.start, branch.stop - others.start)
-                own, dk[:, :, branch], dv[:, :, branch] = gradients(branch, branch, True)
+                own, dk[:, :, keys], dv[:, :, keys] = gradients(branch, keys, True)
                 torch.add(dq_of_prompt[:, :, here], own, out=dq[:, :, branch])
         return dq, dk, dv, None, None
