@@ -1,7 +1,9 @@
 """The shared-prompt layout gives what rows of their own give, on every architecture, or is refused."""
 
+import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.data import GroupCollator
-from contrastive_align.models import attention
+from contrastive_align.models import attention, last_layer
 from contrastive_align.models.attention import NAME, pack
 from contrastive_align.models.head import add_head
 from contrastive_align.models.layout import _own_logps, choose_layout
@@ -121,6 +123,7 @@ def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypa
     expected_gradient = gradients(model, expected)
     add_head_over_plain(model)
     assert choose_layout(model, "shared") == "shared"
+    assert last_layer.is_stopped(model)
     if variant == "checkpointing":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for layout in ("shared", "padded"):
@@ -128,6 +131,64 @@ def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypa
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-4), layout
         gap = (gradients(model, found) - expected_gradient).norm() / expected_gradient.norm()
         assert gap < 1e-5, layout
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_of_prompts_the_last_layer_makes_keys_and_values_alone(name):
+    model = build(*ARCHITECTURES[name]).train()
+    add_head_over_plain(model)
+    batch = GroupCollator(0)(groups())
+    assert choose_layout(model, "shared") == "shared"
+    packed, _ = attention.pack(batch)
+    tokens, completions = packed["input_ids"].size(1), int(batch["completion_mask"].sum())
+    seen = []
+    for layer in _stack(model):
+        layer.mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].size(1)))
+    stopped = completion_logps(model, batch, layout="shared").logps
+    assert seen == [tokens] * (len(seen) - 1) + [completions]
+    seen.clear()
+    last_layer.run_prompts_whole(model)
+    assert not last_layer.is_stopped(model)
+    whole = completion_logps(model, batch, layout="shared").logps
+    assert set(seen) == {tokens}
+    gradient = gradients(model, stopped)
+    assert torch.allclose(stopped, whole, rtol=1e-6)
+    assert (gradient - gradients(model, whole)).norm() < 1e-5 * gradient.norm()
+
+
+def _stack(model):
+    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
+
+
+@pytest.mark.parametrize("why", ["it needs the whole row", "its forward is in other hands", "sharded"])
+def test_a_last_layer_that_cannot_stop_runs_whole(why):
+    model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
+    layer = model.model.layers[-1]
+    if why == "its forward is in other hands":
+        layer.forward = layer.forward  # as accelerate's hooks do
+    elif why == "it needs the whole row":
+
+        class Whole(type(layer)):
+            def forward(self, hidden_states, *args, shared_prompt=None, **kwargs):
+                if shared_prompt is not None:
+                    hidden_states = hidden_states.view(1, sum(shared_prompt.lengths), -1)
+                return super().forward(hidden_states, *args, shared_prompt=shared_prompt, **kwargs)
+
+        layer.__class__ = Whole
+    assert choose_layout(model, "shared", sharded=why == "sharded") == "shared"
+    assert not last_layer.is_stopped(model)
+    batch = GroupCollator(0)(groups())
+    assert torch.allclose(completion_logps(model, batch, layout="shared").logps, _own_logps(model, batch), rtol=1e-5)
+
+
+def test_copies_of_a_model_stop_by_themselves():
+    model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
+    assert choose_layout(model, "shared") == "shared"
+    copied = copy.deepcopy(model.model)
+    assert copied.layers[-1].forward.__self__ is copied.layers[-1]
+    loaded = pickle.loads(pickle.dumps(model.model))
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(loaded(ids).last_hidden_state, model.model(ids).last_hidden_state)
 
 
 def test_masks_are_of_a_block_of_queries_whatever_the_prompt():
@@ -165,22 +226,28 @@ ROWS = {
 }
 
 
+@pytest.mark.parametrize("part", ["row", "branches"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
-def test_long_prompts_are_read_for_all_branches_at_once(lengths, heads):
+def test_long_prompts_are_read_for_all_branches_at_once(lengths, heads, part):
     """Output and gradients in float64 against a softmax with the whole mask, with keys and values of fewer heads."""
     (q, k, v), segments, sees = row(lengths, heads)
+    layout = attention.SharedPrompt(segments)
     q = 3 * q  # scores far apart: the weights of the parts too
 
     def whole(q, k, v):
         groups = heads[0] // heads[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         scores = (0.3 * q @ k.transpose(2, 3)).masked_fill(~sees, -torch.inf)
-        return (scores.softmax(-1) @ v).transpose(1, 2)
+        output = (scores.softmax(-1) @ v).transpose(1, 2)
+        return output if part == "row" else layout.cut(output, 1)[1]
 
     def shared(q, k, v):
-        layout = attention.SharedPrompt(segments)
-        output = attention.shared_prompt_attention(None, q, k, v, None, scaling=0.3, shared_prompt=layout)[0]
+        given = layout
+        if part == "branches":  # the last layer's
+            (_, q), (of_prompts, k), (values_of_prompts, v) = (layout.cut(t, 2) for t in (q, k, v))
+            given = layout.at("branches", (of_prompts, values_of_prompts))
+        output = attention.shared_prompt_attention(None, q, k, v, None, scaling=0.3, shared_prompt=given)[0]
         assert type(output.grad_fn.next_functions[0][0]).__name__ == "_MergedAttentionBackward"
         return output
 

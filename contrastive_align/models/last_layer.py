@@ -24,17 +24,22 @@ def stop_prompts_at_keys(model: PreTrainedModel) -> bool:
     count on every call to end.
     """
     layer = _last_layer(model)
-    if layer is None or ("forward" in vars(layer) and not _is_stopped(layer)):
+    if layer is None or ("forward" in vars(layer) and not is_stopped(model)):
         return False
-    layer.forward = types.MethodType(_forward, layer)
+    layer.forward = types.MethodType(forward, layer)
     return True
 
 
 def run_prompts_whole(model: PreTrainedModel) -> None:
     """Undo :func:`stop_prompts_at_keys`."""
+    if is_stopped(model):
+        del _last_layer(model).forward
+
+
+def is_stopped(model: PreTrainedModel) -> bool:
+    """Whether :func:`stop_prompts_at_keys` holds for it."""
     layer = _last_layer(model)
-    if layer is not None and _is_stopped(layer):
-        del layer.forward
+    return layer is not None and getattr(vars(layer).get("forward"), "__func__", None) is forward
 
 
 def _last_layer(model: PreTrainedModel) -> nn.Module | None:
@@ -44,24 +49,21 @@ def _last_layer(model: PreTrainedModel) -> nn.Module | None:
     return stacks[0][-1] if len(stacks) == 1 else None
 
 
-def _is_stopped(layer: nn.Module) -> bool:
-    return getattr(vars(layer).get("forward"), "__func__", None) is _forward
-
-
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    forward, row = type(self).forward, kwargs.get("shared_prompt")
+def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward in two calls, where it is given a packed row; what comes out is 0 at the prompts."""
+    own_forward, row = type(self).forward, kwargs.get("shared_prompt")
     if row is None or not any(s.prompt for s in row.segments):
-        return forward(self, *args, **kwargs)
+        return own_forward(self, *args, **kwargs)
     (args_of_prompts, args_of_branches), (of_prompts, of_branches) = (_cut(x, row) for x in (args, kwargs))
     prompts = row.at("prompts")
     try:
-        forward(self, *args_of_prompts, **of_prompts | {"shared_prompt": prompts})
+        own_forward(self, *args_of_prompts, **of_prompts | {"shared_prompt": prompts})
     except PromptsRead:
         pass
     else:  # without having met the shared-prompt attention
-        return forward(self, *args, **kwargs)
+        return own_forward(self, *args, **kwargs)
     branches = row.at("branches", prompts.keys)
-    outputs = forward(self, *args_of_branches, **of_branches | {"shared_prompt": branches})
+    outputs = own_forward(self, *args_of_branches, **of_branches | {"shared_prompt": branches})
     row.layers_seen = branches.layers_seen
     hidden, *others = outputs if isinstance(outputs, tuple) else (outputs,)
     zeros = hidden.new_zeros(1, sum(row.lengths[::2]), hidden.size(2))
@@ -85,4 +87,3 @@ def _axis(tensor: Tensor, length: int) -> int | None:
     """Where a tensor goes along the row: (1, n, ...), else (..., n)."""
     axes = (1, -1) if tensor.dim() > 1 else range(-tensor.dim(), 0)
     return next((axis for axis in axes if tensor.size(axis) == length), None)
-
