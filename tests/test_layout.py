@@ -108,7 +108,10 @@ def gradients(model, logps):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("variant", ["plain", "checkpointing", "blocks of queries", "long prompts", "as on a GPU"])
+VARIANTS = ["plain", "checkpointing", "reentrant", "blocks of queries", "long prompts", "as on a GPU"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypatch):
     if variant == "blocks of queries":
@@ -124,8 +127,8 @@ def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypa
     add_head_over_plain(model)
     assert choose_layout(model, "shared") == "shared"
     assert last_layer.is_stopped(model)
-    if variant == "checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if variant in ("checkpointing", "reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": variant == "reentrant"})
     for layout in ("shared", "padded"):
         found = completion_logps(model, batch, layout=layout).logps
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-4), layout
@@ -181,14 +184,63 @@ def test_a_last_layer_that_cannot_stop_runs_whole(why):
     assert torch.allclose(completion_logps(model, batch, layout="shared").logps, _own_logps(model, batch), rtol=1e-5)
 
 
-def test_copies_of_a_model_stop_by_themselves():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_last_layer_that_is_called_again_runs_whole(dtype):
+    """As of models that go over their layers more than once; whatever rounding, or weights that say little, hide."""
     model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.01)
+    model.model.layers[1] = model.model.layers[2]
+    assert choose_layout(model.to(dtype), "shared") == "shared"
+    assert not last_layer.is_stopped(model)
+
+
+@pytest.mark.parametrize("error", [KeyError, AssertionError, ZeroDivisionError])
+def test_whatever_error_the_two_calls_meet_the_layer_runs_whole(error):
+    model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
+
+    class Whole(type(model.model.layers[-1])):
+        def forward(self, hidden_states, *args, shared_prompt=None, **kwargs):
+            if shared_prompt is not None and hidden_states.size(1) != sum(shared_prompt.lengths):
+                raise error
+            return super().forward(hidden_states, *args, shared_prompt=shared_prompt, **kwargs)
+
+    model.model.layers[-1].__class__ = Whole
     assert choose_layout(model, "shared") == "shared"
-    copied = copy.deepcopy(model.model)
-    assert copied.layers[-1].forward.__self__ is copied.layers[-1]
-    loaded = pickle.loads(pickle.dumps(model.model))
+    assert not last_layer.is_stopped(model)
+
+
+def test_a_last_layer_that_does_not_attend_runs_whole():
+    model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
+
+    class Narrow(type(model.model.layers[-1])):
+        def forward(self, hidden_states, *args, **kwargs):
+            return hidden_states + self.mlp(hidden_states)
+
+    model.model.layers[-1].__class__ = Narrow
+    assert choose_layout(model, "shared") == "shared"
+    assert not last_layer.is_stopped(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_last_layer_that_attends_twice_runs_whole(dtype):
+    model = add_head_over_plain(build(hf.DiffLlamaConfig, {"head_dim": 8}))
+    assert choose_layout(model.to(dtype), "shared") == "shared"
+    assert not last_layer.is_stopped(model)
+
+
+def test_copies_of_a_model_run_whole():
+    model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
+    own = type(model.model.layers[-1])
+    assert choose_layout(model, "shared") == "shared"
     ids = torch.tensor([[5, 6, 7]])
-    assert torch.equal(loaded(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    for other in (copy.deepcopy(model.model), pickle.loads(pickle.dumps(model.model))):
+        assert type(other.layers[-1]) is own
+        assert torch.equal(other(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    assert last_layer.is_stopped(model) and type(model.model.layers[-1]).__name__ == own.__name__
+    assert choose_layout(model, "shared", sharded=True) == "shared"
+    assert type(model.model.layers[-1]) is own
 
 
 def test_masks_are_of_a_block_of_queries_whatever_the_prompt():
@@ -246,7 +298,7 @@ def test_long_prompts_are_read_for_all_branches_at_once(lengths, heads, part):
         given = layout
         if part == "branches":  # the last layer's
             (_, q), (of_prompts, k), (values_of_prompts, v) = (layout.cut(t, 2) for t in (q, k, v))
-            given = layout.at("branches", (of_prompts, values_of_prompts))
+            given = layout.for_part("branches", (of_prompts, values_of_prompts))
         output = attention.shared_prompt_attention(None, q, k, v, None, scaling=0.3, shared_prompt=given)[0]
         assert type(output.grad_fn.next_functions[0][0]).__name__ == "_MergedAttentionBackward"
         return output

@@ -42,15 +42,16 @@ class Segment(NamedTuple):
 class SharedPrompt:
     """The layout of a packed row. Reaches the attention function through the model's keyword arguments.
 
-    ``layers_seen`` counts the attention layers it reached: a model that drops keywords leaves it at 0. No dataclass,
-    since FSDP would hand a copy of one to the model.
+    ``layers_seen`` counts the attentions it reached: a model that drops keywords leaves it at 0; ``stops``, those that
+    had no more of the prompts than their keys. No dataclass, since FSDP would hand a copy of one to the model.
     """
 
     def __init__(self, segments: list[Segment]) -> None:
         self.segments = segments
         self.layers_seen = 0
+        self.stops = 0
         self.part = "row"  # or "prompts", or "branches": what a layer is given
-        self.keys: tuple[Tensor, Tensor] | None = None  # and values, of the prompts, where these are not given
+        self.keys_and_values: tuple[Tensor, Tensor] | None = None  # of the prompts, where these are not given
         self._masks: dict = {}
 
     @property
@@ -68,10 +69,10 @@ class SharedPrompt:
         parts = zip(prompts.split(self.lengths[::2], axis), branches.split(self.lengths[1::2], axis), strict=True)
         return torch.cat([part for pair in parts for part in pair], axis)
 
-    def at(self, part: str, keys: tuple[Tensor, Tensor] | None = None) -> SharedPrompt:
+    def for_part(self, part: str, keys_and_values: tuple[Tensor, Tensor] | None = None) -> SharedPrompt:
         """For a layer that is given but a part of the row: see ``models/last_layer.py``."""
         other = copy.copy(self)
-        other.part, other.keys = part, keys
+        other.part, other.keys_and_values = part, keys_and_values
         return other
 
     @property
@@ -180,10 +181,10 @@ def _by_segments(
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:  # as torch's own attention does
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     if shared_prompt.part == "prompts":
-        shared_prompt.keys = key, value
+        shared_prompt.keys_and_values = key, value
         raise PromptsRead
     if shared_prompt.part == "branches":
-        prompt_key, prompt_value = shared_prompt.keys
+        prompt_key, prompt_value = shared_prompt.keys_and_values
         key, value = shared_prompt.join(prompt_key, key, 2), shared_prompt.join(prompt_value, value, 2)
     # Grouped queries: a CPU's kernel reads shared keys where they are, with a mask too; a GPU's do not, with a mask.
     if softcap is not None or device != "cpu" or not READS_SHARED_KEYS:

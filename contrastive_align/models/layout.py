@@ -22,6 +22,7 @@ LAYOUTS = ("auto", "shared", "padded")
 # What rounding may make of the difference, in nats per token.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 TOLERANCE_16_BIT = 5e-2
+ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, IndexError)  # by which models show that they cannot
 LEAK = 1e-5  # what a completion's words may move the others by; 0 but where rows share a kernel's rounding (experts)
 
 
@@ -66,6 +67,8 @@ def choose_layout(
         return "padded"
     base = model.get_base_model() if is_peft_model(model) else model
     own_attention = base.config._attn_implementation
+    if sharded:
+        run_prompts_whole(base)  # whatever was chosen for it before
     problem = obstacle or (_problem_with_a_small(base) if sharded else _problem_with(base, own_attention, autocast))
     if problem is None and sharded:
         base.set_attn_implementation(attention.NAME)
@@ -81,22 +84,24 @@ def choose_layout(
 
 
 def _problem_with(model: PreTrainedModel, own_attention: str, autocast: bool) -> str | None:
-    """With a last layer that stops at the prompts' keys; where that has a problem, as the model is."""
+    """With a last layer that stops at the prompts' keys; where that has a problem, any, as the model is."""
     if stop_prompts_at_keys(model):
-        if _problem_as_it_is(model, own_attention, autocast) is None:
+        if _problem_as_it_is(model, own_attention, autocast, errors=Exception) is None:
             return None
         run_prompts_whole(model)
     return _problem_as_it_is(model, own_attention, autocast)
 
 
-def _problem_as_it_is(model: PreTrainedModel, own_attention: str, autocast: bool) -> str | None:
+def _problem_as_it_is(
+    model: PreTrainedModel, own_attention: str, autocast: bool, errors: type | tuple[type, ...] = ERRORS
+) -> str | None:
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
     was_training = model.training
     try:
         with torch.no_grad():
             problem = _difference(model, autocast)
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError) as error:
+    except errors as error:
         problem = f"{type(error).__name__} ({str(error).splitlines()[0] if str(error) else ''})"
     finally:
         model.train(was_training)

@@ -107,8 +107,18 @@ def completion_objective(
 
 
 def _check_attention(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """That a packed row met the attention it needs: any other would mix completions without an error."""
-    if "shared_prompt" in inputs and not inputs["shared_prompt"].layers_seen:
+    """That a packed row met the attention it needs: any other would mix completions without an error.
+
+    And that one attention at most, the last, met no more of the prompts than their keys: another one would need more.
+    """
+    if "shared_prompt" not in inputs:
+        return
+    if inputs["shared_prompt"].stops > 1:
+        raise RuntimeError(
+            f"The last layer of {type(model).__name__} attends {inputs['shared_prompt'].stops} times in a forward "
+            "pass, and needs the whole prompts for that. Set layout='padded'."
+        )
+    if not inputs["shared_prompt"].layers_seen:
         raise RuntimeError(
             f"The shared-prompt layout never reached the attention of {type(model).__name__}: it was replaced after "
             "the trainer was made, or is called without the model's keyword arguments. Set layout='padded'."

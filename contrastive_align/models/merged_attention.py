@@ -45,21 +45,20 @@ class _Group(NamedTuple):
 
 
 def _groups(segments: Sequence[tuple[int, Sequence[int]]], prompts_ask: bool) -> Iterator[_Group]:
-    start = left_out = 0  # left out of the queries
+    start = skipped = 0  # skipped: prompt tokens before, which are not among the queries
     for prompt, lengths in segments:
-        keys = slice(start, start + prompt)
-        first, end = None, start + prompt
+        end = start + prompt
+        keys_of_prompt, first = slice(start, end), None
         if prompts_ask:
-            first, *lengths = lengths
-            first = slice(start, end + first)
-            end = first.stop
+            end += lengths[0]
+            first, lengths = slice(start, end), lengths[1:]
         else:
-            left_out += prompt
-        begin, branches = end - left_out, []
+            skipped += prompt
+        others, branches = end - skipped, []
         for length in filter(None, lengths):
-            branches.append(_Branch(slice(end - left_out, end - left_out + length), slice(end, end + length)))
+            branches.append(_Branch(slice(end - skipped, end - skipped + length), slice(end, end + length)))
             end += length
-        yield _Group(keys, first, slice(begin, end - left_out), branches)
+        yield _Group(keys_of_prompt, first, slice(others, end - skipped), branches)
         start = end
 
 
