@@ -1,4 +1,4 @@
-"""What a training step cannot do without, in FLOP."""
+"""The FLOP of a training step that pays for each prompt once."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ class Counts:
 
 
 def floor_flop(groups: list[dict], k: int, counts: Counts, tuning: str, reference: str) -> float:
-    """The FLOP a step cannot do without, whatever the layout.
+    """The FLOP of a step that computes each prompt once, whatever the layout.
 
     Forward: 2 x body x unique tokens + 2 x head x completion tokens + 4 x attention x (query, key) pairs; a prompt of P
     tokens has P (P + 1) / 2 pairs, each of its completions of C tokens C P + C (C + 1) / 2. A full step does it three
     times (the gradients of inputs and of weights), under LoRA the products with frozen weights only twice; the
     adapters add 6 x adapters x unique tokens. An uncached reference is one more forward: a third again of a full step.
+
+    The last layer could do with less, and does: keys and values of the prompts (of the 56M model's FLOP at K = 4 some
+    1% on synthetic lengths, 7% on qa).
     """
     lengths = [(len(g["prompt_ids"]), [len(c) for c in g["completion_ids"][:k]]) for g in groups]
     completions = sum(sum(row) for _, row in lengths)

@@ -53,8 +53,10 @@ def _last_layer(model: PreTrainedModel) -> nn.Module | None:
 
 
 class _StopsAtKeys:
-    """What stands before a layer's own class. So a checkpoint, which transformers makes of the first class's forward,
-    holds both calls: of the first alone, it would lose the gradient of the keys, or find the pass ended.
+    """Stands before a layer's own class, so that a checkpoint holds both calls.
+
+    transformers makes it of the first class's forward. A checkpoint of the first call alone would lose the gradient of
+    the keys, or find its pass ended.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
