@@ -62,7 +62,7 @@ class Task:
         reference: ``cached`` log-probs, or ``uncached``: computed in every step.
         tuning: ``full``, or ``lora``: r=16 on every linear layer but the head.
         compile: ``no``, or ``yes``: torch_compile=True, which falls into the steps that are not counted.
-        malloc: ``default``, or ``keeping``: what is freed stays with the process, as under the run scripts.
+        malloc: ``default``, or ``keeping``: what is freed stays with the process, whoever freed it.
         rows: (layout, K).
         groups: groups a step.
         size: one of ``SIZES``.

@@ -26,10 +26,10 @@ from contrastive_align.launch.common import (
     versions,
 )
 from contrastive_align.launch.datasets import load_splits, take
-from contrastive_align.launch.memory import keep_freed_memory
 from contrastive_align.report import Change, Summary
 from contrastive_align.sampling import sample_completions
 from contrastive_align.trainers import ContrastiveTrainer
+from contrastive_align.trainers.memory import keep_freed_memory
 
 
 DEMO_NAME = "the bundled demo data"

@@ -45,6 +45,7 @@ from contrastive_align.trainers.conditional_inputs import (
     refuse_given,
 )
 from contrastive_align.trainers.conditioned_rows import ConditionedCollator, bare
+from contrastive_align.trainers.memory import KeepsFreedMemory
 from contrastive_align.trainers.round_metrics import RoundMetricsMixin
 from contrastive_align.trainers.rounds import RoundsMixin
 from contrastive_align.trainers.server_sampling import check_sampler
@@ -62,6 +63,7 @@ class ConditionalTrainer(
     RoundMetricsMixin,
     RoundsMixin,
     ConditionalCheckpointsMixin,
+    KeepsFreedMemory,
     SFTTrainer,
 ):
     r"""Train a language model on its own completions, each conditioned on how good it was; then ask for the best.

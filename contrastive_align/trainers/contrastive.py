@@ -38,6 +38,7 @@ from contrastive_align.trainers.card import CardMixin
 from contrastive_align.trainers.checkpoints import checkpoint_to_resume
 from contrastive_align.trainers.compiling import compile_layers
 from contrastive_align.trainers.contrastive_config import ContrastiveConfig
+from contrastive_align.trainers.memory import KeepsFreedMemory
 from contrastive_align.trainers.metrics import Averages, Mean, Metric, group_metrics
 from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMixin
 from contrastive_align.trainers.token_batches import TokenBatchesMixin
@@ -48,7 +49,7 @@ logger = logging.get_logger(__name__)
 AnyDataset = Dataset | IterableDataset
 
 
-class ContrastiveTrainer(CardMixin, TokenBatchesMixin, ReferenceMixin, DPOTrainer):
+class ContrastiveTrainer(CardMixin, TokenBatchesMixin, ReferenceMixin, KeepsFreedMemory, DPOTrainer):
     """Align a language model on groups of K scored completions: NCA, InfoNCA, DPO and kin.
 
     A subclass of :class:`trl.DPOTrainer` that takes its arguments and keeps what it does: model loading, PEFT,

@@ -54,6 +54,7 @@ from contrastive_align.trainers.fdpg_inputs import (
 )
 from contrastive_align.trainers.fdpg_state import TARGET_FILE, load_state, save_state, state_file
 from contrastive_align.trainers.log_z import RunningLogZ
+from contrastive_align.trainers.memory import KeepsFreedMemory
 from contrastive_align.trainers.modes import evaluation_mode
 from contrastive_align.trainers.proposal import kept_proposal
 from contrastive_align.trainers.vllm_sampling import base_kept
@@ -78,7 +79,7 @@ _NOT_COLUMNS = (
 AnyDataset = Dataset | IterableDataset
 
 
-class FDPGTrainer(CardMixin, RLOOTrainer):
+class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
     r"""Train a language model towards a target distribution under an f-divergence, from its own samples.
 
     .. math:: \nabla D_f(\pi \| p) = E_{y \sim q}\Big[\frac{\pi(y)}{q(y)}\, f'\Big(\frac{\pi(y)}{p(y)}\Big)\,

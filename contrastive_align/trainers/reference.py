@@ -24,6 +24,7 @@ from trl.trainer.utils import use_adapter
 
 from contrastive_align.models import completion_logps
 from contrastive_align.models.logps import CompletionLogps
+from contrastive_align.trainers.memory import freed_memory_kept
 
 
 logger = logging.get_logger(__name__)
@@ -138,11 +139,12 @@ class ReferenceMixin:
         # In the mode the policy will be in: 4-bit layers on CPU take another kernel in evaluation mode.
         was_training = model.training
         model.train(self.args.disable_dropout)
-        for batch in tqdm(loader, desc=f"Reference log-probs of the {name} dataset"):
-            logps = self.compute_ref_log_probs(model, batch)
-            rows += self.accelerator.gather_for_metrics(
-                [row[ok].tolist() for row, ok in zip(logps, batch["valid"], strict=True)], use_gather_object=True
-            )
+        with freed_memory_kept(self.args.device.type):
+            for batch in tqdm(loader, desc=f"Reference log-probs of the {name} dataset"):
+                logps = self.compute_ref_log_probs(model, batch)
+                rows += self.accelerator.gather_for_metrics(
+                    [row[ok].tolist() for row, ok in zip(logps, batch["valid"], strict=True)], use_gather_object=True
+                )
         model.train(was_training)
         return rows
 
