@@ -13,7 +13,7 @@ prompt (10 minutes). Rows of more than --max-tokens a step, padding counted, are
 MB, and the default 16 GB in all.
 
 ``--malloc keeping``: freed memory stays with the process for all rows. By default this package's trainers see to it for
-their own steps, while TRL's largest tensors, logits most of all, come on fresh pages every time.
+their own steps, and hand it back before TRL's turn, whose largest tensors come on fresh pages every time.
 
 Model: a random Llama of 56M parameters (hidden 512, 8 layers, 8 heads, 4 KV heads, intermediate 1408, vocabulary
 32,000, 4,096 positions). Workloads: ``synthetic``, log-normal lengths (prompts median 160, completions median 260);
