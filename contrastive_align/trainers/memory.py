@@ -16,8 +16,7 @@ from typing import Any
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # malloc.h
 _KEEP = {_MMAP_MAX: 0, _TRIM_THRESHOLD: -1}  # big blocks from the heap, too, and its end is never given back
 # glibc's own, where its thresholds arrive by themselves once blocks as big as a layer's activations have been freed.
-_APART = {_MMAP_MAX: 2**16, _MMAP_THRESHOLD: 2**25}
-_GIVE_BACK = {_TRIM_THRESHOLD: 2**26}
+_AS_BEFORE = {_MMAP_MAX: 2**16, _TRIM_THRESHOLD: 2**26, _MMAP_THRESHOLD: 2**25}
 
 _holders = 0  # who want it kept at present
 
@@ -37,11 +36,10 @@ def keep_freed_memory() -> bool:
 
 @contextmanager
 def freed_memory_kept(device_type: str, *, hand_back: bool = True) -> Iterator[None]:
-    """The same for a while, if ``device_type`` is ``"cpu"``; then it is handed back, and malloc is as it was.
+    """The same for a while, if ``device_type`` is ``"cpu"``; then malloc is as it was, and all is handed back.
 
     Args:
-        hand_back: ``False`` keeps it for the next time, as a training step's for the next step. Only the big blocks of
-            others come and go again as they did.
+        hand_back: ``False`` leaves it, but for the end of the heap, to the next time, as a step's to the next step.
     """
     global _holders
     asked = device_type == "cpu" and _ask(_KEEP)
@@ -51,7 +49,7 @@ def freed_memory_kept(device_type: str, *, hand_back: bool = True) -> Iterator[N
     finally:
         _holders -= asked
         if asked and not _holders:
-            _ask(_APART | _GIVE_BACK if hand_back else _APART)
+            _ask(_AS_BEFORE)
             if hand_back:
                 ctypes.CDLL(None).malloc_trim(0)
 
