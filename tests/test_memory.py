@@ -23,7 +23,8 @@ def resident():
 def freed():
     before = resident()
     block = b"x" * 2**28
-    above.append(b"x" * 2**17)  # as a step leaves it: the end of the heap is in use
+    if what == "step":
+        above.append(b"x" * 2**17)  # as a step leaves it: the end of the heap is in use
     del block
     return (resident() - before) / 2**28
 
@@ -77,7 +78,7 @@ def test_freed_blocks_stay_for_a_while():
 def test_what_a_step_keeps_serves_the_next_one():
     first, others, second, last = probe("step", "leave", "step", "inside")
     assert first[1] > 0.9 and first[2] > 0.9
-    assert others[1] < 0.1 and others[2] > 0.9  # whose big blocks come and go as ever
+    assert others[1] < 0.1
     assert abs(second[1]) < 0.1 and second[2] > 0.9
     assert last[2] < 0.2
 
