@@ -82,7 +82,7 @@ def compare(whole: Path, killed: Path) -> tuple[int, float]:
     import torch
     from safetensors.torch import load_file
 
-    from contrastive_align.feedback import Pool
+    from contrastive_align.pool import Pool
 
     def samples(folder: Path) -> list:
         pool = Pool(folder / "pool", label=lambda table: np.zeros(len(table), dtype=np.int32))

@@ -31,10 +31,10 @@ from judge_server import JudgeServer
 from transformers import AutoTokenizer
 
 from contrastive_align import ConditionalConfig, ConditionalTrainer
-from contrastive_align.feedback import quantiles
-from contrastive_align.feedback.judge import Judge
-from contrastive_align.feedback.judged_conditions import CATEGORIES
-from contrastive_align.feedback.offline import read_scored
+from contrastive_align.conditions.judged import CATEGORIES
+from contrastive_align.conditions.scored_rows import read_scored
+from contrastive_align.judge.judge import Judge
+from contrastive_align.pool import quantiles
 
 
 HELD_OUT = 600

@@ -27,7 +27,7 @@ from pathlib import Path
 
 os.environ.setdefault("CI", "1")  # no telemetry from a benchmark
 
-from contrastive_align.feedback.judge import Judge
+from contrastive_align.judge.judge import Judge
 
 
 SERVER = Path(__file__).parents[1] / "tests" / "judge_server.py"

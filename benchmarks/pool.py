@@ -21,7 +21,8 @@ os.environ.setdefault("CI", "1")  # no telemetry from a benchmark
 
 import numpy as np
 
-from contrastive_align.feedback import Pool, Sample, resolve_condition
+from contrastive_align.conditions import resolve_condition
+from contrastive_align.pool import Pool, Sample
 
 
 K = 8

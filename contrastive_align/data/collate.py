@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from transformers.data.data_collator import DataCollatorMixin
-from trl.trainer.utils import pad
+
+from contrastive_align.trl_seam import pad
 
 
 @dataclass

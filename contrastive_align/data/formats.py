@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl import extract_prompt
-from trl.trainer.utils import remove_none_values
+from contrastive_align.trl_seam import extract_prompt, remove_none_values
 
 
 Message = dict[str, Any]

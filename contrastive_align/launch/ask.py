@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from contrastive_align.conditions import Condition
+from contrastive_align.conditions.forms import Prompt
+from contrastive_align.conditions.tokens import load_with_condition_tokens
 from contrastive_align.data.tokenise import tokenise_prompt
-from contrastive_align.feedback import Condition
-from contrastive_align.feedback.forms import Prompt
-from contrastive_align.feedback.tokens import load_with_condition_tokens
 from contrastive_align.launch.arguments import Arguments, UsageError
 from contrastive_align.launch.common import print_on_main
 from contrastive_align.models import load_tokenizer

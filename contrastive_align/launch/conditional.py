@@ -17,8 +17,8 @@ from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from contrastive_align import demo
-from contrastive_align.feedback import resolve_condition
-from contrastive_align.feedback.judge import JudgeError
+from contrastive_align.conditions import resolve_condition
+from contrastive_align.judge.judge import JudgeError
 from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, parse
 from contrastive_align.launch.ask import ask_best
 from contrastive_align.launch.common import (
@@ -75,7 +75,7 @@ class ConditionalArguments(RunArguments):
         condition: its kind, or a mapping with options: ``{kind: phrases, phrases: toxicity}``.
         reward: ``file.py:function``, a reward-model id or a mapping (see ``targets.features``), or a list of them,
             summed by ``reward_weights``.
-        judge: a mapping of the arguments of :class:`~contrastive_align.feedback.judge.Judge`; the key is in the
+        judge: a mapping of the arguments of :class:`~contrastive_align.judge.judge.Judge`; the key is in the
             environment.
         sampler: a mapping of the arguments of :class:`~contrastive_align.sampling.server.ServerSampler`: an
             OpenAI-compatible server that draws the completions and is handed the LoRA adapter of each round.

@@ -10,7 +10,6 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from trl.models import unwrap_model_for_generation
 
 from contrastive_align import demo
 from contrastive_align.data import DataReport, detect_spelling
@@ -30,6 +29,7 @@ from contrastive_align.report import Change, Summary
 from contrastive_align.sampling import sample_completions
 from contrastive_align.trainers import ContrastiveTrainer
 from contrastive_align.trainers.memory import keep_freed_memory
+from contrastive_align.trl_seam import unwrap_model_for_generation
 
 
 DEMO_NAME = "the bundled demo data"

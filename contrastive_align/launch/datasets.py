@@ -12,11 +12,11 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig, get_dataset
-from trl.scripts.utils import DatasetConfig
 
 from contrastive_align.data import BadRow, detect_spelling, read_group
 from contrastive_align.data.formats import ROW, UNREADABLE
 from contrastive_align.launch.arguments import RunArguments, UsageError
+from contrastive_align.trl_seam import DatasetConfig
 
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}

@@ -13,9 +13,9 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 from trl import DatasetMixtureConfig
 
+from contrastive_align.conditions import Attributes, Categories, Condition, Text
 from contrastive_align.data.formats import PROMPT_COLUMNS
-from contrastive_align.feedback import Attributes, Categories, Condition, Text
-from contrastive_align.feedback.judge import Judge, resolve_judge
+from contrastive_align.judge.judge import Judge, resolve_judge
 from contrastive_align.launch.arguments import RunArguments, UsageError, _StrictLoader
 from contrastive_align.launch.datasets import load_splits
 from contrastive_align.models.loading import adapter_config_path

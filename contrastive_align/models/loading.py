@@ -17,9 +17,9 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file, logging
-from trl.trainer.utils import create_model_from_path
 
 from contrastive_align.models.rows import give_rows
+from contrastive_align.trl_seam import create_model_from_path
 
 
 logger = logging.get_logger(__name__)

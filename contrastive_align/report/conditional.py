@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from contrastive_align.feedback.atomic import atomic_write
+from contrastive_align.data.atomic import atomic_write
 from contrastive_align.report.rounds import in_lines
 
 

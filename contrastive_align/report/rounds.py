@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from contrastive_align.feedback.atomic import atomic_write
+from contrastive_align.data.atomic import atomic_write
 
 
 MOST_ROWS = 12

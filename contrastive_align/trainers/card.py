@@ -64,7 +64,7 @@ def how_to_ask(kind: str, best: str, *, adapter: bool, tokens: bool, base: str) 
     if adapter and tokens:
         load = [
             "from transformers import AutoModelForCausalLM",
-            "from contrastive_align.feedback.tokens import load_with_condition_tokens",
+            "from contrastive_align.conditions.tokens import load_with_condition_tokens",
             "",
             f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
             "model, tokenizer = load_with_condition_tokens(base, folder)",
@@ -80,7 +80,7 @@ def how_to_ask(kind: str, best: str, *, adapter: bool, tokens: bool, base: str) 
     code = "\n".join(
         [
             'folder = "."  # of this model',
-            "from contrastive_align.feedback import Condition",
+            "from contrastive_align.conditions import Condition",
             *load,
             'prompt = Condition.load(folder).apply_best("Why is the sky blue?")  # or a list of messages',
         ]

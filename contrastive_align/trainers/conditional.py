@@ -21,10 +21,9 @@ from transformers import (
 )
 from transformers.utils import logging
 from trl import SFTTrainer
-from trl.trainer.utils import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
-from contrastive_align.feedback.conditions import Condition, resolve_condition
-from contrastive_align.feedback.tokens import add_condition_tokens, with_trainable_rows
+from contrastive_align.conditions.conditions import Condition, resolve_condition
+from contrastive_align.conditions.tokens import add_condition_tokens, with_trainable_rows
 from contrastive_align.models import load_tokenizer, resolve_start, with_pad_token
 from contrastive_align.models.layout import set_layout
 from contrastive_align.models.loading import check_output_dir
@@ -50,6 +49,7 @@ from contrastive_align.trainers.round_metrics import RoundMetricsMixin
 from contrastive_align.trainers.rounds import RoundsMixin
 from contrastive_align.trainers.server_sampling import check_sampler
 from contrastive_align.trainers.vllm_sampling import VLLMSampler, check_tokens, check_use
+from contrastive_align.trl_seam import create_model_from_path, disable_dropout_in_model, get_config_model_id
 
 
 logger = logging.get_logger(__name__)
@@ -96,8 +96,8 @@ class ConditionalTrainer(
             quantization_config, peft_config: as in TRL. A model id may also be a LoRA adapter.
         reward_funcs: TRL reward functions, reward-model ids or feature specs (see ``targets/features.py``); several are
             summed by ``args.reward_weights``.
-        judge: a :class:`~contrastive_align.feedback.judge.Judge`, in place of reward functions.
-        condition: a :class:`~contrastive_align.feedback.conditions.Condition`, its kind, or a mapping.
+        judge: a :class:`~contrastive_align.judge.judge.Judge`, in place of reward functions.
+        condition: a :class:`~contrastive_align.conditions.conditions.Condition`, its kind, or a mapping.
         sampler: a :class:`~contrastive_align.sampling.server.ServerSampler`, which draws completions on a server with
             the base model; it is handed the adapter whenever that has changed. LoRA only. For vLLM beside the trainer,
             or a server that takes whole weights, there is ``args.use_vllm`` instead, with TRL's options.

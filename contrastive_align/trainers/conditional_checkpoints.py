@@ -10,10 +10,10 @@ from typing import Any
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
-from trl.trainer.utils import get_config_model_id
 
 from contrastive_align.trainers.card import CardMixin, add_section, how_to_ask
 from contrastive_align.trainers.checkpoints import last_whole_checkpoint
+from contrastive_align.trl_seam import get_config_model_id
 
 
 STATE_FILE = "conditional_state.json"

@@ -10,11 +10,11 @@ import torch
 from datasets import Dataset
 from transformers.utils import logging
 
+from contrastive_align.conditions.conditions import Condition
+from contrastive_align.conditions.scored_rows import read_scored
 from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
-from contrastive_align.feedback.conditions import Condition
-from contrastive_align.feedback.offline import read_scored
-from contrastive_align.feedback.pool import Pool
+from contrastive_align.pool.pool import Pool
 from contrastive_align.trainers.conditional_inputs import eos_ids, fingerprint
 from contrastive_align.trainers.conditioned_prompts import ConditionedPrompts
 from contrastive_align.trainers.conditioned_rows import ConditionedRows

@@ -13,11 +13,11 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
+from contrastive_align.conditions.scored_rows import read_scored
 from contrastive_align.data import GroupCollator
-from contrastive_align.feedback.offline import read_scored
-from contrastive_align.feedback.pool import Pool
-from contrastive_align.feedback.rounds import Sample
 from contrastive_align.models import completion_logps
+from contrastive_align.pool.files import Sample
+from contrastive_align.pool.pool import Pool
 from contrastive_align.sampling.seeds import seed_of
 
 

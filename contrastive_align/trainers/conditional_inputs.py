@@ -13,8 +13,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from contrastive_align.feedback.conditions import Condition
-from contrastive_align.feedback.rounds import Sample
+from contrastive_align.conditions.conditions import Condition
+from contrastive_align.pool.files import Sample
 from contrastive_align.targets.evaluate import Feature
 from contrastive_align.targets.features import resolve_feature
 from contrastive_align.trainers.conditional_config import ConditionalConfig

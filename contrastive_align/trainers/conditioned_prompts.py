@@ -6,9 +6,9 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable
 
+from contrastive_align.conditions.conditions import Condition
+from contrastive_align.conditions.scored_rows import SURELY_SHORT
 from contrastive_align.data.formats import Text
-from contrastive_align.feedback.conditions import Condition
-from contrastive_align.feedback.offline import SURELY_SHORT
 
 
 class ConditionedPrompts:
@@ -19,7 +19,7 @@ class ConditionedPrompts:
         encode: prompt -> token ids.
         room: tokens that the conditioned prompt may have; None: any number.
 
-    >>> from contrastive_align.feedback import resolve_condition
+    >>> from contrastive_align.conditions import resolve_condition
     >>> under = ConditionedPrompts(resolve_condition("text"), str.split, room=6)
     >>> under("Hi!", "short and to the point")
     'feedback: short and to input: Hi!'

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from contrastive_align.data import GroupCollator
 from contrastive_align.data.formats import Text
-from contrastive_align.feedback.pool import Pool
+from contrastive_align.pool.pool import Pool
 from contrastive_align.trainers.conditioned_prompts import ConditionedPrompts
 
 

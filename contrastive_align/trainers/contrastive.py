@@ -25,7 +25,6 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, has_length
 from transformers.utils import logging
 from trl import DPOTrainer
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first
 
 from contrastive_align.data import DataReport, GroupCollator, prepare_groups
 from contrastive_align.data.collate import to_table
@@ -42,6 +41,7 @@ from contrastive_align.trainers.memory import KeepsFreedMemory
 from contrastive_align.trainers.metrics import Averages, Mean, Metric, group_metrics
 from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMixin
 from contrastive_align.trainers.token_batches import TokenBatchesMixin
+from contrastive_align.trl_seam import get_config_model_id, global_then_local_main_first
 
 
 logger = logging.get_logger(__name__)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
-from trl.trainer.utils import create_model_from_path
 
 from contrastive_align.data.collate import to_table
 from contrastive_align.models.layout import TOLERANCE, TOLERANCE_16_BIT
 from contrastive_align.models.logps import per_completion
+from contrastive_align.trl_seam import create_model_from_path
 
 
 CHUNK = 2**24  # logits in memory at once

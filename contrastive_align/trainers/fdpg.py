@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 from trl import RLOOTrainer
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
 from contrastive_align.data import GroupCollator
 from contrastive_align.losses import fdpg
@@ -58,6 +57,7 @@ from contrastive_align.trainers.memory import KeepsFreedMemory
 from contrastive_align.trainers.modes import evaluation_mode
 from contrastive_align.trainers.proposal import kept_proposal
 from contrastive_align.trainers.vllm_sampling import base_kept
+from contrastive_align.trl_seam import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
 
 
 logger = logging.get_logger(__name__)

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from datasets import Dataset, IterableDataset
-from trl.trainer.utils import RepeatSampler
 
 from contrastive_align.targets import Target
 from contrastive_align.trainers.fdpg_config import FDPGConfig
+from contrastive_align.trl_seam import RepeatSampler
 
 
 class EpochSampler(RepeatSampler):

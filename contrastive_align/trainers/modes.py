@@ -7,8 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from transformers import PreTrainedModel, Trainer
-from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import use_adapter
+
+from contrastive_align.trl_seam import unwrap_model_for_generation, use_adapter
 
 
 @contextmanager

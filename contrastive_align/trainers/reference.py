@@ -18,13 +18,11 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.utils import logging
-from trl.models import prepare_deepspeed
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
 from contrastive_align.models import completion_logps
 from contrastive_align.models.logps import CompletionLogps
 from contrastive_align.trainers.memory import freed_memory_kept
+from contrastive_align.trl_seam import disable_gradient_checkpointing, prepare_deepspeed, use_adapter
 
 
 logger = logging.get_logger(__name__)

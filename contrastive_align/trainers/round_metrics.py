@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers.utils import logging
 
-from contrastive_align.feedback.pool import Table
+from contrastive_align.pool.pool import Table
 from contrastive_align.report.rounds import plot_round
 
 

@@ -13,12 +13,12 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from contrastive_align.conditions.conditions import Condition
+from contrastive_align.conditions.judged import Text as FreeText
 from contrastive_align.data.formats import Text
-from contrastive_align.feedback.conditions import Condition
-from contrastive_align.feedback.judged_conditions import Text as FreeText
-from contrastive_align.feedback.pool import Pool
-from contrastive_align.feedback.pool_prompts import check_prompts, remember_prompts
-from contrastive_align.feedback.rounds import Sample
+from contrastive_align.pool.files import Sample
+from contrastive_align.pool.pool import Pool
+from contrastive_align.pool.prompts import check_prompts, remember_prompts
 from contrastive_align.sampling.decode import draw
 from contrastive_align.sampling.seeds import seed_of
 from contrastive_align.targets.evaluate import Feature, call_feature

@@ -11,9 +11,9 @@ from accelerate.utils import gather_object, is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from trl.generation import vllm_generation
 
-from contrastive_align.feedback.conditions import Condition
+from contrastive_align.conditions.conditions import Condition
+from contrastive_align.trl_seam import vllm_generation
 
 
 WAY_OUT = "Leave use_vllm out"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from contrastive_align.feedback.judge import resolve_judge
+from contrastive_align.judge.judge import resolve_judge
 from contrastive_align.launch.arguments import _StrictLoader
 from contrastive_align.launch.feedback import read_spec
 from contrastive_align.launch.steps.files import LISTS, Output, Row, fingerprint, read_rows

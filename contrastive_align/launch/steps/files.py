@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.formats import BadRow
-from contrastive_align.feedback.atomic import atomic_write
 
 
 Row = dict[str, Any]

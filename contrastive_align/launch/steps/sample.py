@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from contrastive_align.conditions.conditions import FILE, Condition
+from contrastive_align.conditions.forms import Prompt
 from contrastive_align.data.formats import BadRow
 from contrastive_align.data.tokenise import tokenise_prompt
-from contrastive_align.feedback.conditions import FILE, Condition
-from contrastive_align.feedback.forms import Prompt
 from contrastive_align.launch.ask import load_trained
 from contrastive_align.launch.steps.files import LISTS, Output, Row, fingerprint, read_rows
 from contrastive_align.launch.steps.splits import name_of, rows_of

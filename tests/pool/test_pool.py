@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contrastive_align.feedback import NEW, Pool, Sample, keep, quantiles, rounds
+from contrastive_align.pool import NEW, Pool, Sample, keep, quantiles
+from contrastive_align.pool import files as rounds
 
 
 def sample(round_=1, prompt_index=0, k=0, *, score=0.0, **changes):

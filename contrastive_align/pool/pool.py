@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from contrastive_align.feedback.atomic import leftovers
-from contrastive_align.feedback.quantiles import LEFT_OUT, balanced_order, keep
-from contrastive_align.feedback.rounds import Round, Sample, rounds_in, write_round
+from contrastive_align.data.atomic import leftovers
+from contrastive_align.pool.files import Round, Sample, rounds_in, write_round
+from contrastive_align.pool.quantiles import LEFT_OUT, balanced_order, keep
 
 
 NEW = -2  # in a table that is being labelled: the sample has had no label yet

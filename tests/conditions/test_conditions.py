@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import yaml
 
-from contrastive_align.feedback import CONDITIONS, Condition, Pool, Sample, quantiles, resolve_condition
+from contrastive_align.conditions import CONDITIONS, Condition, resolve_condition
+from contrastive_align.pool import Pool, Sample, quantiles
 
 
 def pool_of(folder, *rounds, label=lambda table: np.zeros(len(table), int), **options):

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from contrastive_align.feedback.conditions import Condition, ladder, texts
-from contrastive_align.feedback.forms import Prompt
-from contrastive_align.feedback.pool import Table
-from contrastive_align.feedback.quantiles import LEFT_OUT
-from contrastive_align.feedback.rounds import Sample
+from contrastive_align.conditions.conditions import Condition, ladder, texts
+from contrastive_align.conditions.forms import Prompt
+from contrastive_align.pool.files import Sample
+from contrastive_align.pool.pool import Table
+from contrastive_align.pool.quantiles import LEFT_OUT
 
 
 CATEGORIES = {

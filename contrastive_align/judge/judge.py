@@ -18,9 +18,9 @@ from transformers.utils import logging
 from contrastive_align.calls.endpoint import LONGEST_RETRY_AFTER, Fault, Mailbox
 from contrastive_align.calls.options import check_address, check_counts, check_model, check_number
 from contrastive_align.calls.schedule import backoff, run_jobs
-from contrastive_align.feedback.judge_answers import Unparsable, Verdict, answers_from, read_template, render
-from contrastive_align.feedback.judge_cache import AnswerCache, content_key
-from contrastive_align.feedback.judge_endpoint import JudgeEndpoint, JudgeError, Reply
+from contrastive_align.judge.answers import Unparsable, Verdict, answers_from, read_template, render
+from contrastive_align.judge.client import JudgeEndpoint, JudgeError, Reply
+from contrastive_align.judge.ledger import AnswerCache, content_key
 
 
 __all__ = ["Judge", "JudgeError", "Verdict", "resolve_judge"]

@@ -23,7 +23,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from vllm_worker import run
 
 from contrastive_align import ConditionalConfig
-from contrastive_align.feedback.tokens import add_condition_tokens
+from contrastive_align.conditions.tokens import add_condition_tokens
 from contrastive_align.sampling.server import ServerSampler
 from contrastive_align.trainers.options import as_in
 from contrastive_align.trainers.vllm_sampling import base_kept

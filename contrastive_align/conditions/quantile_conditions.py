@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from contrastive_align.feedback.conditions import Condition, ladder
-from contrastive_align.feedback.pool import NEW, Table
-from contrastive_align.feedback.quantiles import quantiles
-from contrastive_align.feedback.rounds import Sample
+from contrastive_align.conditions.conditions import Condition, ladder
+from contrastive_align.pool.files import Sample
+from contrastive_align.pool.pool import NEW, Table
+from contrastive_align.pool.quantiles import quantiles
 
 
 PHRASES = {

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from contrastive_align.feedback.atomic import atomic_write
-from contrastive_align.feedback.forms import Prompt
-from contrastive_align.feedback.pool import Pool
+from contrastive_align.conditions.forms import Prompt
+from contrastive_align.data.atomic import atomic_write
+from contrastive_align.pool.pool import Pool
 
 
 logger = logging.get_logger(__name__)

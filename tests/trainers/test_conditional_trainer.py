@@ -28,9 +28,9 @@ from contrastive_align import (
     FDPGConfig,
     FDPGTrainer,
 )
+from contrastive_align.conditions import Condition, Phrases, QuantileTokens
 from contrastive_align.demo import MODEL_PATH, reward
 from contrastive_align.demo.task import all_prompts
-from contrastive_align.feedback import Condition, Phrases, QuantileTokens
 from contrastive_align.trainers.checkpoints import last_whole_checkpoint
 
 
@@ -419,7 +419,7 @@ def test_lora_has_one_copy_and_its_reference_is_the_base(tiny_llama, tmp_path):
     prompt = Condition.load(tmp_path).apply_best(PROMPTS[0])
     assert prompt == "<quantile_0>" + PROMPTS[0]
 
-    from contrastive_align.feedback.tokens import load_with_condition_tokens
+    from contrastive_align.conditions.tokens import load_with_condition_tokens
 
     base = AutoModelForCausalLM.from_pretrained(tiny_llama())
     loaded, tokenizer = load_with_condition_tokens(base, tmp_path, tokens=QuantileTokens().tokens)

@@ -14,12 +14,12 @@ from judge_server import JudgeServer, scored
 from sampling_server import SamplingServer, text_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from contrastive_align.conditions import resolve_condition
+from contrastive_align.conditions.scored_rows import read_scored
+from contrastive_align.conditions.tokens import add_condition_tokens
 from contrastive_align.demo import MODEL_PATH
 from contrastive_align.demo.task import all_prompts
-from contrastive_align.feedback import resolve_condition
-from contrastive_align.feedback.judge import resolve_judge
-from contrastive_align.feedback.offline import read_scored
-from contrastive_align.feedback.tokens import add_condition_tokens
+from contrastive_align.judge.judge import resolve_judge
 from contrastive_align.launch.arguments import UsageError
 from contrastive_align.launch.steps import command
 from contrastive_align.launch.steps import sample as sample_step
@@ -247,7 +247,7 @@ def test_what_is_not_there_or_unknown_is_said(tmp_path, prompts):
 @pytest.fixture(scope="module")
 def conditioned(tmp_path_factory):
     """The bundled model with five quantile tokens, as conditional training saves it."""
-    from contrastive_align.feedback import QuantileTokens
+    from contrastive_align.conditions import QuantileTokens
 
     folder = tmp_path_factory.mktemp("trained")
     model, tokenizer = (a.from_pretrained(MODEL_PATH) for a in (AutoModelForCausalLM, AutoTokenizer))
@@ -430,7 +430,7 @@ def test_what_cannot_be_trained_on_is_said_before_anything_is_written(tmp_path, 
 
 # ------------------------------------------------------------------------------------------------------------ recipes
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("conditional_*"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("conditional_*"))
 
 
 def commands(readme, script):

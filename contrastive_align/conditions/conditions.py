@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from contrastive_align.feedback.atomic import atomic_write
-from contrastive_align.feedback.forms import Prompt, check_form, condition_prompt
-from contrastive_align.feedback.pool import Table
-from contrastive_align.feedback.rounds import Sample
+from contrastive_align.conditions.forms import Prompt, check_form, condition_prompt
+from contrastive_align.data.atomic import atomic_write
+from contrastive_align.pool.files import Sample
+from contrastive_align.pool.pool import Table
 
 
 FILE = "condition.json"

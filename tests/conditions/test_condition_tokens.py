@@ -22,7 +22,7 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from contrastive_align import demo
-from contrastive_align.feedback.tokens import add_condition_tokens, load_with_condition_tokens, with_trainable_rows
+from contrastive_align.conditions.tokens import add_condition_tokens, load_with_condition_tokens, with_trainable_rows
 from contrastive_align.models.head import add_head
 from contrastive_align.models.loading import verify_saved
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from contrastive_align.feedback.atomic import atomic_write
+from contrastive_align.data.atomic import atomic_write
 
 
 BATCH = 4096  # samples: what is held in memory while writing, and the unit of random access

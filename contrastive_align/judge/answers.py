@@ -11,7 +11,7 @@ from typing import Any
 
 
 PROMPTS = {"helpful_categories": "categories.txt", "feedback": "feedback.txt"}
-FOLDER = Path(__file__).parent / "judge_prompts"
+FOLDER = Path(__file__).parent / "prompts"
 BEST_SCORE = 3
 _FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)\s*```", re.DOTALL | re.IGNORECASE)
 

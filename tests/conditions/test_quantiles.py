@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from contrastive_align.feedback import balanced_order, keep, quantiles
+from contrastive_align.pool import balanced_order, keep, quantiles
 
 
 def by_loop(scores, n, prompts):

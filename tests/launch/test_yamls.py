@@ -13,12 +13,12 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 
-from contrastive_align.feedback import resolve_condition
+from contrastive_align.conditions import resolve_condition
 from contrastive_align.launch import conditional, contrastive, fdpg
 from contrastive_align.launch.arguments import RENAMED, UsageError, parse
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
 ACCELERATE = {
     "multi_gpu": DistributedType.MULTI_GPU,

@@ -18,9 +18,9 @@ from contrastive_align.calls import schedule
 from contrastive_align.calls.endpoint import Mailbox, _seconds
 from contrastive_align.calls.patience import Patience
 from contrastive_align.calls.schedule import backoff, run_jobs
-from contrastive_align.feedback.judge import Judge, JudgeError, Verdict, resolve_judge
-from contrastive_align.feedback.judge_answers import Categories, Feedback, Unparsable, read_template, render
-from contrastive_align.feedback.judge_cache import AnswerCache
+from contrastive_align.judge.answers import Categories, Feedback, Unparsable, read_template, render
+from contrastive_align.judge.judge import Judge, JudgeError, Verdict, resolve_judge
+from contrastive_align.judge.ledger import AnswerCache
 
 
 pytest.importorskip("openai")
@@ -488,7 +488,7 @@ def test_a_line_holds_key_answer_verdict_and_calls(make, tmp_path):
 
 
 def test_a_short_write_is_an_error_and_the_next_line_is_whole(tmp_path, monkeypatch):
-    cache, module = AnswerCache(tmp_path), importlib.import_module("contrastive_align.feedback.judge_cache")
+    cache, module = AnswerCache(tmp_path), importlib.import_module("contrastive_align.judge.ledger")
     write = module.os.write
     with monkeypatch.context() as patched:
         patched.setattr(module.os, "write", lambda fd, line: write(fd, line[:10]))
@@ -741,7 +741,7 @@ def test_a_hundred_items_at_twenty_percent_faults(make):
 
 
 def test_the_benchmark_prints_its_table(monkeypatch, capsys):
-    folder = Path(__file__).parents[1] / "benchmarks"
+    folder = Path(__file__).parents[2] / "benchmarks"
     spec = importlib.util.spec_from_file_location("benchmark_judge", folder / "judge.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

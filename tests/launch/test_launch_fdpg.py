@@ -21,7 +21,7 @@ from contrastive_align.report import Number, plot_steps
 from contrastive_align.report.distributions import distribution_rows
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = [
     "--max_train_samples=8", "--fit_samples=512", "--per_device_train_batch_size=32", "--num_generations=8",
     "--max_completion_length=32", "--eval_samples=200", "--eval_prompts=4", "--disable_tqdm=true",

@@ -14,7 +14,7 @@ from judge_server import JudgeServer
 from transformers import AutoModelForCausalLM
 
 from contrastive_align import demo
-from contrastive_align.feedback import Condition, resolve_condition
+from contrastive_align.conditions import Condition, resolve_condition
 from contrastive_align.launch.arguments import UsageError
 from contrastive_align.launch.conditional import _stopped_by_hand, main
 from contrastive_align.launch.conditional_measure import in_words
@@ -24,7 +24,7 @@ from contrastive_align.report.conditional import plot_rewards
 from contrastive_align.report.rounds import plot_round
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAINING = [
     "--per_device_train_batch_size=16",
     "--draws_per_round=32",

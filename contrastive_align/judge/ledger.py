@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from contrastive_align.feedback.judge_answers import Verdict
+from contrastive_align.judge.answers import Verdict
 
 
 logger = logging.get_logger(__name__)

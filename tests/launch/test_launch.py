@@ -16,7 +16,7 @@ from contrastive_align.launch.arguments import UsageError
 from contrastive_align.launch.contrastive import main
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = ["--max_train_samples=32", "--max_eval_samples=8", "--disable_tqdm=true"]
 
 

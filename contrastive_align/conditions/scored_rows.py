@@ -11,10 +11,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from contrastive_align.conditions.conditions import Condition
 from contrastive_align.data.formats import PROMPT_COLUMNS, BadRow, Group, Text
 from contrastive_align.data.tokenise import NoRoom, tokenise_group, tokenise_prompt
-from contrastive_align.feedback.conditions import Condition
-from contrastive_align.feedback.rounds import Sample
+from contrastive_align.pool.files import Sample
 
 
 logger = logging.get_logger(__name__)
