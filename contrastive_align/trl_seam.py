@@ -1,10 +1,23 @@
-"""Every private or inner member of TRL, and of transformers' Trainer, that this package needs, each with its reason.
+"""The private and inner members of TRL, and of transformers' Trainer, that this package needs, each with its reason.
 
-No other file of the package names one: a test reads them all. When TRL moves, this file is what has to follow, and the
-tests beside it say where.
+No other file of the package names one (``tests/test_private_names.py`` reads them all). Where TRL calls a private
+method that must do something else here, a mixin overrides it and calls a public hook of the trainer; a test proves for
+each trainer that TRL still calls every one of them (``tests/test_trl_seam.py``).
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from torch import nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, Trainer
 
 # Inner modules of TRL: what they offer has no public import.
 from trl.data_utils import extract_prompt
@@ -42,3 +55,265 @@ __all__ = [
     "use_adapter",
     "vllm_generation",
 ]
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a model card says of the method: name, tags, and the paper with its arXiv id and BibTeX entry."""
+
+    name: str
+    tags: tuple[str, ...]
+    paper: str
+    arxiv: str
+    citation: str
+
+
+class Members:
+    """Members of TRL's trainers under public names. Needed by all trainers."""
+
+    method: Method
+    columns: tuple[str, ...]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # TRL's model card and hub tags read three private class attributes.
+        super().__init_subclass__(**kwargs)
+        if "method" in vars(cls):
+            method = cls.method
+            cls._name, cls._tag_names = method.name, list(method.tags)
+            cls._paper = {"title": method.paper, "id": method.arxiv, "citation": method.citation}
+
+    def record(self, metrics: Mapping[str, float], *, training: bool, totals: Mapping[str, float] | None = None) -> None:
+        """Add values to the means that TRL's ``log`` makes and clears; of ``totals`` the last value is logged."""
+        recorded = self._metrics["train" if training else "eval"]
+        for name, value in metrics.items():
+            recorded[name].append(value)
+        for name, value in (totals or {}).items():
+            recorded[name] = [value]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens trained on so far, which TRL logs as ``num_tokens``."""
+        return self._total_train_tokens
+
+    @trained_tokens.setter
+    def trained_tokens(self, count: int) -> None:
+        self._total_train_tokens = count
+
+    def checkpoint_folder(self, trial: Any = None) -> Path:
+        """Where Trainer writes the checkpoint of the present step."""
+        return Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Rows of a micro-batch on this process; ``auto_find_batch_size`` may have lowered it."""
+        return self._train_batch_size
+
+    def training_loader(self, dataset: Any, sampler: Callable[[Any], Sampler]) -> DataLoader:
+        """Trainer's loader over another dataset and order than the trainer was given."""
+        return self._get_dataloader(
+            dataset=dataset,
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=sampler,
+            is_training=True,
+        )
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch as Trainer hands it to ``compute_loss``."""
+        return self._prepare_inputs(batch)
+
+    @contextlib.contextmanager
+    def policy_for_sampling(self, *, without_adapter: bool = False) -> Iterator[PreTrainedModel]:
+        """The policy without gradients and dropout, in the run's precision and out of its wrappers.
+
+        Args:
+            without_adapter: the adapter off; or the frozen copy of the adapter that the model came with.
+        """
+        with torch.no_grad(), self.accelerator.autocast(), contextlib.ExitStack() as stack:
+            model = stack.enter_context(
+                unwrap_model_for_generation(
+                    self.model_wrapped,
+                    self.accelerator,
+                    gather_deepspeed3_params=getattr(self.args, "ds3_gather_for_generation", True),
+                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                )
+            )
+            if without_adapter:
+                stack.enter_context(reference_adapter(model))
+            was_training = model.training
+            stack.callback(lambda: model.train(was_training))
+            yield model.eval()
+
+
+def reference_adapter(model: nn.Module) -> contextlib.AbstractContextManager:
+    """Inside, a PEFT model is the reference: its adapter is off, or replaced by the frozen copy that TRL calls ``ref``."""
+    if not is_peft_model(model):
+        return contextlib.nullcontext()
+    return use_adapter(model, "ref" if "ref" in model.peft_config else None)
+
+
+class SavesModels:
+    """``save_model``: Trainer pushes to the hub within it, unless it is told that the call is internal.
+
+    The weights are checked before and read back after, and pushed only then. Needed by all trainers.
+    """
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as Trainer does; a model that diverged is not saved, and what was saved is read back."""
+        self.check_weights()
+        super().save_model(output_dir, _internal_call=True)
+        self.finish_saving(Path(output_dir or self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def save_weights(self, folder: Path) -> None:
+        """Only the files that Trainer writes, without a push."""
+        super().save_model(str(folder), _internal_call=True)
+
+
+class SavesState:
+    """``_save_checkpoint``: the only place between two checkpoints, of which the older may go at its end.
+
+    Our state is written first, so that an older checkpoint goes when the newer one is whole. Needed by all trainers.
+    """
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.save_state(self.checkpoint_folder(trial))
+        super()._save_checkpoint(model, trial)
+
+
+class PreparesDatasets:
+    """``_prepare_dataset``: TRL would tokenise pairs or texts. Needed by the contrastive and the conditional trainer."""
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any) -> Any:
+        return self.prepare_rows(dataset, processing_class, args, name=rest[-1])
+
+
+class ReadsColumns:
+    """``_set_signature_columns_if_needed``: which columns Trainer does not drop. Needed by all trainers."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = list(self.columns)
+
+
+class CachesReference:
+    """``_precompute_ref_logps``: TRL would add two columns of a pair. Needed by the contrastive trainer."""
+
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+        return self.add_reference_logps(dataset, name, batch_size)
+
+    @property
+    def reference_hash(self) -> str | None:
+        """TRL's hash of the reference's weights, under ``precompute_ref_log_probs``."""
+        return self._precompute_model_hash
+
+    def engine_for_precompute(self) -> nn.Module:
+        """Before training DeepSpeed has not placed the model yet: one inference engine places it, for all passes."""
+        self._precompute_engine = self._precompute_engine or prepare_deepspeed(self.model, self.accelerator)
+        return self._precompute_engine
+
+
+class KeepsDigits:
+    """``_prepare_inputs``: DeepSpeed would cast every float of a batch to the model's dtype.
+
+    Scores, log-probs and counts need their digits. Needed by the contrastive and the conditional trainer.
+    """
+
+    exact: tuple[str, ...]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        prepared = super()._prepare_inputs(inputs)
+        for name in self.exact:
+            if name in inputs:
+                prepared[name] = inputs[name].to(self.accelerator.device)
+        return prepared
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's order of prompts, as a function of seed and epoch: a run resumed in a later epoch goes on in its order."""
+
+    def set_epoch(self, epoch: int) -> None:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + epoch)
+
+
+class DrawsGroups:
+    """What TRL's online trainers do with prompts. Needed by the f-DPG trainer.
+
+    ``_prepare_inputs``: TRL would draw, score and shuffle samples across groups.
+    ``_get_train_sampler``: TRL's order of the second epoch depends on the first, so that no resumed run continues it.
+    """
+
+    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:
+            return self.draw_groups(generation_batch, training=False)[0]
+        steps = self.args.steps_per_generation
+        if self._step % steps == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = self.draw_groups(generation_batch, training=True)
+        return self._buffered_inputs[self._step % steps]
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        return EpochSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    @property
+    def generation(self) -> int:
+        """How often samples have been drawn for training."""
+        return self._step // self.args.steps_per_generation
+
+    def drawn_state(self) -> dict[str, Any]:
+        """The micro-batches that are drawn and not yet trained on, for a checkpoint."""
+        return {"step": self._step, "groups": self._buffered_inputs}
+
+    def load_drawn_state(self, state: Mapping[str, Any]) -> None:
+        self._step, self._buffered_inputs = state["step"], state["groups"]
+
+    def prompt_token_ids(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Token ids of prompts as TRL makes them, its chat template options included."""
+        prompt_ids, *_ = self._tokenize_prompts(list(prompts))
+        return [list(ids) for ids in prompt_ids]
+
+    def generate_by_engine(self, prompt_ids: Sequence[list[int]], per_prompt: int) -> list[list[list[int]]]:
+        """Completions from vLLM or from transformers' continuous batching, through TRL."""
+        flat = self._generate_single_turn([ids for ids in prompt_ids for _ in range(per_prompt)], None, {})
+        return [flat[i : i + per_prompt] for i in range(0, len(flat), per_prompt)]
+
+    @property
+    def reward_logging(self) -> dict[str, Callable]:
+        """What TRL gives reward functions to log with."""
+        return {"log_extra": self._log_completion_extra, "log_metric": self._log_metric}
+
+    def log_completion_rows(self, columns: Mapping[str, Sequence], rewards: Mapping[str, Sequence[float]]) -> None:
+        """Rows of the table that ``log_completions`` prints: ``prompt``, ``completion``, ``advantages``; rewards by name."""
+        for name, values in columns.items():
+            self._logs[name].extend(values)
+        for name, values in rewards.items():
+            self._logs["rewards"][name].extend(values)
+
+
+@contextlib.contextmanager
+def without_reference(args: Any) -> Iterator[None]:
+    """While an RLOO trainer is built, its ``beta`` is 0, so that TRL loads no reference.
+
+    TRL decides by ``beta`` alone and offers no argument for a model in its place: it would load the hub id again,
+    whatever was changed since. Needed by the f-DPG trainer.
+    """
+    beta, args.beta = args.beta, 0.0
+    try:
+        yield
+    finally:
+        args.beta = beta
+
+
+def ignore_bool_buffers(trainer: Trainer) -> None:
+    """Let DDP leave boolean buffers alone, over which it trips, as TRL's own scripts do."""
+    trainer.model._ddp_params_and_buffers_to_ignore = [
+        name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
+    ]

@@ -2,70 +2,85 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import hashlib
+import json
+import math
 import textwrap
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftModel
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
     DataCollator,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProcessorMixin,
     TrainerCallback,
 )
+from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from contrastive_align.conditions.conditions import Condition, resolve_condition
+from contrastive_align.conditions import Condition, resolve_condition
+from contrastive_align.conditions.scored_rows import read_scored
 from contrastive_align.conditions.tokens import add_condition_tokens, with_trainable_rows
-from contrastive_align.models import load_tokenizer, resolve_start, with_pad_token
-from contrastive_align.models.layout import set_layout
-from contrastive_align.models.loading import check_output_dir
-from contrastive_align.models.logps import completion_objective
+from contrastive_align.data import GroupCollator
+from contrastive_align.data.atomic import atomic_write
+from contrastive_align.data.formats import Text
+from contrastive_align.data.tokenise import tokenise_prompt
+from contrastive_align.models.loading import eos_token_ids
+from contrastive_align.models.logps import completion_logps, completion_objective
 from contrastive_align.models.token_loss import token_loss
-from contrastive_align.trainers.coefficients import AdaptiveCoefficient
-from contrastive_align.trainers.compiling import compile_layers
-from contrastive_align.trainers.conditional_checkpoints import ConditionalCheckpointsMixin
-from contrastive_align.trainers.conditional_config import ConditionalConfig
-from contrastive_align.trainers.conditional_data import ConditionalDataMixin
-from contrastive_align.trainers.conditional_evaluation import ConditionalEvaluationMixin
-from contrastive_align.trainers.conditional_inputs import (
-    feature_of,
-    freeze_lower_layers,
-    frozen_copy,
-    keep_as_reference,
-    keep_rows_precise,
-    refuse_given,
+from contrastive_align.pool import Pool, Sample, Table
+from contrastive_align.report.card import add_section, how_to_ask
+from contrastive_align.sampling.decode import draw
+from contrastive_align.targets.evaluate import Feature
+from contrastive_align.targets.features import weighted_sum
+from contrastive_align.trainers import evaluation
+from contrastive_align.trainers.base import AlignmentTrainer
+from contrastive_align.trainers.configs import ConditionalConfig
+from contrastive_align.trainers.rounds import (
+    Completion,
+    ConditionedCollator,
+    ConditionedPrompts,
+    ConditionedRows,
+    Feedback,
+    JudgeFeedback,
+    RewardFeedback,
+    Rounds,
+    best_condition,
+    without_condition,
 )
-from contrastive_align.trainers.conditioned_rows import ConditionedCollator, bare
-from contrastive_align.trainers.memory import KeepsFreedMemory
-from contrastive_align.trainers.round_metrics import RoundMetricsMixin
-from contrastive_align.trainers.rounds import RoundsMixin
-from contrastive_align.trainers.server_sampling import check_sampler
-from contrastive_align.trainers.vllm_sampling import VLLMSampler, check_tokens, check_use
-from contrastive_align.trl_seam import create_model_from_path, disable_dropout_in_model, get_config_model_id
+from contrastive_align.trainers.samplers import AdapterServer, VLLMSampler, check_vllm_options, check_vllm_tokens
+from contrastive_align.trl_seam import (
+    KeepsDigits,
+    Method,
+    PreparesDatasets,
+    disable_dropout_in_model,
+    get_config_model_id,
+)
 
 
 logger = logging.get_logger(__name__)
 
+STATE_FILE = "conditional_state.json"
+SCORED_TOGETHER = 64  # completions whose log-probs are computed at once
+PROBED = 64  # completion tokens on which policy and reference are compared at the start
+
 AnyDataset = Dataset | IterableDataset
 
 
-class ConditionalTrainer(
-    ConditionalDataMixin,
-    ConditionalEvaluationMixin,
-    RoundMetricsMixin,
-    RoundsMixin,
-    ConditionalCheckpointsMixin,
-    KeepsFreedMemory,
-    SFTTrainer,
-):
+class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTrainer):
     r"""Train a language model on its own completions, each conditioned on how good it was; then ask for the best.
 
     .. math:: \ell_t = -\log \pi(y_t | c, x, y_{<t}) + \beta_{KL}\, KL_t - \beta_H\, H_t
@@ -106,15 +121,15 @@ class ConditionalTrainer(
         ValueError: an option, model or data this trainer does not support, with the way out.
     """
 
-    # compute_loss divides by the tokens of the whole optimiser step itself.
-    loss_is_scaled_for_ga = True
-
-    _tag_names = ("trl", "contrastive-align", "conditional")
-    _name = "Conditional training"
-    _paper = {  # noqa: RUF012 (TRL's form)
-        "title": "Quark: Controllable Text Generation with Reinforced Unlearning",
-        "id": "2205.13636",
-        "citation": textwrap.dedent("""\
+    config = ConditionalConfig
+    columns = ("prompt_ids", "bare_ids", "completion_ids")
+    exact = ("step_tokens",)
+    method = Method(
+        name="Conditional training",
+        tags=("trl", "contrastive-align", "conditional"),
+        paper="Quark: Controllable Text Generation with Reinforced Unlearning",
+        arxiv="2205.13636",
+        citation=textwrap.dedent("""\
             @inproceedings{lu2022quark,
                 title        = {{Quark: Controllable Text Generation with Reinforced Unlearning}},
                 author       = {Ximing Lu and Sean Welleck and Jack Hessel and Liwei Jiang and Lianhui Qin and Peter West and Prithviraj Ammanabrolu and Yejin Choi},
@@ -123,7 +138,7 @@ class ConditionalTrainer(
                 eprint       = {2205.13636},
                 archivePrefix = {arXiv},
             }"""),  # noqa: E501
-    }
+    )
 
     def __init__(
         self,
@@ -148,46 +163,44 @@ class ConditionalTrainer(
         condition: str | dict[str, Any] | Condition = "quantile_tokens",
         sampler: Any = None,
     ):
-        model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-        if args is None:
-            args = ConditionalConfig(f"{model_id.split('/')[-1]}-conditional")
-        elif not isinstance(args, ConditionalConfig):
-            raise TypeError(
-                f"args is a {type(args).__name__}, expected a ConditionalConfig (it takes SFTConfig's options)."
-            )
-        refuse_given(
+        args = self.own_args(args, model)
+        self.refuse_arguments(
+            model,
+            processing_class,
+            peft_config,
             data_collator=data_collator,
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             formatting_func=formatting_func,
         )
-        if isinstance(processing_class, ProcessorMixin):
-            raise ValueError("processing_class is a vision processor, expected a tokenizer: prompts are text here.")
         if not isinstance(train_dataset, Dataset):
             raise TypeError(
                 f"train_dataset is a {type(train_dataset).__name__}, expected a datasets.Dataset: a round takes "
                 "prompts in an order of its own, which a stream does not have."
             )
         self.condition = resolve_condition(condition)
-        self.judge, self.feature = judge, feature_of(reward_funcs, judge, args)
-        self.sampler = sampler
-        self.online = judge is not None or self.feature is not None
+        self.judge, self.feedback = judge, self._feedback_of(reward_funcs, judge, args)
+        self.online = self.feedback is not None
         if args.use_vllm:
-            check_use(args, online=self.online, sampler=sampler, quantised=quantization_config is not None)
-
-        args = copy.copy(args)
-        model, processing_class = self._load(model, processing_class, args, quantization_config, model_id)
-        with_pad_token(processing_class)
+            check_vllm_options(
+                args, online=self.online, sampler=sampler, quantised=quantization_config is not None
+            )
+        self._uses_vllm = args.use_vllm
+        model, processing_class, _, peft_config = self.load_start(
+            model,
+            args,
+            processing_class=processing_class,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            as_object=True,
+        )
         adapter = peft_config is not None or is_peft_model(model)
-        check_output_dir(args.output_dir, adapter=adapter)
-        if model.config.is_encoder_decoder:
-            raise ValueError(f"{type(model).__name__} is an encoder-decoder, expected a causal language model.")
         self.has_reference = args.kl_coef != 0
-        self.reference = frozen_copy(model) if self.has_reference and not adapter else None
+        self.reference = self.frozen_copy(model) if self.has_reference and not adapter else None
         if self.has_reference and is_peft_model(model):
-            keep_as_reference(model)
-        peft_config = self._give_tokens(model, processing_class, peft_config, args)
+            keep_adapter_as_reference(model)
+        peft_config = self._add_tokens(model, processing_class, peft_config, args)
         if args.unfrozen_layers_ratio < 1:
             freeze_lower_layers(model, args.unfrozen_layers_ratio, adapter)
         if args.disable_dropout:
@@ -207,77 +220,57 @@ class ConditionalTrainer(
         )
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
             keep_rows_precise(self.model)
-        if self.reference is not None:
-            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-                raise ValueError(
-                    "Full fine-tuning with DeepSpeed or FSDP would need a sharded copy of the reference, which is not "
-                    "supported. Use LoRA (peft_config), or kl_coef=0, which needs no reference."
-                )
-            self.reference.to(self.accelerator.device)
         if self.aux_loss_enabled:
             raise ValueError("A router loss has no place in this loss. Set router_aux_loss_coef=0.")
-        models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
-        models += [] if self.reference is None else [self.reference]
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        self.layout = set_layout(models, args.layout, sharded=sharded, autocast=args.bf16 or args.fp16)
-        compile_layers(self, models)
+        self.place_reference(", or kl_coef=0, which needs no reference")
+        self.choose_layout()
         self.kl_coef = AdaptiveCoefficient(args.kl_coef, target=args.kl_target, horizon=args.coef_horizon)
         self.entropy_coef = AdaptiveCoefficient(
             args.entropy_coef, target=args.entropy_target, horizon=args.coef_horizon, sign=-1
         )
         self._step_sums: Tensor | None = None  # of the optimiser step that is being made
-        if sampler is not None:
-            check_sampler(self)
+        self._first_row: dict[str, Any] | None = None
+        self._cut_words_told = False
+        self.sampler = None if sampler is None else AdapterServer(self, sampler)
         self._prepare_pool()
         self.vllm = VLLMSampler(self) if args.use_vllm else None
-        self.add_callback(_Rounds(self))
+        self.add_callback(_BeginsRounds(self))
 
-    def _load(
-        self, model: Any, processing_class: Any, args: ConditionalConfig, quantization_config: Any, model_id: str
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model as an object, since tokens may come to it before TRL wraps it."""
-        source, revision = model_id, (args.model_init_kwargs or {}).get("revision")
-        given = isinstance(model, str)
-        if given:
-            start = resolve_start(
-                model,
-                output_dir=args.output_dir,
-                model_init_kwargs=args.model_init_kwargs,
-                quantization_config=quantization_config,
-                trust_remote_code=args.trust_remote_code,
-                allow_pickled_adapter=args.allow_pickled_adapter,
-            )
-            kwargs = dict(args.model_init_kwargs or {})
-            if start.model != model:
-                logger.warning(f"Start and reference: {start.description}")
-                kwargs.pop("revision", None)
-                revision = None
-            source, model = start.tokenizer_source, start.model
-        if processing_class is None:
-            processing_class = load_tokenizer(source, revision=revision, trust_remote_code=args.trust_remote_code)
-        if args.use_vllm:
-            check_tokens(self.condition, processing_class)
-        if isinstance(model, str):
-            if quantization_config is not None:
-                kwargs["quantization_config"] = quantization_config
-            if args.distributed_state.num_processes > 1:
-                kwargs["device_map"] = None  # as TRL: each process holds its own copy, on its own device
-            kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-            model = create_model_from_path(model, **kwargs)
-        if given:
-            args.model_init_kwargs = None
-        return model, processing_class
+    def _feedback_of(self, reward_funcs: Any, judge: Any, args: ConditionalConfig) -> Feedback | None:
+        if judge is not None and reward_funcs is not None:
+            raise ValueError("Both reward_funcs and judge are given, expected one of them.")
+        if judge is not None:
+            return JudgeFeedback(judge)
+        if reward_funcs is None:
+            if args.reward_weights is not None:
+                raise ValueError("reward_weights weighs reward_funcs, and none are given. Leave it out.")
+            return None
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        return self.feedback_by(
+            weighted_sum(functions, args.reward_weights, trust_remote_code=args.trust_remote_code)
+        )
 
-    def _give_tokens(
+    def feedback_by(self, feature: Feature) -> RewardFeedback:
+        """Feedback by a reward; set as ``trainer.feedback``, evaluation on scored data has rewards too."""
+        return RewardFeedback(feature, lambda: self.state)
+
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse a condition whose tokens vLLM would not have, before the model is loaded."""
+        if self._uses_vllm:
+            check_vllm_tokens(self.condition, tokenizer)
+
+    def _add_tokens(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, peft_config: Any, args: ConditionalConfig
     ) -> Any:
+        """Give model and tokenizer the condition's tokens; the adapter config under which their rows are trained."""
         tokens = self.condition.tokens
         self.condition_ids: list[int] = []
         if not tokens:
             return peft_config
         if args.use_vllm:
             adapter = peft_config is not None or is_peft_model(model)
-            check_tokens(self.condition, tokenizer, adapter=adapter, rows=len(model.get_input_embeddings().weight))
+            rows = len(model.get_input_embeddings().weight)
+            check_vllm_tokens(self.condition, tokenizer, adapter=adapter, rows=rows)
         known = set(tokenizer.get_vocab())
         new = [token for token in tokens if token not in known]
         if is_peft_model(model):
@@ -289,9 +282,239 @@ class ConditionalTrainer(
             self.condition_ids = tokenizer.convert_tokens_to_ids(tokens)
             return peft_config
         self.condition_ids = add_condition_tokens(model, tokenizer, tokens, seed=args.seed)
-        if peft_config is None:
-            return None
-        return with_trainable_rows(peft_config, model, self.condition_ids)
+        return None if peft_config is None else with_trainable_rows(peft_config, model, self.condition_ids)
+
+    # ---------------------------------------------------------------------------------------------------------- data
+
+    def prepare_rows(self, dataset: Any, tokenizer: Any, args: Any, name: str) -> Any:
+        """Leave the dataset as it is: rows are made from the pool, round by round."""
+        return dataset
+
+    def encode(self, prompt: Text) -> list[int]:
+        """Token ids of a prompt, with or without condition; at least one."""
+        start = self.processing_class.bos_token_id
+        return tokenise_prompt(prompt, self.processing_class) or [self.eos_token_ids[0] if start is None else start]
+
+    def _prepare_pool(self) -> None:
+        """Open the pool and decide how many draws a round has; from scored data the one round is written at once."""
+        self.eos_token_ids = eos_token_ids(self.model, self.processing_class)
+        args, folder = self.args, Path(self.args.pool_dir or Path(self.args.output_dir) / "pool")
+        self.data_report: dict[str, Any] = {}
+        samples: list[Sample] = []
+        if self.online:
+            if args.max_steps <= 0 and args.num_train_epochs != int(args.num_train_epochs):
+                raise ValueError(f"num_train_epochs is {args.num_train_epochs}, expected a whole number of rounds.")
+            self.prompts = self._usable_prompts(self.train_dataset)
+            self.prompts_per_round = args.prompts_per_round or len(self.prompts)
+            if self.prompts_per_round > len(self.prompts):
+                raise ValueError(
+                    f"prompts_per_round is {self.prompts_per_round} and the dataset has {len(self.prompts)} prompts "
+                    "that can be used. Lower it, or raise num_generations for more completions a round."
+                )
+            self.condition.check_generations(args.num_generations, self.prompts_per_round)
+            draws = args.draws_per_round or self.prompts_per_round * args.num_generations
+        else:
+            samples, self.data_report = self._read_scored(self.train_dataset, self.condition)
+            for sample in samples:
+                self.condition.check(sample)
+            folder = folder.with_name(f"{folder.name}-{fingerprint_of_samples(samples, self.condition)}")
+        self.pool = Pool(folder, label=self.condition.label, drop_factor=args.drop_factor, seed=args.seed)
+        if not self.online:
+            draws = args.draws_per_round or self._fill_pool(samples)
+        step = args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        self.steps_per_round = math.ceil(draws / step)
+        # Scored completions were measured with their words when they were read.
+        self.conditioned = ConditionedPrompts(self.condition, self.encode, self._room() if self.online else None)
+        self.rows = ConditionedRows(
+            self.pool, self.conditioned, self.encode, self.steps_per_round * step, args.max_length
+        )
+        if self.online:
+            self.rounds = Rounds(
+                policy=self.generate,
+                feedback=self.feedback,
+                pool=self.pool,
+                condition=self.condition,
+                prompts=self.prompts,
+                prompts_per_round=self.prompts_per_round,
+                num_generations=args.num_generations,
+                seed=args.seed,
+                describe_feedback=lambda: self.feedback.describe(),
+            )
+
+    def _read_scored(self, dataset: Dataset, condition: Condition) -> tuple[list[Sample], dict[str, Any]]:
+        return read_scored(
+            dataset,
+            self.processing_class,
+            max_length=self.args.max_length,
+            condition=condition,
+            on_bad_row=self.args.on_bad_row,
+        )
+
+    def _fill_pool(self, samples: list[Sample]) -> int:
+        """Write scored samples as the pool's one round; how many have a label."""
+        if not self.pool.rounds and self.accelerator.is_main_process:
+            self.pool.add(samples)
+        self.accelerator.wait_for_everyone()
+        self.pool.reload()
+        labelled = int((self.pool.table(1).label >= 0).sum())
+        self.data_report["left_out"] = len(samples) - labelled
+        if labelled < len(samples):
+            logger.warning(
+                f"{len(samples) - labelled} of {len(samples)} completions have no score or feedback: left out."
+            )
+        return labelled
+
+    def _usable_prompts(self, dataset: Dataset) -> Dataset:
+        """The prompts that leave room for a completion; the others are counted."""
+        long = self.too_long(dataset, "train_dataset", self.condition)
+        self.data_report = {"rows": len(dataset), "too_long": len(long)}
+        if not long:
+            return dataset
+        if len(long) == len(dataset):
+            raise ValueError(
+                "No prompt is short enough: see the warning above. Raise max_length, or lower max_completion_length."
+            )
+        gone = set(long)
+        return dataset.select([i for i in range(len(dataset)) if i not in gone])
+
+    def too_long(self, dataset: Dataset, name: str, condition: Condition) -> list[int]:
+        """The rows whose prompt leaves no room for a completion, with a warning that they are left out.
+
+        Raises:
+            ValueError: no column 'prompt', or a prompt that cannot be conditioned.
+        """
+        if "prompt" not in dataset.column_names:
+            raise ValueError(
+                f"{name} has the columns {dataset.column_names}, expected 'prompt' to sample from. Rename one: "
+                "dataset.rename_column(old, 'prompt')."
+            )
+        room, long = self._room(), []
+        texts = [""] if condition.free_words else list(condition.askable().values())
+        for i, prompt in enumerate(dataset["prompt"]):
+            if not isinstance(prompt, str | list):
+                raise ValueError(f"{name}, row {i}: 'prompt' is {prompt!r}, expected text or messages.")
+            try:
+                conditioned = [condition.apply(prompt, text) for text in texts]
+            except ValueError as error:
+                raise ValueError(f"{name}, row {i}: {error}") from error
+            if max(len(self.encode(p)) for p in [prompt, *conditioned]) > room:
+                long.append(i)
+        if long:
+            logger.warning(
+                f"{len(long)} of {len(dataset)} prompts of {name} are longer than {room} tokens (condition included) "
+                f"and are left out; the first rows are {long[:5]}. "
+                f"{', '.join(f'{name}={limit}' for name, limit in self.context_limits().items())}, "
+                f"max_completion_length={self.args.max_completion_length}."
+            )
+        return long
+
+    def _room(self) -> int:
+        """Tokens that a prompt with its condition may have, so that the longest completion fits behind it."""
+        return min(self.context_limits().values(), default=2**31) - self.args.max_completion_length
+
+    def get_train_dataloader(self) -> Any:
+        """Trainer's loader over the draws of a round, in their order."""
+        return self.training_loader(self.rows, torch.utils.data.SequentialSampler)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one optimiser step.
+
+        Each carries ``step_tokens``, by which the sum over its completion tokens is divided: the completion tokens of
+        the step over its micro-batches on all processes. Trainer takes the mean over these, so that the step has the
+        mean over its tokens.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        tokens = sum(batch["completion_mask"].sum() for batch in batches)
+        total = self.accelerator.gather(torch.as_tensor(tokens, device=device)).sum()
+        for batch in batches:
+            batch["step_tokens"] = total / (len(batches) * self.accelerator.num_processes)
+        return batches, total
+
+    # ------------------------------------------------------------------------------------------------------ sampling
+
+    @contextlib.contextmanager
+    def sampling(self, reference: bool = False) -> Iterator[PreTrainedModel]:
+        """The policy or the reference in evaluation mode and in the run's precision, without gradients."""
+        if reference and self.reference is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield self.reference
+        else:
+            with self.policy_for_sampling(without_adapter=reference) as model:
+                yield model
+
+    def generate(
+        self,
+        prompts: Sequence[Text],
+        per_prompt: int,
+        seeds: Sequence[int],
+        *,
+        conditions: Sequence[str | None] | None = None,
+    ) -> list[list[Completion]]:
+        """Draw completions of prompts, each conditioned on a text or on nothing: ``ids``, ``text``, ``finished``.
+
+        Args:
+            seeds: one for each prompt. vLLM (``use_vllm``) has random numbers of its own.
+            conditions: a text for each prompt, or None for none; by default none.
+        """
+        conditions = conditions or [None] * len(prompts)
+        seen = [p if c is None else self.conditioned(p, c) for p, c in zip(prompts, conditions, strict=True)]
+        ids = [self.encode(prompt) for prompt in seen]
+        if self.sampler is not None:
+            return self.sampler(ids, per_prompt, list(seeds))
+        groups = self.vllm(ids, per_prompt) if self.vllm is not None else self._draw(ids, per_prompt, list(seeds))
+        ends, decode = set(self.eos_token_ids), self.processing_class.decode
+        return [
+            [{"ids": ids, "text": decode(ids, skip_special_tokens=True), "finished": ids[-1] in ends} for ids in group]
+            for group in groups
+        ]
+
+    def _draw(self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]) -> Sequence[Sequence[list[int]]]:
+        """Completions from the policy itself."""
+        with self.sampling() as model:  # by all processes, also one without prompts: weights may be gathered
+            if not prompt_ids:
+                return []
+            drawn = draw(
+                model,
+                prompt_ids,
+                per_prompt=per_prompt,
+                max_new_tokens=self.args.max_completion_length,
+                eos_token_ids=self.eos_token_ids,
+                pad_token_id=self.processing_class.pad_token_id,
+                seeds=seeds,
+                rows_at_once=self.args.rows_at_once,
+                temperature=self.args.temperature,
+                top_p=self.args.top_p,
+                suppress_ids=self.condition_ids,
+            )
+        return drawn.completion_ids
+
+    def check_pool(self) -> None:
+        """Raise ValueError where the pool's rounds are of other prompts, OSError where the pool takes no new round."""
+        if self.online:
+            self.rounds.check_pool()
+
+    def begin_round(self, number: int) -> None:
+        """Make a round, unless the pool has it; then set what is drawn from the pool, and log it."""
+        if self.online:
+            self._weights_have_changed()
+            self.rounds.make(number, self.state.global_step)
+        else:
+            self.pool.reload()
+        through = number if self.online else 1
+        table = self.pool.table(through)
+        draws, labels = self.pool.draws(self.rows.length, seed=(self.args.seed, number), through=through)
+        self.rows.set_draws(draws, labels, through)
+        logged = any(entry.get("round/number") == number for entry in self.state.log_history)
+        if not logged and (self.online or number == 1):
+            self._log_round(number, table, through)
+
+    def _weights_have_changed(self) -> None:
+        if self.vllm is not None:
+            self.vllm.is_current = False
+
+    def best_condition(self, through: int | None = None) -> Condition:
+        """The condition to ask for the best with: for a judge's words, the words that the best samples were given."""
+        return best_condition(self.condition, self.pool, through)
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
@@ -302,15 +525,21 @@ class ConditionalTrainer(
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        """The loss of one micro-batch: the sum over its completion tokens, over the tokens of the optimiser step."""
+        """Return the mean loss over the completion tokens of a batch.
+
+        In training the batch carries what makes the step's mean exact (see :meth:`get_batch_samples`), so that
+        ``num_items_in_batch`` is not needed and an override may drop it.
+        """
         if return_outputs:
             raise ValueError("return_outputs=True is not supported: no logits are built. Read the logged metrics.")
+        if self.model.training and self.has_reference and not self.reference_is_proven:
+            self._prove_reference_on(model, inputs)
         reference = None
         if self.has_reference:
             with self.sampling(reference=True) as reference_model:
-                reference = completion_objective(reference_model, bare(inputs), _as_it_is, layout=self.layout)
-        tokens = inputs["completion_mask"].sum() if num_items_in_batch is None else num_items_in_batch
-        processes = 1 if num_items_in_batch is None else self.accelerator.num_processes
+                reference = completion_objective(
+                    reference_model, without_condition(inputs), lambda *head: head, layout=self.layout
+                )
 
         def objective(hidden, labels, weight, bias, scale, softcap):
             options = {}
@@ -336,30 +565,25 @@ class ConditionalTrainer(
             )
 
         terms = completion_objective(model, inputs, objective, layout=self.layout)
-        self._note(terms, inputs)
-        return terms.loss * processes / tokens
+        if self.model.training:
+            self._add_metrics(terms, inputs)
+        return terms.loss / inputs.get("step_tokens", inputs["completion_mask"].sum())
 
-    def _note(self, terms: Any, inputs: dict[str, Tensor]) -> None:
-        """Per-token means over all processes."""
-        if not self.model.training:
-            return
+    def _add_metrics(self, terms: Any, inputs: dict[str, Tensor]) -> None:
+        """Record per-token means over all processes."""
         parts = [terms.nll.sum(), terms.kl.sum(), terms.entropy.sum(), terms.nll.new_tensor(len(terms.nll))]
         parts += [inputs["attention_mask"].sum().to(terms.nll), inputs["valid"].sum().to(terms.nll)]
         sums = self.accelerator.gather(torch.stack(parts).double()[None]).sum(0)
         nll, kl, entropy, n, seen, _ = sums.tolist()
-        self._total_train_tokens += int(seen)
-        metrics = self._metrics["train"]
-        metrics["nll"].append(nll / n)
-        metrics["entropy"].append(entropy / n)
-        metrics["entropy_coef"].append(self.entropy_coef.value)
-        metrics["num_tokens"] = [self._total_train_tokens]
+        self.trained_tokens += int(seen)
+        metrics = {"nll": nll / n, "entropy": entropy / n, "entropy_coef": self.entropy_coef.value}
         if self.has_reference:
-            metrics["kl"].append(kl / n)
-            metrics["kl_coef"].append(self.kl_coef.value)
+            metrics |= {"kl": kl / n, "kl_coef": self.kl_coef.value}
+        self.record(metrics, training=True, totals={"num_tokens": self.trained_tokens})
         self._step_sums = sums if self._step_sums is None else self._step_sums + sums
 
     def adapt_coefficients(self) -> None:
-        """Once for an optimiser step, however it is divided into micro-batches."""
+        """Adapt the coefficients once for an optimiser step, however it is divided into micro-batches."""
         if self._step_sums is None:
             return
         _, kl, entropy, n, _, rows = self._step_sums.tolist()
@@ -368,8 +592,234 @@ class ConditionalTrainer(
         if self.has_reference:
             self.kl_coef.update(kl / n, n=int(rows))
 
+    # ----------------------------------------------------------------------------------------------------- reference
 
-class _Rounds(TrainerCallback):
+    def _prove_reference_on(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
+        """Compare policy and reference on prompts without condition, over the vocabulary that both have."""
+        batch = without_condition(inputs)
+
+        def log_probs(hidden, labels, weight, bias, scale, softcap):
+            logits = nn.functional.linear(hidden[:PROBED], weight, bias).float() * scale
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            logits[:, [i for i in self.condition_ids if i < logits.size(1)]] = -torch.inf
+            return logits.log_softmax(-1).gather(1, labels[:PROBED, None])[:, 0]
+
+        with torch.no_grad(), self.accelerator.autocast():
+            policy = completion_objective(model, batch, log_probs, layout=self.layout)
+        with self.sampling(reference=True) as reference_model:
+            reference = completion_objective(reference_model, batch, log_probs, layout=self.layout)
+        if self._first_row is None:
+            first = batch["attention_mask"][0].bool()
+            completion = batch["completion_mask"][0].bool()
+            self._first_row = {
+                "prompt_ids": batch["input_ids"][0][first & ~completion].tolist(),
+                "completion_ids": [batch["input_ids"][0][completion].tolist()],
+                "scores": [0.0],
+            }
+        # The mean over the tokens: rounding of single tokens cancels as in the log-prob of a completion.
+        lengths = torch.tensor([len(policy)], device=policy.device)
+        self.prove_reference(policy.sum()[None], reference.sum()[None], lengths)
+
+    def reference_group(self) -> dict[str, Any] | None:
+        """The first row that was trained on, without its condition."""
+        return self._first_row if self.has_reference else None
+
+    def reference_logps_of(self, group: dict[str, Any]) -> list[float]:
+        """Log-prob of a group's completion under the reference."""
+        batch = GroupCollator(self.processing_class.pad_token_id)([group])
+        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        with self.sampling(reference=True) as model:
+            logps = completion_logps(model, batch, layout=self.layout, token_stats=False).logps
+        return logps[batch["valid"]].tolist()
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure how the condition controls the model.
+
+        Online: sample ``num_generations`` completions of each prompt under each condition and under none;
+        ``<prefix>_reward_given/<condition>`` is their mean reward, ``.../se`` its standard error over prompts.
+
+        Offline: completions that have scores or feedback; ``<prefix>_nll/<label>_given/<condition>`` is their mean
+        negative log-likelihood per token under the best and the worst condition, ``<prefix>_nll/<label>`` under their
+        own.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
+        if isinstance(dataset, dict):
+            metrics = {}
+            for name, part in dataset.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"eval_dataset is a {type(dataset).__name__}, expected a datasets.Dataset to evaluate on.")
+        start = time.time()
+        if self.online:
+            found = evaluation.reward_metrics(self.rewards_given(dataset))
+        else:
+            samples, _ = self._read_scored(dataset, self.best_condition())
+            found = evaluation.likelihood_metrics(samples, self.best_condition(), self.nll_given)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
+        self.log_measured(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def rewards_given(self, dataset: Dataset, *, conditions: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """Return the mean reward of each prompt's completions under each condition; ``"nothing"`` is none.
+
+        NaN for prompts without a scored completion, and for prompts that are too long (a warning is logged). A
+        prompt's seeds are the same under every condition and in every evaluation (not with ``use_vllm``).
+        """
+        best = self.best_condition()
+        self._weights_have_changed()
+        return evaluation.rewards_given(
+            dataset,
+            np.setdiff1d(np.arange(len(dataset)), self.too_long(dataset, "eval_dataset", best)),
+            best,
+            self.generate,
+            self.feedback,
+            num_generations=self.args.num_generations,
+            seed=self.args.seed,
+            conditions=conditions,
+        )
+
+    def nll_given(
+        self, samples: Sequence[Sample], texts: Sequence[str | None], *, reference: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Score completions, each under a condition or none.
+
+        Args:
+            reference: by the reference in place of the policy.
+
+        Returns:
+            (N,) negative log-likelihoods in nats and (N,) tokens.
+        """
+        n, collate = len(samples), GroupCollator(self.processing_class.pad_token_id)
+        own = np.array_split(np.arange(n), self.accelerator.num_processes)[self.accelerator.process_index]
+        found = []
+        with self.sampling(reference) as model:
+            for start in range(0, len(own), SCORED_TOGETHER):
+                groups = []
+                for i in own[start : start + SCORED_TOGETHER]:
+                    sample, text = samples[i], texts[i]
+                    prompt = sample.prompt if text is None else self.condition.apply(sample.prompt, text)
+                    groups.append(
+                        {"prompt_ids": self.encode(prompt), "completion_ids": [sample.completion_ids], "scores": [0.0]}
+                    )
+                batch = {name: tensor.to(self.accelerator.device) for name, tensor in collate(groups).items()}
+                logps = completion_logps(model, batch, layout=self.layout, token_stats=False)
+                found += zip((-logps.logps[:, 0]).tolist(), logps.lengths[:, 0].tolist(), strict=True)
+        everywhere = np.array([pair for part in gather_object([found]) for pair in part])
+        return everywhere[:, 0], everywhere[:, 1]
+
+    def _log_round(self, number: int, table: Table, through: int) -> None:
+        logs = evaluation.round_metrics(number, table, self.condition, online=self.online)
+        newest = evaluation.newest_samples(number, table, online=self.online)
+        if self.online and self.condition.free_words:
+            samples = self.pool.read(np.flatnonzero(newest & (table.label >= 0)), number)
+            asked_with = self.best_condition(number - 1) if number > 1 else None
+            counts = evaluation.count_cut_words(
+                number, samples, self.conditioned, asked_with, warn=not self._cut_words_told
+            )
+            self._cut_words_told = self._cut_words_told or any(counts.values())
+            logs |= counts
+        some = np.flatnonzero(newest)[:: max(1, int(newest.sum()) // 512)]
+        logs |= evaluation.text_metrics(
+            self.pool.read(some, through), self.nll_given if self.has_reference else None
+        )
+        self.log_measured(logs)
+        if self.args.should_save:
+            evaluation.draw_round(number, table, self.condition, self.args.output_dir)
+
+    def log_measured(self, logs: dict[str, float]) -> None:
+        """Log by itself: means over the steps since training was logged wait for its next log."""
+        was_training = self.model.training
+        self.model.eval()  # TRL's log asks the model which of the two it is
+        self.log(logs)
+        self.model.train(was_training)
+
+    # --------------------------------------------------------------------------------------------- resuming and saving
+
+    state_files = (STATE_FILE,)
+
+    def begin_training(self, *, going_on: bool) -> None:
+        """Check the pool: what it has already is not sampled again.
+
+        Raises:
+            ValueError: the pool has the samples of an earlier run, which this one was not asked to continue, or
+                samples of other prompts.
+        """
+        if self.online and self.pool.rounds and not going_on:
+            raise ValueError(
+                f"{self.pool.folder} has the samples of an earlier run (rounds {self.pool.rounds}). Go on with "
+                "resume_from_checkpoint=True, or give another output_dir or pool_dir to start anew."
+            )
+        self.check_pool()
+        self._step_sums = None
+
+    def save_own_state(self, folder: Path) -> None:
+        """Write the coefficients, the length of a round and the condition."""
+        if not self.args.should_save:
+            return
+        state = {"kl_coef": self.kl_coef.state_dict(), "entropy_coef": self.entropy_coef.state_dict()}
+        state |= {"steps_per_round": self.steps_per_round, "condition": self.condition.spec}
+        with atomic_write(folder / STATE_FILE) as file:
+            file.write(json.dumps(state).encode())
+
+    def load_state(self, checkpoint: Path) -> None:
+        """Read what :meth:`save_own_state` has written.
+
+        Raises:
+            ValueError: another condition, or rounds of another length.
+        """
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        if state["condition"] != self.condition.spec:
+            raise ValueError(
+                f"{checkpoint} was trained under {state['condition']}, and this run's condition is "
+                f"{self.condition.spec}. Use the same condition, or start anew from its weights."
+            )
+        steps = state.get("steps_per_round", self.steps_per_round)
+        if self.online and steps != self.steps_per_round:
+            raise ValueError(
+                f"A round had {steps} optimiser steps in {checkpoint} and has {self.steps_per_round} now: its samples "
+                "would be trained on in another round. Keep draws_per_round, and per_device_train_batch_size x "
+                "gradient_accumulation_steps x processes."
+            )
+        self.kl_coef.load_state_dict(state["kl_coef"])
+        self.entropy_coef.load_state_dict(state["entropy_coef"])
+
+    def finish_saving(self, folder: Path) -> None:
+        """Save the condition with the model: ``Condition.load(output_dir).apply_best(prompt)`` asks for the best."""
+        super().finish_saving(folder)
+        if self.args.should_save:
+            self.best_condition().save(folder)
+
+    def objective(self) -> dict[str, Any]:
+        """Condition and coefficients."""
+        args = self.args
+        found = {"condition": json.dumps(self.condition.spec), "entropy_coef": args.entropy_coef}
+        found |= {"kl_coef": args.kl_coef, "kl_direction": args.kl_direction if args.kl_coef else None}
+        found |= {name: getattr(args, name) for name in ("kl_target", "entropy_target")}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card; how to ask for the best takes the place of TRL's quick start, which has no condition."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            condition, adapter = self.best_condition(), is_peft_model(self.model)
+            try:
+                best = condition.best
+            except ValueError:  # a judge's words, before the first round
+                best = "words of the judge, once there are some"
+            base = get_config_model_id(self.model.config)
+            section = how_to_ask(condition.kind, best, adapter=adapter, tokens=bool(condition.tokens), base=base)
+            add_section(self.args.output_dir, section, instead_of="## Quick start")
+
+
+class _BeginsRounds(TrainerCallback):
     def __init__(self, trainer: ConditionalTrainer) -> None:
         self.trainer = trainer
 
@@ -380,5 +830,123 @@ class _Rounds(TrainerCallback):
         self.trainer.adapt_coefficients()
 
 
-def _as_it_is(*values: Any) -> tuple[Any, ...]:
-    return values
+class AdaptiveCoefficient:
+    r"""A proportional controller in log space: it holds a measured quantity near its target.
+
+    .. math:: e = \mathrm{clip}\Big( \frac{x - x^*}{x^*}, -0.2, 0.2 \Big), \qquad
+        c \leftarrow c \, \Big( 1 + s\, e\, \frac{n}{N} \Big)
+
+    Ziegler et al., arXiv:1909.08593, section 2.2, where x is the KL, s = 1 and N a horizon in samples: one update over
+    N samples or N updates over one each move c by up to 20%. ``sign`` is s: 1 for the coefficient of a penalty, which
+    grows while the quantity is above its target (KL), -1 for that of a bonus, which grows while it is below (entropy).
+
+    Args:
+        value: the first value, at least 0; from 0 it never moves, so 0 takes no target.
+        target: x*, above 0, in the unit in which the quantity is measured: nats per token for KL and entropy. None: the
+            coefficient is constant.
+        horizon: N, in samples, above 0.
+        sign: 1 or -1.
+
+    Raises:
+        ValueError: arguments not as above; from ``update``, a measurement that is not finite, or more samples at once
+            than the factor stays positive for (5 N).
+
+    >>> kl_coef = AdaptiveCoefficient(0.05, target=0.1, horizon=1000)
+    >>> round(kl_coef.update(0.11, n=500), 5)  # 10% too far from the reference, half a horizon: 5% more
+    0.0525
+    """
+
+    def __init__(self, value: float, *, target: float | None = None, horizon: float, sign: int = 1) -> None:
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"value is {value}, expected a finite number of at least 0.")
+        if target is not None and not (math.isfinite(target) and target > 0):
+            raise ValueError(f"target is {target}, expected a number above 0 (nats per token), or None for a constant.")
+        if target is not None and value == 0:
+            raise ValueError("value is 0 and target is set: a factor never moves 0. Start above 0, or set no target.")
+        if not horizon > 0:
+            raise ValueError(f"horizon is {horizon}, expected a number of samples above 0.")
+        if sign not in (1, -1):
+            raise ValueError(f"sign is {sign}, expected 1 (penalty) or -1 (bonus).")
+        self.value, self.target, self.horizon, self.sign = float(value), target, horizon, sign
+
+    def update(self, current: float, *, n: int) -> float:
+        """The new value, after ``n`` samples over which the quantity was ``current`` on average."""
+        if self.target is None:
+            return self.value
+        if not math.isfinite(current):
+            raise ValueError(f"The measured quantity is {current}, expected a finite number of nats per token.")
+        if not 0 <= n < 5 * self.horizon:
+            raise ValueError(f"n is {n}, expected from 0 to below 5 x horizon = {5 * self.horizon}: raise the horizon.")
+        error = min(max((current - self.target) / self.target, -0.2), 0.2)
+        self.value *= 1 + self.sign * error * n / self.horizon
+        return self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = float(state["value"])
+
+
+def freeze_lower_layers(model: PreTrainedModel, ratio: float, adapter: bool) -> None:
+    """Freeze all layers but a share of them, from the top.
+
+    Raises:
+        ValueError: an adapter is trained, or the model has no list of layers.
+    """
+    if adapter:
+        raise ValueError(
+            "unfrozen_layers_ratio freezes layers of a whole model, and here an adapter is trained. Give LoRA its "
+            "layers with layers_to_transform."
+        )
+    decoder = model.get_decoder()
+    layers = next(
+        (m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == model.config.num_hidden_layers),
+        None,
+    )
+    if layers is None:
+        raise ValueError(
+            f"{type(model).__name__} has no list of layers that unfrozen_layers_ratio could be a share of."
+        )
+    for layer in layers[: len(layers) - max(1, round(ratio * len(layers)))]:
+        layer.requires_grad_(False)
+
+
+def keep_adapter_as_reference(model: PeftModel) -> None:
+    """Keep a frozen copy of the adapter that a model came with, as in TRL: the reference is the start, not its base.
+
+    Raises:
+        ValueError: the adapter trains whole modules or rows of tokens.
+    """
+    config = model.peft_config[model.active_adapter]
+    if config.modules_to_save or getattr(config, "trainable_token_indices", None):
+        raise ValueError(
+            "The model's adapter trains whole modules or rows of tokens (modules_to_save, trainable_token_indices), of "
+            "which no frozen copy can stand beside it. Merge it first, or set kl_coef=0, which needs no reference."
+        )
+    model.add_adapter("ref", config)
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
+            parameter.data.copy_(model.get_parameter(name.replace(".ref.", f".{model.active_adapter}.")).data)
+
+
+def keep_rows_precise(model: nn.Module) -> None:
+    """Cast modules_to_save and trainable token rows to the dtype of the weights they replace.
+
+    TRL casts all that trains on a quantised base to bfloat16, in which an embedding does not move at usual learning
+    rates (its relative step is 2^-8), and which a forward pass without autocast cannot multiply with float32.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.to(module.original_module.weight.dtype)
+        elif isinstance(module, TrainableTokensLayer):
+            for rows in module.trainable_tokens_delta.values():
+                rows.data = rows.data.to(module.get_base_layer().weight.dtype)
+
+
+def fingerprint_of_samples(samples: Sequence[Sample], condition: Condition) -> str:
+    """A short hash of scored samples under a condition, which names their pool."""
+    digest = hashlib.sha256(json.dumps(condition.spec, sort_keys=True).encode())
+    for s in samples:
+        digest.update(repr((s.prompt, s.completion_ids, s.score, s.feedback)).encode())
+    return digest.hexdigest()[:12]

@@ -14,45 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from contrastive_align.data.collate import to_table
 from contrastive_align.models.layout import TOLERANCE, TOLERANCE_16_BIT
 from contrastive_align.models.logps import per_completion
-from contrastive_align.trl_seam import create_model_from_path
 
 
 CHUNK = 2**24  # logits in memory at once
 
 
-def load_encoder_decoder(
-    model_id: str, args: Any, quantization_config: BitsAndBytesConfig | None = None
-) -> PreTrainedModel | None:
-    """The model with its language-model head, or None if it is not an encoder-decoder.
-
-    A checkpoint may name a class without the head (BART's does), and as a causal model it would lose its encoder.
-    """
-    kwargs = dict(args.model_init_kwargs or {})
-    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    revision = kwargs.get("revision")
-    config = AutoConfig.from_pretrained(model_id, revision=revision, trust_remote_code=kwargs["trust_remote_code"])
-    if not config.is_encoder_decoder:
-        return None
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        kwargs["device_map"] = None  # each process holds a copy on its own device
-    return create_model_from_path(model_id, architecture=AutoModelForSeq2SeqLM, **kwargs)
-
-
-def refuse_for_encoder_decoder(args: Any, *, sharded: bool) -> None:
-    """Options that would leave the model without its encoder, or were never tried with one."""
+def check_options_for_encoder_decoder(args: Any, *, engine: bool) -> None:
+    """Raise ValueError for options that would leave the model without its encoder, or were never tried with one."""
     for name, wrong in {
         "layout='shared'": args.layout == "shared",
         "use_vllm": args.use_vllm,
         "use_transformers_continuous_batching": args.use_transformers_continuous_batching,
-        "DeepSpeed or FSDP": sharded,
+        "DeepSpeed or FSDP": engine,
     }.items():
         if wrong:
             raise ValueError(
@@ -154,7 +133,7 @@ def add_encoder_decoder_head(model: PreTrainedModel) -> None:
     _check(model)
 
 
-def without_functional_dropout(model: nn.Module) -> None:
+def disable_functional_dropout(model: nn.Module) -> None:
     """Set to 0 the dropout and layer-drop rates that modules keep as numbers, which ``nn.Dropout`` modules do not."""
     for module in model.modules():
         for name, value in vars(module).items():

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import math
-import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,69 +15,46 @@ import torch
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 from trl import RLOOTrainer
 
 from contrastive_align.data import GroupCollator
+from contrastive_align.data.formats import distinct_prompts
 from contrastive_align.losses import fdpg
-from contrastive_align.losses.distributional import mean_slope
-from contrastive_align.models import completion_logps, load_tokenizer, with_pad_token
-from contrastive_align.models.layout import set_layout
-from contrastive_align.sampling.decode import draw
-from contrastive_align.sampling.seeds import seed_of
+from contrastive_align.losses.divergences import mean_slope
+from contrastive_align.losses.estimators import RunningLogZ
+from contrastive_align.models.logps import completion_logps
+from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.targets import Target
-from contrastive_align.trainers.card import CardMixin
-from contrastive_align.trainers.checkpoints import checkpoint_to_resume
-from contrastive_align.trainers.compiling import compile_layers
-from contrastive_align.trainers.distribution_metrics import distribution_metrics
+from contrastive_align.targets.evaluate import columns_of
+from contrastive_align.targets.features import weighted_sum
+from contrastive_align.trainers.base import AlignmentTrainer, compile_layers, save_tensors
+from contrastive_align.trainers.configs import FDPGConfig
 from contrastive_align.trainers.encoder_decoder import (
     EncoderDecoderCollator,
     add_encoder_decoder_head,
+    check_options_for_encoder_decoder,
     decoder_start_token,
+    disable_functional_dropout,
     encoder_decoder_logps,
-    load_encoder_decoder,
-    refuse_for_encoder_decoder,
-    without_functional_dropout,
 )
-from contrastive_align.trainers.fdpg_baseline import WindowBaseline
-from contrastive_align.trainers.fdpg_config import FDPGConfig
-from contrastive_align.trainers.fdpg_inputs import (
-    EpochSampler,
-    check_enough_prompts,
-    distinct_prompts,
-    never_called,
-    target_of,
-)
-from contrastive_align.trainers.fdpg_state import TARGET_FILE, load_state, save_state, state_file
-from contrastive_align.trainers.log_z import RunningLogZ
-from contrastive_align.trainers.memory import KeepsFreedMemory
-from contrastive_align.trainers.modes import evaluation_mode
-from contrastive_align.trainers.proposal import kept_proposal
-from contrastive_align.trainers.vllm_sampling import base_kept
-from contrastive_align.trl_seam import add_fused_lm_head, disable_dropout_in_model, get_config_model_id
+from contrastive_align.trainers.kept_proposal import KeptProposal, WindowBaseline, make_kept_proposal
+from contrastive_align.trainers.metrics import distribution_metrics
+from contrastive_align.trainers.samplers import hand_over_without_rounding
+from contrastive_align.trl_seam import DrawsGroups, Method, without_reference
 
 
 logger = logging.get_logger(__name__)
 
 FIT_SAMPLES_PER_PROMPT = 256
-
-# What a feature is given by these names is not the dataset's column.
-_NOT_COLUMNS = (
-    "prompt",
-    "prompts",
-    "completion",
-    "completions",
-    "completion_ids",
-    "trainer_state",
-    "log_extra",
-    "log_metric",
-)
+TARGET_FILE = "target.json"
+PROPOSAL_FILE = "proposal.pt"
 
 AnyDataset = Dataset | IterableDataset
 
 
-class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
+class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
     r"""Train a language model towards a target distribution under an f-divergence, from its own samples.
 
     .. math:: \nabla D_f(\pi \| p) = E_{y \sim q}\Big[\frac{\pi(y)}{q(y)}\, f'\Big(\frac{\pi(y)}{p(y)}\Big)\,
@@ -89,7 +64,7 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
     ``divergence="reverse_kl"`` on ``Target.from_reward``. A subclass of :class:`trl.RLOOTrainer` that takes its
     arguments: prompts in, ``num_generations`` samples each, features by TRL's reward functions.
 
-    The base a(y|c) of the target is the model as it was given: its adapter off (LoRA), or a frozen copy. Causal models
+    The base a(y|c) of the target is the reference: the model as it was given, its adapter off (LoRA) or a frozen copy. Causal models
     continue the prompt; encoder-decoder models (T5, BART, Marian) read it in the encoder.
 
     ```python
@@ -102,7 +77,8 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
     ```
 
     Args:
-        model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
+        model: as in TRL; a folder or hub id may also be a LoRA adapter (see ``models.loading.resolve_start``).
+        args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
             peft_config: as in TRL.
         reward_funcs: as in TRL; with no ``target``, theirs is base * exp(weighted sum of rewards / args.beta).
         target: where to go. If its lambdas are unknown they are fitted when training starts.
@@ -113,12 +89,14 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
         FeatureError: a feature that raises, or answers with something else than a number for each completion.
     """
 
-    _tag_names = ("trl", "contrastive-align", "fdpg")
-    _name = "f-DPG"
-    _paper = {  # noqa: RUF012 (TRL's form)
-        "title": "Aligning Language Models with Preferences through f-divergence Minimization",
-        "id": "2302.08215",
-        "citation": textwrap.dedent("""\
+    config = FDPGConfig
+    columns = ("prompt", "image", "images")
+    method = Method(
+        name="f-DPG",
+        tags=("trl", "contrastive-align", "fdpg"),
+        paper="Aligning Language Models with Preferences through f-divergence Minimization",
+        arxiv="2302.08215",
+        citation=textwrap.dedent("""\
             @inproceedings{go2023aligning,
                 title        = {{Aligning Language Models with Preferences through f-divergence Minimization}},
                 author       = {Dongyoung Go and Tomasz Korbak and Germ{\\'{a}}n Kruszewski and Jos Rozen and Nahyeon Ryu and Marc Dymetman},
@@ -127,7 +105,7 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
                 eprint       = {2302.08215},
                 archivePrefix = {arXiv},
             }"""),  # noqa: E501
-    }
+    )
 
     def __init__(
         self,
@@ -145,94 +123,68 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
         *,
         target: Target | None = None,
     ):
-        if args is None:
-            model_id = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = FDPGConfig(f"{model_id.split('/')[-1]}-FDPG")
-        elif not isinstance(args, FDPGConfig):
-            raise TypeError(f"args is a {type(args).__name__}, expected an FDPGConfig (it takes RLOOConfig's options).")
-        if isinstance(processing_class, ProcessorMixin):
-            raise ValueError("processing_class is a vision processor, expected a tokenizer: prompts are text here.")
-        if reward_processing_classes is not None:
-            raise ValueError(
-                "reward_processing_classes is not read here. Give the reward model as a feature with its tokenizer: "
-                "resolve_feature({'reward_model': model}, tokenizer=tokenizer)."
-            )
+        args = self.own_args(args, model)
+        self.refuse_arguments(
+            model, processing_class, peft_config, reward_processing_classes=reward_processing_classes
+        )
         check_enough_prompts(train_dataset, args)
         self.target = target_of(target, reward_funcs, args)
-        if processing_class is None:
-            source = model if isinstance(model, str) else get_config_model_id(model.config)
-            processing_class = load_tokenizer(source, trust_remote_code=args.trust_remote_code)
-        with_pad_token(processing_class)
-
-        # TRL would load its reference from the hub id, even where the model was changed since, and only for beta != 0;
-        # the base of the target is the model as it was given.
-        without_reference = copy.copy(args)
-        without_reference.beta, without_reference.reward_weights = 0.0, None
-        if isinstance(model, str) and (loaded := load_encoder_decoder(model, args, quantization_config)) is not None:
-            model, quantization_config, without_reference.model_init_kwargs = loaded, None, None
-        super().__init__(
-            model=model,
-            reward_funcs=[never_called],
-            args=without_reference,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+        model, processing_class, quantization_config, peft_config = self.load_start(
+            model,
+            args,
             processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
+            as_object=True,
+            encoder_decoders=True,
         )
-        self.args.beta, self.args.reward_weights = args.beta, args.reward_weights
-        self.args.model_init_kwargs = args.model_init_kwargs
+        adapter = peft_config is not None or is_peft_model(model)
+        self.reference: PreTrainedModel | None = None if adapter else self.frozen_copy(model)
+        with without_reference(args):
+            super().__init__(
+                model=model,
+                reward_funcs=[features_are_read_by_the_target] * len(args.reward_weights or [1.0]),
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+            )
         if self.aux_loss_enabled:
             raise ValueError("A router loss has no place in the target. Set router_aux_loss_coef=0.")
         if args.disable_dropout:
-            without_functional_dropout(self.model)
+            disable_functional_dropout(self.model)
         if self.use_vllm and is_peft_model(self.model):
-            self._keep_base_over_syncs()
-        self.base_model = self._frozen_copy()
-        models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
-        models += [] if self.base_model is None else [self.base_model]
+            hand_over_without_rounding(self.vllm_generation, self.model)
+        self.place_reference()
         self.is_encoder_decoder = bool(self.model.config.is_encoder_decoder)
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        pad = (self._tokenizer.pad_token_id, self.args.pad_to_multiple_of)
+        pad = (self.processing_class.pad_token_id, args.pad_to_multiple_of)
+        self.collate: GroupCollator | EncoderDecoderCollator
         if self.is_encoder_decoder:
-            refuse_for_encoder_decoder(args, sharded=sharded)
+            check_options_for_encoder_decoder(args, engine=self.uses_engine)
+            models = self.base_models()
             for each in models:
                 add_encoder_decoder_head(each)
-            self.layout, self._collate = "padded", EncoderDecoderCollator(*pad, decoder_start_token(models[0]))
+            self.collate = EncoderDecoderCollator(*pad, decoder_start_token(models[0]))
+            self.layout = "padded"
+            compile_layers(self, models)
         else:
-            self.layout = set_layout(models, args.layout, sharded=sharded, autocast=args.bf16 or args.fp16)
-            self._collate = GroupCollator(*pad)
-        compile_layers(self, models)
+            self.collate = GroupCollator(*pad)
+            self.choose_layout()
         self.log_z = RunningLogZ()
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
-        self.kept_proposal = kept_proposal(args, sharded=sharded)
+        self.kept_proposal: KeptProposal | None = None
+        if args.proposal == "kept":
+            self.kept_proposal = make_kept_proposal(args, engine=self.uses_engine)
         self._evaluations = 0
+        self._first_group: dict[str, Any] | None = None
 
-    def _keep_base_over_syncs(self) -> None:
-        hand_over = self.vllm_generation.sync_weights
-
-        def sync_weights() -> None:
-            with base_kept(self.model):
-                hand_over()
-
-        self.vllm_generation.sync_weights = sync_weights
-
-    def _frozen_copy(self) -> PreTrainedModel | None:
-        """The base, where it is not the policy without its adapter."""
-        if is_peft_model(self.model):
-            return None
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            raise ValueError(
-                "Full fine-tuning with DeepSpeed or FSDP would need a sharded copy of the base, which is not "
-                "supported yet. Use LoRA (peft_config), whose base is the model with its adapter off."
-            )
-        base = copy.deepcopy(self.model)
-        base.__dict__.pop("forward", None)  # TRL's head, which would call the policy's forward
-        add_fused_lm_head(base)
-        disable_dropout_in_model(base)
-        return base.eval().requires_grad_(False)
+    @property
+    def policy(self) -> nn.Module:
+        """The model that is trained, without what wraps it for several processes."""
+        return self.accelerator.unwrap_model(self.model)
 
     # -------------------------------------------------------------------------------------------------------- target
 
@@ -241,8 +193,8 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
         # E_p[phi|c] of one sample is that sample's phi whatever lambda is: each prompt needs many.
         prompts = distinct_prompts(self.train_dataset, max(1, self.args.fit_samples // FIT_SAMPLES_PER_PROMPT))
         per_prompt = math.ceil(self.args.fit_samples / len(prompts))
-        ids = self._prompt_ids([row["prompt"] for row in prompts])
-        with self._sampling(base=True) as model:
+        ids = self.prompt_ids_of([row["prompt"] for row in prompts])
+        with self.sampling_from(reference=True) as model:
             drawn = draw(
                 model, ids, per_prompt=per_prompt, seeds=self._seeds("fit", range(len(ids))), **self._draw_options()
             )
@@ -261,36 +213,39 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             self.target.save(Path(self.args.output_dir) / TARGET_FILE)
 
-    def _features(self, rows: list[dict[str, Any]], completion_ids: list[list[list[int]]]) -> Tensor:
+    def _features(self, rows: list[dict[str, Any]], completion_ids: Sequence[Sequence[list[int]]]) -> Tensor:
         """phi (C * K, J) of K completions of each row."""
         k = len(completion_ids[0])
-        columns = {name: [row[name] for row in rows for _ in range(k)] for name in rows[0] if name not in _NOT_COLUMNS}
         flat = [ids for group in completion_ids for ids in group]
-        texts = self._tokenizer.batch_decode(flat, skip_special_tokens=True)
+        texts = self.processing_class.batch_decode(flat, skip_special_tokens=True)
         conversational = not isinstance(rows[0]["prompt"], str)
         return self.target.features(
             [row["prompt"] for row in rows for _ in range(k)],
             [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
             completion_ids=flat,
             trainer_state=self.state,
-            log_extra=self._log_completion_extra,
-            log_metric=self._log_metric,
-            **columns,
+            **self.reward_logging,
+            **columns_of(rows, k),
         )
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
-    def _prompt_ids(self, prompts: list[Any]) -> list[list[int]]:
-        prompt_ids, *_ = self._tokenize_prompts(prompts)
-        start = self._tokenizer.bos_token_id if self._tokenizer.bos_token_id is not None else self.eos_token_ids[0]
-        prompt_ids = [list(ids) or [start] for ids in prompt_ids]
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+    def prompt_ids_of(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Token ids of prompts, at least one each.
+
+        Raises:
+            ValueError: a prompt that leaves no room for a completion in the model's context.
+        """
+        bos = self.processing_class.bos_token_id
+        start = bos if bos is not None else self.eos_token_ids[0]
+        prompt_ids = [ids or [start] for ids in self.prompt_token_ids(prompts)]
+        longest = min(self.context_limits().values(), default=None)
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             needed = (max if self.is_encoder_decoder else sum)((len(ids), self.max_completion_length))
-            if context and needed > context:
+            if longest is not None and needed > longest:
                 raise ValueError(
                     f"A prompt of {len(ids)} tokens and max_completion_length={self.max_completion_length} exceed the "
-                    f"model's context of {context}: {str(prompt)[:80]!r}. Shorten or leave out the prompt, or lower "
+                    f"model's context of {longest}: {str(prompt)[:80]!r}. Shorten or leave out the prompt, or lower "
                     "max_completion_length."
                 )
         return prompt_ids
@@ -299,7 +254,7 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
         return {
             "max_new_tokens": self.max_completion_length,
             "eos_token_ids": self.eos_token_ids,
-            "pad_token_id": self._tokenizer.pad_token_id,
+            "pad_token_id": self.processing_class.pad_token_id,
         }
 
     def _seeds(self, what: Any, places: Any) -> list[int]:
@@ -307,70 +262,55 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
         return [seed_of(self.args.seed, what, place) for place in places]
 
     @contextlib.contextmanager
-    def _sampling(self, base: bool = False) -> Iterator[PreTrainedModel]:
-        """The policy or the base, to draw or score with: in evaluation mode and in the run's precision."""
-        if base and self.base_model is not None:
+    def sampling_from(self, *, reference: bool = False) -> Iterator[PreTrainedModel]:
+        """The policy or the reference, to draw or score with: in evaluation mode and in the run's precision."""
+        if reference and self.reference is not None:
             with torch.no_grad(), self.accelerator.autocast():
-                yield self.base_model
+                yield self.reference
         else:
-            with evaluation_mode(self, without_adapter=base) as model:
+            with self.policy_for_sampling(without_adapter=reference) as model:
                 yield model
 
-    @property
-    def policy(self) -> nn.Module:
-        """The model that is trained, without what wraps it for several processes."""
-        return self.accelerator.unwrap_model(self.model)
-
-    def _draw(self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]):
-        """Completions (C, K) of the proposal, their log-probs under it; None where these are still to be computed."""
+    def _draw(
+        self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]
+    ) -> tuple[Sequence[Sequence[list[int]]], Tensor | None]:
+        """Completions (C, K) of the proposal, and their log-probs under it; None where these are still to be computed."""
         if self.use_vllm or self.use_transformers_continuous_batching:
-            flat = self._generate_single_turn([ids for ids in prompt_ids for _ in range(per_prompt)], None, {})
-            return [flat[i : i + per_prompt] for i in range(0, len(flat), per_prompt)], None
+            return self.generate_by_engine(prompt_ids, per_prompt), None
         kept = self.kept_proposal if self.model.training else None
         with contextlib.ExitStack() as stack:
-            model = stack.enter_context(self._sampling(base=kept is not None and kept.is_base))
+            model = stack.enter_context(self.sampling_from(reference=kept is not None and kept.is_base))
             if kept is not None:
                 stack.enter_context(kept.in_place_of(self.policy))
             drawn = draw(model, prompt_ids, per_prompt=per_prompt, seeds=seeds, **self._draw_options())
         return drawn.completion_ids, drawn.logps
 
-    def _prepare_inputs(self, generation_batch: list[dict[str, Any]]) -> dict[str, Any]:
-        """A micro-batch of whole groups; drawn for ``steps_per_generation`` of them at once, as in TRL."""
-        if not self.model.training:
-            k = self.num_generations_eval
-            self._evaluations += 1
-            return self._groups(generation_batch, k, 1, ("eval", self.state.global_step, self._evaluations))[0]
-        steps = self.args.steps_per_generation
-        if self._step % steps == 0 or self._buffered_inputs is None:
-            what = ("train", self._step // steps)
-            self._buffered_inputs = self._groups(generation_batch, self.num_generations, steps, what)
-        return self._buffered_inputs[self._step % steps]
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> EpochSampler:
-        sampler = super()._get_train_sampler(dataset)
-        sampler.__class__ = EpochSampler
-        return sampler
-
     @torch.no_grad()
-    def _groups(self, rows: list[dict[str, Any]], k: int, parts: int, what: Any) -> list[dict[str, Tensor]]:
-        """Draw K completions for each prompt, score them under base and target, cut into ``parts`` micro-batches."""
+    def draw_groups(self, rows: list[dict[str, Any]], *, training: bool) -> list[dict[str, Tensor]]:
+        """Draw K completions for each prompt and score them under reference and target, as micro-batches of groups."""
+        if training:
+            k, parts, what = self.num_generations, self.args.steps_per_generation, ("train", self.generation)
+        else:
+            self._evaluations += 1
+            k, parts, what = self.num_generations_eval, 1, ("eval", self.state.global_step, self._evaluations)
         rows = rows[::k]  # TRL's sampler repeats every prompt K times in a row
-        prompt_ids = self._prompt_ids([row["prompt"] for row in rows])
+        prompt_ids = self.prompt_ids_of([row["prompt"] for row in rows])
         first = self.accelerator.process_index * len(rows)
         completion_ids, proposal_logps = self._draw(prompt_ids, k, self._seeds(what, range(first, first + len(rows))))
         size = len(rows) // parts
-        batches = []
-        for i in range(0, len(rows), size):
-            groups = zip(prompt_ids[i : i + size], completion_ids[i : i + size], strict=True)
-            examples = [{"prompt_ids": p, "completion_ids": c, "scores": [0.0] * k} for p, c in groups]
-            batch = self._collate(examples)
-            batches.append({name: tensor.to(self.accelerator.device) for name, tensor in batch.items()})
-        base_logps = torch.cat([self._logps(batch, base=True) for batch in batches])
+        groups = [
+            {"prompt_ids": p, "completion_ids": list(c), "scores": [0.0] * k}
+            for p, c in zip(prompt_ids, completion_ids, strict=True)
+        ]
+        batches = [self._on_device(self.collate(groups[i : i + size])) for i in range(0, len(rows), size)]
+        base_logps = torch.cat([self._logps(batch, reference=True) for batch in batches])
         policy_logps = proposal_logps
-        if proposal_logps is None or (self.kept_proposal is not None and self.model.training):
+        if proposal_logps is None or (self.kept_proposal is not None and training):
             policy_logps = torch.cat([self._logps(batch) for batch in batches])
         policy_logps = policy_logps.to(base_logps.device)
         proposal_logps = policy_logps if proposal_logps is None else proposal_logps.to(base_logps.device)
+        if training and not self.reference_is_proven:
+            self._prove_reference_on(groups[0], batches[0], base_logps[:size])
         phi = self._features(rows, completion_ids).view(len(rows), k, -1).to(base_logps.device)
         target_log_scores = self.target.log_scores(base_logps, phi)
         keys = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in prompt_ids]
@@ -380,12 +320,15 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
         more = {"proposal_logps": proposal_logps, "target_log_scores": target_log_scores, "log_z": log_z}
         if self.baseline is not None:
             more["baseline"] = self._window_baseline(log_z, **logs)
-        if self.kept_proposal is not None and self.model.training:
+        if self.kept_proposal is not None and training:
             self._compare_proposal(keys, **logs)
         for j, batch in enumerate(batches):
             batch.pop("scores", None)
             batch.update({name: tensor[j * size : (j + 1) * size] for name, tensor in more.items()})
         return batches
+
+    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
     def _log_z_of(self, keys: list[str], log_weights: Tensor) -> Tensor:
         """log Z (B,) of the prompts, these samples counted in; what all processes drew is counted on each of them."""
@@ -399,7 +342,7 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
         return torch.tensor(values, dtype=torch.float64, device=log_weights.device)
 
     def _window_baseline(self, log_z: Tensor, **logs: Tensor) -> Tensor:
-        """(B,) what earlier steps say; then these samples are counted in, for the next ones."""
+        """(B,) the baseline that earlier steps give; then these samples are counted in, for the next ones."""
         before = torch.full_like(log_z, self.baseline.value)
         if self.model.training:
             slopes = mean_slope(**logs, log_z=log_z, divergence=self.args.divergence)
@@ -409,13 +352,16 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
     def _compare_proposal(self, keys: list[str], **logs: Tensor) -> None:
         logs = {name: self.accelerator.gather(tensor) for name, tensor in logs.items()}
         found = self.kept_proposal.compare(self.policy, gather_object(keys), log_z=self.log_z, **logs)
-        self._metrics["train"]["proposal/replaced"].append(float(found is not None and found.replaced))
+        metrics = {"proposal/replaced": float(found is not None and found.replaced)}
         if found is not None:
-            self._metrics["train"][f"proposal/{self.args.proposal_criterion}_gap"].append(found.gap)
+            metrics[f"proposal/{self.args.proposal_criterion}_gap"] = found.gap
+        self.record(metrics, training=True)
 
-    def _logps(self, batch: dict[str, Tensor], base: bool = False) -> Tensor:
+    # ----------------------------------------------------------------------------------------------- log-probs, loss
+
+    def _logps(self, batch: dict[str, Tensor], *, reference: bool = False) -> Tensor:
         """(B, K) float64, in the layout of training."""
-        with self._sampling(base) as model:
+        with self.sampling_from(reference=reference) as model:
             return self._completion_logps(model, batch)
 
     def _completion_logps(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -424,7 +370,23 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
             return encoder_decoder_logps(model, batch).double()
         return completion_logps(model, batch, layout=self.layout, token_stats=False).logps.double()
 
-    # ----------------------------------------------------------------------------------------------------------- loss
+    def _prove_reference_on(self, group: dict[str, Any], batch: dict[str, Tensor], reference: Tensor) -> None:
+        # Scored by the forward pass that scores the reference, not by the sampler's.
+        if self._first_group is None:
+            self._first_group = group
+        lengths = batch["labels"].ne(-100).sum(1) if "labels" in batch else batch["completion_mask"].sum(1)
+        valid = batch["valid"]
+        lengths = lengths.new_ones(valid.shape).masked_scatter(valid, lengths)
+        self.prove_reference(self._logps(batch), reference, lengths)
+
+    def reference_group(self) -> dict[str, Any] | None:
+        """The first group that was drawn."""
+        return self._first_group
+
+    def reference_logps_of(self, group: dict[str, Any]) -> list[float]:
+        """Log-probs (K) of a group under the base."""
+        batch = self._on_device(self.collate([group]))
+        return self._logps(batch, reference=True)[batch["valid"]].tolist()
 
     def compute_loss(
         self,
@@ -433,7 +395,7 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        """The mean over groups of :func:`~contrastive_align.losses.fdpg`; groups whose Z is still 0 count as 0."""
+        """Return the mean over groups of :func:`~contrastive_align.losses.fdpg`; groups whose Z is still 0 count as 0."""
         if return_outputs:
             raise ValueError("return_outputs=True is not supported, as in TRL. Read the logged metrics.")
         some_mass = torch.isfinite(inputs["log_z"])
@@ -451,14 +413,22 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
 
     # -------------------------------------------------------------------------------------------------------- metrics
 
-    def _log_groups(self, rows, completion_ids, phi, keys, base_logps, log_z, **logs: Tensor) -> None:
-        mode = "train" if self.model.training else "eval"
+    def _log_groups(
+        self,
+        rows: list[dict[str, Any]],
+        completion_ids: Sequence[Sequence[list[int]]],
+        phi: Tensor,
+        keys: list[str],
+        base_logps: Tensor,
+        log_z: Tensor,
+        **logs: Tensor,
+    ) -> None:
+        training, gather = self.model.training, self.accelerator.gather
         k = base_logps.size(1)
         lengths = torch.tensor([[len(ids) for ids in group] for group in completion_ids], device=phi.device)
         ended = torch.tensor(
             [[ids[-1] in self.eos_token_ids for ids in group] for group in completion_ids], device=phi.device
         )
-        gather = self.accelerator.gather
         metrics = distribution_metrics(
             **{name: gather(tensor) for name, tensor in logs.items()},
             base_logps=gather(base_logps),
@@ -468,37 +438,124 @@ class FDPGTrainer(CardMixin, KeepsFreedMemory, RLOOTrainer):
             keys=gather_object(keys),
             lengths=gather(lengths),
             ended=gather(ended),
-            completion_ids=gather_object(completion_ids),
+            completion_ids=gather_object(list(completion_ids)),
         )
-        if mode == "train":
-            prompts = torch.tensor([len(rows) * k, int(lengths.sum())], device=phi.device)
-            self.state.num_input_tokens_seen += int(gather(prompts).view(-1, 2)[:, 1].sum())
-        for name, value in metrics.items():
-            self._metrics[mode][name].append(value)
+        self.record(metrics, training=training)
+        if training:
+            self.state.num_input_tokens_seen += int(gather(lengths.sum()).sum())
         if self.log_completions:
-            texts = self._tokenizer.batch_decode([i for g in completion_ids for i in g], skip_special_tokens=True)
-            self._logs["prompt"].extend(gather_object([str(row["prompt"]) for row in rows for _ in range(k)]))
-            self._logs["completion"].extend(gather_object(texts))
-            for j, name in enumerate(self.target.names):
-                self._logs["rewards"][name].extend(gather(phi[..., j].flatten()).tolist())
+            texts = self.processing_class.batch_decode([i for g in completion_ids for i in g], skip_special_tokens=True)
             log_weights = logs["target_log_scores"] - logs["policy_logps"]
-            self._logs["advantages"].extend(gather(log_weights.flatten()).tolist())
+            self.log_completion_rows(
+                {
+                    "prompt": gather_object([str(row["prompt"]) for row in rows for _ in range(k)]),
+                    "completion": gather_object(texts),
+                    "advantages": gather(log_weights.flatten()).tolist(),
+                },
+                {name: gather(phi[..., j].flatten()).tolist() for j, name in enumerate(self.target.names)},
+            )
 
     # --------------------------------------------------------------------------------------------- resuming and saving
 
-    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any):
-        if resume_from_checkpoint:
-            resume_from_checkpoint = checkpoint_to_resume(
-                resume_from_checkpoint, self.args.output_dir, TARGET_FILE, state_file(0)
-            )
-            load_state(self, Path(resume_from_checkpoint))
-        elif not self.target.fitted or (all(self.target.pointwise) and self.target.last_fit is None):
-            self.fit_target()  # nothing to fit where all constraints are pointwise, but that something satisfies them
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def begin_training(self, *, going_on: bool) -> None:
+        """Fit the target, unless it is known."""
+        # Where all constraints are pointwise there is nothing to fit, but that something satisfies them.
+        if self.resumed_from is None and (
+            not self.target.fitted or (all(self.target.pointwise) and self.target.last_fit is None)
+        ):
+            self.fit_target()
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        save_state(self, Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+    @property
+    def state_files(self) -> tuple[str, ...]:
+        """The target, and the state of every process."""
+        return TARGET_FILE, *(state_file(process) for process in range(self.accelerator.num_processes))
+
+    def save_own_state(self, folder: Path) -> None:
+        """Write target and proposal once; running log Z, windows and the groups already drawn for each process."""
+        state = {**self.drawn_state(), "log_z": self.log_z.state_dict()}
+        if self.baseline is not None:
+            state["baseline"] = self.baseline.state_dict()
+        if self.kept_proposal is not None:
+            state["proposal"] = self.kept_proposal.state_dict()
+        if self.args.should_save:
+            self.target.save(folder / TARGET_FILE)
+            if self.kept_proposal is not None and not self.kept_proposal.is_base:
+                save_tensors(self.kept_proposal.weights, folder / PROPOSAL_FILE)
+        save_tensors(state, folder / state_file(self.args.process_index))
+
+    def load_state(self, checkpoint: Path) -> None:
+        """Read what :meth:`save_own_state` has written.
+
+        Raises:
+            ValueError: a file is missing, or the proposal is that of another model.
+        """
+        self.target.load(checkpoint / TARGET_FILE)
+        file = checkpoint / state_file(self.args.process_index)
+        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        self.load_drawn_state(state)
+        self.log_z.load_state_dict(state["log_z"])
+        if self.baseline is not None and "baseline" in state:  # else the run began with another baseline
+            self.baseline.load_state_dict(state["baseline"])
+        if self.kept_proposal is not None and "proposal" in state:  # else it begins with the base
+            file, weights = checkpoint / PROPOSAL_FILE, None
+            if state["proposal"]["replacements"]:
+                if not file.is_file():
+                    raise ValueError(f"{file} is missing, but the proposal was replaced. The checkpoint is not whole.")
+                weights = torch.load(file, map_location="cpu", weights_only=True)
+            self.kept_proposal.load_state_dict(state["proposal"], weights, self.policy)
 
     def objective(self) -> dict[str, Any]:
+        """Divergence and target."""
         return {"divergence": self.args.divergence, "target": str(self.target)}
+
+
+def state_file(process: int) -> str:
+    """The file of a checkpoint with the state of one process."""
+    return f"fdpg_state_{process}.pt"
+
+
+def target_of(target: Target | None, reward_funcs: Any, args: FDPGConfig) -> Target:
+    """The target as given, or base * exp(weighted sum of rewards / beta).
+
+    Raises:
+        TypeError: a target of another class.
+        ValueError: both are given, or none.
+    """
+    if target is not None:
+        if not isinstance(target, Target):
+            raise TypeError(f"target is a {type(target).__name__}, expected a contrastive_align.targets.Target.")
+        if reward_funcs:
+            raise ValueError("Both target and reward_funcs are given, expected one: put the rewards into the target.")
+        if args.reward_weights is not None:
+            raise ValueError("reward_weights weighs reward_funcs, and a target is given. Leave it out.")
+        return target
+    if not reward_funcs:
+        raise ValueError(
+            "Nothing to train towards. Give target=Target([...]), or reward_funcs for base * exp(reward / beta)."
+        )
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    return Target.from_reward(weighted_sum(functions, args.reward_weights), args.beta)
+
+
+def check_enough_prompts(dataset: Dataset | IterableDataset | None, args: FDPGConfig) -> None:
+    """Refuse a dataset that does not fill one step: TRL's sampler leaves out what does not, and would train on nothing.
+
+    Raises:
+        ValueError: fewer rows than samples are drawn for at once, over all processes.
+    """
+    needed = args.generation_batch_size // args.num_generations
+    if not isinstance(dataset, Dataset) or len(dataset) >= needed:
+        return
+    distinct = len(distinct_prompts(dataset, needed)) if "prompt" in dataset.column_names else 0
+    raise ValueError(
+        f"train_dataset has {len(dataset)} rows ({distinct} distinct prompts), and samples are drawn for {needed} at "
+        f"once: generation_batch_size={args.generation_batch_size} samples over all processes, num_generations="
+        f"{args.num_generations} for each. No step would be filled. Lower per_device_train_batch_size or "
+        "steps_per_generation (gradient_accumulation_steps, where that is left out), raise num_generations, or repeat "
+        f"the rows: concatenate_datasets([train_dataset] * {-(-needed // max(1, len(dataset)))})."
+    )
+
+
+def features_are_read_by_the_target(**columns: Any) -> list[float]:
+    """Stand in for the reward function that TRL asks for."""
+    raise AssertionError("TRL computed rewards by itself: FDPGTrainer's draw_groups was not used.")

@@ -1,13 +1,29 @@
-"""What is logged about a batch of groups: pure functions, and exact averages over steps and processes."""
+"""What is logged: pure functions of a batch of groups or of samples, and exact averages over steps and processes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import IterableDataset
 from torch import Tensor
+from transformers.utils import logging
 
+from contrastive_align.data.collate import to_table
+from contrastive_align.losses.contrastive import target_labels, temperature_for_entropy
+from contrastive_align.losses.estimators import (
+    average_estimate,
+    estimate_divergence,
+    estimate_kl_base,
+    estimate_moments,
+)
+from contrastive_align.models.logps import CompletionLogps, per_completion
+from contrastive_align.sampling import distinct_n
+
+
+logger = logging.get_logger(__name__)
 
 Metric = tuple[Tensor, Tensor]  # a value and a weight for each group
 
@@ -63,6 +79,59 @@ def group_metrics(
     return metrics
 
 
+def batch_metrics(
+    policy: CompletionLogps,
+    log_ratios: Tensor,
+    scores: Tensor,
+    valid: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+) -> dict[str, Metric]:
+    """:func:`group_metrics` of a batch, and per-token metrics, whose weight is a group's number of tokens."""
+    metrics = group_metrics(
+        log_ratios=log_ratios,
+        policy_logps=policy.logps,
+        scores=scores,
+        labels=target_labels(scores, temperature_alpha=temperature_alpha, valid=valid),
+        valid=valid,
+        beta=beta,
+    )
+    completions = int(valid.sum())
+
+    def per_group(values: Tensor, columns: Tensor) -> Metric:
+        sums = torch.zeros(completions, device=values.device).index_add(0, policy.owner, values.float())
+        tokens = (policy.lengths * columns).sum(1)
+        return (per_completion(sums, valid) * columns).sum(1) / tokens.clamp(min=1), tokens.to(sums.dtype)
+
+    best = torch.zeros_like(valid).scatter(1, scores.masked_fill(~valid, -torch.inf).argmax(1, keepdim=True), True)
+    metrics["entropy"] = per_group(policy.tokens["entropy"], valid)
+    metrics["mean_token_accuracy"] = per_group(policy.tokens["is_top1"], best & valid)
+    if "rewards/chosen" in metrics:
+        pairs = (metrics["rewards/chosen"][1] > 0).unsqueeze(1) & valid
+        metrics["logits/chosen"] = per_group(policy.tokens["mean_logits"], best & pairs)
+        metrics["logits/rejected"] = per_group(policy.tokens["mean_logits"], ~best & pairs)
+    return metrics
+
+
+def warn_of_one_hot_labels(dataset: Any, temperature_alpha: float) -> None:
+    """Say so where one-hot labels throw explicit rewards away, and which temperature would not."""
+    if isinstance(dataset, IterableDataset):
+        return
+    rows = dataset[:10_000]["scores"]
+    scores, valid = to_table(rows, torch.float64), to_table([[True] * len(row) for row in rows], torch.bool)
+    graded = [len(set(row)) > 2 for row in rows]
+    soft, hard = (target_labels(scores, temperature_alpha=a, valid=valid) for a in (temperature_alpha, 1e-12))
+    if not any(graded) or (soft - hard).abs().max() > 1e-3:
+        return
+    wish = temperature_for_entropy(scores, valid=valid)
+    advice = f" temperature_alpha={wish:.3g} would give half of the largest label entropy." if wish else ""
+    logger.warning(
+        f"temperature_alpha={temperature_alpha:g} makes the labels one-hot, although {sum(graded)} of {len(graded)} "
+        f"groups have more than two different scores: all but the best score is thrown away.{advice}"
+    )
+
+
 def _mean_of_others(values: Tensor, by_rank: Tensor, valid: Tensor) -> Tensor:
     return ((values * valid).sum(-1) - by_rank[:, 0]) / (valid.sum(-1) - 1).clamp(min=1)
 
@@ -75,6 +144,61 @@ def _kendall_tau_b(s: Tensor, r: Tensor, valid: Tensor) -> Metric:
     dr = torch.where(both, torch.sign(r.unsqueeze(-1) - r.unsqueeze(-2)), 0.0)
     norm = (ds.abs().sum((-1, -2)) * dr.abs().sum((-1, -2))).sqrt()
     return (ds * dr).sum((-1, -2)) / norm.clamp(min=1), (norm > 0).to(r.dtype)
+
+
+def distribution_metrics(
+    *,
+    policy_logps: Tensor,
+    proposal_logps: Tensor,
+    base_logps: Tensor,
+    target_log_scores: Tensor,
+    log_z: Tensor,
+    phi: Tensor,
+    names: Sequence[str],
+    keys: Sequence[str],
+    lengths: Tensor,
+    ended: Tensor,
+    completion_ids: Sequence[Sequence[Sequence[int]]],
+) -> dict[str, float]:
+    """Metrics of K samples of a proposal, the policy's own when online, for each of B prompts.
+
+    Shapes: phi (B, K, J), log_z and keys (B,), all else (B, K).
+
+    ``kl_target`` KL(p||pi), ``reverse_kl_target`` KL(pi||p), ``tv_target``, ``js_target``; ``kl_base`` KL(pi||a);
+    ``moment/<feature>`` under the policy and ``moment/<feature>/target`` under the target, self-normalised; ``log_z``;
+    beside what is importance-sampled ``.../ess``. Averaged over prompts; where there is only one, over all samples.
+    Of the samples themselves: their lengths, how many ended; ``distinct_2``: different bigrams over all;
+    ``repetition``: share of tokens that their completion had before.
+    """
+    if len(set(keys)) == 1:
+        policy_logps, proposal_logps, base_logps, target_log_scores = (
+            t.reshape(1, -1) for t in (policy_logps, proposal_logps, base_logps, target_log_scores)
+        )
+        phi, log_z = phi.reshape(1, -1, phi.size(-1)), log_z[:1]
+    metrics: dict[str, float] = {"log_z": log_z[torch.isfinite(log_z)].mean().item()}
+    metrics["groups/no_mass"] = (~torch.isfinite(log_z)).double().mean().item()
+    known = torch.isfinite(log_z)
+    for name in ("kl", "reverse_kl", "tv", "js"):
+        key = "kl_target" if name == "kl" else f"{name}_target"
+        if known.any():
+            logs = (policy_logps[known], proposal_logps[known], target_log_scores[known])
+            estimate = average_estimate(estimate_divergence(name, *logs, log_z=log_z[known]))
+            metrics[key], metrics[f"{key}/ess"] = estimate.value.item(), estimate.ess.item()
+    metrics["kl_base"] = average_estimate(
+        estimate_kl_base(policy_logps, base_logps, proposal_logps=proposal_logps)
+    ).value.item()
+    at_policy = average_estimate(estimate_moments(phi, policy_logps, proposal_logps))
+    at_target = average_estimate(estimate_moments(phi, target_log_scores, proposal_logps))
+    for j, name in enumerate(names):
+        metrics[f"moment/{name}"] = at_policy.value[j].item()
+        metrics[f"moment/{name}/target"] = at_target.value[j].item()
+    metrics["moment/target/ess"] = at_target.ess.item()
+    metrics["completions/mean_length"] = lengths.double().mean().item()
+    metrics["completions/eos_rate"] = ended.double().mean().item()
+    flat = [ids for group in completion_ids for ids in group]
+    metrics["distinct_2"] = distinct_n(flat, 2)
+    metrics["repetition"] = sum(len(ids) - len(set(ids)) for ids in flat) / sum(map(len, flat))
+    return metrics
 
 
 class Averages:

@@ -1,267 +1,419 @@
-"""A round of conditional training: prompts -> completions -> feedback -> pool."""
+"""Rounds of sampling: prompts -> completions -> feedback -> pool, and the rows that are drawn from it.
+
+:class:`Rounds` is a plain class: it is given what draws completions, what says how good they are, and a pool.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from typing import Any
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from transformers import PreTrainedModel
+from torch import Tensor
+from torch.utils.data import Dataset as TorchDataset
+from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils import logging
 
-from contrastive_align.conditions.conditions import Condition
-from contrastive_align.conditions.judged import Text as FreeText
+from contrastive_align.conditions import Condition
+from contrastive_align.conditions.judged import TextCondition
+from contrastive_align.data import GroupCollator
 from contrastive_align.data.formats import Text
-from contrastive_align.pool.files import Sample
-from contrastive_align.pool.pool import Pool
+from contrastive_align.pool import Pool, Sample
 from contrastive_align.pool.prompts import check_prompts, remember_prompts
-from contrastive_align.sampling.decode import draw
-from contrastive_align.sampling.seeds import seed_of
-from contrastive_align.targets.evaluate import Feature, call_feature
-from contrastive_align.trainers.modes import evaluation_mode
-from contrastive_align.trainers.server_sampling import generate_on_server
-from contrastive_align.trainers.vllm_sampling import VLLMSampler
+from contrastive_align.sampling.decode import seed_of
+from contrastive_align.targets.evaluate import Feature, call_feature, columns_of
 
 
 logger = logging.get_logger(__name__)
 
-# What a reward function is given by these names is not the dataset's column.
-_NOT_COLUMNS = ("prompt", "prompts", "completion", "completions", "completion_ids", "trainer_state")
+Completion = dict[str, Any]  # ids, text, finished
+Verdict = tuple[float | None, str | None]  # score and words
+
+WITHOUT_CONDITION = "bare_"
+SHORT_MARGIN = 256  # tokens that no template adds to the bytes of a prompt
 
 
-class RoundsMixin:
-    """What :class:`~contrastive_align.ConditionalTrainer` does between two passes of training."""
+class Policy(Protocol):
+    """What draws completions: a model, vLLM, a server."""
 
-    pool: Pool
-    condition: Condition
-    prompts: Dataset
-    feature: Feature | None
-    judge: Any
-    sampler: Any
-    vllm: VLLMSampler | None
-    reference: PreTrainedModel | None
-    layout: str
-
-    # ------------------------------------------------------------------------------------------------------ sampling
-
-    @contextlib.contextmanager
-    def sampling(self, reference: bool = False) -> Iterator[PreTrainedModel]:
-        """The policy or the reference in evaluation mode and in the run's precision, without gradients."""
-        if reference and self.reference is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                yield self.reference
-        else:
-            with evaluation_mode(self, without_adapter=reference) as model:
-                yield model
-
-    def generate(
+    def __call__(
         self,
-        prompts: list[Text],
+        prompts: Sequence[Text],
         per_prompt: int,
-        seeds: list[int],
+        seeds: Sequence[int],
         *,
-        conditions: list[str | None] | None = None,
-        sync: bool = True,
-    ) -> list[list[dict[str, Any]]]:
-        """Completions of prompts, each conditioned on a text or on nothing: ``ids``, ``text``, ``finished``.
+        conditions: Sequence[str | None] | None = None,
+    ) -> list[list[Completion]]:
+        """``per_prompt`` completions of each prompt under its condition, on every process."""
+        ...
 
-        Args:
-            seeds: one for each prompt. vLLM (``use_vllm``) has random numbers of its own.
-            conditions: a text for each prompt, or None for none; by default none.
-            sync: vLLM is handed the weights first; False where they have not changed since the last call.
-        """
-        conditions = conditions or [None] * len(prompts)
-        seen = [p if c is None else self.conditioned(p, c) for p, c in zip(prompts, conditions, strict=True)]
-        if self.sampler is not None:
-            return generate_on_server(self, seen, per_prompt, seeds)
-        ids = [self.encode(prompt) for prompt in seen]
-        groups = self._draw(ids, per_prompt, seeds) if self.vllm is None else self.vllm(ids, per_prompt, sync=sync)
-        ends = set(self.eos_token_ids)
-        return [
-            [
-                {"ids": ids, "text": self._tokenizer.decode(ids, skip_special_tokens=True), "finished": ids[-1] in ends}
-                for ids in group
-            ]
-            for group in groups
-        ]
 
-    def _draw(self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]) -> list[list[list[int]]]:
-        """From the policy itself."""
-        with self.sampling() as model:  # by all processes, also one without prompts: weights may be gathered
-            if not prompt_ids:
-                return []
-            drawn = draw(
-                model,
-                prompt_ids,
-                per_prompt=per_prompt,
-                max_new_tokens=self.args.max_completion_length,
-                eos_token_ids=self.eos_token_ids,
-                pad_token_id=self._tokenizer.pad_token_id,
-                seeds=seeds,
-                rows_at_once=self.args.rows_at_once,
-                temperature=self.args.temperature,
-                top_p=self.args.top_p,
-                suppress_ids=self.condition_ids,
-            )
-        return drawn.completion_ids
+class Feedback(Protocol):
+    """What says how good completions are."""
 
-    def judge_completions(
-        self, rows: list[dict[str, Any]], completions: list[list[dict[str, Any]]]
-    ) -> list[list[tuple[float | None, str | None]]]:
-        """Score and words for each completion of each row.
+    def __call__(
+        self, rows: Sequence[dict[str, Any]], completions: Sequence[Sequence[Completion]]
+    ) -> list[list[Verdict]]:
+        """Score and words for each completion of each row, on every process."""
+        ...
 
-        A judge is asked by the main process for all of them, so that its budget and its cache are one; reward functions
-        run where their completions are.
-        """
-        texts = [[c["text"] for c in group] for group in completions]
-        if self.judge is not None:
-            share = [(row["prompt"], group) for row, group in zip(rows, texts, strict=True)]
-            shares = gather_object([share])
-            asked = [(prompt, text) for part in shares for prompt, group in part for text in group]
-            answers = [None]
-            if self.accelerator.is_main_process:
-                answers = [self.judge([p for p, _ in asked], [text for _, text in asked])]
-            broadcast_object_list(answers)
-            first = sum(len(group) for part in shares[: self.accelerator.process_index] for _, group in part)
-            own = iter(answers[0][first:])
-            return [[_verdict(next(own)) for _ in group] for group in texts]
-        if not rows:
-            return []
-        sizes = [len(group) for group in texts]
-        repeated = [row for row, n in zip(rows, sizes, strict=True) for _ in range(n)]
-        conversational = not isinstance(rows[0]["prompt"], str)
-        flat = [text for group in texts for text in group]
-        scores = call_feature(
-            self.feature,
-            [row["prompt"] for row in repeated],
-            [[{"role": "assistant", "content": text}] for text in flat] if conversational else flat,
-            {
-                "completion_ids": [c["ids"] for group in completions for c in group],
-                "trainer_state": self.state,
-                **{name: [row[name] for row in repeated] for name in rows[0] if name not in _NOT_COLUMNS},
-            },
-            none_allowed=True,
-        )
-        own = iter(scores)
-        return [[(next(own), None) for _ in range(n)] for n in sizes]
 
-    # --------------------------------------------------------------------------------------------------------- rounds
+class Rounds:
+    """Sample a round, ask for feedback on it, and add it to the pool.
+
+    What a round draws depends on the seed and the pool alone, so that one continued later draws the same.
+
+    Args:
+        policy: draws completions. Its seeds are the same on any number of processes.
+        feedback: says how good they are.
+        pool: where the samples go.
+        condition: from round 2 on, prompts are asked for the best.
+        prompts: rows with a column ``prompt``.
+        prompts_per_round: the next round goes on where this one stopped.
+        num_generations: completions of a prompt.
+        seed: of the order of the prompts and of the samples.
+        describe_feedback: how to look for the reason where nothing was scored.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        feedback: Feedback,
+        pool: Pool,
+        condition: Condition,
+        prompts: Dataset,
+        prompts_per_round: int,
+        num_generations: int,
+        seed: int,
+        describe_feedback: Callable[[], str],
+    ) -> None:
+        self.policy, self.feedback, self.pool, self.condition = policy, feedback, pool, condition
+        self.prompts, self.prompts_per_round, self.num_generations = prompts, prompts_per_round, num_generations
+        self.seed, self.describe_feedback = seed, describe_feedback
 
     def check_pool(self) -> None:
-        """Raise ValueError where the pool's rounds are of other prompts, OSError where it takes no new one."""
-        if self.online:
-            check_prompts(self.pool, self.prompts["prompt"])
-            if self.accelerator.is_main_process:
-                self.pool.check_writable()
+        """Raise ValueError where the pool's rounds are of other prompts, OSError where the pool takes no new round."""
+        check_prompts(self.pool, self.prompts["prompt"])
+        if PartialState().is_main_process:
+            self.pool.check_writable()
 
-    def begin_round(self, number: int) -> None:
-        """Sample, ask for feedback and write the round, unless the pool has it already; then set what is drawn from it.
+    def make(self, number: int, step: int) -> None:
+        """Sample a round and write it, unless the pool has it already.
 
-        What a round draws depends on the seed and the pool alone, so that one continued later draws the same.
+        Args:
+            number: of the round, from 1.
+            step: optimiser steps made so far.
+
+        Raises:
+            ValueError: earlier rounds are missing, or no sample was scored.
         """
-        if self.online and number not in self.pool.rounds:
+        if number not in self.pool.rounds:
             if number != len(self.pool.rounds) + 1:
                 raise ValueError(
                     f"The run goes on with round {number}, and {self.pool.folder} has rounds {self.pool.rounds}: the "
                     "samples of the rounds before are missing. Give the pool_dir that they are in, or start anew."
                 )
-            samples = self._sample(number)
+            samples = self._sample(number, step)
             everyone = [sample for part in gather_object([samples]) for sample in part]
             for sample in everyone:  # before anything is written: a round with one that has no label is of no use
                 self.condition.check(sample)
             if number == 1 and all(s.score is None and s.feedback is None for s in everyone):
                 raise ValueError(
                     f"None of the {len(everyone)} samples of round 1 was scored or judged: there is nothing to learn "
-                    "from, and the round is not written. See what the "
-                    f"{'reward functions return' if self.judge is None else 'judge answers'}, then start again."
-                    f"{'' if self.judge is None else f' The judge so far: {_counts(self.judge)}.'}"
+                    f"from, and the round is not written. See what {self.describe_feedback()}"
                 )
-            if self.accelerator.is_main_process:
+            if PartialState().is_main_process:
                 remember_prompts(self.pool, self.prompts["prompt"])
                 self.pool.add(everyone)
-            self.accelerator.wait_for_everyone()
+            PartialState().wait_for_everyone()
         self.pool.reload()
-        if self.online and self.pool.steps[number] != self.state.global_step:
+        if self.pool.steps[number] != step:
             logger.warning(
-                f"Round {number} was sampled at step {self.pool.steps[number]} and is trained on from step "
-                f"{self.state.global_step}: options that set the length of a round have changed since."
+                f"Round {number} was sampled at step {self.pool.steps[number]} and is trained on from step {step}: "
+                "options that set the length of a round have changed since."
             )
-        through = number if self.online else 1
-        table = self.pool.table(through)
-        draws, labels = self.pool.draws(self.rows.length, seed=(self.args.seed, number), through=through)
-        self.rows.set_draws(draws, labels, through)
-        logged = any(entry.get("round/number") == number for entry in self.state.log_history)
-        if not logged and (self.online or number == 1):
-            self.log_round(number, table, through)
 
-    def _sample(self, number: int) -> list[Sample]:
+    def _sample(self, number: int, step: int) -> list[Sample]:
         """This process's share of the round."""
-        places = self._prompts_of(number)
-        own = np.array_split(places, self.accelerator.num_processes)[self.accelerator.process_index]
+        state = PartialState()
+        own = np.array_split(self.prompts_of(number), state.num_processes)[state.process_index]
         rows = [self.prompts[int(i)] for i in own]
-        condition = self.best_condition(number - 1) if number > 1 else None
-        completions = self.generate(
+        condition = best_condition(self.condition, self.pool, number - 1) if number > 1 else None
+        completions = self.policy(
             [row["prompt"] for row in rows],
-            self.args.num_generations,
-            [seed_of(self.args.seed, "round", number, int(i)) for i in own],
+            self.num_generations,
+            [seed_of(self.seed, "round", number, int(i)) for i in own],
             conditions=None if condition is None else [condition.best_for(row["prompt"]) for row in rows],
         )
-        feedback = self.judge_completions(rows, completions)
+        feedback = self.feedback(rows, completions)
         return [
             Sample(
                 prompt=row["prompt"],
-                completion_ids=c["ids"],
-                completion=c["text"],
+                completion_ids=completion["ids"],
+                completion=completion["text"],
                 score=score,
                 feedback=words,
-                finished=c["finished"],
+                finished=completion["finished"],
                 prompt_index=int(i),
                 sample_index=k,
                 round=number,
-                step=self.state.global_step,
+                step=step,
             )
             for i, row, group, answers in zip(own, rows, completions, feedback, strict=True)
-            for k, (c, (score, words)) in enumerate(zip(group, answers, strict=True))
+            for k, (completion, (score, words)) in enumerate(zip(group, answers, strict=True))
         ]
 
-    def _prompts_of(self, number: int) -> np.ndarray:
-        """Rows of the dataset: the rounds go through it in a random order, then through it again in another one.
+    def prompts_of(self, number: int) -> np.ndarray:
+        """The rows of a round: rounds go through the data in a random order, then through it again in another one.
 
-        No round has a prompt twice: where a round ends one pass and begins the next, what it has of the first comes
-        late in the second.
+        No round has a prompt twice: where a round ends one pass and begins the next, the prompts that it has of the
+        first pass come late in the second.
         """
         n, size = len(self.prompts), self.prompts_per_round
         first, last = (number - 1) * size, number * size - 1
         orders: list[np.ndarray] = []
         for p in range(last // n + 1):
-            order = np.random.default_rng([self.args.seed, p]).permutation(n)
+            order = np.random.default_rng([self.seed, p]).permutation(n)
             if shared := p * n % size:  # places that the round in which this pass begins has of the pass before
                 late = np.isin(order, orders[-1][n - shared :])
                 order = np.concatenate([order[~late], order[late]])
             orders.append(order)
         return np.array([orders[place // n][place % n] for place in range(first, last + 1)])
 
-    def best_condition(self, through: int | None = None) -> Condition:
-        """The condition to ask for the best with: of a judge's words, those that the best samples were given."""
-        condition = self.condition
-        if not isinstance(condition, FreeText) or condition.exemplars or not self.pool.rounds:
-            return condition
-        try:
-            return condition.with_exemplars(condition.exemplars_from(self.pool.table(through)))
-        except ValueError as error:
-            raise ValueError(f"{error} Nothing says what the best is: look at the judge's answers.") from error
+
+def best_condition(condition: Condition, pool: Pool, through: int | None = None) -> Condition:
+    """The condition to ask for the best with: for a judge's words, the words that the best samples were given.
+
+    Args:
+        through: the last round that counts; None: all.
+
+    Raises:
+        ValueError: no sample has both words and score.
+    """
+    if not isinstance(condition, TextCondition) or condition.exemplars or not pool.rounds:
+        return condition
+    try:
+        return condition.with_exemplars(condition.exemplars_from(pool.table(through)))
+    except ValueError as error:
+        raise ValueError(f"{error} Nothing says what the best is: look at the judge's answers.") from error
 
 
-def _counts(judge: Any) -> str:
-    """What a judge's items came to, as in ``8 unparsable, 2 failed``."""
-    outcomes = ("answered", "unparsable", "failed", "over_budget")
-    found = judge.report() if hasattr(judge, "report") else {}
-    return ", ".join(f"{found[name]} {name.replace('_', ' ')}" for name in outcomes if found.get(name)) or "no verdict"
+# ----------------------------------------------------------------------------------------------------------- feedback
 
 
-def _verdict(answer: Any) -> tuple[float | None, str | None]:
-    return (None, None) if answer is None else (answer.score, answer.text)
+class RewardFeedback:
+    """Scores of a feature, computed where the completions are.
+
+    Args:
+        feature: the reward.
+        trainer_state: what TRL gives reward functions by this name.
+    """
+
+    def __init__(self, feature: Feature, trainer_state: Callable[[], Any] = lambda: None) -> None:
+        self.feature, self.trainer_state = feature, trainer_state
+
+    def __call__(
+        self, rows: Sequence[dict[str, Any]], completions: Sequence[Sequence[Completion]]
+    ) -> list[list[Verdict]]:
+        if not rows:
+            return []
+        sizes = [len(group) for group in completions]
+        conversational = not isinstance(rows[0]["prompt"], str)
+        texts = [completion["text"] for group in completions for completion in group]
+        scores = call_feature(
+            self.feature,
+            [row["prompt"] for row, n in zip(rows, sizes, strict=True) for _ in range(n)],
+            [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
+            {
+                "completion_ids": [completion["ids"] for group in completions for completion in group],
+                "trainer_state": self.trainer_state(),
+                **columns_of(rows, sizes),
+            },
+            none_allowed=True,
+        )
+        own = iter(scores)
+        return [[(next(own), None) for _ in range(n)] for n in sizes]
+
+    def describe(self) -> str:
+        """How to look for the reason where nothing was scored."""
+        return "the reward functions return, then start again."
+
+
+class JudgeFeedback:
+    """Verdicts of a judge, asked by the main process for all, so that its budget and its ledger are one."""
+
+    def __init__(self, judge: Any) -> None:
+        self.judge = judge
+
+    def __call__(
+        self, rows: Sequence[dict[str, Any]], completions: Sequence[Sequence[Completion]]
+    ) -> list[list[Verdict]]:
+        state = PartialState()
+        texts = [[completion["text"] for completion in group] for group in completions]
+        shares = gather_object([[(row["prompt"], group) for row, group in zip(rows, texts, strict=True)]])
+        asked = [(prompt, text) for part in shares for prompt, group in part for text in group]
+        answers: list[Any] = [None]
+        if state.is_main_process:
+            answers = [self.judge([prompt for prompt, _ in asked], [text for _, text in asked])]
+        broadcast_object_list(answers)
+        first = sum(len(group) for part in shares[: state.process_index] for _, group in part)
+        own = iter(answers[0][first:])
+        verdicts = [[next(own) for _ in group] for group in texts]
+        return [[(None, None) if v is None else (v.score, v.text) for v in group] for group in verdicts]
+
+    def describe(self) -> str:
+        """How to look for the reason where nothing was judged: the counts of outcomes so far."""
+        outcomes = ("answered", "unparsable", "failed", "over_budget")
+        found = self.judge.report() if hasattr(self.judge, "report") else {}
+        counts = ", ".join(f"{found[name]} {name.replace('_', ' ')}" for name in outcomes if found.get(name))
+        return f"the judge answers, then start again. The judge so far: {counts or 'no verdict'}."
+
+
+# ----------------------------------------------------------------------------------------------- conditioned prompts
+
+
+class ConditionedPrompts:
+    """Prompts under the text of a condition; a judge's words keep as much of their beginning as fits.
+
+    Args:
+        condition: texts of a condition that is not made of free words are never cut: they would be others.
+        encode: prompt -> token ids.
+        room: tokens that the conditioned prompt may have; None: any number.
+
+    >>> from contrastive_align.conditions import resolve_condition
+    >>> under = ConditionedPrompts(resolve_condition("text"), str.split, room=6)
+    >>> under("Hi!", "short and to the point")
+    'feedback: short and to input: Hi!'
+    >>> under.cuts("Hi!", "short"), under.cuts("Hi!", "short and to the point")
+    (False, True)
+    """
+
+    def __init__(self, condition: Condition, encode: Callable[[Text], list], room: int | None) -> None:
+        self.condition, self.encode, self.room = condition, encode, room
+
+    def __call__(self, prompt: Text, text: str) -> Text:
+        """The prompt under as much of the text as leaves it at most ``room`` tokens."""
+        return self.condition.apply(prompt, self._fitting(prompt, text))
+
+    def cuts(self, prompt: Text, text: str) -> bool:
+        """Whether the text is cut for this prompt."""
+        return self._fitting(prompt, text) != text
+
+    def _fitting(self, prompt: Text, text: str) -> str:
+        if not self.condition.free_words or self.room is None or self._fits(prompt, text):
+            return text
+        ends = [word.end() for word in re.finditer(r"\S+", text)]
+        if ends and not self._fits(prompt, text[: ends[0]]):  # as where a language has no spaces
+            ends = list(range(1, ends[0]))
+        n = bisect_left(ends, True, key=lambda end: not self._fits(prompt, text[:end]))
+        return text[: ends[n - 1]] if n else ""
+
+    def _fits(self, prompt: Text, text: str) -> bool:
+        conditioned = self.condition.apply(prompt, text)
+        # A token has at least one byte, and no template adds so many: most need not be encoded.
+        return len(repr(conditioned).encode()) + SHORT_MARGIN < self.room or len(self.encode(conditioned)) <= self.room
+
+
+class ConditionedRows(TorchDataset):
+    """The draws of one round, in their order. The length is the same for every round.
+
+    Args:
+        pool: where the samples are.
+        conditioned: prompts under the text that a label becomes.
+        encode: prompt -> token ids.
+        length: draws in a round.
+        max_length: completions are cut so that the conditioned prompt and they have at most so many tokens.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        conditioned: ConditionedPrompts,
+        encode: Callable[[Text], list[int]],
+        length: int,
+        max_length: int | None,
+    ) -> None:
+        self.pool, self.conditioned, self.encode = pool, conditioned, encode
+        self.length, self.max_length = length, max_length
+        self._draws: Sequence[int] = ()
+        self._labels: Sequence[int] = ()
+        self._through = 0
+
+    def set_draws(self, draws: Sequence[int], labels: Sequence[int], through: int) -> None:
+        """Take places in the pool's table after round ``through``, and their labels.
+
+        Raises:
+            ValueError: not as many as a round has.
+        """
+        if len(draws) != self.length:
+            raise ValueError(f"{len(draws)} draws for a round of {self.length}.")
+        self._draws, self._labels, self._through = draws, labels, through
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitems__(self, places: list[int]) -> list[dict[str, Any]]:
+        samples = self.pool.read([self._draws[i] for i in places], self._through)
+        return [self.row(sample, int(self._labels[i])) for sample, i in zip(samples, places, strict=True)]
+
+    def __getitem__(self, place: int) -> dict[str, Any]:
+        return self.__getitems__([place])[0]
+
+    def row(self, sample: Sample, label: int) -> dict[str, Any]:
+        """One sample as ``prompt_ids`` (conditioned), ``bare_ids`` (not conditioned) and ``completion_ids``.
+
+        Raises:
+            ValueError: a prompt that leaves no room for a completion.
+        """
+        prompt = self.conditioned(sample.prompt, self.conditioned.condition.text(sample, label))
+        prompt_ids, completion_ids = self.encode(prompt), sample.completion_ids
+        if self.max_length is not None:
+            room = self.max_length - len(prompt_ids)
+            if room < 1:
+                raise ValueError(
+                    f"The prompt of sample {sample.sample_index} of dataset row {sample.prompt_index} has, with its "
+                    f"condition, {len(prompt_ids)} tokens and max_length is {self.max_length}: no room for a "
+                    "completion. Raise max_length or leave the row out."
+                )
+            if len(completion_ids) > room:  # of a judge's words nobody knows the length before
+                logger.warning_once(
+                    "Completions that are, with their prompt and condition, longer than "
+                    f"max_length={self.max_length} are cut there and train no EOS."
+                )
+            completion_ids = completion_ids[:room]
+        return {"prompt_ids": prompt_ids, "bare_ids": self.encode(sample.prompt), "completion_ids": completion_ids}
+
+
+@dataclass
+class ConditionedCollator(DataCollatorMixin):
+    """Batch rows of :class:`ConditionedRows`: a ``GroupBatch`` of groups with one completion, twice.
+
+    The second, its names starting with ``bare_``, has the prompts without condition, for the reference.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    return_tensors: str = "pt"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        collate = GroupCollator(self.pad_token_id, self.pad_to_multiple_of, torch.float32)
+        batch = {}
+        for prefix, prompt in (("", "prompt_ids"), (WITHOUT_CONDITION, "bare_ids")):
+            groups = [
+                {"prompt_ids": e[prompt], "completion_ids": [e["completion_ids"]], "scores": [0.0]} for e in examples
+            ]
+            batch |= {prefix + name: tensor for name, tensor in collate(groups).items() if name != "scores"}
+        return batch
+
+
+def without_condition(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch whose prompts have no condition."""
+    return {k.removeprefix(WITHOUT_CONDITION): v for k, v in batch.items() if k.startswith(WITHOUT_CONDITION)}

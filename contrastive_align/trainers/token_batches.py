@@ -1,4 +1,4 @@
-"""Training on batches by tokens: the loader, and what a step then holds."""
+"""Batches by tokens in a trainer, and how much each group of a batch weighs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import DataLoaderShard
-from datasets import IterableDataset
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from contrastive_align.data.batching import TokenBatchSampler, group_sizes
@@ -32,65 +33,87 @@ LOADER_OPTIONS = (
 )
 
 
-class TokenBatchesMixin:
-    """``max_tokens_per_batch`` for a trainer of groups. Without it everything is Trainer's own."""
-
-    layout: str
-    _token_batches: TokenBatchSampler | None = None
-
-    def _refuse_streams_by_tokens(self, args: Any, dataset: Any) -> None:
-        if args.max_tokens_per_batch is not None and isinstance(dataset, IterableDataset):
-            raise ValueError(
-                "max_tokens_per_batch needs to know the length of every group beforehand, and train_dataset is a "
-                "stream. Load it whole, or leave max_tokens_per_batch out."
-            )
-
-    def get_train_dataloader(self) -> DataLoader:
-        trainers_own = super().get_train_dataloader()
-        if self.args.max_tokens_per_batch is None:
-            return trainers_own
-        padded = self.layout == "padded"
-        lengths, rows = group_sizes(self.train_dataset, padded=padded, pad_to_multiple_of=self.args.pad_to_multiple_of)
-        self._token_batches = TokenBatchSampler(
-            lengths,
-            rows,
-            max_tokens=self.args.max_tokens_per_batch,
-            max_groups=self._train_batch_size,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            accumulation=self.args.gradient_accumulation_steps,
-            ranks=self.accelerator.num_processes // self.get_tp_size(),
-            rank=self.accelerator.process_index // self.get_tp_size(),
+def loader_by_tokens(trainer: Any, loader: DataLoader) -> tuple[DataLoader, TokenBatchSampler]:
+    """Trainer's loader with its batches made by tokens (``max_tokens_per_batch``), and their sampler."""
+    args, ranks = trainer.args, trainer.get_tp_size()
+    lengths, rows = group_sizes(
+        trainer.train_dataset, padded=trainer.layout == "padded", pad_to_multiple_of=args.pad_to_multiple_of
+    )
+    sampler = TokenBatchSampler(
+        lengths,
+        rows,
+        max_tokens=args.max_tokens_per_batch,
+        max_groups=trainer.micro_batch_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        accumulation=args.gradient_accumulation_steps,
+        ranks=trainer.accelerator.num_processes // ranks,
+        rank=trainer.accelerator.process_index // ranks,
+    )
+    if groups := sampler.above_budget:
+        longest = max(sampler.tokens([i]) for i in groups)
+        logger.warning(
+            f"{len(groups)} of {len(sampler.lengths)} groups alone have more than max_tokens_per_batch="
+            f"{sampler.max_tokens} tokens (up to {longest}), and are a batch each. The first, counted from 0 over "
+            f"the rows kept: {groups[:FIRST_ROWS]}."
         )
-        self._report_groups_above_budget(self._token_batches)
-        # The sampler deals to the ranks itself, so the loader is not cut into shards once more.
-        return DataLoaderShard(
-            trainers_own.dataset,
-            device=trainers_own.device,
-            batch_sampler=self._token_batches,
-            _non_blocking=self.accelerator.non_blocking,
-            **{name: getattr(trainers_own, name) for name in LOADER_OPTIONS},
-        )
+    options = {name: getattr(loader, name) for name in LOADER_OPTIONS}
+    # The sampler deals to the ranks itself, so the loader is not cut into shards once more.
+    by_tokens = DataLoaderShard(
+        loader.dataset,
+        device=loader.device,
+        batch_sampler=sampler,
+        _non_blocking=trainer.accelerator.non_blocking,
+        **options,
+    )
+    return by_tokens, sampler
 
-    def _report_groups_above_budget(self, sampler: TokenBatchSampler) -> None:
-        groups = sampler.above_budget
-        if groups:
-            longest = max(sampler.tokens([i]) for i in groups)
-            logger.warning(
-                f"{len(groups)} of {len(sampler.lengths)} groups alone have more than max_tokens_per_batch="
-                f"{sampler.max_tokens} tokens (up to {longest}), and are a batch each. The first, counted from 0 over "
-                f"the rows kept: {groups[:FIRST_ROWS]}."
+
+class GroupWeights:
+    """1 for each group of a batch, 0 for a group that Accelerate repeats to give every process a full last batch.
+
+    Attributes:
+        by_tokens: the sampler of batches by tokens, where these are used.
+    """
+
+    by_tokens: TokenBatchSampler | None = None
+
+    def begin_evaluation(self, dataset: Any, batches: int) -> None:
+        """Take note of what is evaluated on, and of how many batches it has."""
+        self._evaluated, self._batches_left = dataset, batches
+
+    def of_evaluation(self, trainer: Trainer, batch: dict[str, Tensor]) -> Tensor:
+        """(B,) the weights of the next evaluation batch."""
+        self._batches_left -= 1
+        return self.of(trainer, batch, self._evaluated, last=self._batches_left == 0)
+
+    def of(
+        self, trainer: Any, batch: dict[str, Tensor], dataset: Any, *, last: bool, training: bool = False
+    ) -> Tensor:
+        """(B,) the weights of a batch.
+
+        Args:
+            dataset: where the batch came from.
+            last: whether it is the last batch of a pass.
+        """
+        size = batch["scores"].size(0)
+        if training and self.by_tokens is not None:
+            return torch.full((size,), 0.0 if last and self.by_tokens.last_is_repeated else 1.0)
+        processes = trainer.accelerator.num_processes // trainer.get_tp_size()
+        if processes == 1 or trainer.args.dataloader_drop_last:
+            return torch.ones(size)
+        place = trainer.accelerator.process_index // trainer.get_tp_size() * size + torch.arange(size)
+        if has_length(dataset):
+            real = len(dataset) % (size * processes) or size * processes  # in the last batch, over all processes
+            return (place < real).float() if last else torch.ones(size)
+        if getattr(dataset, "n_shards", 1) >= processes or "row" not in batch:
+            return torch.ones(size)  # every process reads shards of its own, and nothing is repeated
+        if trainer.args.dataloader_num_workers > 1:
+            logger.warning_once(
+                "A stream read by several workers for several processes: rows that Accelerate repeats to fill the last "
+                "batch of a pass count again, since their order is lost. Set dataloader_num_workers to 0 or 1."
             )
-
-    def get_total_train_batch_size(self, args: Any) -> int:
-        """Groups of an optimiser step; by tokens their mean, from which Trainer derives samples per second."""
-        if self._token_batches is None:
-            return super().get_total_train_batch_size(args)
-        steps = math.ceil(len(self._token_batches) / args.gradient_accumulation_steps)
-        return max(1, round(len(self._token_batches.lengths) / steps))
-
-    def _train_group_weights(self, batch: dict[str, Tensor], last: bool) -> Tensor:
-        """1 for each group of a training batch, 0 where it is repeated to give every process a last batch."""
-        if self._token_batches is None:
-            return self._group_weights(batch, self.train_dataset, last)
-        repeated = last and self._token_batches.last_is_repeated
-        return torch.full((batch["scores"].size(0),), 0.0 if repeated else 1.0)
+            return torch.ones(size)
+        # A stream has no length to tell by. Its rows come numbered in their order, and a repeated one steps back.
+        rows = trainer.accelerator.gather(batch["row"].to(trainer.accelerator.device)).cpu()
+        before = torch.cat([rows.new_full((1,), -1), rows.cummax(0).values[:-1]])
+        return (rows > before).float()[place]

@@ -1,18 +1,21 @@
-"""A round's completions from vLLM through TRL's own client, with the weights that are trained."""
+"""A round's completions from elsewhere: from vLLM through TRL's client, or from a server that holds the adapter."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import broadcast_object_list, gather_object, is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from contrastive_align.conditions.conditions import Condition
+from contrastive_align.conditions import Condition
 from contrastive_align.trl_seam import vllm_generation
 
 
@@ -27,8 +30,8 @@ QUANTISED = (
 )
 
 
-def check_use(args: Any, *, online: bool, sampler: Any, quantised: bool) -> None:
-    """Before anything is loaded: can vLLM sample for this run at all?
+def check_vllm_options(args: Any, *, online: bool, sampler: Any, quantised: bool) -> None:
+    """Check, before anything is loaded, that vLLM can sample for this run.
 
     Raises:
         ValueError: naming the option that does not go with ``use_vllm``, and the way out.
@@ -47,10 +50,10 @@ def check_use(args: Any, *, online: bool, sampler: Any, quantised: bool) -> None
         )
 
 
-def check_tokens(
+def check_vllm_tokens(
     condition: Condition, tokenizer: PreTrainedTokenizerBase, *, adapter: bool = False, rows: int | None = None
 ) -> None:
-    """vLLM has the vocabulary of the start: does it have the condition's tokens?
+    """Check that vLLM, which has the vocabulary of the start, has the condition's tokens.
 
     Args:
         adapter: an adapter is trained, not the model.
@@ -74,8 +77,8 @@ def check_tokens(
         )
 
 
-def check_model(trainer: Any) -> None:
-    """Once it is loaded, and before vLLM is.
+def check_vllm_model(trainer: Any) -> None:
+    """Check the model once it is loaded, and before vLLM is.
 
     Raises:
         ValueError: weights that TRL cannot hand to vLLM, or a model that vLLM cannot find.
@@ -112,9 +115,10 @@ class VLLMSampler:
     """
 
     def __init__(self, trainer: Any) -> None:
-        check_model(trainer)
+        check_vllm_model(trainer)
         args = trainer.args
         self.accelerator, self.model = trainer.accelerator, trainer.model
+        self.is_current = False  # vLLM has the present weights
         self.never, self.longest = frozenset(trainer.condition_ids), args.max_completion_length
         self.sleeps = args.vllm_mode == "colocate" and args.vllm_enable_sleep_mode
         self.filler = trainer.eos_token_ids[:1]
@@ -147,20 +151,18 @@ class VLLMSampler:
             **plain,
         )
 
-    def __call__(self, prompts: list[list[int]], per_prompt: int, *, sync: bool) -> list[list[list[int]]]:
-        """``per_prompt`` completions of each prompt, as token ids. Every process calls this, each with its own prompts.
+    def __call__(self, prompts: list[list[int]], per_prompt: int) -> list[list[list[int]]]:
+        """Draw ``per_prompt`` completions of each prompt, as token ids. Every process calls this, with its own prompts.
 
         vLLM takes as many prompts of every process: those that lack some draw completions that are thrown away.
-
-        Args:
-            sync: hand over the weights first.
         """
         most = max(gather_object([len(prompts)]))
         if not most:
             return []
-        if sync or self.sleeps:  # vLLM that slept has lost its weights
+        if self.sleeps or not self.is_current:  # vLLM that slept has lost its weights
             with base_kept(self.model):
                 self.generation.sync_weights()
+            self.is_current = True
         padded = prompts + [prompts[-1] if prompts else self.filler] * (most - len(prompts))
         _, drawn, _, _ = self.generation.generate(
             prompts=[ids for ids in padded for _ in range(per_prompt)], images=None, num_generations=per_prompt
@@ -181,7 +183,7 @@ class VLLMSampler:
 
 @contextlib.contextmanager
 def base_kept(model: nn.Module) -> Iterator[None]:
-    """The weights under an adapter are afterwards what they were, bit for bit.
+    """Restore the weights under an adapter afterwards, bit for bit.
 
     To hand over LoRA, TRL adds it to the weights and takes it out again. In 16 bits that leaves a rounding error, which
     adds up over the rounds: in the policy, and in the reference, which is the policy without its adapter.
@@ -194,3 +196,87 @@ def base_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for parameter, before in kept:
                 parameter.copy_(before)
+
+
+def hand_over_without_rounding(generation: Any, model: nn.Module) -> None:
+    """Let TRL's vLLM client hand over LoRA weights under :func:`base_kept`: TRL calls it from within a private method."""
+    hand_over = generation.sync_weights
+
+    def sync_weights() -> None:
+        with base_kept(model):
+            hand_over()
+
+    generation.sync_weights = sync_weights
+
+
+ADAPTER_FOLDER = "sampling_adapter"
+
+
+def check_server_sampler(trainer: Any) -> None:
+    """Raise ValueError where a server cannot be given the weights that are trained, or is never asked."""
+    if not trainer.online:
+        raise ValueError("sampler is given and nothing is sampled: the data has its completions. Leave it out.")
+    if not is_peft_model(trainer.model):
+        raise ValueError(
+            "sampler is given and the whole model is trained: a server can be handed an adapter while it runs, and not "
+            "a whole model. Train LoRA (peft_config), or leave sampler out."
+        )
+    if trainer.condition.tokens:
+        raise ValueError(
+            f"sampler is given and the condition '{trainer.condition.kind}' adds tokens to the vocabulary, whose rows "
+            "a server does not take with an adapter. Use condition='phrases', which adds none, or leave sampler out."
+        )
+
+
+class AdapterServer:
+    """Draws completions on a server that is handed the policy's adapter whenever it has changed.
+
+    Args:
+        trainer: a :class:`~contrastive_align.ConditionalTrainer` on LoRA.
+        sampler: a :class:`~contrastive_align.sampling.server.ServerSampler`.
+    """
+
+    def __init__(self, trainer: Any, sampler: Any) -> None:
+        check_server_sampler(trainer)
+        self.trainer, self.sampler = trainer, sampler
+        self.pushed: str | None = None  # the adapter that the server has of this run
+
+    def __call__(self, prompts: list[list[int]], per_prompt: int, seeds: list[int]) -> list[list[dict[str, Any]]]:
+        """Draw completions. Texts are encoded again: an EOS follows where the server says that a completion ended.
+
+        Every process calls this, also one without prompts: the adapter is saved by all of them together.
+        """
+        self._push_adapter()
+        args, tokenizer = self.trainer.args, self.trainer.processing_class
+        drawn = self.sampler(
+            prompts,
+            per_prompt=per_prompt,
+            max_tokens=args.max_completion_length,
+            seeds=seeds,
+            temperature=args.temperature,
+            top_p=args.top_p,
+        )
+
+        def row(text: str, finished: bool) -> dict[str, Any]:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            finished = finished or not ids  # nothing but special tokens: an end
+            return {"ids": ids + [tokenizer.eos_token_id] * finished, "text": text, "finished": finished}
+
+        return [[row(c.text, c.finished) for c in group] for group in drawn]
+
+    def _push_adapter(self) -> None:
+        """Let the server have the present weights. The adapter's name says whose they are, of which step, and which."""
+        trainer = self.trainer
+        folder = Path(trainer.args.output_dir) / ADAPTER_FOLDER
+        trainer.save_weights(folder)
+        trainer.accelerator.wait_for_everyone()
+        named: list[Any] = [None]
+        if trainer.accelerator.is_main_process:
+            run = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+            # A step alone does not: at the end of training the best checkpoint may be loaded (load_best_model_at_end).
+            content = hashlib.sha256((folder / SAFETENSORS_WEIGHTS_NAME).read_bytes()).hexdigest()[:8]
+            named = [f"{Path(trainer.args.output_dir).name}-{run}-step-{trainer.state.global_step}-{content}"]
+            if self.pushed != named[0]:
+                self.sampler.set_adapter(named[0], folder)
+        broadcast_object_list(named)
+        self.sampler.adapter = self.pushed = named[0]

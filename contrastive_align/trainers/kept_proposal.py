@@ -1,7 +1,8 @@
-"""A proposal that is kept while the policy moves, and replaced by the policy once that is nearer to the target."""
+"""What f-DPG keeps from step to step: a proposal that the policy replaces once it is nearer to the target; a baseline."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contrastive_align.losses import estimate_divergence
-from contrastive_align.trainers.log_z import RunningLogZ
-
-
-CRITERIA = ("kl", "tv", "js")
+from contrastive_align.losses.estimators import RunningLogZ, estimate_divergence
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class KeptProposal:
             return None
         gap = self._gap(log_z)
         if gap > 0:
-            self.weights = _trained(model, copy=True)
+            self.weights = _trained_weights(model, copy=True)
             self.replacements += 1
             self._window.clear()
         return Comparison(gap, gap > 0)
@@ -125,7 +122,7 @@ class KeptProposal:
         return {"replacements": self.replacements, "window": list(self._window)}
 
     def load_state_dict(self, state: dict[str, Any], weights: dict[str, Tensor] | None, model: nn.Module) -> None:
-        trained = _trained(model)
+        trained = _trained_weights(model)
         if weights is not None and weights.keys() != trained.keys():
             differs = sorted(weights.keys() ^ trained.keys())
             raise ValueError(
@@ -138,18 +135,57 @@ class KeptProposal:
         self._window.extend((keys, logs.cpu()) for keys, logs in state["window"])
 
 
-def _trained(model: nn.Module, copy: bool = False) -> dict[str, Tensor]:
+def _trained_weights(model: nn.Module, copy: bool = False) -> dict[str, Tensor]:
     trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
     return {name: weight.clone() for name, weight in trained.items()} if copy else trained
 
 
-def kept_proposal(args: Any, *, sharded: bool) -> KeptProposal | None:
-    """What the config asks for; None where samples come from the policy."""
-    if args.proposal == "policy":
-        return None
-    if sharded:
+def make_kept_proposal(args: Any, *, engine: bool) -> KeptProposal:
+    """The proposal that the options ask for.
+
+    Raises:
+        ValueError: DeepSpeed or FSDP holds the weights.
+    """
+    if engine:
         raise ValueError(
             "proposal='kept' exchanges the trained weights, which DeepSpeed and FSDP keep in a form of their own. Set "
             "proposal='policy', or train without them."
         )
     return KeptProposal(args.proposal_criterion, args.proposal_window)
+
+
+class WindowBaseline:
+    r"""The mean of E_pi[f'(t)] over the last W times samples were drawn.
+
+    .. math:: b = \frac{1}{W} \sum_{s=1}^{W} \frac{1}{B} \sum_c \hat E_{\pi_s}\big[f'(t) | c\big]
+
+    It knows earlier samples only, so it is independent of those it is taken off from, and the gradient stays unbiased.
+    Before the first samples it is 0.
+
+    >>> import torch
+    >>> baseline = WindowBaseline(2)
+    >>> for value in (1.0, 2.0, 4.0):
+    ...     baseline.add(torch.tensor([value, value, torch.nan]))
+    >>> baseline.value
+    3.0
+    """
+
+    def __init__(self, window: int) -> None:
+        self._means: deque[float] = deque(maxlen=window)
+
+    def add(self, slopes: Tensor) -> None:
+        """(B,) one estimate of E_pi[f'] for each prompt, of all processes; those that are not finite are left out."""
+        known = slopes[slopes.isfinite()]
+        if len(known):
+            self._means.append(known.double().mean().item())
+
+    @property
+    def value(self) -> float:
+        return math.fsum(self._means) / len(self._means) if self._means else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"means": list(self._means)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._means.clear()
+        self._means.extend(state["means"])

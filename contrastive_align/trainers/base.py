@@ -1,0 +1,544 @@
+"""What all trainers promise, once: arguments, start and reference, layout, precision, saving, resuming, the model card."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object, is_peft_model, tqdm
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
+
+from contrastive_align.data.atomic import atomic_write
+from contrastive_align.models.cpu.freed_memory import freed_memory_kept
+from contrastive_align.models.layout import set_layout
+from contrastive_align.models.loading import (
+    check_output_dir,
+    context_length,
+    load_tokenizer,
+    remove_head,
+    resolve_start,
+    verify_saved,
+    with_pad_token,
+)
+from contrastive_align.report.card import add_section, objective_section
+from contrastive_align.trainers.configs import ARGUMENTS_NOT_SUPPORTED
+from contrastive_align.trainers.reference import (
+    REFERENCE_FILE,
+    check_reference_at_start,
+    check_reference_of_checkpoint,
+    rounding_tolerance,
+)
+from contrastive_align.trl_seam import (
+    Members,
+    ReadsColumns,
+    SavesModels,
+    SavesState,
+    add_fused_lm_head,
+    create_model_from_path,
+    disable_dropout_in_model,
+    get_config_model_id,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
+    """What stands before the TRL class in the bases of every trainer of this package.
+
+    A trainer calls :meth:`own_args`, :meth:`refuse_arguments` and :meth:`load_start` before TRL's ``__init__``, and
+    :meth:`place_reference` and :meth:`choose_layout` after it; at its first batch it calls :meth:`prove_reference`.
+    The methods whose docstring begins with "Hook" are for the trainer to give.
+
+    Attributes:
+        reference: the frozen model that the policy is compared with, where it is not the policy without its adapter.
+        start_description: one line on what training starts from, which is also the reference.
+        layout: ``"shared"`` or ``"padded"``.
+    """
+
+    # All return a loss that Trainer divides by the micro-batches of a step, as TRL's do: an override keeps its scale.
+    loss_is_scaled_for_ga = False
+
+    config: type[TrainingArguments]
+    start_description = ""
+    layout = ""
+    reference_is_given = False
+    reference_is_proven = False
+    resumed_from: Path | None = None
+
+    # ---------------------------------------------------------------------------------------------------- arguments
+
+    @classmethod
+    def own_args(cls, args: Any, model: str | PreTrainedModel) -> Any:
+        """A copy of the options, or the defaults.
+
+        Raises:
+            TypeError: options of another class.
+        """
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            return cls.config(f"{name.split('/')[-1]}-{cls.method.name.replace(' ', '-')}")
+        if not isinstance(args, cls.config):
+            parent = cls.config.__mro__[1].__name__
+            raise TypeError(
+                f"args is a {type(args).__name__}, expected a {cls.config.__name__}: it takes the options of {parent}."
+            )
+        args = copy.copy(args)
+        args.accelerator_config = copy.copy(args.accelerator_config)
+        return args
+
+    @classmethod
+    def refuse_arguments(
+        cls, model: str | PreTrainedModel, processing_class: Any, peft_config: Any = None, **given: Any
+    ) -> None:
+        """Refuse arguments of the TRL class that have no meaning here.
+
+        Raises:
+            ValueError: naming the argument and the way out.
+        """
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{name} is not supported by {cls.__name__}: {ARGUMENTS_NOT_SUPPORTED[name]}.")
+        if isinstance(processing_class, ProcessorMixin):
+            raise ValueError(
+                "processing_class is a vision processor, expected a tokenizer: prompts are text here. For images use "
+                "TRL's own trainer."
+            )
+        adapters = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
+        for adapter in [*adapters, *([] if peft_config is None else [peft_config])]:
+            if adapter.is_prompt_learning:
+                raise ValueError(
+                    f"{type(adapter).__name__} puts virtual tokens before the prompt, so that the policy never starts "
+                    "as the reference. Use LoRA or another adapter of the weights."
+                )
+
+    # ------------------------------------------------------------------------------------------ start and reference
+
+    def load_start(
+        self,
+        model: str | PreTrainedModel,
+        args: Any,
+        *,
+        processing_class: PreTrainedTokenizerBase | None,
+        quantization_config: BitsAndBytesConfig | None,
+        peft_config: Any,
+        as_object: bool,
+        encoder_decoders: bool = False,
+    ) -> tuple[Any, PreTrainedTokenizerBase, BitsAndBytesConfig | None, Any]:
+        """Resolve a model id, which may be that of an adapter, to the start of the run, and load its tokenizer.
+
+        ``args`` is changed: it no longer has ``model_init_kwargs`` once the model is an object.
+
+        Args:
+            as_object: load the model here, before TRL wraps it; otherwise TRL loads it by its name.
+            encoder_decoders: whether encoder-decoder models are taken.
+
+        Returns:
+            model (or its name), tokenizer, and what is left of the quantisation and of the adapter to be added.
+
+        Raises:
+            ValueError: an encoder-decoder that the trainer does not take, or an ``output_dir`` that holds weights of
+                the other kind.
+        """
+        name = model if isinstance(model, str) else get_config_model_id(model.config)
+        self.start_description = name or type(model).__name__
+        source, kwargs = name, dict(args.model_init_kwargs or {})
+        if isinstance(model, str):
+            start = resolve_start(
+                model,
+                output_dir=args.output_dir,
+                model_init_kwargs=args.model_init_kwargs,
+                quantization_config=quantization_config,
+                trust_remote_code=args.trust_remote_code,
+                allow_pickled_adapter=args.allow_pickled_adapter,
+            )
+            if start.model != model:
+                logger.warning(f"Start and reference: {start.description}")
+                kwargs.pop("revision", None)  # the adapter's
+            model, source, self.start_description = start.model, start.tokenizer_source, start.description
+            args.model_init_kwargs = kwargs
+        if is_peft_model(model) and peft_config is not None:
+            logger.warning("The adapter's own LoRA goes on training; the peft_config given is not used.")
+            peft_config = None
+        if processing_class is None:
+            processing_class = load_tokenizer(
+                source, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code
+            )
+        with_pad_token(processing_class)
+        self.check_tokens(processing_class)
+        if isinstance(model, str):
+            trust = kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+            config = AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=trust)
+            is_encoder_decoder = config.is_encoder_decoder
+        else:
+            is_encoder_decoder = model.config.is_encoder_decoder
+        if is_encoder_decoder and not encoder_decoders:
+            raise ValueError(
+                f"{self.start_description} is an encoder-decoder, expected a causal language model. FDPGTrainer takes "
+                "encoder-decoders."
+            )
+        if isinstance(model, str) and as_object:
+            # A checkpoint may name a class without the head (BART's does): as a causal model it loses its encoder.
+            if is_encoder_decoder:
+                kwargs["architecture"] = AutoModelForSeq2SeqLM
+            if quantization_config is not None:
+                kwargs["quantization_config"] = quantization_config
+            if args.distributed_state.num_processes > 1:
+                kwargs["device_map"] = None  # each process holds its own copy, on its own device
+            model = create_model_from_path(model, **kwargs)
+        if not isinstance(model, str):
+            args.model_init_kwargs, quantization_config = None, None
+        check_output_dir(args.output_dir, adapter=peft_config is not None or is_peft_model(model))
+        return model, processing_class, quantization_config, peft_config
+
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Hook: raise ValueError where the trainer cannot use the tokenizer, before a model is loaded."""
+
+    @staticmethod
+    def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+        """The reference, where it is not the policy without its adapter: to be made before TRL wraps the policy."""
+        reference = copy.deepcopy(model)
+        remove_head(reference)  # of another trainer, which would call that trainer's model
+        disable_dropout_in_model(reference)
+        return reference.eval().requires_grad_(False)
+
+    def reference_group(self) -> dict[str, Any] | None:
+        """Hook: the group whose reference log-probs a checkpoint keeps (``prompt_ids``, ``completion_ids``), or None."""
+        raise NotImplementedError
+
+    def reference_logps_of(self, group: dict[str, Any]) -> list[float] | None:
+        """Hook: the reference's log-probs (K) of a group; None where the reference is not at hand."""
+        raise NotImplementedError
+
+    def prove_reference(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> None:
+        """Check at the first batch that the policy starts as the reference; when resuming, that the reference is the same.
+
+        Args:
+            policy, reference: log-probs in nats of the same completions.
+            lengths: their tokens.
+
+        Raises:
+            ReferenceMismatch: it does not, or it is another one.
+        """
+        self.reference_is_proven = True
+        tolerance = rounding_tolerance(self.model, sixteen_bit=self.computes_in_16_bits)
+        if self.resumed_from is not None:
+            check_reference_of_checkpoint(
+                self.resumed_from, self.reference_logps_of, start=self.start_description, tolerance=tolerance
+            )
+        elif not (self.state.global_step or self.reference_is_given) and self.args.disable_dropout:
+            check_reference_at_start(policy, reference, lengths, start=self.start_description, tolerance=tolerance)
+
+    # ---------------------------------------------------------------------- engines, precision, layout, compilation
+
+    @property
+    def uses_engine(self) -> bool:
+        """Whether DeepSpeed or FSDP holds the weights."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a weight may not be here as a whole (FSDP, ZeRO-3)."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    @property
+    def computes_in_16_bits(self) -> bool:
+        """Whether the accelerator computes in 16 bits or less, whoever asked for it: arguments, launcher or DeepSpeed."""
+        return self.accelerator.mixed_precision != "no"
+
+    def base_models(self) -> list[PreTrainedModel]:
+        """The policy without PEFT's wrapper, and the reference where it is a model of its own."""
+        models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
+        return models if self.reference is None else [*models, self.accelerator.unwrap_model(self.reference)]
+
+    def place_reference(self, other_way_out: str = "") -> None:
+        """Put a frozen copy beside the policy.
+
+        Raises:
+            ValueError: an engine would need a sharded copy.
+        """
+        if self.reference is None:
+            return
+        if self.uses_engine:
+            raise ValueError(
+                "Full fine-tuning with DeepSpeed or FSDP would need a sharded copy of the reference, which is not "
+                f"supported yet. Use LoRA (peft_config), whose reference is the model with its adapter off{other_way_out}."
+            )
+        if not self.reference.config.is_encoder_decoder:
+            add_fused_lm_head(self.reference)
+        self.reference.to(self.accelerator.device)
+
+    def choose_layout(self, obstacle: str | None = None) -> None:
+        """Decide how batches go through the models, and compile their layers where that is asked for.
+
+        Args:
+            obstacle: why the shared layout cannot be tried, if it cannot.
+
+        Raises:
+            ValueError: a layout, a parallelism or a compilation that the model or the engine does not allow.
+        """
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError(
+                "Context and sequence parallelism cut completions apart, and their log-probs are not summed again. Use "
+                "data, tensor or FSDP parallelism."
+            )
+        models = self.base_models()
+        self.layout = set_layout(
+            models, self.args.layout, obstacle=obstacle, sharded=self.is_sharded, autocast=self.computes_in_16_bits
+        )
+        compile_layers(self, models)
+
+    def context_limits(self) -> dict[str, int]:
+        """The most tokens that prompt and completion may have together: name of the limit -> tokens."""
+        args = self.args
+        limits = {"the model's context": context_length(self.model), "max_length": getattr(args, "max_length", None)}
+        if getattr(args, "use_vllm", False) and args.vllm_mode == "colocate":
+            limits["vllm_max_model_length"] = args.vllm_max_model_length
+        return {name: limit for name, limit in limits.items() if limit}
+
+    def progress(self, items: Iterable, description: str) -> Iterable:
+        """A progress bar on the main process, unless ``disable_tqdm``."""
+        return items if self.args.disable_tqdm else tqdm(items, desc=description)
+
+    # ------------------------------------------------------------------------------------------ training, resuming
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as in TRL.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or ``True`` for the newest whole one of ``output_dir``; with none
+                there, training begins anew and says so.
+
+        Raises:
+            ValueError: a checkpoint that is not whole, with the newest that is.
+        """
+        found = [None]
+        if self.accelerator.is_main_process:
+            found = [_or_error(checkpoint_to_resume, resume_from_checkpoint, self.args.output_dir, self.state_files)]
+        checkpoint = broadcast_object_list(found)[0]
+        if isinstance(checkpoint, ValueError):
+            raise checkpoint
+        self.resumed_from = None if checkpoint is None else Path(checkpoint)
+        self.reference_is_proven = False
+        if self.resumed_from is not None:
+            self.load_state(self.resumed_from)
+        self.begin_training(going_on=bool(resume_from_checkpoint))
+        with freed_memory_kept(self.args.device.type):
+            return super().train(checkpoint, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's loop, on memory that the process keeps (CPU)."""
+        with freed_memory_kept(self.args.device.type):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def begin_training(self, *, going_on: bool) -> None:
+        """Hook: what comes before the first step. ``going_on``: the caller asked to resume."""
+
+    @property
+    def state_files(self) -> Sequence[str]:
+        """Files without which a checkpoint of this trainer is not whole."""
+        return ()
+
+    def load_state(self, checkpoint: Path) -> None:
+        """Hook: read what :meth:`save_own_state` has written.
+
+        Raises:
+            ValueError: the checkpoint was written by another trainer, or under options that must not change.
+        """
+
+    def save_own_state(self, folder: Path) -> None:
+        """Hook: write to a checkpoint what a resumed run needs beside Trainer's state, on every process."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write a checkpoint's own state and the note on its reference, before Trainer writes what says it is whole."""
+        group = self.reference_group()
+        logps = None if group is None else self.reference_logps_of(group)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of a checkpoint that is written again
+            if group is not None:
+                note = {"reference": self.start_description, "group": group, "logps": logps}
+                with atomic_write(folder / REFERENCE_FILE) as file:
+                    file.write(json.dumps(note).encode())
+        self.save_own_state(folder)
+
+    # ---------------------------------------------------------------------------------------------------- saving
+
+    def check_weights(self) -> None:
+        """Refuse to save a model that diverged.
+
+        Raises:
+            ValueError: a trained weight that is NaN or infinite, on any process.
+        """
+        bad = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        bad = sorted({name for part in gather_object([bad]) for name in part})
+        if bad:
+            raise ValueError(
+                f"'{bad[0]}' has NaN or infinite entries: training diverged, and nothing is saved. Lower learning_rate "
+                f"(it is {self.args.learning_rate:g})."
+            )
+
+    def finish_saving(self, folder: Path) -> None:
+        """Read back what was saved, before it may be pushed."""
+        if self.args.should_save:
+            verify_saved(folder, may_be_sharded=self.uses_engine)
+
+    def objective(self) -> dict[str, Any]:
+        """Hook: what decides the objective, for the model card: name -> value."""
+        raise NotImplementedError
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's card, with a section on the objective, which the method's name leaves open."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            add_section(self.args.output_dir, objective_section(self.objective()))
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
+        """Refused: there are no logits to return."""
+        raise NotImplementedError(
+            f"predict returns logits, which {type(self).__name__} never builds. trainer.evaluate(dataset) gives the "
+            "metrics."
+        )
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def checkpoint_to_resume(
+    resume: str | os.PathLike | bool | None, output_dir: str | os.PathLike, needed: Sequence[str] = ()
+) -> str | None:
+    """The checkpoint that ``resume_from_checkpoint`` means, or None to begin anew.
+
+    Args:
+        resume: as in :meth:`AlignmentTrainer.train`.
+        needed: files of the trainer's own state.
+
+    Raises:
+        ValueError: a checkpoint that is not whole.
+    """
+    if not resume:
+        return None
+    if resume is not True:
+        if (problem := problem_with_checkpoint(Path(resume), needed)) is None:
+            return os.fspath(resume)
+        newest = newest_whole_checkpoint(output_dir, needed)
+        way_out = f"The newest whole one is {newest}." if newest else f"{os.fspath(output_dir)} has no whole one."
+        raise ValueError(f"resume_from_checkpoint={os.fspath(resume)!r} cannot be resumed: {problem}. {way_out}")
+    found = newest_whole_checkpoint(output_dir, needed)
+    if found is None:
+        logger.warning(f"{os.fspath(output_dir)} holds no checkpoint that is whole: training begins anew.")
+    return None if found is None else os.fspath(found)
+
+
+def newest_whole_checkpoint(output_dir: str | os.PathLike, needed: Sequence[str] = ()) -> Path | None:
+    """The newest checkpoint of a folder that was written to its end, or None; the newer ones are named in a warning."""
+    places = Path(output_dir).glob("checkpoint-*")
+    found = [(int(match[1]), place) for place in places if (match := re.fullmatch(r"checkpoint-(\d+)", place.name))]
+    for _, folder in sorted(found, reverse=True):
+        problem = problem_with_checkpoint(folder, needed)
+        if problem is None:
+            return folder
+        logger.warning(f"{folder} was not written to its end and is skipped: {problem}.")
+    return None
+
+
+def problem_with_checkpoint(folder: Path, needed: Sequence[str] = ()) -> str | None:
+    """Why a checkpoint is not whole, or None. Trainer writes ``trainer_state.json`` after everything else."""
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    for name in [*needed, TRAINER_STATE_NAME]:
+        if not (folder / name).is_file():
+            return f"it has no {name}"
+    for file in sorted(folder.iterdir()):
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as tensors:
+                    tensors.keys()
+            elif file.suffix in (".pt", ".pth") and not zipfile.is_zipfile(file):
+                return f"{file.name} is cut off"
+        except (OSError, ValueError, SafetensorError) as error:
+            return f"{file.name} cannot be read ({str(error).splitlines()[0]})"
+    return None
+
+
+def save_tensors(value: Any, path: Path) -> None:
+    """Write tensors, in plain containers, aside and rename the file once it is whole."""
+    with atomic_write(path) as file:
+        torch.save(value, file)
+
+
+def _or_error(function: Any, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except ValueError as error:
+        return error  # raised on every process, not on the main one alone
+
+
+# -------------------------------------------------------------------------------------------------------- compilation
+
+
+def compile_layers(trainer: Trainer, models: Sequence[PreTrainedModel]) -> None:
+    """Compile the parts of the models' layers where the arguments, or ``accelerate launch``, ask for ``torch_compile``.
+
+    Accelerate would compile the model as a whole. The loss in its head and the attention over packed rows differ with
+    the lengths of every batch; the layers' attention, MLP and norms do not, and one compilation serves all lengths.
+
+    Raises:
+        ValueError: under DeepSpeed or FSDP, or no layer that can be compiled.
+    """
+    plugin = trainer.accelerator.state.dynamo_plugin
+    if plugin.backend == DynamoBackend.NO:
+        return
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        raise ValueError("torch_compile is not supported under DeepSpeed or FSDP. Leave it out, or train with DDP.")
+    options = {**plugin.to_kwargs(), "dynamic": True}
+    plugin.backend = DynamoBackend.NO  # for the whole model, which the accelerator has not met yet
+    for model in models:
+        parts = parts_of_layers(model)
+        if not parts:
+            raise ValueError(
+                f"torch_compile: {type(model).__name__} has no layers of transformers' GradientCheckpointingLayer, "
+                "whose parts are what is compiled. Leave it out."
+            )
+        for part in parts:
+            part.compile(**options)  # in place: its class and the names of its weights stay
+
+
+def parts_of_layers(model: nn.Module) -> list[nn.Module]:
+    """The modules that the blocks of a transformer call: attention, MLP and norms; no embeddings, no head."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return [part for layer in layers for part in _called_modules(layer)]
+
+
+def _called_modules(module: nn.Module) -> list[nn.Module]:
+    """Children, and the children of lists (as in T5): a list is not called itself."""
+    parts: list[nn.Module] = []
+    for child in module.children():
+        parts += _called_modules(child) if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
+    return parts

@@ -1,0 +1,533 @@
+"""The options of the three trainers, and what of TRL's options they refuse. Every default of the package is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers.trainer_utils import SaveStrategy
+from trl import DPOConfig, RLOOConfig, SFTConfig
+
+from contrastive_align.losses.contrastive import LOSSES, canonical_loss_name
+from contrastive_align.losses.divergences import canonical_divergence_name
+from contrastive_align.models.layout import LAYOUTS
+
+
+# Arguments of TRL's trainers that have no meaning here: name -> the way out.
+ARGUMENTS_NOT_SUPPORTED = {
+    "compute_metrics": "it reads logits, which are never built. Read trainer.evaluate()'s metrics, or add a callback",
+    "preprocess_logits_for_metrics": "no logits are built. Read trainer.evaluate()'s metrics",
+    "compute_loss_func": "the loss is this class's. Subclass it and override compute_loss",
+    "data_collator": "rows are collated in two forms, with and without condition. Leave it out",
+    "formatting_func": "prompts and completions are told apart by their columns. Map the dataset before",
+    "reward_processing_classes": (
+        "a reward model brings its tokenizer. Give it as a feature: "
+        "resolve_feature({'reward_model': model}, tokenizer=tokenizer)"
+    ),
+}
+
+# Options of TRL and transformers that have no meaning here: option -> (why, the way out). Any value but the default of
+# the TRL class raises.
+NOT_SUPPORTED_ANYWHERE = {
+    "neftune_noise_alpha": ("noise on the policy's embeddings alone would enter every log-ratio", "leave it out"),
+    "label_smoothing_factor": ("it smooths labels over the vocabulary, which no loss here has", "leave it out"),
+    "use_liger_kernel": (
+        "it would replace the head that scores the completions",
+        "set model_init_kwargs={'use_kernels': True}, as TRL recommends",
+    ),
+    "auto_find_batch_size": (
+        "the samples and metrics of a step that ran out of memory would count twice",
+        "lower per_device_train_batch_size and raise gradient_accumulation_steps",
+    ),
+    "ignore_data_skip": ("a resumed run would train on its first rows again", "leave it out"),
+}
+NOT_SUPPORTED_CONTRASTIVE = {
+    **NOT_SUPPORTED_ANYWHERE,
+    "ld_alpha": ("LD-DPO compares the lengths of a pair", "use trl.DPOTrainer for it"),
+    "f_divergence_type": ("f-DPO is defined on pair differences", "leave it out, or use trl.DPOTrainer"),
+    "f_alpha_divergence_coef": ("f-DPO is defined on pair differences", "leave it out, or use trl.DPOTrainer"),
+    "label_smoothing": (
+        "soft labels come from the scores here",
+        "set scores and temperature_alpha: scores (1-e, e)-like gaps on info_nca are conservative DPO",
+    ),
+    "use_weighting": ("WPO weighting is defined on pairs", "leave it out, or use trl.DPOTrainer"),
+    "discopop_tau": ("the discopop loss is not offered here", "use trl.DPOTrainer"),
+    "padding_free": ("TRL itself has switched it off for DPO", "leave it out"),
+    "truncation_mode": (
+        "cutting whole sequences at the left would give every completion of a group another prompt",
+        "set max_prompt_length, which keeps the end of the prompt",
+    ),
+    "train_sampling_strategy": ("groups are drawn in random order", "leave it out"),
+    "pad_token": ("TRL deprecates it", "set tokenizer.pad_token and pass it as processing_class"),
+}
+_OTHER_SAMPLES = "the samples must come from the very distribution whose log-probs weigh them"
+_CLIPS = "PPO's surrogate clips a ratio that f-DPG uses as an importance weight"
+NOT_SUPPORTED_FDPG = {
+    **NOT_SUPPORTED_ANYWHERE,
+    "temperature": (_OTHER_SAMPLES, "leave it at 1"),
+    "top_p": (_OTHER_SAMPLES, "leave it at 1"),
+    "top_k": (_OTHER_SAMPLES, "leave it at 0"),
+    "min_p": (_OTHER_SAMPLES, "leave it out"),
+    "repetition_penalty": (_OTHER_SAMPLES, "leave it at 1; a constraint on a repetition feature says the same"),
+    "generation_kwargs": (_OTHER_SAMPLES, "leave it out"),
+    "cache_implementation": ("the sampler keeps a cache of its own", "leave it out"),
+    "num_iterations": (_CLIPS, "raise steps_per_generation: older samples are importance-weighted exactly"),
+    "epsilon": (_CLIPS, "set max_importance_ratio"),
+    "epsilon_high": (_CLIPS, "set max_importance_ratio"),
+    "normalize_advantages": ("a pseudo-reward divided by its spread is no gradient of a divergence", "leave it out"),
+    "reward_clip_range": ("it would change the target", "clip in the feature itself"),
+    "mask_truncated_completions": (
+        "completions cut at max_completion_length are samples of the policy like any other",
+        "raise max_completion_length, or constrain a feature of the length",
+    ),
+    "sync_ref_model": ("the base is part of the target", "leave it out"),
+    "dataloader_drop_last": ("every step is filled already: prompts that do not fill one are left out", "leave it out"),
+}
+_OWN_ROWS = "rows are made here, from prompts and the pool's completions"
+NOT_SUPPORTED_CONDITIONAL = {
+    **NOT_SUPPORTED_ANYWHERE,
+    "packing": ("completions of a batch are packed by layout='shared' without cutting any", "leave it out"),
+    "eval_packing": ("evaluation samples from the model", "leave it out"),
+    "padding_free": ("layout='shared' has no padding", "leave it out"),
+    "completion_only_loss": ("the loss is over completions, always", "leave it out"),
+    "assistant_only_loss": ("the loss is over completions, always", "leave it out"),
+    "loss_type": ("the loss is likelihood + KL - entropy", "set kl_coef and entropy_coef"),
+    "dataset_text_field": (_OWN_ROWS, "give a column 'prompt'"),
+    "dataset_kwargs": (_OWN_ROWS, "leave it out"),
+    "truncation_mode": ("a completion that is cut keeps its beginning", "leave it out"),
+    "shuffle_dataset": ("prompts and draws are in a random order, from the seed", "leave it out"),
+    "chat_template_path": ("cloning a template adds tokens that nothing would train", "set tokenizer.chat_template"),
+    "eos_token": ("it would move the end of the completions", "set tokenizer.eos_token and pass it"),
+    "pad_token": ("TRL deprecates it", "set tokenizer.pad_token and pass it as processing_class"),
+    "train_sampling_strategy": ("draws are balanced over the conditions", "leave it out"),
+    "dataloader_persistent_workers": ("workers would go on reading the round before", "leave it out"),
+    "dataloader_drop_last": ("a round has whole steps already", "leave it out"),
+}
+KL_DIRECTIONS = ("reverse", "forward")
+VLLM_MODES = ("server", "colocate")
+VLLM_TEMPERATURES = (0.01, 2)  # vLLM moves a lower one there, and refuses a higher one
+PROPOSALS = ("policy", "kept")
+PROPOSAL_CRITERIA = ("kl", "tv", "js")
+BASELINES = ("leave_one_out", "window", "none")
+ON_BAD_ROW = ("raise", "drop")
+
+
+def refuse_options(config: Any, base: type, table: dict[str, tuple[str, str]], trainer: str) -> None:
+    """Raise where an option of ``table`` (option -> why it has no meaning, the way out) is not at ``base``'s default.
+
+    Raises:
+        ValueError: naming the option, the reason and the way out.
+    """
+    defaults = {f.name: f.default for f in fields(base)}
+    for name, (why, way_out) in table.items():
+        if getattr(config, name) != defaults[name]:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} is not supported by {trainer}: {why}. Way out: {way_out}."
+            )
+
+
+def option_of(base: type, name: str) -> Any:
+    """An option of another dataclass, for a class of one's own: its default and its help.
+
+    Raises:
+        TypeError: the other class has no such option.
+    """
+    found = next((f for f in fields(base) if f.name == name), None)
+    if found is None:
+        raise TypeError(
+            f"{base.__name__} has no option {name!r}: TRL renamed or dropped it. Use a version that has it."
+        )
+    return field(default=found.default, metadata=dict(found.metadata))
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise ValueError where one of these options is set and no finite number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}, expected a finite number above 0.")
+
+
+def check_choice(config: Any, **choices: tuple[str, ...]) -> None:
+    """Raise ValueError where an option is none of its choices."""
+    for name, known in choices.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} is {getattr(config, name)!r}, expected one of {', '.join(known)}.")
+
+
+@dataclass
+class ContrastiveConfig(DPOConfig):
+    """Options of :class:`~contrastive_align.ContrastiveTrainer` beside those of :class:`trl.DPOConfig`.
+
+    Args:
+        loss_type (`list[str]`, defaults to `["nca"]`):
+            Names in ``contrastive_align.losses.LOSSES``: nca, info_nca, biased_nca, dpo, dpo_best_vs_rest,
+            plackett_luce, sft. Free of case and punctuation (NCA, InfoNCA); TRL's sigmoid, nca_pair and bco_pair are
+            dpo, nca and biased_nca. Several are summed with ``loss_weights``.
+        temperature_alpha (`float`, defaults to `1e-4`):
+            Labels are softmax(scores / temperature_alpha) over the completions of a group (NCA and InfoNCA). The
+            default, the published run's, makes them one-hot unless scores are equal.
+        max_prompt_length (`int`, *optional*):
+            Longest prompt in tokens; longer ones keep their end. Without it prompts stay whole and groups whose prompt
+            leaves no room under `max_length` are dropped and counted.
+        on_bad_row (`str`, defaults to `"raise"`):
+            `"raise"` stops at the first row that cannot be trained on, with row and column; `"drop"` leaves such rows
+            out, counts them and shows the first.
+        layout (`str`, defaults to `"auto"`):
+            `"shared"`: the completions of a group share one copy of their prompt, which is computed once. `"padded"`: a
+            row for each completion. `"auto"` tries the first on a small batch and takes the second, with a warning,
+            where the model gives other log-probs.
+        max_tokens_per_batch (`int`, *optional*):
+            Training batches by tokens: groups of similar length share one, as many as stay within this many tokens and
+            within `per_device_train_batch_size` groups, drawn anew every epoch from `data_seed` or `seed`. Counted is
+            what the layout computes: every prompt once and its completions (shared), or rows x the longest (padded). An
+            optimiser step remains `gradient_accumulation_steps` batches on every process and its loss the mean over
+            the groups in them, of which there are fewer in a step of long ones. Without it the order is TRL's.
+        first_score_bonus (`float`, defaults to `0.0`):
+            Added to the score of every group's first completion. The published run adds 0.01, which at
+            temperature_alpha = 1e-4 decides every tie for the first.
+        allow_pickled_adapter (`bool`, defaults to `False`):
+            Read an `adapter_model.bin` (a pickle), with `weights_only=True`.
+    """
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["nca"],
+        metadata={"help": f"Losses, summed with loss_weights: {', '.join(LOSSES)}. Case and punctuation are free."},
+    )
+    temperature_alpha: float = field(
+        default=1e-4, metadata={"help": "Labels are softmax(scores / temperature_alpha) over a group's completions."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens; longer prompts keep their end."}
+    )
+    on_bad_row: str = field(
+        default="raise",
+        metadata={
+            "help": "Stop at a bad row ('raise') or leave it out and count it ('drop').",
+            "choices": ["raise", "drop"],
+        },
+    )
+    layout: str = field(
+        default="auto",
+        metadata={
+            "help": "The prompt once for all completions ('shared'), or once for each.",
+            "choices": list(LAYOUTS),
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Training batches of groups of similar length with at most so many tokens, and at most "
+            "per_device_train_batch_size groups."
+        },
+    )
+    first_score_bonus: float = field(
+        default=0.0,
+        metadata={"help": "Added to the score of each group's first completion (0.01 repeats the published run)."},
+    )
+    allow_pickled_adapter: bool = field(
+        default=False, metadata={"help": "Read an adapter_model.bin (a pickle), with weights_only=True."}
+    )
+
+    def __post_init__(self):
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self.loss_type = [canonical_loss_name(name) for name in self.loss_type]
+        _check_loss_weights(self.loss_type, self.loss_weights)
+        refuse_options(self, DPOConfig, NOT_SUPPORTED_CONTRASTIVE, "ContrastiveTrainer")
+        super().__post_init__()
+        check_positive(self, "beta", "per_device_train_batch_size", "per_device_eval_batch_size", "temperature_alpha")
+        check_choice(self, layout=LAYOUTS, on_bad_row=ON_BAD_ROW)
+        if self.max_tokens_per_batch is not None:
+            self._check_batches_by_tokens()
+        if self.max_prompt_length is not None:
+            longest = self.max_length - 1 if self.max_length is not None else self.max_prompt_length
+            if not 1 <= self.max_prompt_length <= longest:
+                raise ValueError(
+                    f"max_prompt_length is {self.max_prompt_length} with max_length {self.max_length}, expected a "
+                    "number from 1 up to less than max_length, so that completions have room."
+                )
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length is {self.max_length}, expected at least 2: a prompt and a completion token.")
+        if self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "accelerator_config.dispatch_batches=True cuts batches by rows, which would cut groups apart. Leave "
+                "it out."
+            )
+        if not self.accelerator_config.even_batches:
+            raise ValueError(
+                "accelerator_config.even_batches=False lets processes run out of batches at different steps. Leave it "
+                "out: the rows repeated to fill the last batch weigh nothing."
+            )
+
+    def _check_batches_by_tokens(self) -> None:
+        check_positive(self, "max_tokens_per_batch")
+        if self.accelerator_config.split_batches:
+            raise ValueError(
+                "accelerator_config.split_batches=True cuts batches of one size into equal parts, and with "
+                "max_tokens_per_batch batches differ in size. Leave one of the two out."
+            )
+        if self.dataloader_drop_last:
+            raise ValueError(
+                "dataloader_drop_last=True drops the batch that falls short of the batch size, and with "
+                "max_tokens_per_batch none does. Leave it out: every group is trained on once an epoch."
+            )
+
+
+def _check_loss_weights(names: list[str], weights: list[float] | None) -> None:
+    if not names:
+        raise ValueError(f"loss_type is empty, expected one or more of {', '.join(LOSSES)}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"loss_type names a loss twice: {names}. Name each once and set its weight in loss_weights.")
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"loss_weights has {len(weights)} numbers for the {len(names)} losses {names}, expected one each."
+        )
+
+
+@dataclass
+class FDPGConfig(RLOOConfig):
+    """Options of :class:`~contrastive_align.FDPGTrainer` beside those of :class:`trl.RLOOConfig`.
+
+    Args:
+        divergence (`str`, defaults to `"js"`):
+            What is minimised between policy and target: kl (DPG, GDC, CDPG), reverse_kl (on `Target.from_reward` the
+            KL-controlled reward of RLHF), js, tv, chi2, reverse_chi2 or alpha:<a>.
+        baseline (`str`, defaults to `"leave_one_out"`):
+            Taken off the pseudo-reward: `"leave_one_out"`, the mean over the other samples of the prompt; `"window"`,
+            the mean over all prompts of earlier steps; or `"none"`.
+        baseline_window (`int`, defaults to `10`):
+            With `baseline="window"`: over how many of the last times samples were drawn.
+        proposal (`str`, defaults to `"policy"`):
+            What samples are drawn from: `"policy"`, as it is; or `"kept"`, the base at first, replaced by the policy
+            when that is nearer to the target (KL-adaptive DPG, GDC). It costs a forward of the policy on the samples
+            and, once it was replaced, a copy of the trained weights: of the adapter, or of the whole model.
+        proposal_criterion (`str`, defaults to `"kl"`):
+            With `proposal="kept"`: nearer by kl, KL(target||.), tv or js.
+        proposal_window (`int`, defaults to `10`):
+            With `proposal="kept"`: by the samples of how many of the last times samples were drawn.
+        max_importance_ratio (`float`, *optional*):
+            pi/q is cut here. It is 1 where every optimiser step has samples of its own.
+        fit_samples (`int`, defaults to `4096`):
+            Samples of the base from which the target's lambdas are found, if they are not known yet.
+        fit_min_ess (`float`, defaults to `20.0`):
+            Smallest effective sample size of that fit; below it the run stops.
+        layout (`str`, defaults to `"auto"`), allow_pickled_adapter (`bool`, defaults to `False`):
+            As in :class:`~contrastive_align.ContrastiveConfig`.
+        num_generations (`int`, defaults to `16`):
+            Samples of a prompt, the K of its group.
+        beta (`float`, defaults to `0.05`):
+            With reward functions and no target: the target is base * exp(reward / beta).
+        disable_dropout (`bool`, defaults to `True`):
+            Samples are drawn without dropout, so their log-probs are taken without it.
+    """
+
+    divergence: str = field(
+        default="js",
+        metadata={"help": "Between policy and target: kl, reverse_kl, js, tv, chi2, reverse_chi2 or alpha:<a>."},
+    )
+    baseline: str = field(
+        default="leave_one_out",
+        metadata={"help": "Taken off the pseudo-reward.", "choices": list(BASELINES)},
+    )
+    baseline_window: int = field(
+        default=10, metadata={"help": "With baseline='window': its mean is over so many of the last steps."}
+    )
+    proposal: str = field(
+        default="policy",
+        metadata={
+            "help": "Samples come from the policy, or from one 'kept' until the policy is nearer to the target.",
+            "choices": list(PROPOSALS),
+        },
+    )
+    proposal_criterion: str = field(
+        default="kl", metadata={"help": "With proposal='kept': nearer by this.", "choices": list(PROPOSAL_CRITERIA)}
+    )
+    proposal_window: int = field(
+        default=10, metadata={"help": "With proposal='kept': by the samples of so many of the last steps."}
+    )
+    max_importance_ratio: float | None = field(
+        default=None, metadata={"help": "Importance weights policy/proposal are cut here."}
+    )
+    fit_samples: int = field(
+        default=4096, metadata={"help": "Samples of the base for the fit of the target, if it is not fitted."}
+    )
+    fit_min_ess: float = field(default=20.0, metadata={"help": "Smallest effective sample size of that fit."})
+    layout: str = option_of(ContrastiveConfig, "layout")
+    allow_pickled_adapter: bool = option_of(ContrastiveConfig, "allow_pickled_adapter")
+    num_generations: int = field(default=16, metadata={"help": "Samples of a prompt."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Samples on a device at once: whole groups of num_generations."}
+    )
+    disable_dropout: bool = field(default=True, metadata={"help": "Take log-probs without dropout."})
+
+    def __post_init__(self):
+        refuse_options(self, RLOOConfig, NOT_SUPPORTED_FDPG, "FDPGTrainer")
+        super().__post_init__()
+        self.divergence = canonical_divergence_name(self.divergence)
+        check_choice(
+            self, layout=LAYOUTS, baseline=BASELINES, proposal=PROPOSALS, proposal_criterion=PROPOSAL_CRITERIA
+        )
+        check_positive(self, "baseline_window", "proposal_window", "max_importance_ratio", "beta", "fit_samples")
+        if self.proposal == "kept" and (self.use_vllm or self.use_transformers_continuous_batching):
+            raise ValueError(
+                "proposal='kept' is drawn from by exchanging weights, which use_vllm and "
+                "use_transformers_continuous_batching do not see. Leave these out, or set proposal='policy'."
+            )
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                f"per_device_train_batch_size is {self.per_device_train_batch_size} samples, expected a multiple of "
+                f"num_generations={self.num_generations}: the samples of a prompt stay together. Raise "
+                "gradient_accumulation_steps for larger steps."
+            )
+        eval_generations = self.num_generations_eval or self.num_generations
+        if self.eval_strategy != "no" and self.per_device_eval_batch_size % eval_generations:
+            raise ValueError(
+                f"per_device_eval_batch_size is {self.per_device_eval_batch_size} samples, expected a multiple of the "
+                f"{eval_generations} samples of a prompt (num_generations_eval)."
+            )
+
+
+@dataclass
+class ConditionalConfig(SFTConfig):
+    """Options of :class:`~contrastive_align.ConditionalTrainer` beside those of :class:`trl.SFTConfig`.
+
+    Args:
+        num_train_epochs (`float`, defaults to `4`):
+            Online, an epoch is a round: sample, feedback, pool, train. From scored data, a pass over its draws.
+        prompts_per_round (`int`, *optional*):
+            Prompts sampled in a round; all of the dataset's by default. The next round goes on where this one stopped.
+        num_generations (`int`, defaults to `10`):
+            Completions sampled for a prompt, the K of its group.
+        draws_per_round (`int`, *optional*):
+            Completions trained on in a round, balanced over the conditions and rounded up to whole optimiser steps. By
+            default as many as a round samples; from scored data, as many as it holds.
+        max_completion_length (`int`, defaults to `256`):
+            Longest sampled completion in tokens. One that is cut there is trained on without an EOS.
+        temperature, top_p (`float`, default to `1.0`):
+            Of sampling.
+        drop_factor (`float`, defaults to `0.0`):
+            Share of the earlier samples of each condition that leaves the pool in a round: 0 keeps all, 1 none.
+        kl_coef (`float`, defaults to `0.05`):
+            Weight of the KL to the reference, in nats per completion token. 0 loads no reference.
+        kl_direction (`str`, defaults to `"reverse"`):
+            `"reverse"`: KL(policy || reference), Quark. `"forward"`: KL(reference || policy), ALT.
+        entropy_coef (`float`, defaults to `0.06`):
+            Weight of the entropy bonus, in nats per completion token.
+        kl_target, entropy_target (`float`, *optional*):
+            With these the coefficients are adapted after every step, so that KL or entropy comes to them.
+        coef_horizon (`int`, defaults to `10000`):
+            Completions over which a coefficient adapts.
+        unfrozen_layers_ratio (`float`, defaults to `1.0`):
+            Share of the layers that is trained, from the top; the lower ones are frozen.
+        reward_weights (`list[float]`, *optional*):
+            Of several reward functions; 1 each by default.
+        layout (`str`, defaults to `"auto"`):
+            `"shared"`: the rows of a batch stand in one packed row, without padding. `"padded"`: as usual. `"auto"`
+            tries the first on a small batch and takes the second, with a warning, where the log-probs differ.
+        pool_dir (`str`, *optional*):
+            Where the pool is; `output_dir`/pool by default.
+        rows_at_once (`int`, defaults to `256`):
+            Completions decoded together at most; with a colocated vLLM, its `max_num_seqs` of a GPU.
+        use_vllm, vllm_mode, vllm_model_impl, vllm_enable_sleep_mode, vllm_server_base_url, vllm_server_host,
+        vllm_server_port, vllm_server_timeout, vllm_group_port, vllm_gpu_memory_utilization, vllm_max_model_length,
+        vllm_tensor_parallel_size:
+            As in :class:`trl.RLOOConfig`: vLLM draws the completions, and is handed the weights before each round and
+            each evaluation. It draws with random numbers of its own, so that `seed` does not repeat them; what the
+            pool has is not drawn again. Tested with a stand-in for TRL's client, not with vLLM on a GPU.
+        disable_dropout (`bool`, defaults to `True`):
+            Completions are sampled without dropout, and the reference has none.
+        on_bad_row (`str`, defaults to `"raise"`):
+            Scored data: as in :class:`~contrastive_align.ContrastiveConfig`.
+        allow_pickled_adapter (`bool`, defaults to `False`):
+            As in :class:`~contrastive_align.ContrastiveConfig`.
+    """
+
+    num_train_epochs: float = field(default=4, metadata={"help": "Rounds; from scored data, passes over its draws."})
+    prompts_per_round: int | None = field(default=None, metadata={"help": "Prompts sampled in a round (default: all)."})
+    num_generations: int = field(default=10, metadata={"help": "Completions sampled for a prompt."})
+    draws_per_round: int | None = field(
+        default=None, metadata={"help": "Completions trained on in a round (default: as many as it samples)."}
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Longest sampled completion in tokens."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
+    drop_factor: float = field(
+        default=0.0, metadata={"help": "Share of earlier samples that leaves the pool in a round: 0 none, 1 all."}
+    )
+    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference; 0 loads none."})
+    kl_direction: str = field(
+        default="reverse",
+        metadata={"help": "KL(policy || reference) or KL(reference || policy).", "choices": list(KL_DIRECTIONS)},
+    )
+    entropy_coef: float = field(default=0.06, metadata={"help": "Weight of the entropy bonus."})
+    kl_target: float | None = field(default=None, metadata={"help": "Adapt kl_coef to this KL, nats per token."})
+    entropy_target: float | None = field(
+        default=None, metadata={"help": "Adapt entropy_coef to this entropy, nats per token."}
+    )
+    coef_horizon: int = field(default=10_000, metadata={"help": "Completions over which a coefficient adapts."})
+    unfrozen_layers_ratio: float = field(default=1.0, metadata={"help": "Share of the layers trained, from the top."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "Of several reward functions."})
+    layout: str = field(
+        default="auto",
+        metadata={"help": "Rows packed into one without padding ('shared'), or padded.", "choices": list(LAYOUTS)},
+    )
+    pool_dir: str | None = field(default=None, metadata={"help": "Where the pool is (default: output_dir/pool)."})
+    rows_at_once: int = field(default=256, metadata={"help": "Completions decoded together at most."})
+    use_vllm: bool = option_of(RLOOConfig, "use_vllm")
+    vllm_mode: str = option_of(RLOOConfig, "vllm_mode")
+    vllm_model_impl: str = option_of(RLOOConfig, "vllm_model_impl")
+    vllm_enable_sleep_mode: bool = option_of(RLOOConfig, "vllm_enable_sleep_mode")
+    vllm_server_base_url: str | None = option_of(RLOOConfig, "vllm_server_base_url")
+    vllm_server_host: str = option_of(RLOOConfig, "vllm_server_host")
+    vllm_server_port: int = option_of(RLOOConfig, "vllm_server_port")
+    vllm_server_timeout: float = option_of(RLOOConfig, "vllm_server_timeout")
+    vllm_group_port: int = option_of(RLOOConfig, "vllm_group_port")
+    vllm_gpu_memory_utilization: float = option_of(RLOOConfig, "vllm_gpu_memory_utilization")
+    vllm_max_model_length: int | None = option_of(RLOOConfig, "vllm_max_model_length")
+    vllm_tensor_parallel_size: int = option_of(RLOOConfig, "vllm_tensor_parallel_size")
+    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+    on_bad_row: str = option_of(ContrastiveConfig, "on_bad_row")
+    allow_pickled_adapter: bool = option_of(ContrastiveConfig, "allow_pickled_adapter")
+
+    def __post_init__(self):
+        refuse_options(self, SFTConfig, NOT_SUPPORTED_CONDITIONAL, "ConditionalTrainer")
+        best = (self.metric_for_best_model or "").split("/")[0]  # of several evaluation sets, their names are in it
+        if self.greater_is_better is None and best.split("_")[-1] == "nll":
+            self.greater_is_better = False  # else everything is, whose name does not end in "loss"
+        super().__post_init__()
+        if self.metric_for_best_model in ("loss", "eval_loss"):  # which the Trainer takes where none is given
+            raise ValueError(
+                "load_best_model_at_end (or a scheduler) follows the metric 'loss', which evaluate does not give here. "
+                "Set metric_for_best_model to one that it does: 'reward_given/<quantile_0>' for instance, or from "
+                "scored data 'nll/<quantile_0>'."
+            )
+        check_positive(self, "num_generations", "max_completion_length", "temperature", "coef_horizon", "rows_at_once")
+        check_positive(self, "prompts_per_round", "draws_per_round", "kl_target", "entropy_target")
+        check_choice(
+            self, layout=LAYOUTS, kl_direction=KL_DIRECTIONS, vllm_mode=VLLM_MODES, on_bad_row=ON_BAD_ROW
+        )
+        for name, low in (("kl_coef", 0), ("entropy_coef", 0), ("drop_factor", 0), ("top_p", 1e-9)):
+            value, high = getattr(self, name), 1 if name in ("drop_factor", "top_p") else float("inf")
+            if not low <= value <= high or value == float("inf"):
+                raise ValueError(f"{name} is {value}, expected a number from {low:g} to {high:g}.")
+        if not 0 < self.unfrozen_layers_ratio <= 1:
+            raise ValueError(f"unfrozen_layers_ratio is {self.unfrozen_layers_ratio}, expected above 0, up to 1 (all).")
+        lowest, highest = VLLM_TEMPERATURES
+        if self.use_vllm and not lowest <= self.temperature <= highest:
+            raise ValueError(
+                f"temperature is {self.temperature} with use_vllm, which takes {lowest:g} to {highest:g}. Change it, "
+                "or leave use_vllm out."
+            )
+        for name, coefficient in (("kl_target", self.kl_coef), ("entropy_target", self.entropy_coef)):
+            if getattr(self, name) is not None and coefficient == 0:
+                raise ValueError(
+                    f"{name} adapts {name.replace('target', 'coef')}, which is 0 and would stay so. Give it a start."
+                )
+        if self.max_length is not None and self.max_length <= 1:
+            raise ValueError(f"max_length is {self.max_length}, expected at least 2: a prompt and a completion token.")
+        if self.save_only_model and self.save_strategy != SaveStrategy.NO:
+            raise ValueError(
+                "save_only_model=True leaves checkpoints that no run can go on from, and the pool of one that is "
+                "stopped would be lost. Leave it out; save_total_limit=1 keeps one checkpoint."
+            )
