@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging
 
 from contrastive_align.models import completion_logps
+from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.logps import CompletionLogps
-from contrastive_align.trainers.memory import freed_memory_kept
 from contrastive_align.trl_seam import disable_gradient_checkpointing, prepare_deepspeed, use_adapter
 
 
