@@ -28,8 +28,8 @@ from trl import DPOConfig, DPOTrainer
 from workloads import REAL, groups_of, load_tokenizer, padded_tokens, unique_tokens
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer
-from contrastive_align.models.head import ScoredTokens
-from contrastive_align.trainers.memory import freed_memory_kept
+from contrastive_align.models.cpu.freed_memory import freed_memory_kept
+from contrastive_align.models.logps import ScoredTokens
 
 
 LAYOUTS = ("trl", "padded", "shared")

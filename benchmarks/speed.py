@@ -50,7 +50,7 @@ from measure import FULL_LOGITS, LAYOUTS, Task, peak_memory, profile, time_rows
 from transformers.utils.logging import disable_progress_bar
 from workloads import REAL, find_tokenizer
 
-from contrastive_align.trainers.memory import keep_freed_memory
+from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 
 
 CHOICES = {

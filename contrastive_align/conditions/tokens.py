@@ -12,7 +12,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from contrastive_align.models.rows import give_rows
+from contrastive_align.models.loading import give_rows
 
 
 def add_condition_tokens(

@@ -42,12 +42,12 @@ from contrastive_align.launch.feedback import (
     with_feedback,
 )
 from contrastive_align.launch.prompts import from_rows, load_prompts
+from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.report import Summary
 from contrastive_align.targets import resolve_feature
 from contrastive_align.trainers import ConditionalConfig, ConditionalTrainer
 from contrastive_align.trainers.checkpoints import last_whole_checkpoint
 from contrastive_align.trainers.conditional_checkpoints import STATE_FILE
-from contrastive_align.trainers.memory import keep_freed_memory
 
 
 DEMO_PROMPTS, DEMO_SCORED = "the bundled demo prompts", "the bundled demo data"

@@ -25,10 +25,10 @@ from contrastive_align.launch.common import (
     versions,
 )
 from contrastive_align.launch.datasets import load_splits, take
+from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.report import Change, Summary
 from contrastive_align.sampling import sample_completions
 from contrastive_align.trainers import ContrastiveTrainer
-from contrastive_align.trainers.memory import keep_freed_memory
 from contrastive_align.trl_seam import unwrap_model_for_generation
 
 

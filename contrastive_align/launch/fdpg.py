@@ -30,10 +30,10 @@ from contrastive_align.launch.common import (
 from contrastive_align.launch.datasets import take
 from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for
 from contrastive_align.launch.prompts import from_rows, load_prompts, repeat
+from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.report import TargetSummary, plot_steps
 from contrastive_align.targets import InfeasibleMoment, Target, resolve_constraint, resolve_feature
 from contrastive_align.trainers import FDPGConfig, FDPGTrainer
-from contrastive_align.trainers.memory import keep_freed_memory
 
 
 DEMO_NAME = "the bundled demo prompts"

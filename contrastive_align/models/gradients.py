@@ -1,4 +1,4 @@
-"""What the package's own autograd functions have in common."""
+"""A guard for the package's autograd functions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def first_derivative_only(backward: Callable) -> Callable:
-    """For a ``Function.backward`` that makes its gradient outside of any graph: ``create_graph=True`` raises.
+    """Decorate a ``Function.backward`` that builds no graph, so that ``create_graph=True`` raises a RuntimeError.
 
-    torch's ``once_differentiable`` raises only where the gradient that comes in needs one itself; where that is a
-    constant, as under ``loss.sum()``, a second derivative would be zero without a word.
+    torch's ``once_differentiable`` raises only where the incoming gradient requires one itself. Under ``loss.sum()``
+    the incoming gradient is a constant, and the second derivative would silently be zero.
     """
 
     @wraps(backward)

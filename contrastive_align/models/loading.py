@@ -1,4 +1,4 @@
-"""Which model is the start, which is the reference, and whether what was saved loads again."""
+"""Load a model to start from, with its tokenizer; add rows for new tokens; verify what was saved."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from accelerate import PartialState
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
-from contrastive_align.models.rows import give_rows
 from contrastive_align.trl_seam import create_model_from_path
 
 
@@ -30,7 +30,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 MERGED_BASE = "merged_base"
 MERGE_NOTE = "merged_from.json"
-# Mean nats per token that rounding may move log-probs by when an adapter is merged.
+# Mean change of log-probs, in nats per token, that counts as rounding when an adapter is merged.
 MERGE_TOLERANCE = 1e-3
 MERGE_TOLERANCE_16_BIT = 0.1
 
@@ -40,9 +40,9 @@ class Start:
     """The model a run starts from, which is also its reference.
 
     Args:
-        model: a model id or folder without an adapter, or (4-bit and 8-bit bases) a model with its adapter kept.
-        description: one line: model, revision, adapter, what was done.
-        tokenizer_source: where its tokenizer is.
+        model: a model id or folder without an adapter; or, on a 4-bit or 8-bit base, a model with its adapter.
+        description: one line with model, revision and adapter, and whether the adapter was merged.
+        tokenizer_source: the model id or folder of its tokenizer.
     """
 
     model: str | PeftModel
@@ -51,7 +51,7 @@ class Start:
 
 
 def adapter_config_path(model_id: str, revision: str | None = None) -> str | None:
-    """The ``adapter_config.json`` of a folder or hub id, or None where there is none."""
+    """Return the path of the ``adapter_config.json`` of a folder or hub id, or None if it has none."""
     if os.path.isdir(model_id):
         path = os.path.join(model_id, ADAPTER_CONFIG)
         return path if os.path.isfile(path) else None
@@ -67,17 +67,24 @@ def resolve_start(
     trust_remote_code: bool = False,
     allow_pickled_adapter: bool = False,
 ) -> Start:
-    """Resolve a model id or folder, which may be an adapter, to what training starts from.
+    """Resolve a model id or folder, which may be an adapter, to the model that training starts from.
 
-    - no adapter: the id itself.
-    - adapter on a base in full precision: base and adapter are merged and written to ``<output_dir>/merged_base``.
-      That folder is start and reference, so that nothing can mistake the bare base for either, and a new LoRA saved on
-      top of it names it as its base.
-    - adapter on a 4-bit or 8-bit base, where a merge would lose precision: the adapter is kept and goes on training;
-      TRL keeps a frozen copy of it as the reference.
+    - No adapter: the id itself.
+    - Adapter on a base in full precision: base and adapter are merged and written to ``<output_dir>/merged_base``. That
+      folder is both the initial policy and the reference, and a new LoRA saved on top of it names it as its base.
+    - Adapter on a 4-bit or 8-bit base, where merging would lose precision: the adapter is kept and trained further; TRL
+      keeps a frozen copy of it as the reference.
+
+    Args:
+        model_id: a folder, or a hub id whose revision is in ``model_init_kwargs``.
+        output_dir: the folder of the run.
+        model_init_kwargs: as in TRL's configs.
+        quantization_config: of the base.
+        trust_remote_code: whether code from the hub may run.
+        allow_pickled_adapter: whether adapter weights may be a pickle, which can run code when it is read.
 
     Raises:
-        FileNotFoundError: a path that is not there.
+        FileNotFoundError: the folder does not exist.
         ValueError: the adapter is a pickle and ``allow_pickled_adapter`` is False, or merging it changes the model.
     """
     kwargs = dict(model_init_kwargs or {})
@@ -90,7 +97,7 @@ def resolve_start(
 
     _check_adapter_weights(model_id, revision, allow_pickled_adapter)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
-    kwargs.pop("revision", None)  # the adapter's; the base has its own
+    kwargs.pop("revision", None)  # of the adapter; its config names the base's
     config = PeftConfig.from_pretrained(model_id, revision=revision)
     if config.is_prompt_learning:
         raise ValueError(
@@ -104,10 +111,10 @@ def resolve_start(
     base_config = AutoConfig.from_pretrained(base_id, revision=config.revision, trust_remote_code=trust_remote_code)
     if kwargs.get("quantization_config") is not None or hasattr(base_config, "quantization_config"):
         if PartialState().num_processes > 1:
-            kwargs["device_map"] = None  # as TRL: each process holds its own copy, on its own device
+            kwargs["device_map"] = None  # as in TRL: each process holds a copy on its own device
         base = create_model_from_path(base_id, revision=config.revision, **kwargs)
         if tokenizer_source == model_id:
-            _give_rows_for(base, load_tokenizer(model_id, revision=revision, trust_remote_code=trust_remote_code))
+            _add_adapter_rows(base, load_tokenizer(model_id, revision=revision, trust_remote_code=trust_remote_code))
         model = PeftModel.from_pretrained(base, model_id, is_trainable=True, revision=revision)
         description = f"{base_id}, quantised, + adapter {model_id}{revision_note}, kept"
         return Start(model, description, tokenizer_source)
@@ -143,7 +150,7 @@ def _merge(
     }
     note_path = merged / MERGE_NOTE
     if note_path.is_file() and json.loads(note_path.read_text()) == note:
-        return  # a resumed run finds its own
+        return  # a resumed run reuses its merged base
     if merged.exists():
         was = json.loads(note_path.read_text()) if note_path.is_file() else {}
         differs = [f"{k}: {was.get(k)} there, {v} here" for k, v in note.items() if was.get(k) != v]
@@ -157,7 +164,7 @@ def _merge(
         revision=adapter_revision if tokenizer_source == adapter else base_revision,
         trust_remote_code=model_init_kwargs["trust_remote_code"],
     )
-    _give_rows_for(base, tokenizer)
+    _add_adapter_rows(base, tokenizer)
     model = PeftModel.from_pretrained(base, adapter, revision=adapter_revision).eval()
     before = _probe_logps(model)
     model = model.merge_and_unload(safe_merge=True)
@@ -175,28 +182,29 @@ def _merge(
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _give_rows_for(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """An adapter may have been trained with tokens of its own (conditions), whose rows its base lacks."""
+def _add_adapter_rows(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add the rows of an adapter's own tokens (such as conditions), which its base lacks."""
     give_rows(base, max(tokenizer.get_vocab().values()) + 1, fresh=[], old=len(tokenizer), seed=42)
 
 
 @torch.no_grad()
-def _probe_logps(model: PreTrainedModel | PeftModel) -> torch.Tensor:
-    """Log-probs of a fixed sequence of tokens under each prefix."""
+def _probe_logps(model: PreTrainedModel | PeftModel) -> Tensor:
+    """Compute the log-probs of a fixed sequence of 32 tokens."""
     vocabulary = model.get_input_embeddings().weight.size(0)
     ids = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0)).to(model.device)
     log_probs = model(input_ids=ids).logits[:, :-1].float().log_softmax(-1)
     return log_probs.gather(2, ids[:, 1:, None])[0, :, 0].cpu()
 
 
-def _check_merge(before: torch.Tensor, merged: PreTrainedModel, adapter: str) -> None:
+def _check_merge(before: Tensor, merged: PreTrainedModel, adapter: str) -> None:
+    """Raise if merging moved the log-probs."""
     gap = (_probe_logps(merged.eval()) - before).abs().mean().item()
     tolerance = MERGE_TOLERANCE if merged.dtype == torch.float32 else MERGE_TOLERANCE_16_BIT
     if not gap <= tolerance:
         raise ValueError(
             f"Merging {adapter} into its base moves log-probs by {gap:.3g} nats per token (expected at most "
-            f"{tolerance:g}): the merged model is not what the adapter was. One on tied embeddings does that. "
-            "Way out: model = PeftModel.from_pretrained(base, adapter, is_trainable=True), and pass this model to "
+            f"{tolerance:g}). An adapter on tied embeddings does that. "
+            "Instead, load model = PeftModel.from_pretrained(base, adapter, is_trainable=True), and pass this model to "
             "ContrastiveTrainer, which keeps a frozen copy of the adapter as the reference."
         )
 
@@ -209,7 +217,7 @@ def _hash_of_adapter(adapter: str, revision: str | None) -> str:
 
 
 def _file_of(model_id: str, name: str, revision: str | None) -> str | None:
-    """The path of a file of a folder or (cached) hub repository, None where it has none."""
+    """Return the path of a file in a folder or (cached) hub repository, or None if it has none."""
     try:
         return cached_file(model_id, name, revision=revision)
     except OSError:
@@ -217,10 +225,14 @@ def _file_of(model_id: str, name: str, revision: str | None) -> str | None:
 
 
 def check_output_dir(output_dir: str | os.PathLike, *, adapter: bool) -> None:
-    """Refuse an ``output_dir`` that holds weights of the other kind: loading it would mix the two.
+    """Raise if ``output_dir`` holds weights of the other kind, since loading it would mix the two.
+
+    Args:
+        output_dir: the folder of the run, which need not exist.
+        adapter: whether the run saves an adapter.
 
     Raises:
-        ValueError: a whole model where an adapter is to be saved, or the other way round.
+        ValueError: ``output_dir`` is a file, or holds a whole model where an adapter is to be saved, or vice versa.
     """
     folder = Path(output_dir)
     if folder.is_file():
@@ -238,12 +250,17 @@ def check_output_dir(output_dir: str | os.PathLike, *, adapter: bool) -> None:
 
 
 def base_of(base: str | None, adapter: str) -> str:
-    """The base that an adapter's config names, or the merged base that a moved run has beside the adapter.
+    """Return the base that an adapter's config names, or the merged base beside the adapter if the run was moved.
+
+    Args:
+        base: ``base_model_name_or_path`` of the adapter's config.
+        adapter: the adapter's folder or hub id.
 
     Raises:
-        ValueError, FileNotFoundError: none is named, or that folder is not there.
+        ValueError: the config names no base.
+        FileNotFoundError: the folder that it names does not exist.
     """
-    # A run's folder may have moved, and its base with it; a checkpoint's base is one folder up.
+    # The merged base moves with the run's folder; for a checkpoint it is one folder up.
     beside = [os.path.join(folder, MERGED_BASE) for folder in (adapter, os.path.dirname(os.path.abspath(adapter)))]
     if not base:
         raise ValueError(
@@ -294,21 +311,89 @@ def _has_tokenizer(model_id: str, revision: str | None, trust_remote_code: bool)
 def load_tokenizer(
     source: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model."""
+    """Load the tokenizer of a model id or folder."""
     return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without a padding token EOS as one, as TRL does."""
+    """Set EOS as the padding token of a tokenizer that has none, as TRL does."""
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def verify_saved(folder: str | os.PathLike, *, may_be_sharded: bool = False) -> None:
-    """Read back every weight file of a saved model or adapter.
+def context_length(model: nn.Module) -> int | None:
+    """Return the number of tokens that the model's positions are made for, or None if its config names none.
+
+    >>> from types import SimpleNamespace
+    >>> from transformers import LlamaConfig, MambaConfig
+    >>> context_length(SimpleNamespace(config=LlamaConfig(max_position_embeddings=4096)))
+    4096
+    >>> context_length(SimpleNamespace(config=MambaConfig())) is None
+    True
+    """
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a completion: the tokenizer's EOS, then those of the generation config.
+
+    >>> from types import SimpleNamespace
+    >>> model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[2, 7]))
+    >>> eos_token_ids(model, SimpleNamespace(eos_token_id=7)), eos_token_ids(model, SimpleNamespace(eos_token_id=None))
+    ([7, 2], [2, 7])
+    """
+    generated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = [tokenizer.eos_token_id, *(generated if isinstance(generated, list) else [generated])]
+    return list(dict.fromkeys(token for token in found if token is not None))
+
+
+@torch.no_grad()
+def give_rows(model: PreTrainedModel, rows: int, *, fresh: list[int], old: int, seed: int) -> None:
+    """Resize embedding and head to at least ``rows`` rows, and draw new rows like the old ones.
+
+    Each dimension of a new row is normal, with the mean and standard deviation of the old rows.
 
     Args:
-        may_be_sharded: no weight files is only worth a warning (DeepSpeed and FSDP may write checkpoints of their own).
+        model: a causal language model, which is changed.
+        rows: how many it has at least afterwards.
+        fresh: ids of rows to draw in addition to those that the model lacked.
+        old: how many rows, from the first, belong to known tokens.
+        seed: of the draw.
+    """
+    embedding = model.get_input_embeddings()
+    had = embedding.weight.size(0)
+    if rows > had:
+        devices = [embedding.weight.device] if embedding.weight.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # the resizing draws rows of its own
+            model.resize_token_embeddings(rows, mean_resizing=False)
+    fresh = sorted({*fresh, *range(had, rows)})
+    if not fresh:
+        return
+    known = min(old, had, fresh[0])  # new tokens come after all the old ones
+    generator = torch.Generator().manual_seed(seed)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = [embedding.weight]
+    if head is not None:
+        weights += [] if head.weight is embedding.weight else [head.weight]
+        weights += [] if getattr(head, "bias", None) is None else [head.bias]
+    for weight in weights:
+        weight[fresh] = _rows_like(weight[:known], len(fresh), generator).to(weight)
+
+
+def _rows_like(rows: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """Draw n rows with the mean and standard deviation of the given ones in each dimension."""
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    noise = torch.randn(n, *rows.shape[1:], generator=generator).to(rows)
+    return rows.mean(0) + rows.std(0, correction=0) * noise
+
+
+def verify_saved(folder: str | os.PathLike, *, may_be_sharded: bool = False) -> None:
+    """Read back every weight file of a saved model or adapter, and raise if one is missing or not finite.
+
+    Args:
+        folder: of the saved model or adapter.
+        may_be_sharded: warn, rather than raise, if there are no weight files: DeepSpeed and FSDP may write checkpoints
+            in formats of their own.
 
     Raises:
         ValueError: no weights, a file missing, or an empty, NaN or infinite tensor (ZeRO-3 can save empty adapters).

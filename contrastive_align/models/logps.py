@@ -1,7 +1,8 @@
-"""Model + GroupBatch -> log-probs, for training and references (what a sampler draws it scores as it draws)."""
+"""What a model is given for a batch of groups, what it returns, and the head that is added to it for that."""
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
 
-from contrastive_align.models.attention import pack
+from contrastive_align.models.cpu.head import score_tokens
+from contrastive_align.models.shared_prompt import pack
 
 
 @dataclass
@@ -19,10 +22,10 @@ class CompletionLogps:
 
     Args:
         logps: (B, K) nats, summed over the completion's tokens, EOS included; 0 where ``valid`` is False.
-        lengths: (B, K) how many tokens were summed.
+        lengths: (B, K) the numbers of summed tokens.
         tokens: name -> one value per completion token, completion after completion (``entropy``, ``mean_logits``,
             ``is_top1``).
-        owner: which of the N completions each of these tokens belongs to.
+        owner: the index, among the N completions, of the one that each of these tokens belongs to.
         aux_loss: the router loss of a mixture-of-experts model, if it was asked for.
     """
 
@@ -33,6 +36,16 @@ class CompletionLogps:
     aux_loss: Tensor | None
 
 
+@dataclass
+class ScoredTokens:
+    """What a model with :func:`add_head` returns: one value per scored token, in the order of the positions."""
+
+    log_probs: Tensor
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
 def completion_logps(
     model: nn.Module,
     batch: dict[str, Tensor],
@@ -41,21 +54,23 @@ def completion_logps(
     token_stats: bool = True,
     **forward_kwargs: Any,
 ) -> CompletionLogps:
-    r"""log pi(y|x) of every completion of every group.
+    r"""Compute log pi(y|x) of every completion of every group.
 
     .. math:: \log\pi(y|x) = \sum_t \log\pi(y_t | x, y_{<t})
 
     Args:
-        model: a causal language model that went through ``models/head.py``'s ``add_head``, so that it returns the
-            log-probs of the labels without holding the logits of tokens x vocabulary.
+        model: a causal language model that went through :func:`add_head`.
         batch: what :class:`~contrastive_align.data.GroupCollator` returns.
         layout: ``"padded"``, a row for each completion, or ``"shared"``, one packed row in which the completions of a
-            group share their prompt (see ``models/attention.py``; the model's attention must be set to it).
-        token_stats: whether ``tokens`` is wanted, which costs a few passes over the logits.
+            group share their prompt (see ``models/shared_prompt.py``; the model's attention must be set to it).
+        token_stats: whether to compute ``tokens``, which costs a few passes over the logits.
         forward_kwargs: passed to the model.
+
+    Raises:
+        RuntimeError: a packed row did not reach the shared-prompt attention.
     """
     lengths = batch["completion_mask"][:, 1:].sum(1)
-    inputs = _inputs(batch, layout)
+    inputs = _model_inputs(batch, layout)
     outputs = model(**inputs, use_cache=False, fused_lm_head=True, token_stats=token_stats, **forward_kwargs)
     _check_attention(model, inputs)
     scored = inputs["shift_labels"] != -100  # completion tokens, completion after completion, under both layouts
@@ -82,65 +97,128 @@ def completion_objective(
     layout: str = "padded",
     **forward_kwargs: Any,
 ) -> Any:
-    """What ``objective`` makes of the completion tokens, inside the model's forward pass.
+    """Call ``objective`` on the completion tokens' hidden states inside the model's forward pass.
 
-    ``objective(hidden, labels, weight, bias, scale, softcap)`` gets the last hidden states (n, H) that predict the n
-    completion tokens ``labels`` (n,), and the head: its weight (V, H) and bias (V,) or None, what the logits are
-    multiplied by, and their softcap or None. :func:`~contrastive_align.models.token_loss.token_loss` is made for it;
-    ``lambda hidden, *_: hidden`` gives a reference's hidden states to it.
-
-    The tokens come completion after completion, in the order of the batch's rows, under both layouts, and whatever the
-    prompts are. So those of two batches with the same completions are the same tokens in the same order, though the
-    policy sees a conditioned prompt and the reference the bare one.
+    The tokens come completion after completion, in the order of the batch's rows, under both layouts and for any
+    prompts. So two batches with the same completions give the same tokens in the same order, even where the policy sees
+    a conditioned prompt and the reference the unconditioned one.
 
     Args:
-        model: a causal language model that went through ``models/head.py``'s ``add_head``.
+        model: a causal language model that went through :func:`add_head`.
         batch: what :class:`~contrastive_align.data.GroupCollator` returns.
-        objective: called once.
+        objective: ``objective(hidden, labels, weight, bias, scale, softcap)``, called once, with the last hidden states
+            (n, H) that predict the n completion tokens ``labels`` (n,), and the head: its weight (V, H), its bias (V,)
+            or None, the factor of its logits, and their softcap or None. For example
+            :func:`~contrastive_align.models.token_loss.token_loss`, or ``lambda hidden, *_: hidden`` for a reference.
         layout: as in :func:`completion_logps`.
         forward_kwargs: passed to the model.
+
+    Returns:
+        What ``objective`` returns.
+
+    Raises:
+        RuntimeError: a packed row did not reach the shared-prompt attention.
     """
-    inputs = _inputs(batch, layout)
-    found = model(**inputs, use_cache=False, fused_lm_head=True, token_objective=objective, **forward_kwargs)
+    inputs = _model_inputs(batch, layout)
+    result = model(**inputs, use_cache=False, fused_lm_head=True, token_objective=objective, **forward_kwargs)
     _check_attention(model, inputs)
-    return found
-
-
-def _check_attention(model: nn.Module, inputs: dict[str, Any]) -> None:
-    """That a packed row met the attention it needs: any other would mix completions without an error.
-
-    And that one attention at most, the last, met no more of the prompts than their keys: another one would need more.
-    """
-    if "shared_prompt" not in inputs:
-        return
-    if inputs["shared_prompt"].stops > 1:
-        raise RuntimeError(
-            f"The last layer of {type(model).__name__} attends {inputs['shared_prompt'].stops} times in a forward "
-            "pass, and needs the whole prompts for that. Set layout='padded'."
-        )
-    if not inputs["shared_prompt"].layers_seen:
-        raise RuntimeError(
-            f"The shared-prompt layout never reached the attention of {type(model).__name__}: it was replaced after "
-            "the trainer was made, or is called without the model's keyword arguments. Set layout='padded'."
-        )
-
-
-def _inputs(batch: dict[str, Tensor], layout: str) -> dict[str, Any]:
-    """What a model is given for a batch: only completion tokens have a label, completion after completion."""
-    if layout == "shared":
-        inputs, shared_prompt = pack(batch)
-        mask = inputs["input_ids"].new_zeros((1, 1, 1, 1), dtype=torch.bool)  # made, so that none is built
-        return {**inputs, "attention_mask": mask, "shared_prompt": shared_prompt}
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-    return {name: batch[name] for name in ("input_ids", "attention_mask")} | {"shift_labels": shift_labels}
+    return result
 
 
 def per_completion(values: Tensor, valid: Tensor) -> Tensor:
-    """One value per completion (N,) -> (B, K), 0 where ``valid`` is False.
+    """Arrange one value per completion (N,) as (B, K), with 0 where ``valid`` is False.
 
     >>> per_completion(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[True, False], [True, True]]))
     tensor([[1., 0.],
             [2., 3.]])
     """
     return values.new_zeros(valid.shape).masked_scatter(valid, values)
+
+
+def _model_inputs(batch: dict[str, Tensor], layout: str) -> dict[str, Any]:
+    """Build a model's inputs, in which only completion tokens have a label, completion after completion."""
+    if layout == "shared":
+        inputs, shared_prompt = pack(batch)
+        mask = inputs["input_ids"].new_zeros((1, 1, 1, 1), dtype=torch.bool)  # a placeholder, so that none is built
+        return {**inputs, "attention_mask": mask, "shared_prompt": shared_prompt}
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")} | {"shift_labels": shift_labels}
+
+
+def _check_attention(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Raise if a packed row met another attention, which would mix completions without an error."""
+    if "shared_prompt" in inputs and not inputs["shared_prompt"].attention_calls:
+        raise RuntimeError(
+            f"The shared-prompt layout never reached the attention of {type(model).__name__}: it was replaced after "
+            "the trainer was made, or is called without the model's keyword arguments. Set layout='padded'."
+        )
+
+
+def add_head(model: PreTrainedModel) -> None:
+    """Let ``model(..., shift_labels=..., fused_lm_head=True)`` score the positions with a label, and only these.
+
+    Changes ``model.forward``. To be called after TRL's ``add_fused_lm_head``, whose forward takes the calls that this
+    one does not: other arguments, router losses, and, without a ``token_objective``, other devices than a CPU.
+
+    Args:
+        model: a causal language model. Its forward also takes ``token_stats=False``, which leaves out all but the
+            log-probs where that saves time, and ``token_objective=fn``, with which it returns
+            ``fn(hidden, labels, weight, bias, scale, softcap)`` on any device: see :func:`completion_objective`.
+    """
+    before = model.forward
+    config = model.config.get_text_config()
+    scale, softcap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
+
+    def forward(self, *args, fused_lm_head=False, shift_labels=None, token_stats=True, token_objective=None, **kwargs):
+        served = fused_lm_head and shift_labels is not None and not kwargs.get("output_router_logits")
+        if token_objective is not None and not served:
+            raise ValueError(
+                "token_objective needs fused_lm_head=True, shift_labels, and output_router_logits=False: "
+                f"found {fused_lm_head=}, shift_labels {'missing' if shift_labels is None else 'given'}, "
+                f"output_router_logits={kwargs.get('output_router_logits', False)}."
+            )
+        if not served or (shift_labels.device.type != "cpu" and token_objective is None):
+            if shift_labels is not None:
+                kwargs["shift_labels"] = shift_labels
+            return before(*args, fused_lm_head=fused_lm_head, **kwargs)
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        scored = shift_labels != -100
+        hidden, labels = hidden[scored], shift_labels[scored]
+        weight, bias = head_parameters(self.get_output_embeddings())
+        if token_objective is not None:
+            return token_objective(hidden, labels, weight, bias, scale, softcap)
+        values = score_tokens(hidden, weight, bias, labels, scale=scale, softcap=softcap, token_stats=token_stats)
+        return ScoredTokens(*values)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """Return the factor of a model's logits, under whichever name its config has it.
+
+    >>> logit_scale(PretrainedConfig(logits_scaling=4.0))
+    0.25
+    """
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        if getattr(config, name, None) is not None:
+            return getattr(config, name)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling is None:
+        return 1.0
+    return scaling if config.model_type == "hyperclovax" else 1 / scaling
+
+
+def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias that an LM head computes with: under PEFT the trained copy while its adapter is on.
+
+    Raises:
+        NotImplementedError: the head carries an adapter that is not a weight of its own (LoRA).
+    """
+    if hasattr(head, "get_base_layer") and hasattr(head, "active_adapters") and not hasattr(head, "original_module"):
+        raise NotImplementedError(
+            f"The LM head is a {type(head).__module__}.{type(head).__name__}: an adapter on the head is not in its "
+            "weight. Train the head in full, modules_to_save=['lm_head'], or leave it out of target_modules."
+        )
+    # A wrapper that trains single tokens has the weight, but not the bias, which stays the original's.
+    return head.weight, head.bias if hasattr(head, "bias") else head.original_module.bias

@@ -1,7 +1,7 @@
 """The conditional loss of many tokens and its gradient, a chunk of logits at a time.
 
-Two vocabularies of logits for every token of a batch would not fit. What each token weighs is known before the loss is,
-so the gradient is made in the forward pass, chunk by chunk, right where the logits are, and nothing is computed twice.
+Two vocabularies of logits for every token of a batch would not fit into memory. Each token's weight is known before, so
+the forward pass also computes the gradient of every chunk, and nothing is computed twice.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from contrastive_align.losses import conditional
 from contrastive_align.models.gradients import first_derivative_only
 
 
-CHUNK = 2**23  # logits of the policy in memory at once, as many tokens of them as the vocabulary allows
-BLOCK = 2**19  # of these, the logits that a CPU takes through the loss at once, which its cache holds
-NEGLIGIBLE = 1e-20  # slopes below are 0: as denormal numbers they would slow the products 30 times
+CHUNK_LOGITS = 2**23  # logits of the policy in memory at once
+BLOCK_LOGITS = 2**19  # logits of a chunk that a CPU takes through the loss at once, which fit into its cache
+NEGLIGIBLE = 1e-20  # smaller slopes become 0: as denormal numbers they would slow the products 30 times
 
 
 @dataclass
 class TokenTerms:
-    """``loss`` is a scalar with a gradient; the others are (n,), nats per token, without."""
+    """``loss`` is a scalar with a gradient; the other terms are (n,), in nats per token, without a gradient."""
 
     loss: Tensor
     nll: Tensor
@@ -48,13 +48,13 @@ def token_loss(
     outside: tuple[int, ...] = (),
     weights: Tensor | None = None,
 ) -> TokenTerms:
-    r"""The weighted sum of :func:`~contrastive_align.losses.conditional` over the completion tokens of a batch.
+    r"""Sum :func:`~contrastive_align.losses.conditional` over the completion tokens of a batch, with weights.
 
     .. math:: L = \sum_t w_t\, \ell_t(z_t), \qquad
         z_t = \mathrm{softcap} \cdot \tanh\big( \mathrm{scale}\, (W h_t + b) / \mathrm{softcap} \big)
 
-    The logits z are in float32 at least and in memory for a chunk of tokens only; under autocast the products with W
-    run in autocast's dtype. Differentiable once, in ``hidden``, ``weight`` and ``bias``.
+    The logits z are at least float32 and exist for one chunk of tokens at a time. Under autocast the products with W
+    are in autocast's dtype. Differentiable once, in ``hidden``, ``weight`` and ``bias``.
 
     Args:
         hidden: (n, H) the policy's last hidden states at the positions that predict ``labels``.
@@ -62,23 +62,23 @@ def token_loss(
         bias: (V,) of the policy's head, or None.
         labels: (n,) token ids.
         reference: hidden states (n, H_ref), weight (V_ref, H_ref) and bias of the reference, V_ref <= V, used without a
-            gradient; None where ``kl_coef`` is 0 and the KL is not to be measured.
-        scale: what the policy multiplies its logits by.
+            gradient; None if ``kl_coef`` is 0 and the KL need not be measured.
+        scale: the factor of the policy's logits.
         softcap: the policy's ``final_logit_softcapping``, or None.
         ref_scale: as ``scale``, of the reference.
         ref_softcap: as ``softcap``, of the reference.
         kl_coef: weight of the KL.
         entropy_coef: weight of the entropy bonus.
         kl_direction: ``"reverse"`` or ``"forward"``.
-        outside: ids of the tokens that stand for conditions, cut off before the KL.
-        weights: (n,) w_t without a gradient, 1 if not given. A token of weight 0 has no part in loss and gradient,
-            whatever its values.
+        outside: ids of the tokens that stand for conditions, left out of the KL.
+        weights: (n,) w_t without a gradient, 1 if None. A token of weight 0 has no part in loss and gradient, even if
+            its values are not finite.
 
     Returns:
         The scalar loss and the three terms of every token.
 
     Raises:
-        ValueError: what :func:`~contrastive_align.losses.conditional` raises, or sizes that do not go together.
+        ValueError: the cases of :func:`~contrastive_align.losses.conditional`, or shapes that do not match.
         RuntimeError: a second backward pass through the same loss.
 
     >>> hidden, head = torch.zeros(2, 3, requires_grad=True), torch.eye(4, 3)
@@ -89,12 +89,12 @@ def token_loss(
     (1.3863, tensor([[-0.3750,  0.1250,  0.1250],
             [ 0.1250, -0.3750,  0.1250]]))
     """
-    _check(hidden, weight, bias, labels, weights)
-    policy = _Head(weight, bias, scale, softcap)
+    _check_shapes(hidden, weight, bias, labels, weights)
+    policy = _ChunkedHead(weight, bias, scale, softcap)
     if reference is not None:
         ref_hidden, ref_weight, ref_bias = (None if x is None else x.detach() for x in reference)
-        _check(ref_hidden, ref_weight, ref_bias, labels, None, of="reference ")
-        reference = (ref_hidden, _Head(ref_weight, ref_bias, ref_scale, ref_softcap))
+        _check_shapes(ref_hidden, ref_weight, ref_bias, labels, None, of="reference ")
+        reference = (ref_hidden, _ChunkedHead(ref_weight, ref_bias, ref_scale, ref_softcap))
     terms = {
         "kl_coef": kl_coef, "entropy_coef": entropy_coef, "kl_direction": kl_direction, "outside": tuple(outside)
     }  # fmt: skip
@@ -107,13 +107,13 @@ class _TokenLoss(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, weights, policy, reference, terms, wanted):
         n = len(labels)
         weights = hidden.new_ones(n, dtype=policy.precise) if weights is None else weights.detach().to(policy.precise)
-        # Slopes are of order 1, whatever the tokens weigh, so that 16 bits hold them; backward multiplies them by this.
+        # Slopes are divided by the largest weight, so that 16 bits hold them; backward multiplies by it again.
         unit = weights.abs().max() if n else weights.new_ones(())
         unit = torch.where(unit > 0, unit, 1)
         losses, *measured = (weights.new_zeros(n) for _ in range(4))
         grads = _Gradients(hidden, weight, bias, policy, wanted)
-        rows = max(1, CHUNK // len(weight))
-        block_rows = max(1, BLOCK // len(weight)) if hidden.device.type == "cpu" else rows
+        rows = max(1, CHUNK_LOGITS // len(weight))
+        block_rows = max(1, BLOCK_LOGITS // len(weight)) if hidden.device.type == "cpu" else rows
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _slices(0, n, rows):
                 products = policy.products(hidden[part])
@@ -145,14 +145,14 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx, grad, *_):
         if ctx.grads is None:
             raise RuntimeError("The gradient of this token_loss was used already: call token_loss again.")
-        grads, ctx.grads = ctx.grads, None  # in place below, since a head's gradient is as large as the head
+        grads, ctx.grads = ctx.grads, None  # scaled in place below, since a head's gradient is as large as the head
         return *grads.times(grad * ctx.unit), *(None,) * 6
 
 
-class _Head:
-    """softcap(scale * (h W^T + b)), in two steps: the products of a chunk, and the logits made from some of them.
+class _ChunkedHead:
+    """softcap(scale * (h W^T + b)), in two steps: the products of a chunk, and the logits of some of these.
 
-    Every chunk is written into the same memory: on a CPU fresh pages cost as much again as the product.
+    All chunks use the same memory, because on a CPU fresh pages cost as much again as the product.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None):
@@ -165,7 +165,7 @@ class _Head:
         self._memory: Tensor | None = None
 
     def products(self, hidden: Tensor) -> Tensor:
-        """(m, H) -> (m, V), to be used before the next call."""
+        """Return the products (m, V) of hidden states (m, H), which the next call overwrites."""
         if self._memory is None:  # the first chunk is the longest
             self._memory = self.weight.new_empty(len(hidden), len(self.weight))
         out, hidden = self._memory[: len(hidden)], hidden.detach().to(self.weight.dtype)
@@ -182,7 +182,7 @@ class _Head:
 class _Gradients:
     """d L / d (hidden, weight, bias), summed in float32 at least, from the slopes d L / d (h W^T + b)."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _Head, wanted: list[bool]):
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _ChunkedHead, wanted: list[bool]):
         self._inputs, self._head = hidden.detach(), head
         self._dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         self.hidden = torch.empty_like(hidden, dtype=head.precise) if wanted[0] else None
@@ -209,26 +209,11 @@ class _Gradients:
         ]
 
 
-def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of an LM head as it computes now: under PEFT the trained copy while its adapter is on.
-
-    Raises:
-        NotImplementedError: the head carries an adapter of another kind (LoRA), which is no weight of its own.
-    """
-    if hasattr(head, "get_base_layer") and hasattr(head, "active_adapters") and not hasattr(head, "original_module"):
-        raise NotImplementedError(
-            f"The LM head is a {type(head).__module__}.{type(head).__name__}: an adapter on the head is not in its "
-            "weight. Train the head in full, modules_to_save=['lm_head'], or leave it out of target_modules."
-        )
-    # A wrapper that trains single tokens has the weight, but not the bias, which stays the original's.
-    return head.weight, head.bias if hasattr(head, "bias") else head.original_module.bias
-
-
 def _slices(start: int, stop: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, stop)) for i in range(start, stop, size)]
 
 
-def _check(
+def _check_shapes(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor | None, of: str = ""
 ) -> None:
     n, size = len(labels), len(weight)

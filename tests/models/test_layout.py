@@ -1,9 +1,7 @@
 """The shared-prompt layout gives what rows of their own give, on every architecture, or is refused."""
 
-import copy
 import math
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -16,11 +14,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.data import GroupCollator
-from contrastive_align.models import attention, last_layer
-from contrastive_align.models.attention import NAME, pack
-from contrastive_align.models.head import add_head
+from contrastive_align.models import shared_prompt
+from contrastive_align.models.cpu import head, merged_attention
+from contrastive_align.models.cpu.head import _ScoreTokens
 from contrastive_align.models.layout import _own_logps, choose_layout
-from contrastive_align.models.logps import completion_logps
+from contrastive_align.models.logps import add_head, completion_logps
+from contrastive_align.models.shared_prompt import ATTENTION_NAME, Segment, SharedPrompt, pack, shared_prompt_attention
 
 
 SHAPE = {
@@ -115,18 +114,17 @@ VARIANTS = ["plain", "checkpointing", "reentrant", "blocks of queries", "long pr
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypatch):
     if variant == "blocks of queries":
-        monkeypatch.setattr(attention, "QUERIES", 3)
+        monkeypatch.setattr(shared_prompt, "BLOCK_QUERIES", 3)
     elif variant == "long prompts":
-        monkeypatch.setattr(attention, "LONG", 1)
+        monkeypatch.setattr(shared_prompt, "LONG_PROMPT", 1)
     elif variant == "as on a GPU":
-        monkeypatch.setattr(attention, "LOWER_RIGHT", ("cpu",))
+        monkeypatch.setattr(shared_prompt, "LOWER_RIGHT_DEVICES", ("cpu",))
     model = build(*ARCHITECTURES[name]).train()
     batch = GroupCollator(0)(groups()[::2] if variant == "long prompts" else groups())  # none of one token
     expected = _own_logps(model, batch)
     expected_gradient = gradients(model, expected)
     add_head_over_plain(model)
     assert choose_layout(model, "shared") == "shared"
-    assert last_layer.is_stopped(model)
     if variant in ("checkpointing", "reentrant"):
         model.gradient_checkpointing_enable({"use_reentrant": variant == "reentrant"})
     for layout in ("shared", "padded"):
@@ -136,124 +134,42 @@ def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypa
         assert gap < 1e-5, layout
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_of_prompts_the_last_layer_makes_keys_and_values_alone(name):
-    model = build(*ARCHITECTURES[name]).train()
-    add_head_over_plain(model)
-    batch = GroupCollator(0)(groups())
-    assert choose_layout(model, "shared") == "shared"
-    packed, _ = attention.pack(batch)
-    tokens, completions = packed["input_ids"].size(1), int(batch["completion_mask"].sum())
-    seen = []
-    for layer in _stack(model):
-        layer.mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].size(1)))
-    stopped = completion_logps(model, batch, layout="shared").logps
-    assert seen == [tokens] * (len(seen) - 1) + [completions]
-    seen.clear()
-    last_layer.run_prompts_whole(model)
-    assert not last_layer.is_stopped(model)
-    whole = completion_logps(model, batch, layout="shared").logps
-    assert set(seen) == {tokens}
-    gradient = gradients(model, stopped)
-    assert torch.allclose(stopped, whole, rtol=1e-6)
-    assert (gradient - gradients(model, whole)).norm() < 1e-5 * gradient.norm()
-
-
-def _stack(model):
-    return model.transformer.h if hasattr(model, "transformer") else model.model.layers
-
-
-@pytest.mark.parametrize("why", ["it needs the whole row", "its forward is in other hands", "sharded"])
-def test_a_last_layer_that_cannot_stop_runs_whole(why):
-    model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
-    layer = model.model.layers[-1]
-    if why == "its forward is in other hands":
-        layer.forward = layer.forward  # as accelerate's hooks do
-    elif why == "it needs the whole row":
-
-        class Whole(type(layer)):
-            def forward(self, hidden_states, *args, shared_prompt=None, **kwargs):
-                if shared_prompt is not None:
-                    hidden_states = hidden_states.view(1, sum(shared_prompt.lengths), -1)
-                return super().forward(hidden_states, *args, shared_prompt=shared_prompt, **kwargs)
-
-        layer.__class__ = Whole
-    assert choose_layout(model, "shared", sharded=why == "sharded") == "shared"
-    assert not last_layer.is_stopped(model)
-    batch = GroupCollator(0)(groups())
-    assert torch.allclose(completion_logps(model, batch, layout="shared").logps, _own_logps(model, batch), rtol=1e-5)
-
-
+@pytest.mark.parametrize("what", ["its own forward", "called again", "no attention", "attends twice"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_last_layer_that_is_called_again_runs_whole(dtype):
-    """As of models that go over their layers more than once; whatever rounding, or weights that say little, hide."""
-    model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.mul_(0.01)
-    model.model.layers[1] = model.model.layers[2]
+def test_unusual_layers_share_prompts(what, dtype):
+    """As accelerate's hooks, models that go over their layers more than once, and DiffLlama have them."""
+    attends_twice = (hf.DiffLlamaConfig, {"head_dim": 8})
+    model = add_head_over_plain(build(*(attends_twice if what == "attends twice" else ARCHITECTURES["llama"])))
+    last = model.model.layers[-1]
+    if what == "its own forward":
+        last.forward = last.forward
+    elif what == "called again":
+        model.model.layers[1] = last
+    elif what == "no attention":
+
+        class Narrow(type(last)):
+            def forward(self, hidden_states, *args, **kwargs):
+                return hidden_states + self.mlp(hidden_states)
+
+        last.__class__ = Narrow
     assert choose_layout(model.to(dtype), "shared") == "shared"
-    assert not last_layer.is_stopped(model)
-
-
-@pytest.mark.parametrize("error", [KeyError, AssertionError, ZeroDivisionError])
-def test_whatever_error_the_two_calls_meet_the_layer_runs_whole(error):
-    model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
-
-    class Whole(type(model.model.layers[-1])):
-        def forward(self, hidden_states, *args, shared_prompt=None, **kwargs):
-            if shared_prompt is not None and hidden_states.size(1) != sum(shared_prompt.lengths):
-                raise error
-            return super().forward(hidden_states, *args, shared_prompt=shared_prompt, **kwargs)
-
-    model.model.layers[-1].__class__ = Whole
-    assert choose_layout(model, "shared") == "shared"
-    assert not last_layer.is_stopped(model)
-
-
-def test_a_last_layer_that_does_not_attend_runs_whole():
-    model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
-
-    class Narrow(type(model.model.layers[-1])):
-        def forward(self, hidden_states, *args, **kwargs):
-            return hidden_states + self.mlp(hidden_states)
-
-    model.model.layers[-1].__class__ = Narrow
-    assert choose_layout(model, "shared") == "shared"
-    assert not last_layer.is_stopped(model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_last_layer_that_attends_twice_runs_whole(dtype):
-    model = add_head_over_plain(build(hf.DiffLlamaConfig, {"head_dim": 8}))
-    assert choose_layout(model.to(dtype), "shared") == "shared"
-    assert not last_layer.is_stopped(model)
-
-
-def test_copies_of_a_model_run_whole():
-    model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
-    own = type(model.model.layers[-1])
-    assert choose_layout(model, "shared") == "shared"
-    ids = torch.tensor([[5, 6, 7]])
-    for other in (copy.deepcopy(model.model), pickle.loads(pickle.dumps(model.model))):
-        assert type(other.layers[-1]) is own
-        assert torch.equal(other(ids).last_hidden_state, model.model(ids).last_hidden_state)
-    assert last_layer.is_stopped(model) and type(model.model.layers[-1]).__name__ == own.__name__
-    assert choose_layout(model, "shared", sharded=True) == "shared"
-    assert type(model.model.layers[-1]) is own
+    if dtype == torch.float32:
+        batch = GroupCollator(0)(groups())
+        found = completion_logps(model, batch, layout="shared").logps
+        assert torch.allclose(found, _own_logps(model, batch), rtol=1e-5, atol=1e-5)
 
 
 def test_masks_are_of_a_block_of_queries_whatever_the_prompt():
-    shared = attention.SharedPrompt([attention.Segment(3000, (5,))])
+    shared = SharedPrompt([Segment(3000, (5,))])
     q, k = torch.randn(1, 2, 3005, 4), torch.randn(1, 1, 3005, 4)
-    attention.shared_prompt_attention(None, q, k, k, None, sliding_window=100, shared_prompt=shared)
-    assert shared._masks and all(mask.size(0) <= 2 * attention.QUERIES for mask in shared._masks.values())
+    shared_prompt_attention(None, q, k, k, None, sliding_window=100, shared_prompt=shared)
+    assert shared._masks and all(mask.size(0) <= 2 * shared_prompt.BLOCK_QUERIES for mask in shared._masks.values())
 
 
 def row(lengths, heads=(4, 2), size=8, dtype=torch.float64, seed=0):
     """Queries, keys and values of a packed row, its layout, and for every query the keys that it sees."""
     torch.manual_seed(seed)
-    segments = [attention.Segment(prompt, branches) for prompt, branches in lengths]
+    segments = [Segment(prompt, branches) for prompt, branches in lengths]
     n = sum(prompt + sum(branches) for prompt, branches in lengths)
     q, k, v = (torch.randn(1, n, h, size, dtype=dtype).transpose(1, 2) for h in (heads[0], heads[1], heads[1]))
     sees, start = torch.zeros(n, n, dtype=torch.bool), 0
@@ -278,28 +194,22 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("part", ["row", "branches"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
-def test_long_prompts_are_read_for_all_branches_at_once(lengths, heads, part):
+def test_long_prompts_are_read_for_all_branches_at_once(lengths, heads):
     """Output and gradients in float64 against a softmax with the whole mask, with keys and values of fewer heads."""
     (q, k, v), segments, sees = row(lengths, heads)
-    layout = attention.SharedPrompt(segments)
+    layout = SharedPrompt(segments)
     q = 3 * q  # scores far apart: the weights of the parts too
 
     def whole(q, k, v):
         groups = heads[0] // heads[1]
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         scores = (0.3 * q @ k.transpose(2, 3)).masked_fill(~sees, -torch.inf)
-        output = (scores.softmax(-1) @ v).transpose(1, 2)
-        return output if part == "row" else layout.cut(output, 1)[1]
+        return (scores.softmax(-1) @ v).transpose(1, 2)
 
     def shared(q, k, v):
-        given = layout
-        if part == "branches":  # the last layer's
-            (_, q), (of_prompts, k), (values_of_prompts, v) = (layout.cut(t, 2) for t in (q, k, v))
-            given = layout.for_part("branches", (of_prompts, values_of_prompts))
-        output = attention.shared_prompt_attention(None, q, k, v, None, scaling=0.3, shared_prompt=given)[0]
+        output = shared_prompt_attention(None, q, k, v, None, scaling=0.3, shared_prompt=layout)[0]
         assert type(output.grad_fn.next_functions[0][0]).__name__ == "_MergedAttentionBackward"
         return output
 
@@ -315,8 +225,6 @@ def test_long_prompts_are_read_for_all_branches_at_once(lengths, heads, part):
 
 def test_the_merged_kernel_is_where_it_was():
     """The private operators of torch: their arguments, and that the log-sum-exp is the natural one, (1, H, n)."""
-    from contrastive_align.models import merged_attention
-
     (q, k, v), _, _ = row([(5, (4,))], heads=(2, 2))
     output, log_sums = merged_attention._attend(q, k, v, 0.0, False, scale=0.5)
     scores = 0.5 * q @ k.transpose(2, 3)
@@ -333,10 +241,10 @@ def test_long_prompts_in_less_precision(dtype, monkeypatch):
     slope = torch.randn_like(q.transpose(1, 2))
 
     def results(dtype, long):
-        monkeypatch.setattr(attention, "LONG", long)
+        monkeypatch.setattr(shared_prompt, "LONG_PROMPT", long)
         inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-        layout = attention.SharedPrompt(segments)
-        output = attention.shared_prompt_attention(None, *inputs, None, shared_prompt=layout)[0]
+        layout = SharedPrompt(segments)
+        output = shared_prompt_attention(None, *inputs, None, shared_prompt=layout)[0]
         assert output.dtype == dtype and bool(layout._masks) == (long > 1)
         return output, *torch.autograd.grad(output, inputs, slope.to(dtype))
 
@@ -350,22 +258,22 @@ def test_long_prompts_under_autocast():
     (q, k, v), segments, _ = row([(300, (40, 70))], dtype=torch.float32)
     k, v = k.to(torch.bfloat16).float(), v.to(torch.bfloat16)
     with torch.autocast("cpu"):
-        layout = attention.SharedPrompt(segments)
-        found = attention.shared_prompt_attention(None, q, k, v, None, shared_prompt=layout)[0]
+        layout = SharedPrompt(segments)
+        found = shared_prompt_attention(None, q, k, v, None, shared_prompt=layout)[0]
     assert found.dtype == torch.bfloat16 and not layout._masks
     with torch.autocast("cpu"):
         wide = [t.double() for t in (q, k, v)]
-        assert attention.shared_prompt_attention(None, *wide, None, shared_prompt=layout)[0].dtype == torch.float64
+        assert shared_prompt_attention(None, *wide, None, shared_prompt=layout)[0].dtype == torch.float64
     rounded = [t.to(torch.bfloat16) for t in (q, k, v)]
-    assert torch.equal(found, attention.shared_prompt_attention(None, *rounded, None, shared_prompt=layout)[0])
+    assert torch.equal(found, shared_prompt_attention(None, *rounded, None, shared_prompt=layout)[0])
 
 
 def test_a_window_as_long_as_the_longest_branch_needs_no_mask():
     (q, k, v), segments, _ = row([(300, (40, 70)), (301, (3, 4))])
-    layout = attention.SharedPrompt(segments)
-    found = attention.shared_prompt_attention(None, q, k, v, None, sliding_window=370, shared_prompt=layout)[0]
+    layout = SharedPrompt(segments)
+    found = shared_prompt_attention(None, q, k, v, None, sliding_window=370, shared_prompt=layout)[0]
     assert not layout._masks
-    masked = attention.shared_prompt_attention(None, q, k, v, None, sliding_window=369, shared_prompt=layout)[0]
+    masked = shared_prompt_attention(None, q, k, v, None, sliding_window=369, shared_prompt=layout)[0]
     assert layout._masks
     same = torch.ones(found.size(1), dtype=torch.bool)
     same[300 + 40 + 69] = False  # the last query of the longest branch alone sees one key less
@@ -384,12 +292,12 @@ def test_a_window_as_long_as_the_longest_branch_needs_no_mask():
     ],
 )
 def test_what_is_left_to_masks(what, options, monkeypatch):
-    monkeypatch.setattr(attention, "merged_attention", None)  # not to be called
+    monkeypatch.setattr(shared_prompt, "merged_attention", None)  # not to be called
     second = {"empty prompt": 0, "short prompts": 1}.get(what, 300)
     (q, k, v), segments, _ = row([(500 if what == "short prompts" else 900, (40, 70)), (second, (3, 4))])
     v = v[..., :4] if what == "size of the values" else v
-    layout = attention.SharedPrompt(segments)
-    output = attention.shared_prompt_attention(None, q, k, v, None, shared_prompt=layout, **options)[0]
+    layout = SharedPrompt(segments)
+    output = shared_prompt_attention(None, q, k, v, None, shared_prompt=layout, **options)[0]
     assert output.shape == (1, q.size(2), 4, v.size(-1)) and output.isfinite().all()
 
 
@@ -423,11 +331,8 @@ def test_the_head_gives_what_the_logits_give(name):
 @pytest.mark.parametrize("keep", [0, 3 * 7, 10**6])
 def test_the_gradient_of_the_head_by_gradcheck(keep, monkeypatch):
     """No logits kept, a chunk of them, all; and backward passes one after the other through one graph."""
-    from contrastive_align.models import head
-    from contrastive_align.models.head import _ScoreTokens
-
-    monkeypatch.setattr(head, "TILE", 2 * 3)  # two tokens by three words
-    monkeypatch.setattr(head, "ROWS", 2)
+    monkeypatch.setattr(head, "TILE_LOGITS", 2 * 3)  # two tokens by three words
+    monkeypatch.setattr(head, "TILE_TOKENS", 2)
     torch.manual_seed(0)
     hidden, weight = torch.randn(5, 4, dtype=torch.float64), torch.randn(7, 4, dtype=torch.float64)
     bias, labels = torch.randn(7, dtype=torch.float64), torch.randint(7, (5,))
@@ -450,8 +355,6 @@ def test_the_gradient_of_the_head_by_gradcheck(keep, monkeypatch):
 
 
 def test_graphs_side_by_side_do_not_share_their_logits():
-    from contrastive_align.models.head import _ScoreTokens
-
     torch.manual_seed(0)
     weight, labels = torch.randn(7, 4, requires_grad=True), torch.randint(7, (5,))
 
@@ -465,26 +368,22 @@ def test_graphs_side_by_side_do_not_share_their_logits():
 
 
 def test_a_pass_without_gradients_leaves_the_memory_of_the_last_step(monkeypatch):
-    from contrastive_align.models import head
-
-    monkeypatch.setattr(head, "_spare", {})
+    monkeypatch.setattr(head, "_spare_memory", {})
     hidden, weight, labels = torch.randn(5, 4), torch.randn(7, 4, requires_grad=True), torch.arange(5)
     places = set()
     for keep in (5 * 7, 0, 5 * 7):
-        found = head._ScoreTokens.apply(hidden, weight, None, labels, 1.0, None, False, False, keep)[0]
+        found = _ScoreTokens.apply(hidden, weight, None, labels, 1.0, None, False, False, keep)[0]
         if keep:
-            assert not head._spare
+            assert not head._spare_memory
             found.sum().backward()
-        assert head._spare[torch.float32].numel() == 5 * 7
-        places.add(head._spare[torch.float32].data_ptr())
+        assert head._spare_memory[torch.float32].numel() == 5 * 7
+        places.add(head._spare_memory[torch.float32].data_ptr())
     assert len(places) == 1
 
 
 @pytest.mark.parametrize("dtype, near", [(torch.float16, 1e-3), (torch.bfloat16, 1e-2)])
 def test_the_heads_gradient_in_half_precision(dtype, near):
     """A vocabulary whose sum of exponentials float16 cannot hold, against float64."""
-    from contrastive_align.models.head import _ScoreTokens
-
     torch.manual_seed(0)
     hidden, weight, labels = (0.01 * torch.randn(4, 32)).to(dtype), torch.randn(70_000, 32).to(dtype), torch.arange(4)
     found = [t.clone().requires_grad_() for t in (hidden, weight)]
@@ -498,16 +397,14 @@ def test_the_heads_gradient_in_half_precision(dtype, near):
 @pytest.mark.parametrize("slopes", [False, True])
 def test_the_head_where_the_first_words_say_nothing_of_the_others(slopes, monkeypatch):
     """Logits of +-400 in float32, the largest in other tiles than the first; and p_y = 1 - 1e-9."""
-    from contrastive_align.models import head
-
-    monkeypatch.setattr(head, "TILE", 4 * 8)
-    monkeypatch.setattr(head, "ROWS", 4)
+    monkeypatch.setattr(head, "TILE_LOGITS", 4 * 8)
+    monkeypatch.setattr(head, "TILE_TOKENS", 4)
     torch.manual_seed(0)
     hidden, labels = torch.eye(6), torch.tensor([20, 3, 20, 7, 29, 5])
     weight = torch.randn(30, 6)
     weight[20, :3], weight[:8, 3], weight[29, 4], weight[5, 5] = 400.0, -400.0, 21.0, -300.0
     inputs = [t.clone().requires_grad_() for t in (hidden, weight)]
-    found = head._ScoreTokens.apply(inputs[0], inputs[1], None, labels, 1.0, None, True, slopes, 2 * 30)
+    found = _ScoreTokens.apply(inputs[0], inputs[1], None, labels, 1.0, None, True, slopes, 2 * 30)
     wide = [t.double().requires_grad_() for t in (hidden, weight)]
     log_p = (wide[0] @ wide[1].T).log_softmax(-1)
     want = log_p.gather(1, labels[:, None])[:, 0]
@@ -522,8 +419,6 @@ def test_the_head_where_the_first_words_say_nothing_of_the_others(slopes, monkey
 
 
 def _score(hidden):
-    from contrastive_align.models.head import _ScoreTokens
-
     return _ScoreTokens.apply(hidden, torch.ones(7, 5), None, torch.arange(3), 1.0, None, False, True)[0]
 
 
@@ -535,9 +430,9 @@ def _objective(hidden):
 
 
 def _attention(query):
-    layout = attention.SharedPrompt([attention.Segment(300, (2, 3))])
+    layout = SharedPrompt([Segment(300, (2, 3))])
     query = query.expand(305, 3, 5).transpose(0, 1)[None]
-    return attention.shared_prompt_attention(None, query, query, query, None, shared_prompt=layout)[0]
+    return shared_prompt_attention(None, query, query, query, None, shared_prompt=layout)[0]
 
 
 @pytest.mark.parametrize("what", [_score, _objective, _attention])
@@ -552,14 +447,12 @@ def test_no_second_derivative_is_zero_without_a_word(what):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_the_head_against_a_plain_projection(softcap, monkeypatch):
     """More tokens than a chunk, and chunks that blocks do not fill."""
-    from contrastive_align.models import head
-
-    monkeypatch.setattr(head, "TILE", 40 * 13)
-    monkeypatch.setattr(head, "ROWS", 40)
+    monkeypatch.setattr(head, "TILE_LOGITS", 40 * 13)
+    monkeypatch.setattr(head, "TILE_TOKENS", 40)
     torch.manual_seed(0)
     hidden, weight = torch.randn(101, 16, dtype=torch.float64), torch.randn(33, 16, dtype=torch.float64)
     labels = torch.randint(33, (101,))
-    found = head._ScoreTokens.apply(hidden, weight, None, labels, 0.5, softcap, True, False)
+    found = _ScoreTokens.apply(hidden, weight, None, labels, 0.5, softcap, True, False)
     logits = 0.5 * hidden @ weight.T
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     log_p = logits.log_softmax(-1)
@@ -567,7 +460,7 @@ def test_the_head_against_a_plain_projection(softcap, monkeypatch):
     for a, b in zip(found, want, strict=False):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-12)
     assert torch.equal(found[3], logits.argmax(-1) == labels)
-    bare = head._ScoreTokens.apply(hidden, weight, None, labels, 0.5, softcap, False, False)
+    bare = _ScoreTokens.apply(hidden, weight, None, labels, 0.5, softcap, False, False)
     assert torch.equal(bare[0], found[0])
 
 
@@ -639,9 +532,7 @@ def test_tensors_and_masks_that_the_packed_row_does_not_heed_raise():
         ({"attention_mask": None, "sinks": torch.zeros(4)}, "sinks"),
     ):
         with pytest.raises(NotImplementedError, match=f"Linear gives its attention {told}.*layout='padded'"):
-            attention.shared_prompt_attention(
-                torch.nn.Linear(1, 1), q, k, v, **options, shared_prompt=attention.SharedPrompt(segments)
-            )
+            shared_prompt_attention(torch.nn.Linear(1, 1), q, k, v, **options, shared_prompt=SharedPrompt(segments))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -652,7 +543,7 @@ def test_where_weights_are_sharded_a_small_model_of_the_class_is_tried(name):
         p.data.fill_(torch.nan)
     config = model.config.to_json_string()
     assert choose_layout(model, "auto", sharded=True) == "shared"
-    assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == ATTENTION_NAME
     assert model.config.to_json_string() == config and torch.equal(torch.get_rng_state(), state)
 
 
@@ -709,10 +600,10 @@ def test_a_model_set_to_it_still_samples_and_saves_as_before(tmp_path):
         before = model.generate(ids, **kwargs)
         add_head_over_plain(model)
         choose_layout(model, "shared")
-        assert model.config._attn_implementation == NAME
+        assert model.config._attn_implementation == ATTENTION_NAME
         assert torch.equal(model.generate(ids, **kwargs), before), name
         model.save_pretrained(tmp_path / name)
-        assert NAME not in (tmp_path / name / "config.json").read_text()
+        assert ATTENTION_NAME not in (tmp_path / name / "config.json").read_text()
 
 
 # ----------------------------------------------------------------------------------------------- through the trainer

@@ -9,9 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import contrastive_align.models.token_loss as module
 from contrastive_align.data import GroupCollator
 from contrastive_align.losses import conditional
-from contrastive_align.models.attention import NAME
-from contrastive_align.models.head import add_head
-from contrastive_align.models.logps import completion_objective
+from contrastive_align.models.logps import add_head, completion_objective
+from contrastive_align.models.shared_prompt import ATTENTION_NAME
 from contrastive_align.models.token_loss import token_loss
 
 
@@ -21,8 +20,8 @@ N, H, V = 23, 8, 41
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks, several blocks in each, the last ones shorter."""
-    monkeypatch.setattr(module, "CHUNK", 9 * V)
-    monkeypatch.setattr(module, "BLOCK", 4 * V)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 9 * V)
+    monkeypatch.setattr(module, "BLOCK_LOGITS", 4 * V)
 
 
 def case(dtype=torch.float64, seed=0, ref_size=V, ref_width=5):
@@ -265,7 +264,7 @@ def batch_of(prompt_lengths, seed=0):
 
 
 def hidden_of(model, batch, layout):
-    model.set_attn_implementation(NAME if layout == "shared" else "eager")
+    model.set_attn_implementation(ATTENTION_NAME if layout == "shared" else "eager")
     return completion_objective(model, batch, lambda hidden, *_: hidden, layout=layout)
 
 
@@ -278,7 +277,7 @@ def policy_and_reference(model, conditioned, hidden, head, layout):
             ref_scale=scale, ref_softcap=softcap, **TERMS,
         )  # fmt: skip
 
-    model.set_attn_implementation(NAME if layout == "shared" else "eager")
+    model.set_attn_implementation(ATTENTION_NAME if layout == "shared" else "eager")
     return completion_objective(model, conditioned, objective, layout=layout)
 
 
@@ -313,7 +312,7 @@ def test_tokens_come_in_the_order_of_the_rows_under_both_layouts():
     model, batch = build(), batch_of((6, 1, 9))
     labels = {}
     for layout in ("padded", "shared"):
-        model.set_attn_implementation(NAME if layout == "shared" else "eager")
+        model.set_attn_implementation(ATTENTION_NAME if layout == "shared" else "eager")
         labels[layout] = completion_objective(model, batch, lambda h, labels, *_: labels, layout=layout)
     in_rows = batch["input_ids"][batch["completion_mask"] == 1]
     assert torch.equal(labels["padded"], in_rows) and torch.equal(labels["shared"], in_rows)

@@ -29,7 +29,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from contrastive_align.models import attention
+from contrastive_align.models.shared_prompt import ATTENTION_NAME
 from contrastive_align.sampling import Drawn, PolicyProposal, decode, draw
 from contrastive_align.sampling.decode import _changed, _exponential, _race, score
 
@@ -136,7 +136,7 @@ def test_samples_are_the_same_whatever_is_beside_them(name):
 def test_shared_prompt_attention_gives_the_same(name):
     model = make(name)
     before = draw_from(model)
-    model.set_attn_implementation(attention.NAME)
+    model.set_attn_implementation(ATTENTION_NAME)
     after = draw_from(model)
     assert after.completion_ids == before.completion_ids
     torch.testing.assert_close(after.logps, before.logps, atol=tolerance(name), rtol=0)

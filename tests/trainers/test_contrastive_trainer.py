@@ -16,7 +16,7 @@ from trl import DPOConfig, DPOTrainer
 import contrastive_align.trainers.contrastive as module
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.losses import LOSSES
-from contrastive_align.models.attention import pack
+from contrastive_align.models.shared_prompt import pack
 from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMismatch
 
 

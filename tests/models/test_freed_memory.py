@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from contrastive_align import ConditionalTrainer, ContrastiveConfig, ContrastiveTrainer, FDPGTrainer
-from contrastive_align.trainers import memory
+from contrastive_align.models.cpu import freed_memory
 from contrastive_align.trainers.memory import KeepsFreedMemory
 
 
@@ -47,9 +47,8 @@ for what in sys.argv[2:]:
 def probe(*arguments: str, **environment: str) -> list[tuple[str, float, float]]:
     """(whether it was asked for good, the fraction of a freed block that stayed, how many such blocks then) each."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")} | environment
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, memory.__file__, *arguments], env=env, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", PROBE, freed_memory.__file__, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     words = done.stdout.split()
     return [(a, float(b), float(c)) for a, b, c in zip(words[::3], words[1::3], words[2::3], strict=True)]
 
@@ -88,7 +87,7 @@ def test_what_a_step_keeps_serves_the_next_one():
 )
 def test_the_environment_comes_first(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    assert memory.keep_freed_memory() is False
+    assert freed_memory.keep_freed_memory() is False
     (asked, kept, _), (_, inside, _) = probe("keep", "inside", **{name: value})
     assert asked == "False" and kept < 0.1 and inside < 0.1
 
@@ -106,16 +105,16 @@ def test_a_trainer_keeps_it_in_its_steps_and_evaluations(tiny_llama, tmp_path, m
     for name in [n for n in os.environ if n.startswith("MALLOC_")]:
         monkeypatch.delenv(name)
     told, held = [], {}
-    monkeypatch.setattr(memory, "_holders", 0)
-    monkeypatch.setattr(memory, "_ask", lambda options: told.append(options) or True)
+    monkeypatch.setattr(freed_memory, "_requests", 0)
+    monkeypatch.setattr(freed_memory, "_set_malloc_options", lambda options: told.append(options) or True)
 
     class Watched(ContrastiveTrainer):
         def compute_loss(self, model, *args, **kwargs):
-            held.setdefault("step" if model.training else "evaluation", set()).add(memory._holders)
+            held.setdefault("step" if model.training else "evaluation", set()).add(freed_memory._requests)
             return super().compute_loss(model, *args, **kwargs)
 
         def compute_ref_log_probs(self, *args):
-            held.setdefault("reference", set()).add(memory._holders)
+            held.setdefault("reference", set()).add(freed_memory._requests)
             return super().compute_ref_log_probs(*args)
 
     rows = Dataset.from_list([{"prompt": "a", "completions": [" b", " c"], "scores": [1.0, 0.0]}] * 4)
@@ -127,8 +126,8 @@ def test_a_trainer_keeps_it_in_its_steps_and_evaluations(tiny_llama, tmp_path, m
     trainer.train()
     assert held["step"] == {2} and held["evaluation"] == {2}  # train and the step; train and the evaluation
     assert min(held["reference"]) >= 1
-    assert memory._holders == 0 and told[-1] == memory._AS_BEFORE
+    assert freed_memory._requests == 0 and told[-1] == freed_memory._RESTORE
     trainer.current_gradient_accumulation_steps = 1
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.training_step(trainer.model, batch)
-    assert 1 in held["step"] and memory._holders == 0
+    assert 1 in held["step"] and freed_memory._requests == 0

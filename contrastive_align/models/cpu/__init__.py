@@ -1,0 +1,1 @@
+"""What only a CPU runs. The docstring of each file states the figure it buys."""
