@@ -22,8 +22,7 @@ from transformers.utils import logging
 from trl import RLOOTrainer
 
 from contrastive_align.data import GroupCollator
-from contrastive_align.losses import fdpg
-from contrastive_align.losses.distributional import mean_slope
+from contrastive_align.losses import RunningLogZ, fdpg, mean_slope
 from contrastive_align.models import completion_logps, load_tokenizer, with_pad_token
 from contrastive_align.models.layout import set_layout
 from contrastive_align.sampling.decode import draw
@@ -52,7 +51,6 @@ from contrastive_align.trainers.fdpg_inputs import (
     target_of,
 )
 from contrastive_align.trainers.fdpg_state import TARGET_FILE, load_state, save_state, state_file
-from contrastive_align.trainers.log_z import RunningLogZ
 from contrastive_align.trainers.memory import KeepsFreedMemory
 from contrastive_align.trainers.modes import evaluation_mode
 from contrastive_align.trainers.proposal import kept_proposal

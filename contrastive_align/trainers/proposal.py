@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contrastive_align.losses import estimate_divergence
-from contrastive_align.trainers.log_z import RunningLogZ
+from contrastive_align.losses import RunningLogZ, estimate_divergence
 
 
 CRITERIA = ("kl", "tv", "js")
