@@ -424,7 +424,7 @@ def _describe_error(
         )
     for argument, logs in (("policy_logps", log_pi), ("proposal_logps", log_q)):
         if not bool(logs.isfinite().all()):
-            return f"{argument} is not finite at {where(~logs.isfinite())}; mark entries that hold no sample with valid=False."
+            return f"{argument} is not finite at {where(~logs.isfinite())}; set valid=False where there is no sample."
     if bool(bad_target.any()):
         return f"target_log_scores is NaN or +inf at {where(bad_target)}, expected log P, finite or -inf."
     infinite = ~weighted.isfinite() & (log_p == -torch.inf)
