@@ -18,7 +18,7 @@ from contrastive_align.data import GroupCollator
 from contrastive_align.models import completion_logps
 from contrastive_align.pool.files import Sample
 from contrastive_align.pool.pool import Pool
-from contrastive_align.sampling.seeds import seed_of
+from contrastive_align.sampling.decode import seed_of
 
 
 UNCONDITIONED = "nothing"

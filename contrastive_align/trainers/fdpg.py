@@ -25,8 +25,7 @@ from contrastive_align.data import GroupCollator
 from contrastive_align.losses import RunningLogZ, fdpg, mean_slope
 from contrastive_align.models import completion_logps, load_tokenizer, with_pad_token
 from contrastive_align.models.layout import set_layout
-from contrastive_align.sampling.decode import draw
-from contrastive_align.sampling.seeds import seed_of
+from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.targets import Target
 from contrastive_align.trainers.card import CardMixin
 from contrastive_align.trainers.checkpoints import checkpoint_to_resume

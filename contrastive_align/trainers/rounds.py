@@ -19,8 +19,7 @@ from contrastive_align.data.formats import Text
 from contrastive_align.pool.files import Sample
 from contrastive_align.pool.pool import Pool
 from contrastive_align.pool.prompts import check_prompts, remember_prompts
-from contrastive_align.sampling.decode import draw
-from contrastive_align.sampling.seeds import seed_of
+from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.targets.evaluate import Feature, call_feature
 from contrastive_align.trainers.modes import evaluation_mode
 from contrastive_align.trainers.server_sampling import generate_on_server
