@@ -1,7 +1,7 @@
-"""Row -> Group -> token ids -> GroupBatch."""
+"""From a dataset's rows to groups, to token ids, to batches."""
 
 from contrastive_align.data.collate import GroupCollator
-from contrastive_align.data.formats import BadRow, Group, detect_spelling, read_group
+from contrastive_align.data.formats import BadRow, Group, detect_spelling, distinct_prompts, read_group
 from contrastive_align.data.tokenise import DataReport, prepare_groups, tokenise_group
 
 
@@ -11,6 +11,7 @@ __all__ = [
     "Group",
     "GroupCollator",
     "detect_spelling",
+    "distinct_prompts",
     "prepare_groups",
     "read_group",
     "tokenise_group",

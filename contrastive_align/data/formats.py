@@ -7,7 +7,7 @@ import json
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,24 @@ class Group:
     @property
     def is_conversational(self) -> bool:
         return not isinstance(self.prompt, str)
+
+
+def distinct_prompts(rows: Iterable[Mapping[str, Any]], at_most: int | None = None) -> list[Mapping[str, Any]]:
+    """Return the first row of each different prompt, in order.
+
+    Args:
+        rows: rows with a column ``prompt``, such as a dataset.
+        at_most: stop at this many prompts. Default: all.
+
+    >>> distinct_prompts([{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}, {"prompt": "a", "n": 3}])
+    [{'prompt': 'a', 'n': 1}, {'prompt': 'b', 'n': 2}]
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for row in rows:
+        if len(found) == at_most:
+            break
+        found.setdefault(json.dumps(row["prompt"]), row)
+    return list(found.values())
 
 
 # ---------------------------------------------------------------------------------------------------- spellings

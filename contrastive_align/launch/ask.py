@@ -17,8 +17,7 @@ from contrastive_align.launch.arguments import Arguments, UsageError
 from contrastive_align.launch.common import print_on_main
 from contrastive_align.models import load_tokenizer
 from contrastive_align.models.loading import adapter_config_path, base_of
-from contrastive_align.sampling.decode import draw
-from contrastive_align.sampling.seeds import seed_of
+from contrastive_align.sampling.decode import draw, seed_of
 
 
 # Flags that mean something here; every other one is refused.

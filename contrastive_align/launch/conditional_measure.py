@@ -13,6 +13,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 
 from contrastive_align import demo
+from contrastive_align.data import distinct_prompts
 from contrastive_align.launch.arguments import Arguments
 from contrastive_align.launch.common import model_entry, versions
 from contrastive_align.launch.datasets import take
@@ -38,7 +39,7 @@ class Measurement:
     def __init__(self, trainer: ConditionalTrainer, train: Dataset, test: Dataset | None, at_most: int) -> None:
         self.trainer = trainer
         self.by_reward = trainer.feature is not None or trainer.judge is not None
-        self.rows, self.rows_name = distinct_prompts(train, test, at_most)
+        self.rows, self.rows_name = rows_to_measure(train, test, at_most)
         if self.rows is None:
             return
         if self.by_reward:
@@ -99,15 +100,11 @@ def in_words(given: dict[str, np.ndarray], change: Change) -> str:
     return f"{text} ({size}); from best to worst it {falls}."
 
 
-def distinct_prompts(train: Dataset, test: Dataset | None, at_most: int) -> tuple[Dataset | None, str]:
+def rows_to_measure(train: Dataset, test: Dataset | None, at_most: int) -> tuple[Dataset | None, str]:
     """The rows to measure on, each prompt once, and what they are called; None where ``at_most`` is 0."""
     where = "training prompts" if test is None else "held-out prompts"
-    rows: dict[str, dict[str, Any]] = {}
-    for row in (train if test is None else test) if at_most else ():
-        rows.setdefault(repr(row["prompt"]), row)
-        if len(rows) == at_most:
-            break
-    return (Dataset.from_list(list(rows.values())) if rows else None), f"{len(rows)} {where}"
+    rows = distinct_prompts(train if test is None else test, at_most)
+    return (Dataset.from_list(rows) if rows else None), f"{len(rows)} {where}"
 
 
 def whole_prompts(rows: Dataset, at_most: int) -> Dataset:

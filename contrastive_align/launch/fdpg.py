@@ -15,6 +15,7 @@ from datasets import Dataset
 from transformers import AutoConfig, set_seed
 
 from contrastive_align import demo
+from contrastive_align.data import distinct_prompts
 from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, _StrictLoader, parse
 from contrastive_align.launch.common import (
     as_usage_error,
@@ -32,7 +33,7 @@ from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metric
 from contrastive_align.launch.prompts import from_rows, load_prompts, repeat
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.report import TargetSummary, plot_steps
-from contrastive_align.targets import InfeasibleMoment, Target, resolve_constraint, resolve_feature
+from contrastive_align.targets import InfeasibleMoment, Target, resolve_constraint, weighted_sum
 from contrastive_align.trainers import FDPGConfig, FDPGTrainer
 
 
@@ -216,16 +217,9 @@ def _build_target(args: Arguments) -> Target:
     context = {"device": args.training.device, "trust_remote_code": args.training.trust_remote_code}
     if args.script.features:
         return Target([resolve_constraint(spec, **context) for spec in args.script.features])
-    functions = [resolve_feature(spec, **context) for spec in args.script.reward_funcs]
-    weights = args.training.reward_weights or [1.0] * len(functions)
-    if len(weights) != len(functions):
-        raise UsageError(f"--reward_weights has {len(weights)} numbers for {len(functions)} --reward_funcs.")
-    args.training.reward_weights = None  # they are in the target now
-    if weights == [1.0]:
-        return Target.from_reward(functions[0], args.training.beta)
-    return Target.from_reward(
-        {"sum": [[w, f] for w, f in zip(weights, functions, strict=True)], "name": "reward"}, args.training.beta
-    )
+    weights, args.training.reward_weights = args.training.reward_weights or None, None  # the target has them now
+    reward = weighted_sum(args.script.reward_funcs, weights, name="reward", **context)
+    return Target.from_reward(reward, args.training.beta)
 
 
 def _build_trainer(args: Arguments, train: Dataset, test: Dataset | None, target: Target) -> FDPGTrainer:
@@ -257,12 +251,8 @@ def _is_encoder_decoder(args: Arguments) -> bool:
 
 def _rows_to_measure(args: Arguments, train: Dataset, test: Dataset | None) -> tuple[list[dict[str, Any]], str]:
     samples, at_most = args.script.eval_samples, args.script.eval_prompts
-    rows: dict[str, dict[str, Any]] = {}
-    for row in train if test is None else test:
-        rows.setdefault(repr(row["prompt"]), row)
-        if len(rows) == at_most:
-            break
-    kept = list(rows.values())[: prompts_enough_for(samples, at_most)]
+    rows = distinct_prompts(train if test is None else test, at_most)
+    kept = rows[: prompts_enough_for(samples, at_most)]
     if samples and len(kept) < len(rows):
         args.notes.append(
             f"eval_samples={samples} is measured on {len(kept)} of {len(rows)} prompts, {SAMPLES_PER_PROMPT} samples "

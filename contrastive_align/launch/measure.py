@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +18,15 @@ from contrastive_align.losses import (
     estimate_moments,
 )
 from contrastive_align.report import Number, TargetChange
-from contrastive_align.sampling import PolicyProposal, QRSResult, QuasiRejectionSampler, Samples, choose_beta
+from contrastive_align.sampling import (
+    PolicyProposal,
+    QRSResult,
+    QuasiRejectionSampler,
+    Samples,
+    choose_beta,
+    distinct_n,
+)
+from contrastive_align.targets import columns_of
 from contrastive_align.trainers import FDPGTrainer
 
 
@@ -162,7 +169,7 @@ def _quasi_rejection(
         [row["prompt"] for row in rows],
         per_prompt,
         budget=math.ceil(BUDGET * per_prompt / acceptance),
-        columns=_columns(rows),
+        columns=columns_of(rows, 1),
         generator=torch.Generator().manual_seed(proposal.seed),
     )
     column = _means_over_prompts(result, tuned.names)
@@ -190,9 +197,8 @@ def _means_over_prompts(result: QRSResult, names: Sequence[str]) -> dict[str, Nu
 
 def _texts(samples: Samples) -> dict[str, Number]:
     ids = samples.completion_ids
-    bigrams = [pair for row in ids for pair in itertools.pairwise(row)]
     return {
-        "distinct-2": Number(len(set(bigrams)) / len(bigrams) if bigrams else math.nan),
+        "distinct-2": Number(distinct_n(ids, 2)),
         "tokens": Number(sum(map(len, ids)) / len(ids)),
         "samples": Count(len(ids)),
     }
@@ -233,13 +239,9 @@ def _proposal(trainer: FDPGTrainer, model: Any, seed: int, *, of_base: bool = Fa
 
 def _features(trainer: FDPGTrainer, rows: Sequence[dict[str, Any]], samples: Samples) -> Tensor:
     index = samples.prompt_index.tolist()
-    columns = {name: [values[i] for i in index] for name, values in _columns(rows).items()}
+    columns = {name: [values[i] for i in index] for name, values in columns_of(rows, 1).items()}
     prompts = [rows[i]["prompt"] for i in index]
     return trainer.target.features(prompts, samples.completions, completion_ids=samples.completion_ids, **columns)
-
-
-def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
 
 
 def _number(estimate: Estimate) -> Number:

@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from contrastive_align.losses.divergences import letters_and_digits
+
 
 def target_labels(scores: Tensor, *, temperature_alpha: float, valid: Tensor | None = None) -> Tensor:
     r"""Soft labels over the K completions of a group.
@@ -286,6 +288,41 @@ def sft(
     s = scores.masked_fill(~valid, -torch.inf)
     best = valid & (s == s.amax(-1, keepdim=True))
     return (nll * best).sum(-1) / best.sum(-1).clamp(min=1)
+
+
+# A new loss is a function above, its line here, and its test.
+LOSSES = {
+    "nca": nca,
+    "info_nca": info_nca,
+    "biased_nca": biased_nca,
+    "dpo": dpo,
+    "dpo_best_vs_rest": dpo_best_vs_rest,
+    "plackett_luce": plackett_luce,
+    "sft": sft,
+}
+
+# TRL's names for the same losses.
+ALIASES = {"sigmoid": "dpo", "nca_pair": "nca", "bco_pair": "biased_nca"}
+
+_NAMES = {letters_and_digits(spelling): name for spelling, name in ({name: name for name in LOSSES} | ALIASES).items()}
+
+
+def canonical_loss_name(name: str) -> str:
+    """Return the key of ``LOSSES`` for a name, whatever its case and punctuation; TRL's names are aliases.
+
+    Raises:
+        ValueError: an unknown name; lists the known ones.
+
+    >>> canonical_loss_name("InfoNCA"), canonical_loss_name("biasedNCA"), canonical_loss_name("sigmoid")
+    ('info_nca', 'biased_nca', 'dpo')
+    """
+    key = _NAMES.get(letters_and_digits(name))
+    if key is None:
+        raise ValueError(
+            f"Unknown loss_type {name!r}. Known: {', '.join(LOSSES)} (and TRL's names {', '.join(ALIASES)}). "
+            "TRL's other pair losses (hinge, ipo, ...) are in trl.DPOTrainer."
+        )
+    return key
 
 
 def temperature_for_entropy(scores: Tensor, *, valid: Tensor | None = None, fraction: float = 0.5) -> float | None:

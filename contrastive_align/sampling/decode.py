@@ -1,30 +1,32 @@
-"""Token ids drawn from a model's own distribution, with the log-probs they were drawn with.
+"""Token ids drawn from a model's own distribution, with the log-probs of that distribution.
 
-Plain sampling unless asked: temperature 1, no top-p, no top-k, no penalties, whatever the generation config says. What
-is asked for (``temperature``, ``top_p``, ``suppress_ids``) changes the distribution, and the log-probs are that one's.
+The default is plain sampling: temperature 1, no top-p, no top-k, no penalties, whatever the generation config says.
+``temperature``, ``top_p`` and ``suppress_ids`` change the distribution; the log-probs are then of the changed one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from contrastive_align.sampling.cache import give_room
 
-
-KEEP_ENDED = 0.25  # ended rows are dropped when they are more than this share: it costs a copy of the others' cache
-SCORED_AT_ONCE = 2**24  # logits in memory at once when given completions are scored
+KEEP_ENDED = 0.25  # ended rows are dropped at a larger share: dropping copies the cache of the running rows
+SCORED_AT_ONCE = 2**24  # logits in memory at once when completions are scored
 RANDOM_BITS = 63
+CACHE_ROOM = 64  # tokens by which a full KV cache grows
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Drawn:
 
     Args:
         completion_ids: C x K lists of token ids, EOS included where it was drawn.
-        logps: (C, K) float64 nats, summed over the completion's tokens, EOS included: from the very logits that it was
-            drawn with, after ``suppress_ids``, ``temperature`` and ``top_p``.
+        logps: (C, K) float64 nats, summed over the completion's tokens, EOS included, under the distribution drawn
+            from, after ``suppress_ids``, ``temperature`` and ``top_p``.
         truncated: (C, K) bool: max_new_tokens came before EOS.
     """
 
@@ -58,36 +60,35 @@ def draw(
     top_p: float = 1.0,
     suppress_ids: Sequence[int] = (),
 ) -> Drawn:
-    r"""Draw completions token by token, the prompts being computed once for all of their samples.
+    r"""Draw completions token by token; each prompt is computed once for all of its samples.
 
     .. math:: y_t = \arg\max_v \, \pi(v | x, y_{<t}) / E_{t,v}, \quad E_{t,v} \sim \text{Exponential}(1)
 
     which has the distribution :math:`\pi`, the model's own unless one of the last three arguments changes it: the first
     of competing exponential clocks (the Gumbel-max trick without its logarithms). Sample k of a prompt has its own
-    noise, made from the prompt's seed and k. It is the same token ids whatever is drawn beside it, in any process and
-    after resuming, but for near-ties that other batches' rounding turns. The global random state is neither read nor
-    moved.
+    noise, made from the prompt's seed and k. Its token ids do not depend on the rest of the batch, on the process or on
+    resuming, except for near-ties that rounding decides. The global random state is neither read nor changed.
 
     Args:
-        model: a transformers model, under PEFT or not. Causal ones continue the prompt; encoder-decoder ones read it in
-            the encoder. Without a KV cache, every step computes the whole row again. Dropout is off while drawing.
+        model: a transformers model, with or without PEFT. A causal model continues the prompt; an encoder-decoder model
+            reads it in the encoder. Without a KV cache, every step computes the whole row again. Dropout is off.
         prompt_ids: C prompts, not empty.
-        per_prompt: K.
-        eos_token_ids: tokens that end a completion; may be none.
+        per_prompt: K samples of each prompt.
+        eos_token_ids: tokens that end a completion; may be empty.
         pad_token_id: any token of the vocabulary.
         seeds: one for each prompt.
-        rows_at_once: how many samples are decoded together at most.
+        rows_at_once: the most samples that are decoded together.
         temperature: T > 0; each token from :math:`\pi(v)^{1/T}`, normalised.
         top_p: in (0, 1]; each token from the smallest set of tokens, the likeliest first, whose probability reaches it
             (Holtzman et al., arXiv 1904.09751), after the temperature. Of tokens with equal probability, those with the
             lower ids come first.
-        suppress_ids: tokens that are never drawn. They are taken out first, so that ``top_p`` is a share of the others.
+        suppress_ids: tokens that are never drawn. They are removed first, so that ``top_p`` is a share of the rest.
 
-    The log-probs are those of the distribution drawn from. With the defaults, this is the model's own; otherwise
-    ``score`` gives the model's own log-probs of what was drawn.
+    Returns:
+        :class:`Drawn`. With the defaults its log-probs are the model's own; otherwise :func:`score` gives these.
 
     Raises:
-        ValueError: no seed for a prompt, an empty prompt, one that is too long for the model, logits that are NaN, or a
+        ValueError: no seed for a prompt, a prompt that is empty or too long for the model, NaN logits, or a
             temperature, top_p or suppressed token outside its range.
         NotImplementedError: a prompt-tuning adapter.
     """
@@ -98,22 +99,22 @@ def draw(
         )
     if len(seeds) != len(prompt_ids):
         raise ValueError(f"{len(seeds)} seeds for {len(prompt_ids)} prompts, expected one for each.")
-    kind = _Kind.of(model)
-    kind.check_lengths([len(ids) for ids in prompt_ids], max_new_tokens)
-    change = _change_of(kind, temperature, top_p, suppress_ids)
+    interface = _ModelInterface.of(model)
+    interface.check_lengths([len(ids) for ids in prompt_ids], max_new_tokens)
+    adjust = _choose_adjustment(interface, temperature, top_p, suppress_ids)
     sample_seeds = [_sample_seeds(seed, per_prompt) for seed in seeds]
     completion_ids: list[list[list[int]]] = [[[] for _ in range(per_prompt)] for _ in prompt_ids]
     logps = torch.zeros(len(prompt_ids), per_prompt, dtype=torch.float64)
     truncated = torch.zeros(len(prompt_ids), per_prompt, dtype=torch.bool)
     whole_prompts = rows_at_once // per_prompt * per_prompt or rows_at_once
-    with _evaluation(model):
-        for prompts in kind.beside_each_other([len(ids) for ids in prompt_ids]):
+    with _evaluation_mode(model):
+        for prompts in interface.batchable_rows([len(ids) for ids in prompt_ids]):
             rows = [(c, k) for c in prompts for k in range(per_prompt)]
             for i in range(0, len(rows), whole_prompts):
                 part = rows[i : i + whole_prompts]
-                decoder = kind.start(model, prompt_ids, [c for c, _ in part], pad_token_id)
+                decoder = interface.start(model, prompt_ids, [c for c, _ in part], pad_token_id)
                 part_seeds = [sample_seeds[c][k] for c, k in part]
-                ids, sums, cut = _decode(decoder, part_seeds, max_new_tokens, eos_token_ids, pad_token_id, change)
+                ids, sums, cut = _decode(decoder, part_seeds, max_new_tokens, eos_token_ids, pad_token_id, adjust)
                 c, k = torch.tensor(part).unbind(1)
                 logps[c, k], truncated[c, k] = sums.cpu(), cut.cpu()
                 for (c, k), row in zip(part, ids, strict=True):
@@ -122,20 +123,62 @@ def draw(
         c, k = (~torch.isfinite(logps)).nonzero()[0].tolist()
         raise ValueError(
             f"Sample {k} of prompt {c} has the log-prob {logps[c, k].item()}: the model's logits are not finite. Its "
-            "weights may hold NaN, or its precision may be too low for it."
+            "weights may hold NaN, or its precision may be too low."
         )
     return Drawn(completion_ids, logps, truncated)
 
 
+@torch.no_grad()
+def score(
+    model: nn.Module,
+    prompt_ids: Sequence[Sequence[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    pad_token_id: int,
+    rows_at_once: int = 256,
+) -> Tensor:
+    """Return the log-prob of each completion given its prompt, (n,) float64 nats, summed over its tokens.
+
+    Dropout is off and there is no gradient; the model is left unchanged. Completions must not be empty.
+    """
+    interface = _ModelInterface.of(model)
+    lengths = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    interface.check_lengths([len(ids) for ids in prompt_ids], max(map(len, completion_ids), default=1))
+    logps = torch.zeros(len(lengths), dtype=torch.float64)
+    vocabulary = interface.base.get_output_embeddings().weight.size(0)
+    with _evaluation_mode(model):
+        for alike in interface.batchable_rows(lengths):
+            longest = max(len(completion_ids[i]) for i in alike)
+            size = max(1, min(rows_at_once, SCORED_AT_ONCE // (vocabulary * (longest + 1))))
+            for i in range(0, len(alike), size):
+                rows = alike[i : i + size]
+                labels = [list(completion_ids[r]) for r in rows]
+                prompts = [list(prompt_ids[r]) for r in rows]
+                logps[rows] = _score_rows(model, interface, prompts, labels, pad_token_id).cpu()
+    return logps
+
+
+def seed_of(*parts: Any) -> int:
+    """Return a seed below 2^63 for these parts, the same in every process and after resuming.
+
+    >>> seed_of(0, "round", 1, 17) == seed_of(0, "round", 1, 17) != seed_of(0, "round", 2, 17)
+    True
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") % 2**63
+
+
+# --------------------------------------------------------------------------------------------- drawing and scoring rows
+
+
 def _decode(
-    decoder: _Cached | _EncoderDecoder | _Uncached,
+    decoder: _Decoder,
     seeds: list[int],
     steps: int,
     eos: Sequence[int],
     pad: int,
-    change: Callable[[Tensor], Tensor] | None,
+    adjust: Callable[[Tensor], Tensor] | None,
 ) -> tuple[list[list[int]], Tensor, Tensor]:
-    """One row for each seed -> token ids, log-probs, whether the steps came to an end first."""
+    """Decode one row for each seed; return token ids, log-probs, and whether each row was truncated."""
     device, n = decoder.logits.device, len(seeds)
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     ends = torch.tensor(list(eos), dtype=torch.long, device=device)
@@ -143,12 +186,12 @@ def _decode(
     logps = torch.zeros(n, dtype=torch.float64, device=device)
     lengths = torch.zeros(n, dtype=torch.long, device=device)
     truncated = torch.zeros(n, dtype=torch.bool, device=device)
-    # The decoder's rows: which of the n they are, and whether they still run.
+    # The decoder's rows: their places among the n, and whether they still run.
     rows, running = torch.arange(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
     runs = [True] * n
     for step in range(steps):
-        logits = decoder.logits if change is None else change(decoder.logits)
-        tokens, token_logps = _race(logits, _exponential(logits.shape, generators, runs))
+        logits = decoder.logits if adjust is None else adjust(decoder.logits)
+        tokens, token_logps = _sample_tokens(logits, _exponential_noise(logits.shape, generators, runs))
         tokens = torch.where(running, tokens, pad)
         ids[rows, step] = tokens
         logps[rows] += token_logps.masked_fill(~running, 0.0)
@@ -168,10 +211,32 @@ def _decode(
     return [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)], logps, truncated
 
 
-def _change_of(
-    kind: _Kind, temperature: float, top_p: float, suppress_ids: Sequence[int]
+def _score_rows(
+    model: nn.Module, interface: _ModelInterface, prompts: list[list[int]], completions: list[list[int]], pad: int
+) -> Tensor:
+    device, longest = interface.base.device, max(map(len, completions))
+    if interface.encoder_decoder:
+        ids, mask = _pad_rows(prompts, pad, "right", device)
+        labels, scored = _pad_rows(completions, pad, "right", device)
+        inputs, _ = _pad_rows([[interface.start_token, *row[:-1]] for row in completions], pad, "right", device)
+        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=inputs, use_cache=False).logits
+    else:
+        rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        ids, mask = _pad_rows(rows, pad, "left", device)
+        logits = model(**interface.inputs(ids, mask, keep=longest + 1), use_cache=False).logits[:, -longest - 1 : -1]
+        labels, scored = ids[:, -longest:], _pad_rows(completions, pad, "left", device)[1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logps = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1).double() - logits.logsumexp(-1).double()
+    return logps.masked_fill(scored == 0, 0.0).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------- logits, noise and seeds
+
+
+def _choose_adjustment(
+    interface: _ModelInterface, temperature: float, top_p: float, suppress_ids: Sequence[int]
 ) -> Callable[[Tensor], Tensor] | None:
-    """What is done to the logits before each draw; None where that is nothing."""
+    """Return the change of the logits before each draw, or None if there is none."""
     if not 0 < temperature < float("inf"):
         raise ValueError(
             f"temperature={temperature}, expected a finite number above 0. For greedy completions use "
@@ -181,38 +246,38 @@ def _change_of(
         raise ValueError(f"top_p={top_p}, expected a number above 0 and at most 1 (1 keeps every token).")
     suppressed = sorted(set(suppress_ids))
     if suppressed:
-        vocabulary = kind.base.get_output_embeddings().weight.size(0)
+        vocabulary = interface.base.get_output_embeddings().weight.size(0)
         outside = [i for i in suppressed if not 0 <= i < vocabulary]
         if outside or len(suppressed) == vocabulary:
             found = f"id {outside[0]}" if outside else "all of them"
-            raise ValueError(f"suppress_ids has {found}, and {type(kind.base).__name__} has {vocabulary} tokens.")
+            raise ValueError(f"suppress_ids has {found}, and {type(interface.base).__name__} has {vocabulary} tokens.")
     if temperature == 1 and top_p == 1 and not suppressed:
         return None
-    ids = torch.tensor(suppressed, dtype=torch.long, device=kind.base.device)
-    return partial(_changed, temperature=temperature, top_p=top_p, suppressed=ids)
+    ids = torch.tensor(suppressed, dtype=torch.long, device=interface.base.device)
+    return partial(_adjust_logits, temperature=temperature, top_p=top_p, suppressed=ids)
 
 
-def _changed(logits: Tensor, temperature: float, top_p: float, suppressed: Tensor) -> Tensor:
-    """(n, V) logits of the distribution to draw from.
+def _adjust_logits(logits: Tensor, temperature: float, top_p: float, suppressed: Tensor) -> Tensor:
+    """Return the (n, V) logits of the distribution to draw from.
 
-    >>> _changed(torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log(), 1.0, 0.6, torch.tensor([0])).exp()
+    >>> _adjust_logits(torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log(), 1.0, 0.6, torch.tensor([0])).exp()
     tensor([[0.0000, 0.0000, 0.3000, 0.2000]])
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if len(suppressed):
         logits = logits.index_fill(-1, suppressed, -torch.inf)
     if temperature != 1:
-        logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # a small one must not make infinities
+        logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # keeps a small T finite
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         reached = ordered.softmax(-1).cumsum(-1)
-        dropped = F.pad(reached[:, :-1], (1, 0)) >= top_p  # the tokens before it are enough
+        dropped = F.pad(reached[:, :-1], (1, 0)) >= top_p  # the tokens before it already reach top_p
         logits = logits.masked_fill(torch.empty_like(dropped).scatter_(-1, order, dropped), -torch.inf)
     return logits
 
 
-def _race(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, V) logits and exponential noise -> n tokens and their log-probs in float64."""
+def _sample_tokens(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample n tokens from (n, V) logits and exponential noise; return them and their log-probs in float64."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     top = logits.max(-1, keepdim=True).values
     weights = (logits - top).exp_()
@@ -222,11 +287,11 @@ def _race(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, chosen.squeeze(-1).double() - total.double().log()
 
 
-def _exponential(shape: tuple[int, int], generators: Sequence[torch.Generator], runs: Sequence[bool]) -> Tensor:
-    """Exponential(1) noise in float32, never 0, each row from its generator; any number in the rows that do not run.
+def _exponential_noise(shape: tuple[int, int], generators: Sequence[torch.Generator], runs: Sequence[bool]) -> Tensor:
+    """Return Exponential(1) noise in float32, never 0, each row from its generator; rows that ended get any number.
 
-    The small numbers win the race. They are made from 63 random bits: steps of 2^-24, as uniform numbers in float32
-    have, would hardly ever draw the tokens with a probability below that.
+    The smallest clocks win, so they are made from 63 random bits: the steps of 2^-24 of uniform numbers in float32
+    would hardly ever draw tokens with a smaller probability.
     """
     bits = torch.empty(shape, dtype=torch.int64, device=generators[0].device)
     for row, generator, run in zip(bits, generators, runs, strict=True):
@@ -238,72 +303,23 @@ def _exponential(shape: tuple[int, int], generators: Sequence[torch.Generator], 
 
 
 def _sample_seeds(seed: int, n: int) -> list[int]:
-    """n seeds from one, the first ones whatever n."""
+    """Return n seeds made from one; a larger n only appends."""
     return torch.randint(2**RANDOM_BITS - 1, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-@torch.no_grad()
-def score(
-    model: nn.Module,
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    pad_token_id: int,
-    rows_at_once: int = 256,
-) -> Tensor:
-    """(n,) float64 nats: the log-prob of each completion after its prompt, summed over its tokens, dropout off.
-
-    The model is taken as it is and left as it was, with no head added; no gradient. Completions are not empty.
-    """
-    kind = _Kind.of(model)
-    lengths = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
-    kind.check_lengths([len(ids) for ids in prompt_ids], max(map(len, completion_ids), default=1))
-    logps = torch.zeros(len(lengths), dtype=torch.float64)
-    vocabulary = kind.base.get_output_embeddings().weight.size(0)
-    with _evaluation(model):
-        for alike in kind.beside_each_other(lengths):
-            longest = max(len(completion_ids[i]) for i in alike)
-            size = max(1, min(rows_at_once, SCORED_AT_ONCE // (vocabulary * (longest + 1))))
-            for i in range(0, len(alike), size):
-                rows = alike[i : i + size]
-                labels = [list(completion_ids[r]) for r in rows]
-                prompts = [list(prompt_ids[r]) for r in rows]
-                logps[rows] = _score_rows(model, kind, prompts, labels, pad_token_id).cpu()
-    return logps
-
-
-def _score_rows(
-    model: nn.Module, kind: _Kind, prompts: list[list[int]], completions: list[list[int]], pad: int
-) -> Tensor:
-    device, longest = kind.base.device, max(map(len, completions))
-    if kind.encoder_decoder:
-        ids, mask = _padded(prompts, pad, "right", device)
-        labels, scored = _padded(completions, pad, "right", device)
-        inputs, _ = _padded([[kind.start_token, *row[:-1]] for row in completions], pad, "right", device)
-        logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=inputs, use_cache=False).logits
-    else:
-        rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
-        ids, mask = _padded(rows, pad, "left", device)
-        logits = model(**kind.inputs(ids, mask, keep=longest + 1), use_cache=False).logits[:, -longest - 1 : -1]
-        labels, scored = ids[:, -longest:], _padded(completions, pad, "left", device)[1]
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    logps = logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1).double() - logits.logsumexp(-1).double()
-    return logps.masked_fill(scored == 0, 0.0).sum(-1)
-
-
-# ---------------------------------------------------------------------------------------- what a model can and takes
+# ------------------------------------------------------------------------------------------------ what a model supports
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What a model takes.
+class _ModelInterface:
+    """What a model's forward accepts and supports.
 
     Args:
         base: the transformers model, without PEFT's wrapper.
-        takes: the names of its forward's arguments.
-        cached: it has a KV cache (or states) that rows can be selected from.
-        padded: prompts of different lengths can stand in one batch. Recurrent states may see the padding.
-        start_token: the decoder's first, of an encoder-decoder model.
+        takes: the names of the arguments of its forward.
+        cached: whether it has a KV cache (or states) whose rows can be selected.
+        padded: whether prompts of different lengths may share a batch; recurrent states may see the padding.
+        start_token: the decoder's first token, of an encoder-decoder model.
     """
 
     base: PreTrainedModel
@@ -314,14 +330,14 @@ class _Kind:
     start_token: int | None
 
     @classmethod
-    def of(cls, model: nn.Module) -> _Kind:
+    def of(cls, model: nn.Module) -> _ModelInterface:
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise NotImplementedError(
                 f"{type(model).__name__} has a prompt-tuning adapter (virtual tokens), which is not sampled from here. "
                 "Use LoRA, or merge it into a model."
             )
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        # The class's own: heads that were added to the instance take anything.
+        # Of the class: a head that was added to the instance takes any argument.
         takes = frozenset(inspect.signature(type(base).forward).parameters)
         cached = "past_key_values" in takes and base._supports_default_dynamic_cache()
         encoder_decoder = bool(base.config.is_encoder_decoder)
@@ -348,32 +364,32 @@ class _Kind:
                     f"{type(self.base).__name__} has {room}. Shorten the prompt, or draw fewer tokens."
                 )
 
-    def beside_each_other(self, lengths: list[int]) -> list[list[int]]:
-        """Numbers of rows that may share batches, like lengths beside each other."""
+    def batchable_rows(self, lengths: list[int]) -> list[list[int]]:
+        """Return lists of row numbers that may share batches, sorted by length."""
         order = sorted(range(len(lengths)), key=lambda i: lengths[i])
         if self.padded:
             return [order] if order else []
         return [list(rows) for _, rows in itertools.groupby(order, key=lambda i: lengths[i])]
 
     def inputs(self, ids: Tensor, mask: Tensor, keep: int) -> dict[str, Tensor | int]:
-        """The arguments of a causal model's forward, as far as it takes them."""
+        """Return the arguments for a causal model's forward, without those that it does not take."""
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         given = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": keep}
         return {"input_ids": ids} | {name: value for name, value in given.items() if name in self.takes}
 
-    def start(
-        self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], prompts: list[int], pad: int
-    ) -> _Cached | _EncoderDecoder | _Uncached:
-        """A decoder with a row for each entry of ``prompts``; equal neighbours are computed once."""
+    def start(self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], prompts: list[int], pad: int) -> _Decoder:
+        """Return a decoder with a row for each entry of ``prompts``; consecutive equal prompts are computed once."""
         distinct = [c for c, _ in itertools.groupby(prompts)]
-        ids, mask = _padded([prompt_ids[c] for c in distinct], pad, self.side, self.base.device)
-        decoder = (_EncoderDecoder if self.encoder_decoder else _Cached if self.cached else _Uncached)(model, self)
+        ids, mask = _pad_rows([prompt_ids[c] for c in distinct], pad, self.side, self.base.device)
+        decoder = (_Seq2SeqDecoder if self.encoder_decoder else _CachedDecoder if self.cached else _UncachedDecoder)(
+            model, self
+        )
         decoder.prefill(ids, mask)
         if len(prompts) > len(distinct):
             place = {c: i for i, c in enumerate(distinct)}
             decoder.select(torch.tensor([place[c] for c in prompts], device=ids.device))
         if self.cached:
-            give_room(decoder.cache)
+            preallocate_cache(decoder.cache)
         return decoder
 
     @property
@@ -381,39 +397,43 @@ class _Kind:
         return "right" if self.encoder_decoder else "left"
 
 
-class _Cached:
-    """A causal model and its cache. ``logits`` (rows, V) are those of the next token."""
+# ------------------------------------------------------------------------------------------------------------- decoders
 
-    def __init__(self, model: nn.Module, kind: _Kind) -> None:
-        self.model, self.kind = model, kind
+
+class _Decoder:
+    """Rows that are decoded together. ``prefill``, ``step`` and ``select`` keep ``logits`` those of the next token."""
+
+    def __init__(self, model: nn.Module, interface: _ModelInterface) -> None:
+        self.model, self.interface, self.cache = model, interface, None
+
+
+class _CachedDecoder(_Decoder):
+    """A causal model and its cache."""
 
     def prefill(self, ids: Tensor, mask: Tensor) -> None:
-        outputs = self.model(**self.kind.inputs(ids, mask, keep=1), use_cache=True)
+        outputs = self.model(**self.interface.inputs(ids, mask, keep=1), use_cache=True)
         self.cache, self.logits, self.mask = outputs.past_key_values, outputs.logits[:, -1], mask
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, which may name one several times."""
+        """Keep these rows, in this order and with repetitions."""
         self.cache.reorder_cache(rows)
         self.logits, self.mask = self.logits[rows], self.mask[rows]
 
     def step(self, tokens: Tensor) -> None:
         self.mask = F.pad(self.mask, (0, 1), value=1)
-        inputs = self.kind.inputs(tokens.unsqueeze(-1), self.mask, keep=1)
+        inputs = self.interface.inputs(tokens.unsqueeze(-1), self.mask, keep=1)
         if "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"][:, -1:]
         self.logits = self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
 
 
-class _EncoderDecoder:
-    """The prompt in the encoder, the completion in the decoder."""
-
-    def __init__(self, model: nn.Module, kind: _Kind) -> None:
-        self.model, self.kind, self.cache = model, kind, None
+class _Seq2SeqDecoder(_Decoder):
+    """An encoder-decoder model: the prompt in the encoder, the completion in the decoder."""
 
     def prefill(self, ids: Tensor, mask: Tensor) -> None:
         self.mask = mask
-        self.encoded = self.kind.base.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)[0]
-        self.step(ids.new_full((len(ids),), self.kind.start_token))
+        self.encoded = self.interface.base.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)[0]
+        self.step(ids.new_full((len(ids),), self.interface.start_token))
 
     def select(self, rows: Tensor) -> None:
         self.cache.reorder_cache(rows)
@@ -430,15 +450,12 @@ class _EncoderDecoder:
         self.cache, self.logits = outputs.past_key_values, outputs.logits[:, -1]
 
 
-class _Uncached:
-    """A causal model without a cache that it would share: all of the row, at every step."""
-
-    def __init__(self, model: nn.Module, kind: _Kind) -> None:
-        self.model, self.kind = model, kind
+class _UncachedDecoder(_Decoder):
+    """A causal model without a usable cache: every step computes the whole row."""
 
     def prefill(self, ids: Tensor, mask: Tensor) -> None:
         self.ids, self.mask = ids, mask
-        self.logits = self.model(**self.kind.inputs(ids, mask, keep=1), use_cache=False).logits[:, -1]
+        self.logits = self.model(**self.interface.inputs(ids, mask, keep=1), use_cache=False).logits[:, -1]
 
     def select(self, rows: Tensor) -> None:
         self.ids, self.mask, self.logits = self.ids[rows], self.mask[rows], self.logits[rows]
@@ -447,10 +464,62 @@ class _Uncached:
         self.prefill(torch.cat([self.ids, tokens.unsqueeze(-1)], 1), F.pad(self.mask, (0, 1), value=1))
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(n, L) ids and mask.
+# ------------------------------------------------------------------------------------------------------------- KV cache
 
-    >>> _padded([[1, 2], [3]], 0, "left", "cpu")
+
+def preallocate_cache(cache: Cache) -> None:
+    """Replace the growing layers of a cache by preallocated ones; all other layers have a fixed size."""
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache  # the cross-attention cache does not grow
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.get_seq_length():
+            cache.layers[i] = _PreallocatedLayer(layer)
+
+
+class _PreallocatedLayer(DynamicLayer):
+    """A layer that writes a step's token in place instead of copying all earlier ones.
+
+    ``keys`` and ``values`` are views of the used part of two larger buffers (rows, heads, room, size).
+    """
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self.keys, self.values = layer.keys, layer.values
+        self._buffers = (layer.keys, layer.values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        used = self.keys.size(-2)
+        end = used + key_states.size(-2)
+        if end > self._buffers[0].size(-2):
+            self._buffers = tuple(_enlarged(x, end + CACHE_ROOM) for x in (self.keys, self.values))
+        for store, new in zip(self._buffers, (key_states, value_states), strict=True):
+            store[:, :, used:end] = new
+        self._view(end)
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these rows, in this order and with repetitions."""
+        self._buffers = tuple(store.index_select(0, beam_idx.to(store.device)) for store in self._buffers)
+        self._view(self.keys.size(-2))
+
+    def _view(self, used: int) -> None:
+        self.keys, self.values = (store[:, :, :used] for store in self._buffers)
+
+
+def _enlarged(used: Tensor, length: int) -> Tensor:
+    grown = used.new_empty(*used.shape[:2], length, used.size(-1))
+    grown[:, :, : used.size(-2)] = used
+    return grown
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+def _pad_rows(rows: Sequence[Sequence[int]], pad: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Pad rows to one length; return (n, L) ids and mask.
+
+    >>> _pad_rows([[1, 2], [3]], 0, "left", "cpu")
     (tensor([[1, 2],
             [0, 3]]), tensor([[1, 1],
             [0, 1]]))
@@ -464,8 +533,8 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, side: str, device: torch.de
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """No dropout, nothing compiled (each length of the cache is another); afterwards every module is as it was."""
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and compilation off (each cache length would compile again); restore every module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

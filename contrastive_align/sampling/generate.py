@@ -1,4 +1,4 @@
-"""Plain sampling: what the model itself says, whatever its generation config would add."""
+"""Plain sampling of texts from a model's own distribution, whatever its generation config says."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def sample_completions(
     batch_size: int = 256,
     seed: int = 0,
 ) -> list[list[str]]:
-    """Sample from the model's own distribution: temperature 1, top_p 1, top_k 0.
+    """Sample texts from the model's own distribution: temperature 1, top_p 1, top_k 0.
 
-    The global random state is left as it was found.
+    The global random state is left unchanged.
 
     Args:
         prompts: plain text.
@@ -37,7 +37,7 @@ def sample_completions(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    # What a call leaves open is taken from the model's own config (repetition penalties and the like): not here.
+    # generate() fills unset options from the model's own config (repetition penalties and the like): replace that one.
     own, model.generation_config = model.generation_config, plain
     texts = [prompt for prompt in prompts for _ in range(per_prompt)]
     completions: list[str] = []

@@ -1,6 +1,6 @@
 """The quasi-rejection sampler: exact samples of p_beta, between the proposal and the target.
 
-How far that is from the target, and what it costs, is estimated in ``quasi_rejection_estimates``.
+``estimates.py`` estimates the distance of p_beta from the target and the acceptance rate.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from contrastive_align.sampling.quasi_rejection_estimates import QRSEstimate, qrs_estimates
+from contrastive_align.sampling.estimates import QRSEstimate, qrs_estimates
 from contrastive_align.sampling.samples import Proposal, Samples
 
 
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QRSResult:
-    """Accepted samples, and what they cost. C prompts, N proposals in all, J features.
+    """Accepted samples and all proposals, for C prompts, N proposals in all and J features.
 
     Args:
         samples: up to n for each prompt, prompt by prompt, in the order of their acceptance.
         phi: (len(samples), J) their features.
         proposed: (C,) proposals made for each prompt.
-        accepted: (C,) how many of them were accepted, also those above n that the last batch brought.
+        accepted: (C,) how many of them were accepted, including those above n in the last batch.
         exhausted: (C,) bool: the budget ended before n were accepted.
         proposed_index, target_log_scores, proposal_logps: (N,) the prompt and the scores of all proposals.
         proposed_phi: (N, J) their features.
@@ -51,18 +51,18 @@ class QRSResult:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted over proposed, all prompts together; more proposals are made where it is low."""
+        """The share of all proposals that was accepted; prompts with a low rate have more proposals."""
         return float(self.accepted.sum() / self.proposed.sum())
 
     @property
     def acceptance_rates(self) -> Tensor:
-        """(C,) float64, for each prompt."""
+        """(C,) float64, the acceptance rate of each prompt."""
         return self.accepted.double() / self.proposed
 
     def estimates(self, betas: Sequence[float], *, log_z: float | Tensor | None = None) -> list[QRSEstimate]:
-        """:func:`qrs_estimates` from all proposals, those of a prompt that was done early being fewer.
+        """Return :func:`qrs_estimates` from all proposals; a prompt that finished early has fewer.
 
-        To stop when enough are accepted favours lucky batches a little; samples drawn for the purpose do not have that.
+        Stopping when enough are accepted favours lucky batches a little; separate samples avoid this bias.
         """
         c = len(self.proposed)
         place = _count_before(torch.ones_like(self.proposed_index, dtype=torch.bool), self.proposed_index)
@@ -83,13 +83,13 @@ class QRSResult:
 
 
 class QuasiRejectionSampler:
-    r"""Draws from p_beta(x|c), proportional to min(P(x|c), beta q(x|c)).
+    r"""A sampler of p_beta(x|c), proportional to min(P(x|c), beta q(x|c)).
 
-    A sample x of the proposal q is accepted with probability min(1, P(x|c) / (beta q(x|c))), each by itself, so that
-    the accepted ones are independent samples of p_beta. QRS, arXiv:2112.05702.
+    A sample x of the proposal q is accepted with probability min(1, P(x|c) / (beta q(x|c))), each
+    independently, so that the accepted samples are independent samples of p_beta. QRS, arXiv:2112.05702.
 
     Args:
-        target: gives ``features`` and ``log_scores``; its base is the one whose log-probs the proposal reports.
+        target: gives ``features`` and ``log_scores``; the proposal reports the log-probs of its base.
         proposal: see :class:`~contrastive_align.sampling.samples.Proposal`.
         beta: above 0. In the scale of P / q, unnormalised, or of p / q with ``log_z``.
         log_z: nats, log Z of the target, a number or one for each prompt of :meth:`sample`.
@@ -125,18 +125,18 @@ class QuasiRejectionSampler:
         columns: Mapping[str, Sequence[Any]] | None = None,
         generator: torch.Generator | None = None,
     ) -> QRSResult:
-        """Propose for all prompts that still lack samples, until each has ``n`` or its ``budget`` is spent.
+        """Propose for all prompts that lack samples, until each has ``n`` or its ``budget`` is spent.
 
         Args:
-            prompts: C of them.
-            n: samples wanted for each.
-            budget: the most proposals for each.
-            columns: lists of C, columns of the dataset that features read.
-            generator: of the random numbers that decide, on the CPU; the proposal has its own. Default: torch's.
+            prompts: C prompts.
+            n: samples wanted for each prompt.
+            budget: the most proposals for each prompt.
+            columns: lists of C, the dataset's columns that features read.
+            generator: of the accept decisions, on the CPU; the proposal has its own. Default: torch's global one.
 
         Raises:
-            ValueError: numbers that are not above 0, columns of another length, or a proposal that returns something
-                other than it was asked for.
+            ValueError: numbers that are not above 0, columns of another length, or another number of proposals than
+                asked for.
         """
         _check_whole("n", n)
         _check_whole("budget", budget)
@@ -184,7 +184,7 @@ class QuasiRejectionSampler:
         return QRSResult(samples.select(order), torch.cat(kept_phi)[order], proposed, accepted, exhausted, *every)
 
     def _propose(self, prompts: Sequence[Any], active: Tensor, m: int) -> Samples:
-        """m proposals for each active prompt, their ``prompt_index`` counting in the whole list."""
+        """Draw m proposals for each active prompt, with ``prompt_index`` in the whole list."""
         batch = self.proposal.sample([prompts[i] for i in active.tolist()], m)
         found = torch.bincount(batch.prompt_index, minlength=len(active)).tolist()
         if found != [m] * len(active):
@@ -195,7 +195,7 @@ class QuasiRejectionSampler:
 
 
 def _count_before(hit: Tensor, index: Tensor) -> Tensor:
-    """(n,) how many earlier rows with the same index are hits."""
+    """Count, for each of n rows, the earlier hits with the same index."""
     order = torch.argsort(index, stable=True)
     before = hit[order].long().cumsum(0) - hit[order].long()
     counts = torch.bincount(index)

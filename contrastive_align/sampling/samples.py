@@ -1,7 +1,8 @@
-"""Completions with their log-probs, and what draws them."""
+"""Completions with their log-probs, the interface of a proposal, and distinct-n."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,14 +16,14 @@ class Samples:
     """n completions of some prompts, in the order in which they were drawn.
 
     Args:
-        prompt_index: (n,) int64, the place of each sample's prompt in the list of prompts that was asked for.
+        prompt_index: (n,) int64, the place of each sample's prompt in the list of prompts.
         completion_ids: n lists of token ids.
         completions: n texts, or lists of messages.
         logps: (n,) float64 nats, log q(x|c) under the proposal, summed over the completion's tokens.
-        base_logps: (n,) float64 nats, log a(x|c) under the base, -inf where the base cannot say it.
+        base_logps: (n,) float64 nats, log a(x|c) under the base, -inf where its probability is 0.
 
     Raises:
-        ValueError: parts of different lengths, NaN, or a log-prob no sample can have.
+        ValueError: parts of different lengths, or a log-prob that is NaN or that no sample can have.
     """
 
     prompt_index: Tensor
@@ -53,7 +54,7 @@ class Samples:
         return len(self.logps)
 
     def select(self, rows: Tensor) -> Samples:
-        """The samples of some rows: a bool mask (n,), or row numbers in the order wanted."""
+        """Return the samples of some rows: a bool mask (n,), or row numbers in the wanted order."""
         rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
         numbers = rows.tolist()
         return Samples(
@@ -66,7 +67,7 @@ class Samples:
 
     @staticmethod
     def join(parts: Sequence[Samples]) -> Samples:
-        """All samples of the parts, in order."""
+        """Concatenate samples, in order."""
         return Samples(
             torch.cat([part.prompt_index for part in parts]) if parts else [],
             [ids for part in parts for ids in part.completion_ids],
@@ -76,13 +77,25 @@ class Samples:
         )
 
 
+def distinct_n(token_lists: Sequence[Sequence[int]], n: int) -> float:
+    """Return the number of different n-grams over the number of all n-grams; NaN where there are none.
+
+    A measure of diversity: distinct-n, arXiv:1510.03055. An n-gram lies within one completion.
+
+    >>> distinct_n([[1, 2, 1, 2], [1, 2]], 2)
+    0.5
+    """
+    grams = [tuple(ids[i : i + n]) for ids in token_lists for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
 class Proposal(Protocol):
-    """What quasi-rejection sampling draws from: a tuned policy, the base, a prompted base."""
+    """The interface that quasi-rejection sampling draws from: a tuned policy, the base, or a prompted base."""
 
     def sample(self, prompts: Sequence[Any], n: int) -> Samples:
-        """n independent samples for each of the prompts, ``prompt_index`` counting from 0 in this call's list.
+        """Draw n independent samples for each prompt, ``prompt_index`` counting from 0 in this call's list.
 
-        ``logps`` must be those of the distribution that the samples really came from: temperature 1, no top-p, no
-        top-k, the end of the text included.
+        ``logps`` must be those of the distribution that the samples came from, EOS included: temperature 1, no top-p,
+        no top-k.
         """
         ...

@@ -1,30 +1,34 @@
-"""What we want: features, constraints, energy, the fit of lambda, log Z, ESS. Never samples, never trains."""
+"""Targets: features, constraints, energies, and the fit of lambda with log Z and ESS. Nothing is sampled or trained."""
 
-from contrastive_align.targets.constraint import Constraint, resolve_constraint
 from contrastive_align.targets.evaluate import (
+    NOT_COLUMNS,
     Feature,
     FeatureError,
+    columns_of,
     completion_text,
     evaluate_feature,
     evaluate_features,
 )
-from contrastive_align.targets.features import resolve_feature
+from contrastive_align.targets.features import resolve_feature, weighted_sum
 from contrastive_align.targets.fit import Fit, fit_lambdas
 from contrastive_align.targets.reachable import InfeasibleMoment
-from contrastive_align.targets.target import Target
+from contrastive_align.targets.target import Constraint, Target, resolve_constraint
 
 
 __all__ = [
+    "NOT_COLUMNS",
     "Constraint",
     "Feature",
     "FeatureError",
     "Fit",
     "InfeasibleMoment",
     "Target",
+    "columns_of",
     "completion_text",
     "evaluate_feature",
     "evaluate_features",
     "fit_lambdas",
     "resolve_constraint",
     "resolve_feature",
+    "weighted_sum",
 ]

@@ -1,13 +1,12 @@
-"""A feature is a TRL reward function with a name; here it is called, and what it answers is checked."""
+"""Features are TRL reward functions with a name: how they are called, and how their answers are checked."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,9 @@ from torch import Tensor
 Message = dict[str, Any]
 Text = str | list[Message]
 SHORT = 60  # characters of a prompt or value that an error shows
+NOT_COLUMNS = frozenset(  # keyword arguments that TRL gives a reward function beside the dataset's columns
+    "prompt prompts completion completions completion_ids trainer_state log_extra log_metric".split()
+)
 
 
 class FeatureError(ValueError):
@@ -31,9 +33,9 @@ class Feature:
 
     Args:
         function: the reward function itself; it may be ``async``.
-        name: what errors, metrics and saved targets call it.
-        spec: the text or mapping it was made from (see ``resolve_feature``); None for a function of Python.
-        boolean: True where all values are 0 or 1, False where they need not be, None where nobody knows.
+        name: its name in errors, metrics and saved targets.
+        spec: the text or mapping that it was built from (see ``resolve_feature``); None for a Python function.
+        boolean: True if all values are 0 or 1, False if they need not be, None if unknown.
     """
 
     function: Callable[..., Any]
@@ -43,29 +45,18 @@ class Feature:
 
     def __call__(self, /, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Any:
         answer = self.function(prompts=prompts, completions=completions, **columns)
-        if inspect.iscoroutine(answer):  # in a thread of its own, since this one may already run an event loop
+        if inspect.iscoroutine(answer):  # in its own thread, since this one may already run an event loop
             with ThreadPoolExecutor(1) as thread:
                 return thread.submit(asyncio.run, answer).result()
         return answer
 
     @property
-    def __name__(self) -> str:  # what TRL names a reward function by
+    def __name__(self) -> str:  # TRL names a reward function by it
         return self.name
 
 
-def callable_name(function: Callable) -> str:
-    """The name of a function, of what a ``functools.partial`` wraps, or of an instance's class, as TRL has it.
-
-    >>> callable_name(functools.partial(print, end=""))
-    'print'
-    """
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__name__", type(function).__name__)
-
-
 def completion_text(completion: Text) -> str:
-    """What the assistant says: the text itself, or the contents of its messages, one to a line.
+    """Return the assistant's text: the completion itself, or the contents of its messages, one per line.
 
     >>> completion_text([{"role": "assistant", "content": "Yes."}])
     'Yes.'
@@ -82,15 +73,35 @@ def _content_text(content: Any) -> str:
     return "".join(part.get("text", "") for part in content)  # a list of parts: text, images, ...
 
 
+def columns_of(rows: Sequence[Mapping[str, Any]], repeat: int | Sequence[int]) -> dict[str, list[Any]]:
+    """Return the further columns of a dataset's rows, each entry repeated for the completions of its prompt.
+
+    Columns whose names a reward function receives for other values (``NOT_COLUMNS``) are left out.
+
+    Args:
+        rows: C rows with the same columns.
+        repeat: K completions for each row, one number for all or C of them.
+
+    Returns:
+        Column -> list of one entry for each completion, prompt by prompt.
+
+    >>> columns_of([{"prompt": "a", "topic": "x"}, {"prompt": "b", "topic": "y"}], [2, 1])
+    {'topic': ['x', 'x', 'y']}
+    """
+    counts = [repeat] * len(rows) if isinstance(repeat, int) else repeat
+    repeated = [row for row, k in zip(rows, counts, strict=True) for _ in range(k)]
+    return {name: [row[name] for row in repeated] for name in (rows[0] if len(rows) else ()) if name not in NOT_COLUMNS}
+
+
 def evaluate_features(
     features: Sequence[Feature], /, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
 ) -> Tensor:
-    """phi (n, J) float64: the value of each of J features on each of n completions.
+    """Return phi, (n, J) float64: the value of each of J features on each of n completions.
 
     Args:
-        features: J of them.
+        features: J features.
         prompts, completions: n of each, plain text or lists of messages.
-        **columns: lists of n (``completion_ids``, columns of the dataset) and whatever else the features read.
+        **columns: lists of n (``completion_ids``, columns of the dataset), and other arguments that features read.
 
     Raises:
         FeatureError: see :func:`evaluate_feature`.
@@ -107,7 +118,7 @@ def evaluate_features(
 def evaluate_feature(
     feature: Feature, /, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any
 ) -> Tensor:
-    """(n,) float64: one feature on n completions, checked.
+    """Return one feature on n completions, checked: (n,) float64.
 
     Raises:
         FeatureError: the feature raises, returns another number of values than n, or a value that is None, NaN,
@@ -124,7 +135,7 @@ def call_feature(
     *,
     none_allowed: bool = False,
 ) -> list[Any]:
-    """The checked answer of a feature as a list of n floats; with ``none_allowed`` also None."""
+    """Return the checked answer of a feature: n floats, or None for some with ``none_allowed``."""
     if len(prompts) != len(completions):
         raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions, expected one prompt for each.")
     if not len(completions):
@@ -181,6 +192,6 @@ def _number(value: Any, none_allowed: bool, where: str) -> float | None:
 
 
 def shorten(value: Any) -> str:
-    """``repr`` in at most ``SHORT`` characters."""
+    """Return ``repr`` of a value in at most ``SHORT`` characters."""
     shown = repr(value)
     return shown if len(shown) <= SHORT else shown[: SHORT - 3] + "..."

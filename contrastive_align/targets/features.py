@@ -1,4 +1,4 @@
-"""Specs -> features: what a YAML file or a script may write where a feature is wanted.
+"""Features from specs: what a YAML file or a script may give as a feature.
 
 =====================================================  ==============================================================
 spec                                                   value for each completion
@@ -6,7 +6,7 @@ spec                                                   value for each completion
 a callable                                             what the TRL reward function returns
 ``file.py:function``, ``package.module:function``      the same, found by name
 a model id or folder, or a loaded model                the score of a reward model (a sequence classifier, one logit)
-``{contains: please}``                                 1 where the text is in it, else 0 (see ``text_features``)
+``{contains: please}``                                 1 where the text is in it, else 0 (see :func:`contains`)
 ``{words: [art, arts]}``, ``{words: file.txt}``        1 where any of the words is in it as a whole word, else 0
 ``{matches: regex}``                                   1 where the regular expression is found, else 0
 ``{length: words, max: 20}``                           1 within the bounds, else 0; the length itself without bounds
@@ -23,12 +23,14 @@ Every mapping may also have a ``name``.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import math
 import numbers
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,28 +39,28 @@ from typing import Any
 
 import torch
 
-from contrastive_align.targets import text_features
-from contrastive_align.targets.evaluate import Feature, FeatureError, call_feature, callable_name, shorten
-from contrastive_align.targets.sequence_models import SequenceScorer
+from contrastive_align.targets.classifiers import classifier, loaded_reward_model, reward_model
+from contrastive_align.targets.evaluate import Feature, FeatureError, call_feature, completion_text, shorten
 
 
 MODEL_KINDS = ("reward_model", "classifier")
 PART_KINDS = ("product", "sum", "not")
+LENGTH_UNITS = ("words", "characters", "tokens")
 
 
 def resolve_feature(
     spec: Any, *, device: str | torch.device | None = None, tokenizer: Any = None, trust_remote_code: bool = False
 ) -> Feature:
-    """The feature that a spec means; the table above lists the specs.
+    """Build the feature that a spec describes; the table above lists the specs.
 
     Args:
         spec: a :class:`Feature` (returned as it is), a callable, a text or a mapping.
         device: where reward models and classifiers run, unless their spec says so.
-        tokenizer: for a loaded model that does not know where its tokenizer is.
+        tokenizer: for a loaded model, where none was saved with it.
         trust_remote_code: whether a model's repository may run code of its own.
 
     Raises:
-        ValueError: no such kind, a key that the kind does not take, or a value it cannot use.
+        ValueError: an unknown kind, a key that the kind does not take, or a value that it cannot use.
         FileNotFoundError, AttributeError: ``file.py:function`` is not there.
 
     >>> polite = resolve_feature({"contains": "please"})
@@ -69,8 +71,7 @@ def resolve_feature(
     if isinstance(spec, Feature):
         return spec
     if isinstance(spec, torch.nn.Module):  # also callable, but not on texts
-        model_name = str(getattr(spec.config, "_name_or_path", "") or type(spec).__name__)
-        return Feature(SequenceScorer(spec, tokenizer=tokenizer), _last_part(model_name), boolean=False)
+        return loaded_reward_model(spec, tokenizer)
     if callable(spec):
         return Feature(spec, callable_name(spec))
     if isinstance(spec, str):
@@ -84,6 +85,50 @@ def resolve_feature(
         f"Found {shorten(spec)} ({type(spec).__name__}) where a feature is wanted. Expected a function, a model id, "
         f"'file.py:function' or a mapping with one of {', '.join(KINDS)}."
     )
+
+
+def weighted_sum(
+    functions: Any, weights: Sequence[float] | None = None, *, name: str | None = None, **resolve_kwargs: Any
+) -> Feature:
+    r"""Build the one feature that is the weighted sum of reward functions, as TRL sums rewards.
+
+    .. math:: r(x, y) = \sum_j w_j\, r_j(x, y)
+
+    A function that answers None does not count in the sum. A single function of weight 1 is that feature itself, under
+    its own name.
+
+    Args:
+        functions: a reward function or a list of J; each a spec that :func:`resolve_feature` reads.
+        weights: (J,) numbers. Default: 1 each.
+        name: of the sum. Default: made from the weights and the names of its parts.
+        **resolve_kwargs: ``device`` and other options of :func:`resolve_feature`.
+
+    Raises:
+        ValueError: another number of weights than functions, or what ``resolve_feature`` refuses.
+
+    >>> brief_and_polite = weighted_sum([{"contains": "please"}, {"length": "words"}], [2, -0.5])
+    >>> brief_and_polite(prompts=["", ""], completions=["Yes please.", "Yes."])
+    [1.0, -0.5]
+    """
+    functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
+    weights = [1.0] * len(functions) if weights is None else list(weights)
+    if len(weights) != len(functions):
+        raise ValueError(f"reward_weights has {len(weights)} numbers for {len(functions)} reward functions.")
+    if weights == [1.0]:
+        return resolve_feature(functions[0], **resolve_kwargs)
+    spec = {"sum": [list(pair) for pair in zip(weights, functions, strict=True)]}
+    return resolve_feature(spec if name is None else {**spec, "name": name}, **resolve_kwargs)
+
+
+def callable_name(function: Callable) -> str:
+    """Return the name of a function, of the function that a partial wraps, or of an instance's class, as TRL does.
+
+    >>> callable_name(functools.partial(print, end=""))
+    'print'
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _from_mapping(spec: Mapping[str, Any], context: dict[str, Any]) -> Feature:
@@ -115,7 +160,121 @@ def _from_mapping(spec: Mapping[str, Any], context: dict[str, Any]) -> Feature:
     return replace(feature, spec=_plain(spec), name=name)
 
 
-# ------------------------------------------------------------------------------------------------ functions, models
+# ---------------------------------------------------------------------------------------------------------------- texts
+
+
+def contains(value: Any, *, case_sensitive: bool = False, count: bool = False) -> Feature:
+    """Build the feature that is 1 where the completion contains a text, or any of a list, also inside a word, else 0.
+
+    Args:
+        value: the text or texts.
+        case_sensitive: whether "Please" differs from "please".
+        count: give the number of occurrences instead of 0 or 1.
+
+    >>> contains("please")(prompts=[""] * 2, completions=["Please wait.", "Wait."])
+    [1.0, 0.0]
+    """
+    texts = _texts("contains", value)
+    return _pattern("contains", texts, "|".join(map(re.escape, _longest_first(texts))), case_sensitive, count)
+
+
+def words(value: Any, *, case_sensitive: bool = False, count: bool = False) -> Feature:
+    """Build the feature that is 1 where the completion has any of the words (or phrases) as whole words, else 0.
+
+    Args:
+        value: a list of words, or the path of a text file with one on each line.
+
+    >>> words(["art", "arts"])(prompts=[""] * 2, completions=["The arts.", "A party."])
+    [1.0, 0.0]
+    """
+    if isinstance(value, str):
+        if not Path(value).is_file():
+            raise ValueError(f"words: no file {value!r}. Give a file with one word on each line, or a list: [{value}].")
+        lines = Path(value).read_text(encoding="utf-8").splitlines()
+        found, name = [line.strip() for line in lines if line.strip()], [Path(value).stem]
+        if not found:
+            raise ValueError(f"words: the file {value!r} has no words, expected one on each line.")
+    else:
+        found = name = _texts("words", value)
+    pattern = rf"(?<!\w)(?:{'|'.join(map(re.escape, _longest_first(found)))})(?!\w)"
+    return _pattern("words", name, pattern, case_sensitive, count)
+
+
+def matches(value: Any, *, count: bool = False) -> Feature:
+    """Build the feature that is 1 where a regular expression of Python's ``re`` is found; prefix ``(?i)`` ignores case.
+
+    >>> matches(r"\\d+", count=True)(prompts=[""], completions=["3 times 4"])
+    [2.0]
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"matches: found {shorten(value)}, expected a regular expression as text.")
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"matches: {value!r} is no regular expression: {error}. See Python's 're'.") from error
+    return _pattern("matches", [value], value, True, count)
+
+
+def length(value: Any, *, min: float | None = None, max: float | None = None) -> Feature:
+    """Build the feature of the completion's length; tokens need the column ``completion_ids``.
+
+    Args:
+        value: ``"words"``, ``"characters"`` or ``"tokens"``.
+        min, max: with either, 1 where min <= length <= max and else 0.
+
+    >>> length("words", max=2)(prompts=[""] * 2, completions=["Two words.", "Now three words."])
+    [1.0, 0.0]
+    """
+    if value not in LENGTH_UNITS:
+        raise ValueError(f"length: found {shorten(value)}, expected one of {', '.join(LENGTH_UNITS)}.")
+    for key, limit in (("min", min), ("max", max)):
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float))):
+            raise ValueError(f"length: {key} is {shorten(limit)}, expected a number.")
+    bounded = min is not None or max is not None
+    low, high = (float("-inf") if min is None else min), (float("inf") if max is None else max)
+
+    def measure(prompts: Sequence, completions: Sequence, completion_ids: Sequence | None = None, **columns: Any):
+        if value == "tokens":
+            if completion_ids is None:
+                raise ValueError("length in tokens reads the column 'completion_ids', which was not given")
+            sizes = [len(ids) for ids in completion_ids]
+        else:
+            texts = map(completion_text, completions)
+            sizes = [len(text.split()) if value == "words" else len(text) for text in texts]
+        return [float(low <= size <= high) if bounded else float(size) for size in sizes]
+
+    limits = [f"{key}={limit:g}" for key, limit in (("min", min), ("max", max)) if limit is not None]
+    return Feature(measure, ":".join(["length", value, *limits]), boolean=bounded)
+
+
+def _pattern(kind: str, shown: list[str], pattern: str, case_sensitive: bool, count: bool) -> Feature:
+    regex = re.compile(pattern, 0 if case_sensitive else re.IGNORECASE)
+
+    def value(text: str) -> float:
+        return float(sum(1 for _ in regex.finditer(text)) if count else bool(regex.search(text)))
+
+    def function(prompts: Sequence, completions: Sequence, **columns: Any) -> list[float]:
+        return [value(completion_text(completion)) for completion in completions]
+
+    name = f"{kind}:{','.join(shown)}" + ":count" * count
+    return Feature(function, name if len(name) <= 48 else name[:45] + "...", boolean=not count)
+
+
+def _texts(kind: str, value: Any) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(t, str) and t for t in texts):
+        hint = " In YAML, quote words such as yes, no and numbers." if not isinstance(value, str) else ""
+        raise ValueError(
+            f"{kind}: found {shorten(value)}, expected a text or a list of texts that are not empty.{hint}"
+        )
+    return list(texts)
+
+
+def _longest_first(texts: list[str]) -> list[str]:
+    return sorted(texts, key=len, reverse=True)  # so that counting does not take the "art" of "arts"
+
+
+# ------------------------------------------------------------------------------------------------------------ functions
 
 
 def _function(value: Any) -> Feature:
@@ -157,55 +316,6 @@ def _load_file(path: str) -> Any:
             raise
         raise ValueError(f"{file} could not be imported, which raised {type(error).__name__}: {error}") from error
     return module
-
-
-def _reward_model(
-    value: Any,
-    *,
-    revision: str | None = None,
-    reads: str = "both",
-    special_tokens: bool = False,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
-) -> Feature:
-    options = {key: item for key, item in locals().items() if key != "value"}
-    _check_model_id("reward_model", value)
-    return Feature(SequenceScorer(value, **options), _last_part(value), boolean=False)
-
-
-def _classifier(
-    value: Any,
-    *,
-    label: str | int | None = None,
-    threshold: float | None = None,
-    revision: str | None = None,
-    reads: str = "completion",
-    batch_size: int = 32,
-    max_length: int | None = None,
-    device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
-) -> Feature:
-    options = {key: item for key, item in locals().items() if key != "value"}
-    _check_model_id("classifier", value)
-    if label is None:
-        raise ValueError(f"The classifier {value} needs a label: {{classifier: {value}, label: positive}}.")
-    name = f"{_last_part(value)}:{label}" + (f">={threshold:g}" if isinstance(threshold, (int, float)) else "")
-    return Feature(SequenceScorer(value, special_tokens=True, **options), name, boolean=threshold is not None)
-
-
-def _check_model_id(kind: str, value: Any) -> None:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{kind}: found {shorten(value)}, expected a model id or folder.")
-    if value.endswith(".py"):
-        raise ValueError(f"{kind}: found {value!r}, a Python file. Name the function in it: '{value}:function'.")
-    if value.startswith((".", "/", "~")) and not Path(value).is_dir():
-        raise ValueError(f"{kind}: there is no folder {value!r} (looked in {Path.cwd()}).")
-
-
-def _last_part(model_id: str) -> str:
-    return model_id.rstrip("/").split("/")[-1]
 
 
 # ------------------------------------------------------------------------------------------------------- combinations
@@ -262,7 +372,7 @@ def _parts(kind: str, value: Any, form: str) -> list[Any]:
 
 
 def _plain(spec: Any) -> Any:
-    """The spec as JSON can hold it, or None where a function of Python is in it."""
+    """Return the spec as JSON can hold it, or None where it contains a Python function."""
     if isinstance(spec, Mapping):
         values = {key: _plain(value) for key, value in spec.items()}
         return None if any(value is None and spec[key] is not None for key, value in values.items()) else values
@@ -273,13 +383,13 @@ def _plain(spec: Any) -> Any:
 
 
 KINDS: dict[str, Callable[..., Feature]] = {
-    "contains": text_features.contains,
-    "words": text_features.words,
-    "matches": text_features.matches,
-    "length": text_features.length,
+    "contains": contains,
+    "words": words,
+    "matches": matches,
+    "length": length,
     "function": _function,
-    "reward_model": _reward_model,
-    "classifier": _classifier,
+    "reward_model": reward_model,
+    "classifier": classifier,
     "product": _product,
     "sum": _sum,
     "not": _not,

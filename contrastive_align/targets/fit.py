@@ -1,4 +1,4 @@
-"""Lambda from moments: damped Newton on the convex dual, in log space, in float64, over weighted samples."""
+"""The fit of lambda to moments: damped Newton on the convex dual, in float64 log space, over weighted samples."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ NULL = 1e-12  # the least variance that a step is divided by
 
 @dataclass(frozen=True)
 class Fit:
-    """What :func:`fit_lambdas` found. J features, C prompts; all float64.
+    """The result of :func:`fit_lambdas` for J features and C prompts, in float64.
 
-    Standard errors are those of samples: where the weighted points are all there is, they mean nothing. They hold for
-    the given prompts, and do not include that other prompts might have been drawn.
+    Standard errors are those of samples; for an enumerated space they have no meaning. They hold for the given prompts
+    and leave out the spread between prompts.
 
     Args:
         lambdas: (J,) nats per unit of the feature.
-        moments: (J,) wanted.
-        achieved: (J,) mean_c E_p[phi | c] on the samples, without its bias where that is corrected.
+        moments: (J,) the wanted moments.
+        achieved: (J,) mean_c E_p[phi | c] on the samples, less its estimated bias if that was corrected.
         base_moments: (J,) the same at lambda = 0.
         moment_se: (J,) of ``achieved`` at these lambdas, by the delta method for ratios.
         lambda_se: (J,) H^-1 V H^-1, with V the covariance of ``achieved`` and H that of phi under p.
@@ -39,9 +39,9 @@ class Fit:
         ess: effective sample size of ``achieved``: C^2 / sum_c (1 / ess_c), which for one prompt is ess_c.
         ess_per_prompt: (C,) 1 / sum of the squared normalised weights.
         iterations: Newton steps.
-        converged: always True: what does not converge raises.
+        converged: always True; a fit that does not converge raises.
         samples: how many had any weight.
-        skipped: the prompts left out because none of their samples had any weight.
+        skipped: the prompts left out, whose samples all had no weight.
     """
 
     lambdas: Tensor
@@ -79,7 +79,7 @@ def fit_lambdas(
     max_iterations: int = 200,
     progress: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> Fit:
-    r"""The lambdas at which p(x|c) = a(x|c) b(x) exp(lambda . phi(x)) / Z_c has the wanted moments.
+    r"""Find the lambdas at which p(x|c) = a(x|c) b(x) exp(lambda . phi(x)) / Z_c has the wanted moments.
 
     .. math:: \lambda = \arg\min\ \mathrm{mean}_c \log Z_c(\lambda) - \lambda \cdot \bar\mu, \qquad
         Z_c(\lambda) = \sum_m \tilde w_{cm}\, b_{cm}\, e^{\lambda \cdot \phi_{cm}}
@@ -90,7 +90,8 @@ def fit_lambdas(
     base rate mu0, lambda = logit(mu) - logit(mu0).
 
     E_p[phi|c] is a ratio of two means over M samples, and biased by O(1/M) towards what the base has: more prompts do
-    not help, and lambda comes out too large in size. ``correct_bias`` takes its leading term off by one more step:
+    not reduce it, and the size of lambda comes out too large. ``correct_bias`` subtracts the leading term by one more
+    step:
 
     .. math:: E[\hat m_c] - m_c \approx -\sum_m p_{cm}^2\, (\phi_{cm} - \hat m_c), \qquad
         \hat m_c = \sum_m p_{cm}\, \phi_{cm}
@@ -99,16 +100,15 @@ def fit_lambdas(
 
     Args:
         phi: (C, M, J) features of M samples for each of C prompts; C = 1 where there are no prompts.
-        moments: (J,) wanted, each the mean over prompts.
+        moments: (J,) the wanted moments, each a mean over prompts.
         log_weights: (C, M) nats, log a(x|c) - log q(x|c) for samples of a proposal q, up to a constant per prompt
             (the weights are normalised within a prompt). Default: samples of the base, all weights equal. Every atom
             of an enumerable space weighted by log a(x|c) makes the result exact; then set ``min_ess=0``.
         log_b: (C, M) 0 or -inf: pointwise constraints.
         valid: (C, M) bool: False marks a sample that is not there (other numbers of samples per prompt).
-        names: of the features, for errors.
-        min_ess: the effective sample size under which the result is not to be trusted.
-        correct_bias: for samples; not where the weighted points are all there is. What is left of the residual is then
-            of second order, no longer 0.
+        names: of the features, for error messages.
+        min_ess: the smallest effective sample size that is accepted.
+        correct_bias: for samples, not for an enumerated space. The residual is then of second order instead of 0.
         tolerance: on the residuals, relative to the range of each feature.
         progress: called with the iteration and a dict of ``dual``, ``residual`` (J,) and ``ess``.
 
@@ -125,7 +125,7 @@ def fit_lambdas(
     >>> round(fit.lambdas.item(), 5)
     2.58669
     """
-    phi, mu, log_w, log_b, names = _checked(phi, moments, log_weights, log_b, valid, names)
+    phi, mu, log_w, log_b, names = _check_arguments(phi, moments, log_weights, log_b, valid, names)
     sampled, log_prior = (log_w > -torch.inf).any(-1), log_w + log_b
     alive = (log_prior > -torch.inf).any(-1)
     if not alive.any():
@@ -146,7 +146,7 @@ def fit_lambdas(
     p = torch.softmax(log_prior + reach.x @ (basis @ theta), -1)
     ess = c**2 / float((p**2).sum())
     if len(mu) and ess < min_ess:
-        raise InfeasibleMoment(_little_weight(ess, min_ess, reach, torch.softmax(log_prior, -1)))
+        raise InfeasibleMoment(_describe_low_ess(ess, min_ess, reach, torch.softmax(log_prior, -1)))
     precision = torch.linalg.pinv(_scatter(reach.x @ basis, p, p), hermitian=True)
     se_basis = basis @ precision
     noise = _scatter(reach.x, p, p**2 / c)
@@ -182,7 +182,7 @@ def _newton(
     max_iterations: int,
     progress: Callable[[int, dict[str, Any]], None] | None,
 ) -> tuple[Tensor, int]:
-    """theta (R,), lambda in the basis of what varies, and the number of steps; raises where there is none."""
+    """Return theta (R,), lambda in the basis of the varying directions, and the number of steps, or raise."""
     x = reach.x @ basis
     theta = x.new_zeros(basis.size(1))
 
@@ -222,7 +222,7 @@ def _newton(
     )
 
 
-def _little_weight(ess: float, min_ess: float, reach: Reach, base: Tensor) -> str:
+def _describe_low_ess(ess: float, min_ess: float, reach: Reach, base: Tensor) -> str:
     mean = _moments(reach.x, base)  # wanted: 0
     shift = mean.abs() / _scatter(reach.x, base, base).diagonal().clamp(min=NULL).sqrt()
     j = int(shift.argmax())
@@ -235,18 +235,18 @@ def _little_weight(ess: float, min_ess: float, reach: Reach, base: Tensor) -> st
 
 
 def _moments(x: Tensor, p: Tensor) -> Tensor:
-    """(J,) the mean over prompts of E_p[x | c]."""
+    """Return the mean over prompts of E_p[x | c], (J,)."""
     return (p.unsqueeze(-1) * x).sum(1).mean(0)
 
 
 def _bias(x: Tensor, p: Tensor) -> Tensor:
-    """(J,) of the mean over prompts of E_p[x | c], as an expectation over samples; to first order in 1 / M."""
+    """Return the bias of ``_moments`` as an expectation over samples, (J,), to first order in 1 / M."""
     centred = x - (p.unsqueeze(-1) * x).sum(1, keepdim=True)
     return -_moments(centred, p**2)
 
 
 def _scatter(x: Tensor, p: Tensor, weights: Tensor) -> Tensor:
-    """(J, J) the mean over prompts of sum_m weights (x - E_p[x])(x - E_p[x])^T."""
+    """Return the mean over prompts of sum_m weights (x - E_p[x])(x - E_p[x])^T, (J, J)."""
     centred = x - (p.unsqueeze(-1) * x).sum(1, keepdim=True)
     rows = (weights.sqrt().unsqueeze(-1) * centred).flatten(0, 1)
     return rows.T @ rows / len(x)
@@ -256,7 +256,7 @@ def _largest(residual: Tensor) -> float:
     return float(residual.abs().max()) if len(residual) else 0.0
 
 
-def _checked(
+def _check_arguments(
     phi: Tensor,
     moments: Tensor | Sequence[float],
     log_weights: Tensor | None,
@@ -264,7 +264,7 @@ def _checked(
     valid: Tensor | None,
     names: Sequence[str] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
-    """Everything in float64 on the CPU; log-weights normalised per prompt; features 0 where there is no weight."""
+    """Check the arguments; return them in float64 on the CPU, log-weights normalised per prompt, unused features 0."""
     if phi.ndim != 3 or not phi.size(0) or not phi.size(1):
         raise ValueError(
             f"phi has the shape {tuple(phi.shape)}, expected (prompts, samples, features) with at least one prompt and "
@@ -305,3 +305,61 @@ def _checked(
     total = torch.logsumexp(log_w, -1, keepdim=True)
     log_w = torch.where(total > -torch.inf, log_w - total, -torch.inf)
     return phi, mu, log_w, log_b, names
+
+
+def group_by_prompt(
+    phi: Tensor, log_weights: Tensor | None = None, prompt_index: Tensor | None = None, valid: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Group samples by prompt: return phi (C, M, J), log_weights (C, M) and valid (C, M), the last two or None.
+
+    All are on the CPU, phi and log_weights in float64.
+
+    Args:
+        phi: (n, J), or already grouped (C, M, J).
+        log_weights, valid: (n,) and None, or (C, M).
+        prompt_index: (n,) the number of each sample's prompt, 0 to C - 1, in any order. Default: one prompt.
+
+    Raises:
+        ValueError: shapes do not fit each other, or a prompt has no sample.
+
+    >>> phi, _, valid = group_by_prompt(torch.tensor([[1.0], [2.0], [3.0]]), prompt_index=torch.tensor([0, 1, 0]))
+    >>> phi.squeeze(-1).tolist(), valid.tolist()
+    ([[1.0, 3.0], [2.0, 0.0]], [[True, True], [True, False]])
+    """
+    phi = phi.detach().to("cpu", torch.float64)
+    log_weights = None if log_weights is None else log_weights.detach().to("cpu", torch.float64)
+    if phi.ndim not in (2, 3):
+        raise ValueError(f"phi has the shape {tuple(phi.shape)}, expected (n, J) or (prompts, samples, J).")
+    for name, given in (("log_weights", log_weights), ("valid", valid), ("prompt_index", prompt_index)):
+        if given is not None and given.shape != phi.shape[:-1]:
+            raise ValueError(f"{name} has the shape {tuple(given.shape)}, expected {tuple(phi.shape[:-1])} as phi.")
+    if phi.ndim == 3:
+        if prompt_index is not None:
+            raise ValueError("phi (prompts, samples, J) is by prompt already: leave prompt_index out.")
+        return phi, log_weights, None if valid is None else valid.cpu()
+    if valid is not None:
+        raise ValueError("valid marks what is missing of phi (prompts, samples, J); from phi (n, J) leave rows out.")
+    if not len(phi):
+        raise ValueError("phi has no rows, expected samples.")
+    if prompt_index is None:
+        return phi.unsqueeze(0), None if log_weights is None else log_weights.unsqueeze(0), None
+    index = prompt_index.detach().cpu().long()
+    if index.min() < 0:
+        raise ValueError(f"prompt_index has {int(index.min())}, expected numbers from 0.")
+    counts = torch.bincount(index)
+    if not counts.all():
+        missing = (counts == 0).nonzero().flatten().tolist()
+        raise ValueError(f"{len(missing)} of {len(counts)} prompts have no sample, the first being {missing[:5]}.")
+    order = torch.argsort(index, stable=True)
+    place = torch.empty_like(index)
+    place[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
+    shape = (len(counts), int(counts.max()))
+    grouped = phi.new_zeros(*shape, phi.size(-1))
+    grouped[index, place] = phi
+    valid = torch.zeros(shape, dtype=torch.bool)
+    valid[index, place] = True
+    weights = None
+    if log_weights is not None:
+        weights = phi.new_full(shape, -torch.inf)
+        weights[index, place] = log_weights
+    return grouped, weights, valid

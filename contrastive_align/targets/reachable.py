@@ -1,4 +1,4 @@
-"""Which moments samples can reach at all: each alone, and all together."""
+"""The moments that samples can reach: each alone, and all together."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ CONSTANT = 1e-12  # a range, or a variance relative to the largest, that is roun
 
 
 class InfeasibleMoment(ValueError):
-    """A moment that no reweighting of the samples has, or that too few of them would carry."""
+    """A moment that no reweighting of the samples has, or that would rest on too few of them."""
 
 
 class Reach:
-    """What reweighting the samples of each prompt can do to the moments.
+    """The moments that reweighting the samples of each prompt can reach.
 
     The moments that can be reached are the mean over prompts of the convex hulls of each prompt's samples; lambda is
     finite inside of it and nowhere else.
@@ -30,7 +30,7 @@ class Reach:
 
     Attributes:
         low, high: (J,) the range of each moment, a mean over prompts.
-        x: (C, M, J) (phi - moments) / (high - low): what is wanted is 0.
+        x: (C, M, J) (phi - moments) / (high - low), whose wanted mean is 0.
 
     Raises:
         InfeasibleMoment: a constant feature, or a moment outside or on the edge of its own range.
@@ -75,10 +75,10 @@ class Reach:
         return f"'{self.names[j]}' {found}, so that no lambda moves it to the moment {wanted:g}. {fix}"
 
     def check_together(self, direction: Tensor, *, edge: float = 0.0) -> None:
-        """Raise where ``direction`` (J,), in units of ``x``, proves that the moments cannot be reached together.
+        """Raise if ``direction`` (J,), in units of ``x``, proves that the moments cannot be reached together.
 
-        By the separating hyperplane: every point within reach has d . x <= mean_c max_m d . x_cm, so that what is
-        wanted, d . 0, is outside where that is below 0 and on the edge where it is 0. No direction gives a false alarm.
+        A separating hyperplane: every reachable point has d . x <= mean_c max_m d . x_cm, so the wanted point 0 is
+        outside if that is below 0, and on the edge if it is 0. No direction gives a false alarm.
         """
         along = self.x @ direction
         highest = along.masked_fill(~self.support, -torch.inf).amax(-1).mean()
@@ -98,9 +98,9 @@ class Reach:
         )
 
     def varying_directions(self) -> Tensor:
-        """(J, R) basis of the combinations of x that vary, each with variance 1 over the support.
+        """Return a basis (J, R) of the combinations of x that vary, each with variance 1 over the support.
 
-        Features that depend on each other linearly leave R < J; then lambda is the shortest of its many equals.
+        R < J if features depend on each other linearly; lambda is then the shortest of its equivalents.
         """
         if not self.names:
             return self.x.new_zeros(0, 0)
@@ -117,7 +117,7 @@ class Reach:
         return vectors[:, vary] / variances[vary].sqrt()
 
     def describe(self, j: int) -> str:
-        """One moment and its range."""
+        """Return one wanted moment and its range, for messages."""
         return f"'{self.names[j]}' wanted {self.moments[j]:g}, range {self.low[j]:g} to {self.high[j]:g}"
 
     def _samples(self) -> str:

@@ -1,4 +1,4 @@
-"""What the model should be: base, constraints, and the lambdas that make them hold."""
+"""The target distribution: the base, constraints on features, and the lambdas that make them hold."""
 
 from __future__ import annotations
 
@@ -8,22 +8,90 @@ import math
 import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from contrastive_align.targets.constraint import Constraint
 from contrastive_align.targets.evaluate import Feature, Text, evaluate_features, shorten
 from contrastive_align.targets.features import resolve_feature
-from contrastive_align.targets.fit import Fit, fit_lambdas
-from contrastive_align.targets.grouping import group_by_prompt
-from contrastive_align.targets.pointwise import check_some_satisfy, decide_pointwise, log_b
+from contrastive_align.targets.fit import Fit, fit_lambdas, group_by_prompt
+from contrastive_align.targets.reachable import InfeasibleMoment
 
 
 logger = logging.getLogger(__name__)
+
+CONSTRAINT_KEYS = ("moment", "pointwise")
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A wish about a feature: E[feature] = moment; or, pointwise, feature = 1 always.
+
+    Args:
+        feature: a :class:`Feature`, or a spec of one (see ``resolve_feature``).
+        moment: the wanted mean.
+        pointwise: whether the feature itself, 0 or 1, multiplies the target, b(x) = phi(x). None: if the moment is 1
+            and the feature is boolean (a fit decides from the samples if the spec does not say).
+
+    Raises:
+        ValueError: the moment is not a finite number, not in 0 to 1 for a boolean feature, or not 1 though pointwise.
+    """
+
+    feature: Any
+    moment: float
+    pointwise: bool | None = None
+
+    def __post_init__(self) -> None:
+        feature = resolve_feature(self.feature)
+        if isinstance(self.moment, bool) or not isinstance(self.moment, numbers.Real) or not math.isfinite(self.moment):
+            raise ValueError(f"The moment of '{feature.name}' is {shorten(self.moment)}, expected a finite number.")
+        if self.pointwise not in (True, False, None):
+            raise ValueError(f"pointwise of '{feature.name}' is {self.pointwise!r}, expected true, false or nothing.")
+        if self.pointwise and (self.moment != 1 or feature.boolean is False):
+            found = f"moment={self.moment:g}" if self.moment != 1 else "a feature that is not boolean"
+            raise ValueError(
+                f"'{feature.name}' is pointwise with {found}, expected moment=1.0 and a feature of 0 and 1: 'always'. "
+                "Leave pointwise out for a moment that holds on average."
+            )
+        if feature.boolean and not 0 <= self.moment <= 1:
+            raise ValueError(
+                f"The moment of '{feature.name}' is {self.moment:g}, expected 0 to 1: the share of the texts that have "
+                "the feature."
+            )
+        pointwise = self.pointwise
+        if pointwise is None and (self.moment != 1 or feature.boolean is not None):
+            pointwise = self.moment == 1 and bool(feature.boolean)
+        object.__setattr__(self, "feature", feature)
+        object.__setattr__(self, "moment", float(self.moment))
+        object.__setattr__(self, "pointwise", pointwise)
+
+    @property
+    def name(self) -> str:
+        return self.feature.name
+
+
+def resolve_constraint(spec: Any, **resolve_kwargs: Any) -> Constraint:
+    """Build a constraint from a feature's spec (or the spec under ``feature``) with ``moment`` and ``pointwise``.
+
+    >>> resolve_constraint({"contains": "please", "moment": 0.5}).moment
+    0.5
+
+    Raises:
+        ValueError: no moment, or a feature that ``resolve_feature`` refuses.
+    """
+    if isinstance(spec, Constraint):
+        return spec
+    if not isinstance(spec, Mapping) or "moment" not in spec:
+        raise ValueError(
+            f"Found {shorten(spec)}, expected a constraint: a feature with its moment, such as "
+            "{contains: please, moment: 0.5}."
+        )
+    rest = {key: value for key, value in spec.items() if key not in CONSTRAINT_KEYS}
+    feature = rest["feature"] if set(rest) == {"feature"} else rest
+    return Constraint(resolve_feature(feature, **resolve_kwargs), spec["moment"], spec.get("pointwise"))
 
 
 class Target:
@@ -32,12 +100,11 @@ class Target:
     .. math:: P(x|c) = a(x|c) \prod_i b_i(x) \exp(\lambda \cdot \phi(x))
 
     GDC, arXiv:2012.11635; one lambda for all prompts and one Z for each: CDPG, arXiv:2112.00791. The base a is
-    whoever gave the log-probs that :meth:`log_scores` receives. A target knows no model, samples nothing and trains
-    nothing.
+    the model whose log-probs :meth:`log_scores` receives. A target holds no model, and does not sample or train.
 
     Args:
-        constraints: J of them, with different names. Their lambdas are unknown until :meth:`fit` or :meth:`load`;
-            pointwise ones need none.
+        constraints: J constraints with different names. Their lambdas are unknown until :meth:`fit` or :meth:`load`;
+            pointwise constraints need none.
     """
 
     def __init__(self, constraints: Sequence[Constraint]) -> None:
@@ -74,7 +141,7 @@ class Target:
 
     @classmethod
     def from_reward(cls, feature: Any, beta: float) -> Target:
-        """base * exp(r / beta): the optimum of E[r] - beta KL(pi||base), arXiv:2206.00761. Nothing is left to fit."""
+        """Build base * exp(r / beta), the optimum of E[r] - beta KL(pi||base), arXiv:2206.00761, which needs no fit."""
         if isinstance(beta, bool) or not isinstance(beta, numbers.Real) or not (0 < beta < math.inf):
             raise ValueError(f"beta is {beta!r}, expected a number above 0: the target is base * exp(reward / beta).")
         target = cls.__new__(cls)
@@ -83,10 +150,10 @@ class Target:
 
     @classmethod
     def from_saved(cls, path: str | os.PathLike, functions: Mapping[str, Any] | None = None) -> Target:
-        """The target that :meth:`save` wrote, its features made anew from their specs.
+        """Build the target that :meth:`save` wrote, with its features built again from their specs.
 
         Args:
-            functions: name -> feature, for those that were functions of Python and so have no spec.
+            functions: name -> feature, for Python functions, which have no spec.
 
         Raises:
             ValueError: a feature without a spec is not in ``functions``.
@@ -117,12 +184,12 @@ class Target:
 
     @property
     def names(self) -> list[str]:
-        """J names of features."""
+        """The names of the J features."""
         return [feature.name for feature in self._features]
 
     @property
     def moments(self) -> Tensor:
-        """(J,) wanted; NaN for a reward, of which none is."""
+        """(J,) the wanted moments; NaN for a reward, which has none."""
         return torch.tensor([c.moment for c in self.constraints] or [math.nan], dtype=torch.float64)
 
     @property
@@ -146,21 +213,21 @@ class Target:
         return self._lambdas.clone()
 
     def features(self, /, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Tensor:
-        """phi (n, J) float64; see ``evaluate_features``."""
+        """Return phi, (n, J) float64; see ``evaluate_features``."""
         return evaluate_features(self._features, prompts, completions, **columns)
 
     def energy(self, phi: Tensor) -> Tensor:
-        """log b(x) + lambda . phi(x), (...) float64 nats from phi (..., J); -inf where a pointwise constraint fails.
+        """Return log b(x) + lambda . phi(x), (...) nats from phi (..., J); -inf if a pointwise constraint fails.
 
         Raises:
-            ValueError: NaN or infinite features, or a pointwise one that is neither 0 nor 1.
+            ValueError: NaN or infinite features, or a pointwise feature that is neither 0 nor 1.
         """
         lambdas = self.lambdas.to(phi.device)
         phi = self._checked(phi)
         return phi @ lambdas + log_b(phi, self._pointwise, self.names)
 
     def log_scores(self, base_logps: Tensor, phi: Tensor) -> Tensor:
-        """log P(x|c) (...), unnormalised: ``base_logps`` (...) nats, summed over tokens, + :meth:`energy`."""
+        """Return log P(x|c), (...) unnormalised: ``base_logps`` (...) nats, summed over tokens, plus :meth:`energy`."""
         if base_logps.shape != phi.shape[:-1]:
             raise ValueError(
                 f"base_logps has the shape {tuple(base_logps.shape)} and phi {tuple(phi.shape)}, expected one log-prob "
@@ -183,20 +250,19 @@ class Target:
         max_iterations: int = 200,
         progress: Callable[[int, dict[str, Any]], None] | None = None,
     ) -> Fit:
-        """Find the lambdas from samples; remembered here and returned with their error bars.
+        """Find the lambdas from samples, keep them, and return them with their error bars.
 
         Args:
             phi: (n, J) features of samples of the base, as :meth:`features` gives them, or (C, M, J), M samples for
                 each of C prompts.
-            log_weights: (n,) or (C, M) nats, log base - log proposal, where the samples are a proposal's.
-            prompt_index: (n,) the number of the prompt of each sample, 0 to C - 1. Default: one prompt.
+            log_weights: (n,) or (C, M) nats, log base - log proposal, for samples of a proposal.
+            prompt_index: (n,) the number of each sample's prompt, 0 to C - 1. Default: one prompt.
             valid: (C, M) bool, with (C, M, J).
-            min_ess, correct_bias, tolerance, max_iterations, progress: see ``fit_lambdas``, which also says what is
-                minimised.
+            min_ess, correct_bias, tolerance, max_iterations, progress: see ``fit_lambdas``.
 
         Raises:
-            InfeasibleMoment: a moment no lambda reaches on these samples; a pointwise constraint none satisfies.
-            ValueError: shapes and values that do not fit, or a target of a reward, which has nothing to fit.
+            InfeasibleMoment: no lambda reaches a moment on these samples, or none satisfies a pointwise constraint.
+            ValueError: shapes or values do not fit, or this is the target of a reward, which needs no fit.
         """
         if self.reward_beta is not None:
             raise ValueError(f"A target of a reward has nothing to fit: lambda = 1 / beta = {1 / self.reward_beta:g}.")
@@ -253,7 +319,7 @@ class Target:
     # --------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that :meth:`load_state_dict` and a reader need, of plain Python."""
+        """Return the constraints, lambdas and the record of the fit as plain Python, ready for JSON."""
         rows = []
         for j, feature in enumerate(self._features):
             moment = self.constraints[j].moment if self.constraints else None
@@ -266,9 +332,11 @@ class Target:
         """Take the lambdas of a saved target with the same features, moments and beta.
 
         Raises:
-            ValueError: names the first thing that differs.
+            ValueError: names the first difference.
         """
         rows = state["constraints"]
+        if self.reward_beta is not None and [row["name"] for row in rows] == [f"1*{name}" for name in self.names]:
+            rows = [_only_part(row) for row in rows]
         if [row["name"] for row in rows] != self.names:
             raise ValueError(f"it has the features {[row['name'] for row in rows]}, this target has {self.names}.")
         if state["reward_beta"] != self.reward_beta:
@@ -289,7 +357,7 @@ class Target:
         self._record, self.last_fit = dict(state["fit"]), None
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write the target as JSON, whole or not at all."""
+        """Write the target as JSON, atomically, and return the path."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(path.name + ".incomplete")
@@ -298,12 +366,18 @@ class Target:
         return path
 
     def load(self, path: str | os.PathLike) -> Target:
-        """Read what :meth:`save` wrote into this target, which must have the same features and moments; returns it."""
+        """Read a file of :meth:`save` into this target, which must have the same features and moments; return it."""
         try:
             self.load_state_dict(_read(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         return self
+
+
+def _only_part(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the saved sum 1*r of a single reward as r, which is the same target."""
+    spec = row["spec"]
+    return {**row, "name": row["name"].removeprefix("1*"), "spec": spec and spec["sum"][0][1]}
 
 
 def _read(path: str | os.PathLike) -> dict[str, Any]:
@@ -314,3 +388,45 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no saved target, expected what target.save(path) writes: {error}") from error
     return state
+
+
+# ------------------------------------------------------------------------- pointwise constraints: b(x) = phi(x), 0 or 1
+
+
+def decide_pointwise(phi: Tensor, flags: Sequence[bool | None]) -> list[bool]:
+    """Return the J flags, with None decided by whether the feature is boolean on the samples phi (n, J)."""
+    boolean = ((phi == 0) | (phi == 1)).all(0).tolist()
+    return [boolean[j] if flag is None else flag for j, flag in enumerate(flags)]
+
+
+def log_b(phi: Tensor, pointwise: Sequence[bool | None], names: Sequence[str]) -> Tensor:
+    """Return log b, (...) float64: 0 where all pointwise features of phi (..., J) are 1, else -inf.
+
+    Raises:
+        ValueError: a pointwise feature is neither 0 nor 1.
+
+    >>> log_b(torch.tensor([[1.0, 0.3], [0.0, 0.3]]), [True, False], ["polite", "length"])
+    tensor([0., -inf], dtype=torch.float64)
+    """
+    places = [j for j, flag in enumerate(pointwise) if flag]
+    always = phi[..., places]
+    bad = (always != 0) & (always != 1)
+    if bad.any():
+        raise ValueError(
+            f"'{names[places[int(bad.nonzero()[0, -1])]]}' is pointwise, b(x) = phi(x), and {always[bad][0].item():g} "
+            "on a sample, expected 0 or 1. Make the feature boolean, for instance by a threshold, or pointwise=False."
+        )
+    holds = (always == 1).all(-1)
+    return torch.zeros(holds.shape, dtype=torch.float64, device=phi.device).masked_fill(~holds, -torch.inf)
+
+
+def check_some_satisfy(phi: Tensor, pointwise: Sequence[bool], names: Sequence[str]) -> None:
+    """Raise :class:`InfeasibleMoment` if no row of phi (n, J) satisfies all pointwise constraints, so that Z = 0."""
+    n, places = len(phi), [j for j, flag in enumerate(pointwise) if flag]
+    if not n or (phi[:, places] == 1).all(-1).any():
+        return
+    each = ", ".join(f"'{names[j]}' by {int(phi[:, j].sum())} of {n}" for j in places)
+    raise InfeasibleMoment(
+        f"None of {n} samples satisfies the pointwise constraints{' together' * (len(places) > 1)}, so that Z = 0: "
+        f"{each}. Draw more samples, from a proposal that satisfies them (a prompt asking for it), or lower a moment."
+    )

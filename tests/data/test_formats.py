@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from contrastive_align.data import BadRow, Group, detect_spelling, read_group
+from contrastive_align.data import BadRow, Group, detect_spelling, distinct_prompts, read_group
 
 
 def user(text: str) -> dict:
@@ -316,3 +316,10 @@ def test_the_row_is_not_changed_by_reading():
     before = json.dumps(row)
     read(row)
     assert json.dumps(row) == before
+
+
+def test_distinct_prompts_are_the_first_rows_of_their_prompts():
+    chat = [{"role": "user", "content": "Hi"}]
+    rows = [{"prompt": prompt, "n": n} for n, prompt in enumerate(["a", chat, "a", [*chat], "b"])]
+    assert [row["n"] for row in distinct_prompts(rows)] == [0, 1, 4]
+    assert [row["n"] for row in distinct_prompts(iter(rows), 2)] == [0, 1] and distinct_prompts(rows, 0) == []

@@ -26,7 +26,7 @@ from contrastive_align.launch.steps import sample as sample_step
 from contrastive_align.launch.steps.command import main
 from contrastive_align.launch.steps.splits import rows_of
 from contrastive_align.launch.steps.train import convert
-from contrastive_align.sampling.seeds import seed_of
+from contrastive_align.sampling.decode import seed_of
 from contrastive_align.sampling.server import SEEDS
 
 

@@ -12,6 +12,7 @@ from contrastive_align.losses import (
     divergence,
     divergence_value,
     fdpg,
+    mean_slope,
 )
 
 
@@ -610,3 +611,15 @@ def test_the_dict_is_a_dict():
     assert len(DIVERGENCES) == 6
     with pytest.raises(KeyError):
         DIVERGENCES["hellinger"]
+
+
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+def test_mean_slope_is_the_expectation_under_the_policy(name):
+    """All atoms drawn from a uniform q: the sum over them is the expectation."""
+    generator = torch.Generator().manual_seed(0)
+    logits, scores = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
+    log_pi, log_z = logits.log_softmax(-1), scores.logsumexp(-1)
+    log_q = torch.full_like(log_pi, -torch.tensor(7.0).log().item())
+    want = (log_pi.exp() * DIVERGENCES[name](log_pi - scores.log_softmax(-1))).sum(-1)
+    found = mean_slope(log_pi, log_q, scores, log_z=log_z, divergence=name)
+    assert torch.allclose(found, want, atol=1e-12)

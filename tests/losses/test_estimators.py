@@ -7,6 +7,7 @@ import torch
 
 from contrastive_align.losses import (
     Estimate,
+    RunningLogZ,
     average_estimate,
     divergence_value,
     estimate_divergence,
@@ -265,3 +266,15 @@ def test_refusals():
         estimate_divergence("kl", logps, logps, logps, log_z=logps)
     with pytest.raises(ValueError, match=r"features are \(2, 4\)"):
         estimate_moments(torch.zeros(2, 4), logps, logps)
+
+
+def test_the_running_log_z_is_the_mean_over_all_samples_of_a_prompt_and_survives_saving():
+    log_weights = draw(2, 7)
+    running = RunningLogZ()
+    running.add([("a", log_weights[0, :3]), ("b", log_weights[1])])
+    running.add([("a", log_weights[0, 3:]), ("none", torch.full((2,), -math.inf))])
+    saved = RunningLogZ()
+    saved.load_state_dict(running.state_dict())
+    for log_z in (running, saved):
+        assert torch.allclose(log_z.of(["b", "a"]), log_weights.flip(0).exp().mean(-1).log(), atol=1e-12)
+        assert log_z["none"] == -math.inf and "a" in log_z and "c" not in log_z

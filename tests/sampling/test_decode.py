@@ -31,7 +31,7 @@ from transformers import (
 
 from contrastive_align.models.shared_prompt import ATTENTION_NAME
 from contrastive_align.sampling import Drawn, PolicyProposal, decode, draw
-from contrastive_align.sampling.decode import _changed, _exponential, _race, score
+from contrastive_align.sampling.decode import _adjust_logits, _exponential_noise, _sample_tokens, score
 
 
 VOCABULARY, PAD, EOS = 24, 0, (1, 2, 3, 4)
@@ -218,7 +218,7 @@ def test_the_distribution_is_the_one_asked_for(changes):
 def test_asking_for_nothing_changes_nothing(monkeypatch):
     model = make("llama")
     before = draw_from(model)
-    monkeypatch.setattr(decode, "_changed", lambda *_, **__: pytest.fail("a pass over the logits for nothing"))
+    monkeypatch.setattr(decode, "_adjust_logits", lambda *_, **__: pytest.fail("a pass over the logits for nothing"))
     same = draw_from(model, temperature=1.0, top_p=1.0, suppress_ids=[])
     assert same.completion_ids == before.completion_ids
     assert torch.equal(same.logps, before.logps)
@@ -233,7 +233,7 @@ def test_extreme_changes_are_greedy():
     assert all(first == second for first, second in cold.completion_ids)
     assert (cold.logps == 0).all()
     assert (narrow.logps == 0).all()
-    tied = _changed(torch.zeros(1, 4), 1.0, 0.5, torch.tensor([], dtype=torch.long))
+    tied = _adjust_logits(torch.zeros(1, 4), 1.0, 0.5, torch.tensor([], dtype=torch.long))
     assert tied.tolist() == [[0, 0, -math.inf, -math.inf]]
 
 
@@ -259,7 +259,9 @@ def test_changes_that_are_refused():
 
 def test_noise_is_exponential_and_fine_near_zero():
     n = 2**22
-    noise = _exponential((2, n // 2), [torch.Generator().manual_seed(i) for i in range(2)], [True, True]).flatten()
+    noise = _exponential_noise(
+        (2, n // 2), [torch.Generator().manual_seed(i) for i in range(2)], [True, True]
+    ).flatten()
     assert noise.dtype == torch.float32
     for power in range(1, 4):  # E[x^k] = k!
         moments = noise.double() ** power
@@ -273,10 +275,14 @@ def test_noise_is_exponential_and_fine_near_zero():
 def test_impossible_tokens_are_never_drawn_and_logps_have_no_nan():
     logits = torch.full((64, 8), -torch.inf)
     logits[:, 3] = -1000.0
-    tokens, logps = _race(logits, _exponential((64, 8), [torch.Generator() for _ in range(64)], [True] * 64))
+    tokens, logps = _sample_tokens(
+        logits, _exponential_noise((64, 8), [torch.Generator() for _ in range(64)], [True] * 64)
+    )
     assert (tokens == 3).all()
     assert (logps == 0).all()
-    tokens, _ = _race(torch.zeros(1, 8), torch.full((1, 8), torch.inf).index_fill_(1, torch.tensor([5]), 1e-19))
+    tokens, _ = _sample_tokens(
+        torch.zeros(1, 8), torch.full((1, 8), torch.inf).index_fill_(1, torch.tensor([5]), 1e-19)
+    )
     assert tokens.tolist() == [5]
 
 

@@ -19,17 +19,20 @@ from transformers import (
 from contrastive_align import demo
 from contrastive_align import targets as targets_room
 from contrastive_align.targets import (
+    NOT_COLUMNS,
     Constraint,
     Feature,
     FeatureError,
     InfeasibleMoment,
     Target,
+    columns_of,
     completion_text,
     evaluate_feature,
     evaluate_features,
     fit_lambdas,
     resolve_constraint,
     resolve_feature,
+    weighted_sum,
 )
 
 
@@ -143,6 +146,13 @@ def test_columns_may_have_any_name():
         [1],
         [0],
     ]
+
+
+def test_the_columns_of_rows_are_those_a_reward_function_is_not_given_by_another_name():
+    rows = [{**dict.fromkeys(NOT_COLUMNS, "no"), "topic": topic, "n": n} for n, topic in enumerate("ab")]
+    assert columns_of(rows, 2) == {"topic": ["a", "a", "b", "b"], "n": [0, 0, 1, 1]}
+    assert columns_of(rows, [0, 3]) == {"topic": ["b"] * 3, "n": [1] * 3}
+    assert columns_of([], 2) == {}
 
 
 def test_messages_are_read():
@@ -429,6 +439,30 @@ def test_a_reward_tilts_the_base():
     assert target.names == ["length:words"] and target.moments.isnan().all()
     with pytest.raises(ValueError, match="nothing to fit: lambda = 1 / beta = 4"):
         target.fit(phi)
+
+
+def test_reward_functions_are_one_weighted_sum(tmp_path):
+    single = weighted_sum(unknown)
+    assert single.name == "unknown" and single.function is unknown and weighted_sum([unknown], [1]) == single
+    assert weighted_sum({"length": "words"}).spec == {"length": "words"}
+    two = weighted_sum([{"length": "words"}, {"contains": "please"}], [0.5, -2.0], name="reward")
+    assert evaluate_feature(two, PROMPTS, TEXTS).tolist() == [0.5, 1.5, 2.5] and two.name == "reward"
+    assert two.spec == {"sum": [[0.5, {"length": "words"}], [-2.0, {"contains": "please"}]], "name": "reward"}
+    path = Target.from_reward(two, 0.1).save(tmp_path / "target.json")
+    assert Target.from_saved(path).names == ["reward"]
+    assert weighted_sum([unknown] * 2).name == "1*unknown+1*unknown"
+    with pytest.raises(ValueError, match=r"^reward_weights has 3 numbers for 2 reward functions\.$"):
+        weighted_sum([unknown] * 2, [1.0] * 3)
+
+
+@pytest.mark.parametrize("reward", [unknown, {"length": "words"}])
+def test_a_single_reward_saved_as_a_sum_is_the_same_target(reward, tmp_path):
+    path = Target.from_reward({"sum": [[1.0, reward]]}, 0.5).save(tmp_path / "target.json")
+    target = Target.from_reward(weighted_sum(reward), 0.5)
+    assert target.load(path).lambdas.tolist() == [2.0]
+    Target.from_reward({"sum": [[1.0, reward]]}, 0.5).load(path)
+    with pytest.raises(ValueError, match="has the features"):
+        Target.from_reward({"contains": "please"}, 0.5).load(path)
 
 
 # -------------------------------------------------------------------------------------------------------------- the fit

@@ -7,9 +7,8 @@ import torch
 from peft import LoraConfig
 from test_fdpg_trainer import PROMPTS, SPACE, build, exact_logps, has_a, make_tokenizer, moment_target, trained
 
-from contrastive_align.losses import divergence_value
+from contrastive_align.losses import RunningLogZ, divergence_value
 from contrastive_align.trainers import fdpg as trainer_module
-from contrastive_align.trainers.log_z import RunningLogZ
 from contrastive_align.trainers.proposal import KeptProposal
 
 

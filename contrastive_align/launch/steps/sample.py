@@ -17,8 +17,7 @@ from contrastive_align.launch.ask import load_trained
 from contrastive_align.launch.steps.files import LISTS, Output, Row, fingerprint, read_rows
 from contrastive_align.launch.steps.splits import name_of, rows_of
 from contrastive_align.models import load_tokenizer
-from contrastive_align.sampling.decode import draw
-from contrastive_align.sampling.seeds import seed_of
+from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.sampling.server import PLAIN, ServerSampler
 from contrastive_align.trainers.conditional_inputs import eos_ids
 

@@ -1,15 +1,16 @@
-"""Sequence classifiers as features: reward models, and the probability of a label."""
+"""Sequence classifiers as features: the score of a reward model, or the probability of a label."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from contrastive_align.targets.evaluate import FeatureError, Text, completion_text
+from contrastive_align.targets.evaluate import Feature, FeatureError, Text, completion_text, shorten
 
 
 logger = logging.getLogger(__name__)
@@ -18,22 +19,79 @@ READS = ("both", "completion")
 NO_LIMIT = 10**6  # tokenizers without a limit say something like 1e30
 
 
+def reward_model(
+    value: Any,
+    *,
+    revision: str | None = None,
+    reads: str = "both",
+    special_tokens: bool = False,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Feature:
+    """Build the feature of a reward model, from its id or folder; see :class:`SequenceScorer` for the options."""
+    options = {key: item for key, item in locals().items() if key != "value"}
+    _check_model_id("reward_model", value)
+    return Feature(SequenceScorer(value, **options), _last_part(value), boolean=False)
+
+
+def classifier(
+    value: Any,
+    *,
+    label: str | int | None = None,
+    threshold: float | None = None,
+    revision: str | None = None,
+    reads: str = "completion",
+    batch_size: int = 32,
+    max_length: int | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Feature:
+    """Build the feature of a label's probability, or with ``threshold`` of whether it is reached."""
+    options = {key: item for key, item in locals().items() if key != "value"}
+    _check_model_id("classifier", value)
+    if label is None:
+        raise ValueError(f"The classifier {value} needs a label: {{classifier: {value}, label: positive}}.")
+    name = f"{_last_part(value)}:{label}" + (f">={threshold:g}" if isinstance(threshold, (int, float)) else "")
+    return Feature(SequenceScorer(value, special_tokens=True, **options), name, boolean=threshold is not None)
+
+
+def loaded_reward_model(model: torch.nn.Module, tokenizer: Any = None) -> Feature:
+    """Build the feature of a reward model that is already loaded."""
+    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return Feature(SequenceScorer(model, tokenizer=tokenizer), _last_part(name), boolean=False)
+
+
+def _check_model_id(kind: str, value: Any) -> None:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{kind}: found {shorten(value)}, expected a model id or folder.")
+    if value.endswith(".py"):
+        raise ValueError(f"{kind}: found {value!r}, a Python file. Name the function in it: '{value}:function'.")
+    if value.startswith((".", "/", "~")) and not Path(value).is_dir():
+        raise ValueError(f"{kind}: there is no folder {value!r} (looked in {Path.cwd()}).")
+
+
+def _last_part(model_id: str) -> str:
+    return model_id.rstrip("/").split("/")[-1]
+
+
 class SequenceScorer:
     """A reward function that runs a sequence classifier in batches, sorted by length.
 
-    The value is the one logit (``label`` None), the probability of ``label``, or with ``threshold`` whether that
-    probability reaches it. Loading waits until the first call.
+    The value is the only logit (``label`` None), the probability of ``label``, or with ``threshold`` 1 where that
+    probability reaches it and else 0. The model is loaded at the first call.
 
     Args:
-        model: an id or folder, or a loaded model.
-        tokenizer: its tokenizer; by default the one beside the model.
+        model: an id, a folder, or a loaded model.
+        tokenizer: of the model. Default: the one saved with the model.
         label: a label of the model's config, or its number.
         threshold: between 0 and 1.
         reads: ``"both"``: prompt and completion, joined as TRL joins them for a reward model (a dialogue through
             the chat template); ``"completion"``: the completion's text alone.
         special_tokens: whether the tokenizer adds its special tokens to plain text. TRL does not for reward models.
-        device: by default the current CUDA device where there is one, else the CPU.
-        max_length: tokens; longer texts lose their beginning, and how many did is said once. Default: the model's.
+        device: default: the current CUDA device if there is one, else the CPU.
+        max_length: tokens; longer texts lose their beginning, and a warning counts them once. Default: the model's.
         trust_remote_code: whether the model's repository may run code of its own.
     """
 
@@ -63,7 +121,7 @@ class SequenceScorer:
         self.device, self.batch_size, self.max_length = device, batch_size, max_length
         self.trust_remote_code = trust_remote_code
         self._ready = False
-        self._told_truncation = False
+        self._warned_of_truncation = False
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         self._load()
@@ -74,12 +132,12 @@ class SequenceScorer:
         longest = self.max_length
         too_long = sum(len(row) > longest for row in ids)
         if too_long:
-            if not self._told_truncation:
+            if not self._warned_of_truncation:
                 logger.warning(
                     f"{too_long} of {len(ids)} texts are longer than the {longest} tokens that {self._id} reads: they "
-                    "lose their beginning, here and later (said once)."
+                    "lose their beginning, in later calls too."
                 )
-                self._told_truncation = True
+                self._warned_of_truncation = True
         values = torch.empty(len(texts), dtype=torch.float64)
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
         side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"

@@ -1,11 +1,11 @@
-r"""Quasi-rejection sampling: what it gives up in speed and in distance, estimated from one set of samples.
+r"""Estimates of quasi-rejection sampling: acceptance rate, distance from the target and moments, from one sample set.
 
-A sample x of the proposal q is kept with probability min(1, P(x) / (beta q(x))), P the target's unnormalised score.
-What is kept follows p_beta(x) = min(P(x), beta q(x)) / Z_beta: the proposal as beta -> 0, the target p = P / Z as beta
-grows, with an acceptance rate of Z_beta / beta on the way. QRS, arXiv:2112.05702.
+A sample x of the proposal q is accepted with probability min(1, P(x) / (beta q(x))), P the target's unnormalised score.
+Accepted samples follow p_beta(x) = min(P(x), beta q(x)) / Z_beta: the proposal as beta -> 0, the target p = P / Z as
+beta grows, with an acceptance rate of Z_beta / beta. QRS, arXiv:2112.05702.
 
-Every number here is a mean over q, so that one set of samples serves for every beta. ``beta`` is in the scale of P / q
-as the target gives it, unnormalised; with ``log_z`` in that of p / q, where beta = 1 is the same for all prompts.
+Every number here is a mean over q, so one set of samples serves every beta. ``beta`` is in the scale of P / q, which is
+unnormalised; with ``log_z`` it is in that of p / q, where beta = 1 means the same for all prompts.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ LARGEST_LOG = 600.0  # nats: exp of more is no float64
 
 @dataclass(frozen=True)
 class QRSEstimate:
-    """Quasi-rejection sampling at one beta, each number with the standard error of the samples it was taken from.
+    """Quasi-rejection sampling at one beta, with standard errors.
 
     With several prompts, rates, divergences and moments are means over prompts. Divergences and moments leave out the
-    ``skipped`` prompts, for which all scores were -inf; their acceptance rate counts as the 0 it is. Where the weighted
-    points are all there is and not a sample, standard errors and effective sample sizes mean nothing.
+    ``skipped`` prompts, for which all scores were -inf; their acceptance rate counts as 0. For an
+    enumerated space, standard errors and effective sample sizes have no meaning.
 
     Args:
-        beta: as it was given.
+        beta: the given beta.
         acceptance_rate: Z_beta / beta.
         tvd: total variation distance of p and p_beta, between 0 and 1.
-        tvd_bound: 1 - Z_beta / Z, which is never below it.
+        tvd_bound: 1 - Z_beta / Z, an upper bound of tvd.
         kl: KL(p||p_beta), nats.
         moments: E under p_beta of each feature; empty without features.
         log_z, log_z_beta: nats, means over prompts, in the scale that beta is in.
         ess: effective sample size of ``moments``: of the weights min(P, beta q) / q.
-        ess_target: the same of P / q, which log_z, the divergences and the bound rest on.
-        clipped: the share of q with P > beta q, which is where p_beta differs from p. At 0 no sample showed a
-            difference, and the divergences are 0 without being known to be.
+        ess_target: effective sample size of log_z, the divergences and the bound: of the weights P / q.
+        clipped: the share of q with P > beta q, where p_beta differs from p. At 0 no sample showed a difference, and
+            the divergences are given as 0 although they are not known.
         n: samples that had any weight.
         skipped: how many prompts were left out.
     """
@@ -132,9 +132,9 @@ def choose_beta(
     features: Tensor | None = None,
     log_z: float | Tensor | None = None,
 ) -> QRSEstimate:
-    """The beta for a wished acceptance rate, or the least one for a wished distance, by bisection on log beta.
+    """Find the beta for a wished acceptance rate, or the least beta for a wished distance, by bisection on log beta.
 
-    Both fall as beta grows, so that the answer is the only one. It is as good as the samples: read its standard errors.
+    Both fall as beta grows, so the answer is unique. It is as accurate as the samples: see its standard errors.
 
     Args:
         acceptance: the wished acceptance rate, above 0.
@@ -145,7 +145,7 @@ def choose_beta(
         The estimate at that beta, which is its ``.beta``.
 
     Raises:
-        ValueError: both wishes or none, or an acceptance rate above what a vanishing beta has.
+        ValueError: both wishes or none, or an acceptance rate above that of a vanishing beta.
 
     >>> p, q = torch.tensor([0.2, 0.8]), torch.tensor([0.5, 0.5])
     >>> round(choose_beta(p.log(), q.log(), acceptance=0.7, log_weights=q.log()).beta, 6)
@@ -181,7 +181,7 @@ def choose_beta(
 
 
 class _Ratios:
-    """The checked samples, (C, M) in float64 on the CPU, ready for any beta."""
+    """The checked samples, (C, M) in float64 on the CPU, from which the estimate at any beta is computed."""
 
     def __init__(
         self,
@@ -250,17 +250,18 @@ class _Ratios:
         kl = self._mean(r * excess)
         p_beta = self.w * accept
         moments = (p_beta.unsqueeze(-1) * self.features).sum(1)
-        # Each second entry is the influence of one sample: what its weight adds to the first.
+        # Each second argument is the influence of each sample on the first.
         acceptance, acceptance_se = self._over_prompts(rate, rate.unsqueeze(-1) * (accept - 1))
         tvd, tvd_se = self._over_prompts(
-            tvd, (r - accept).abs() / 2 - _up(tvd) - _up(a) * (r - 1) / 2 + _up(b) * (accept - 1) / 2
+            tvd,
+            (r - accept).abs() / 2 - _as_column(tvd) - _as_column(a) * (r - 1) / 2 + _as_column(b) * (accept - 1) / 2,
         )
-        bound, bound_se = self._over_prompts(-torch.expm1(log_z_beta - self.log_z), _up(kept) * (accept - r))
-        kl, kl_se = self._over_prompts(kl + log_z_beta - self.log_z, r * (excess - _up(kl)) + accept - r)
+        bound, bound_se = self._over_prompts(-torch.expm1(log_z_beta - self.log_z), _as_column(kept) * (accept - r))
+        kl, kl_se = self._over_prompts(kl + log_z_beta - self.log_z, r * (excess - _as_column(kl)) + accept - r)
         log_z, log_z_se = self._over_prompts(self.log_z, r - 1)
         log_z_beta, log_z_beta_se = self._over_prompts(log_z_beta, accept - 1)
         each = [
-            self._over_prompts(moments[:, j], accept * (self.features[..., j] - _up(moments[:, j])))
+            self._over_prompts(moments[:, j], accept * (self.features[..., j] - _as_column(moments[:, j])))
             for j in range(moments.size(1))
         ]
         c, share = len(rate), len(rate) / self.prompts
@@ -291,9 +292,9 @@ class _Ratios:
         return (self.w * values).sum(-1)
 
     def _over_prompts(self, values: Tensor, influence: Tensor) -> tuple[float, float]:
-        """The mean of (C,) values over prompts and its standard error, from the influence (C, M) of each sample."""
+        """Return the mean of (C,) values over prompts and its standard error, from each sample's influence (C, M)."""
         return float(values.mean()), float((self.w * influence).norm()) / len(values)
 
 
-def _up(x: Tensor) -> Tensor:
+def _as_column(x: Tensor) -> Tensor:
     return x.unsqueeze(-1)

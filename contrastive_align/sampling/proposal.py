@@ -1,4 +1,4 @@
-"""A model as a proposal: the tuned policy, the base itself, or the base with a prompt in front."""
+"""Proposals that sample from a model: the tuned policy, the base, or the base with a prefix."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from contrastive_align.sampling.samples import Samples
 
 
 class PolicyProposal:
-    """Samples of a model, with their log-probs under it and under the base.
+    """A proposal that samples from a model and reports log-probs under the model and under the base.
 
-    The base is, in this order: ``base``; a PEFT model with its adapter off; the model itself. It never sees ``prefix``.
-    Every call draws fresh samples: its noise comes from the seed and from how many calls there were before, which is
-    what ``state_dict`` holds. ``drawn`` and ``truncated`` count the samples, and those that ``max_new_tokens`` cut.
+    The base is ``base`` if given, else a PEFT model with its adapter off, else the model itself; it never sees
+    ``prefix``. Every call draws fresh samples, with noise from the seed and the number of earlier calls, which
+    ``state_dict`` holds. ``drawn`` and ``truncated`` count the samples and those that ``max_new_tokens`` cut.
 
     Args:
-        model: see :func:`~contrastive_align.sampling.decode.draw`; neither changed nor moved.
+        model: see :func:`~contrastive_align.sampling.decode.draw`; left unchanged, on its device.
         tokenizer: of the model and of its base.
         base: another model of the same vocabulary.
-        max_new_tokens: a completion that is longer ends there, without EOS; its log-prob is that of its tokens.
-        seed: give each process another one where each has its own prompts.
-        prefix: what the model sees before each prompt: text; or messages, if the prompts are conversations.
-        eos_token_ids: what ends a completion. Default: the tokenizer's EOS.
-        rows_at_once: samples decoded together at most.
+        max_new_tokens: longer completions are cut there, without EOS; the log-prob is that of the tokens kept.
+        seed: of the noise; different in each process if each has its own prompts.
+        prefix: put before each prompt: text, or messages for conversational prompts.
+        eos_token_ids: tokens that end a completion. Default: the tokenizer's EOS.
+        rows_at_once: the most samples that are decoded together.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class PolicyProposal:
             )
 
     def sample(self, prompts: Sequence[Any], n: int) -> Samples:
-        """n samples for each prompt (text, or messages), prompt by prompt.
+        """Draw n samples for each prompt (text, or messages), prompt by prompt.
 
-        ``completion_ids`` are what was drawn, also where their text would be encoded in another way.
+        ``completion_ids`` are the tokens drawn, even if their text would be encoded in another way.
         """
-        bare = [self._encode(prompt) for prompt in prompts]
-        seen = [self._encode(_join(self.prefix, prompt)) for prompt in prompts] if self.prefix else bare
+        plain = [self._encode(prompt) for prompt in prompts]
+        seen = [self._encode(_join(self.prefix, prompt)) for prompt in prompts] if self.prefix else plain
         seeds = np.random.SeedSequence([self.seed, self.calls]).generate_state(len(prompts), np.uint64)
         drawn = draw(
             self.model,
@@ -80,19 +80,19 @@ class PolicyProposal:
         self.drawn += drawn.truncated.numel()
         self.truncated += int(drawn.truncated.sum())
         ids = [row for rows in drawn.completion_ids for row in rows]
-        owner = torch.arange(len(prompts)).repeat_interleave(n)
+        index = torch.arange(len(prompts)).repeat_interleave(n)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        chats = [not isinstance(prompts[i], str) for i in owner.tolist()]
+        chats = [not isinstance(prompts[i], str) for i in index.tolist()]
         logps = drawn.logps.flatten()
         return Samples(
-            prompt_index=owner,
+            prompt_index=index,
             completion_ids=ids,
             completions=[
                 [{"role": "assistant", "content": text}] if chat else text
                 for text, chat in zip(texts, chats, strict=True)
             ],
             logps=logps,
-            base_logps=logps if self._is_base else self._score_base([bare[i] for i in owner.tolist()], ids),
+            base_logps=logps if self._is_base else self._score_base([plain[i] for i in index.tolist()], ids),
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -126,7 +126,7 @@ class PolicyProposal:
                 prompt, tokenize=True, add_generation_prompt=True, return_dict=True
             )["input_ids"]
         bos = self.tokenizer.bos_token_id
-        while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:  # the text and the tokenizer both have one
+        while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:  # both the text and the tokenizer add it
             ids = ids[1:]
         return ids
 
@@ -138,7 +138,7 @@ def _without_adapter(model: nn.Module) -> Iterator[None]:
         with model.disable_adapter():
             yield
     finally:
-        for parameter, was in trained:  # PEFT sets an adapter training that it switches on
+        for parameter, was in trained:  # PEFT makes an adapter trainable when it switches it on
             parameter.requires_grad_(was)
 
 
