@@ -386,3 +386,15 @@ def _masked_logsumexp(x: Tensor, mask: Tensor) -> Tensor:
     empty = ~mask.any(-1, keepdim=True)
     x = x.masked_fill(~mask & ~empty, -torch.inf)
     return torch.logsumexp(x, -1).masked_fill(empty.squeeze(-1), 0.0)
+
+
+def reads_labels(name: str) -> bool:
+    """Whether a loss depends on ``temperature_alpha``, found by trying.
+
+    >>> reads_labels("nca"), reads_labels("dpo")
+    (True, False)
+    """
+    log_ratios, scores = torch.tensor([[0.3, -0.2]]), torch.tensor([[2.0, 1.0]])
+    given = {"beta": 1.0, "policy_logps": log_ratios, "lengths": torch.ones_like(scores)}
+    tried = [LOSSES[name](log_ratios, scores, temperature_alpha=alpha, **given) for alpha in (0.1, 10.0)]
+    return not torch.equal(*tried)

@@ -194,6 +194,11 @@ def add_head(model: PreTrainedModel) -> None:
     model.forward = types.MethodType(forward, model)
 
 
+def remove_head(model: PreTrainedModel) -> None:
+    """Give a copy of a model its class's own forward: a head that was added calls the model it was added to."""
+    vars(model).pop("forward", None)
+
+
 def logit_scale(config: PretrainedConfig) -> float:
     """Return the factor of a model's logits, under whichever name its config has it.
 

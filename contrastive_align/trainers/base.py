@@ -37,11 +37,11 @@ from contrastive_align.models.loading import (
     check_output_dir,
     context_length,
     load_tokenizer,
-    remove_head,
     resolve_start,
     verify_saved,
     with_pad_token,
 )
+from contrastive_align.models.logps import remove_head
 from contrastive_align.report.card import add_section, objective_section
 from contrastive_align.trainers.configs import ARGUMENTS_NOT_SUPPORTED
 from contrastive_align.trainers.reference import (
@@ -423,6 +423,24 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
             f"predict returns logits, which {type(self).__name__} never builds. trainer.evaluate(dataset) gives the "
             "metrics."
         )
+
+
+def keep_adapter_as_reference(model: PeftModel) -> None:
+    """Keep a frozen copy of the adapter that a model came with, as in TRL: the reference is the start, not its base.
+
+    Raises:
+        ValueError: the adapter trains whole modules or rows of tokens.
+    """
+    config = model.peft_config[model.active_adapter]
+    if config.modules_to_save or getattr(config, "trainable_token_indices", None):
+        raise ValueError(
+            "The model's adapter trains whole modules or rows of tokens (modules_to_save, trainable_token_indices), of "
+            "which no frozen copy can stand beside it. Merge it first, or set kl_coef=0, which needs no reference."
+        )
+    model.add_adapter("ref", config)
+    for name, parameter in model.named_parameters():
+        if ".ref." in name:
+            parameter.data.copy_(model.get_parameter(name.replace(".ref.", f".{model.active_adapter}.")).data)
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints

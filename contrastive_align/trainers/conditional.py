@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from peft import PeftModel
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ from contrastive_align.sampling.decode import draw
 from contrastive_align.targets.evaluate import Feature
 from contrastive_align.targets.features import weighted_sum
 from contrastive_align.trainers import evaluation
-from contrastive_align.trainers.base import AlignmentTrainer
+from contrastive_align.trainers.base import AlignmentTrainer, keep_adapter_as_reference
 from contrastive_align.trainers.configs import ConditionalConfig
 from contrastive_align.trainers.rounds import (
     Completion,
@@ -59,6 +58,7 @@ from contrastive_align.trainers.rounds import (
     RewardFeedback,
     Rounds,
     best_condition,
+    prompts_without_room,
     without_condition,
 )
 from contrastive_align.trainers.samplers import AdapterServer, VLLMSampler, check_vllm_options, check_vllm_tokens
@@ -74,7 +74,6 @@ from contrastive_align.trl_seam import (
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "conditional_state.json"
-SCORED_TOGETHER = 64  # completions whose log-probs are computed at once
 PROBED = 64  # completion tokens on which policy and reference are compared at the start
 
 AnyDataset = Dataset | IterableDataset
@@ -378,35 +377,9 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         return dataset.select([i for i in range(len(dataset)) if i not in gone])
 
     def too_long(self, dataset: Dataset, name: str, condition: Condition) -> list[int]:
-        """The rows whose prompt leaves no room for a completion, with a warning that they are left out.
-
-        Raises:
-            ValueError: no column 'prompt', or a prompt that cannot be conditioned.
-        """
-        if "prompt" not in dataset.column_names:
-            raise ValueError(
-                f"{name} has the columns {dataset.column_names}, expected 'prompt' to sample from. Rename one: "
-                "dataset.rename_column(old, 'prompt')."
-            )
-        room, long = self._room(), []
-        texts = [""] if condition.free_words else list(condition.askable().values())
-        for i, prompt in enumerate(dataset["prompt"]):
-            if not isinstance(prompt, str | list):
-                raise ValueError(f"{name}, row {i}: 'prompt' is {prompt!r}, expected text or messages.")
-            try:
-                conditioned = [condition.apply(prompt, text) for text in texts]
-            except ValueError as error:
-                raise ValueError(f"{name}, row {i}: {error}") from error
-            if max(len(self.encode(p)) for p in [prompt, *conditioned]) > room:
-                long.append(i)
-        if long:
-            logger.warning(
-                f"{len(long)} of {len(dataset)} prompts of {name} are longer than {room} tokens (condition included) "
-                f"and are left out; the first rows are {long[:5]}. "
-                f"{', '.join(f'{name}={limit}' for name, limit in self.context_limits().items())}, "
-                f"max_completion_length={self.args.max_completion_length}."
-            )
-        return long
+        """The rows whose prompt leaves no room for a completion, with a warning that they are left out."""
+        limits = self.context_limits() | {"max_completion_length": self.args.max_completion_length}
+        return prompts_without_room(dataset, condition, self.encode, self._room(), name=name, limits=limits)
 
     def _room(self) -> int:
         """Tokens that a prompt with its condition may have, so that the longest completion fits behind it."""
@@ -629,8 +602,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         batch = GroupCollator(self.processing_class.pad_token_id)([group])
         batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
         with self.sampling(reference=True) as model:
-            logps = completion_logps(model, batch, layout=self.layout, token_stats=False).logps
-        return logps[batch["valid"]].tolist()
+            return completion_logps(model, batch, layout=self.layout, token_stats=False).logps[0].tolist()
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
@@ -697,23 +669,19 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         Returns:
             (N,) negative log-likelihoods in nats and (N,) tokens.
         """
-        n, collate = len(samples), GroupCollator(self.processing_class.pad_token_id)
-        own = np.array_split(np.arange(n), self.accelerator.num_processes)[self.accelerator.process_index]
-        found = []
+        prompts = [
+            self.encode(s.prompt if text is None else self.condition.apply(s.prompt, text))
+            for s, text in zip(samples, texts, strict=True)
+        ]
         with self.sampling(reference) as model:
-            for start in range(0, len(own), SCORED_TOGETHER):
-                groups = []
-                for i in own[start : start + SCORED_TOGETHER]:
-                    sample, text = samples[i], texts[i]
-                    prompt = sample.prompt if text is None else self.condition.apply(sample.prompt, text)
-                    groups.append(
-                        {"prompt_ids": self.encode(prompt), "completion_ids": [sample.completion_ids], "scores": [0.0]}
-                    )
-                batch = {name: tensor.to(self.accelerator.device) for name, tensor in collate(groups).items()}
-                logps = completion_logps(model, batch, layout=self.layout, token_stats=False)
-                found += zip((-logps.logps[:, 0]).tolist(), logps.lengths[:, 0].tolist(), strict=True)
-        everywhere = np.array([pair for part in gather_object([found]) for pair in part])
-        return everywhere[:, 0], everywhere[:, 1]
+            return evaluation.negative_log_likelihoods(
+                model,
+                prompts,
+                [s.completion_ids for s in samples],
+                layout=self.layout,
+                pad_token_id=self.processing_class.pad_token_id,
+                device=self.accelerator.device,
+            )
 
     def _log_round(self, number: int, table: Table, through: int) -> None:
         logs = evaluation.round_metrics(number, table, self.condition, online=self.online)
@@ -910,24 +878,6 @@ def freeze_lower_layers(model: PreTrainedModel, ratio: float, adapter: bool) -> 
         )
     for layer in layers[: len(layers) - max(1, round(ratio * len(layers)))]:
         layer.requires_grad_(False)
-
-
-def keep_adapter_as_reference(model: PeftModel) -> None:
-    """Keep a frozen copy of the adapter that a model came with, as in TRL: the reference is the start, not its base.
-
-    Raises:
-        ValueError: the adapter trains whole modules or rows of tokens.
-    """
-    config = model.peft_config[model.active_adapter]
-    if config.modules_to_save or getattr(config, "trainable_token_indices", None):
-        raise ValueError(
-            "The model's adapter trains whole modules or rows of tokens (modules_to_save, trainable_token_indices), of "
-            "which no frozen copy can stand beside it. Merge it first, or set kl_coef=0, which needs no reference."
-        )
-    model.add_adapter("ref", config)
-    for name, parameter in model.named_parameters():
-        if ".ref." in name:
-            parameter.data.copy_(model.get_parameter(name.replace(".ref.", f".{model.active_adapter}.")).data)
 
 
 def keep_rows_precise(model: nn.Module) -> None:

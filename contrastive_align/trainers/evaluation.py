@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import nn
 from transformers.utils import logging
 
 from contrastive_align.conditions import Condition
+from contrastive_align.data import GroupCollator
+from contrastive_align.models.logps import completion_logps
 from contrastive_align.pool import Pool, Sample, Table
 from contrastive_align.report.plots import plot_round
 from contrastive_align.sampling import distinct_n
@@ -25,6 +29,7 @@ from contrastive_align.trainers.rounds import ConditionedPrompts, Feedback, Poli
 logger = logging.get_logger(__name__)
 
 UNCONDITIONED = "nothing"
+SCORED_TOGETHER = 64  # completions whose log-probs are computed at once
 # (samples, their texts, reference=) -> (N,) negative log-likelihoods in nats, (N,) tokens
 Likelihood = Callable[..., tuple[np.ndarray, np.ndarray]]
 
@@ -215,3 +220,33 @@ def likelihood_metrics(samples: Sequence[Sample], condition: Condition, nll: Lik
             of = labels == label
             metrics[f"nll/{names[label]}{suffix}"] = float(values[of].sum() / tokens[of].sum())
     return metrics
+
+
+@torch.no_grad()
+def negative_log_likelihoods(
+    model: nn.Module,
+    prompt_ids: Sequence[list[int]],
+    completion_ids: Sequence[Sequence[int]],
+    *,
+    layout: str,
+    pad_token_id: int,
+    device: torch.device,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score one completion of each of N prompts, each process a share of them.
+
+    Returns:
+        (N,) negative log-likelihoods in nats, summed over the completion's tokens, and (N,) tokens; on every process.
+    """
+    collate, state = GroupCollator(pad_token_id), PartialState()
+    own = np.array_split(np.arange(len(prompt_ids)), state.num_processes)[state.process_index]
+    found = []
+    for start in range(0, len(own), SCORED_TOGETHER):
+        groups = [
+            {"prompt_ids": prompt_ids[i], "completion_ids": [list(completion_ids[i])], "scores": [0.0]}
+            for i in own[start : start + SCORED_TOGETHER]
+        ]
+        batch = {name: tensor.to(device) for name, tensor in collate(groups).items()}
+        logps = completion_logps(model, batch, layout=layout, token_stats=False)
+        found += zip((-logps.logps[:, 0]).tolist(), logps.lengths[:, 0].tolist(), strict=True)
+    everywhere = np.array([pair for part in gather_object([found]) for pair in part])
+    return everywhere[:, 0], everywhere[:, 1]

@@ -9,9 +9,9 @@ import torch
 from accelerate.utils import gather_object
 from datasets import IterableDataset
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
-from contrastive_align.data.collate import to_table
 from contrastive_align.losses.contrastive import target_labels, temperature_for_entropy
 from contrastive_align.losses.estimators import (
     average_estimate,
@@ -119,7 +119,8 @@ def warn_of_one_hot_labels(dataset: Any, temperature_alpha: float) -> None:
     if isinstance(dataset, IterableDataset):
         return
     rows = dataset[:10_000]["scores"]
-    scores, valid = to_table(rows, torch.float64), to_table([[True] * len(row) for row in rows], torch.bool)
+    scores = pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
+    valid = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
     graded = [len(set(row)) > 2 for row in rows]
     soft, hard = (target_labels(scores, temperature_alpha=a, valid=valid) for a in (temperature_alpha, 1e-12))
     if not any(graded) or (soft - hard).abs().max() > 1e-3:

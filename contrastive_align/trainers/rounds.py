@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -204,6 +204,50 @@ def best_condition(condition: Condition, pool: Pool, through: int | None = None)
         return condition.with_exemplars(condition.exemplars_from(pool.table(through)))
     except ValueError as error:
         raise ValueError(f"{error} Nothing says what the best is: look at the judge's answers.") from error
+
+
+def prompts_without_room(
+    dataset: Dataset,
+    condition: Condition,
+    encode: Callable[[Text], list[int]],
+    room: int,
+    *,
+    name: str,
+    limits: Mapping[str, int],
+) -> list[int]:
+    """The rows whose prompt leaves no room for a completion, with a warning that they are left out.
+
+    Args:
+        room: tokens that a prompt may have, with any condition or without.
+        name: of the dataset, for messages.
+        limits: what makes up the room, for messages.
+
+    Raises:
+        ValueError: no column 'prompt', or a prompt that cannot be conditioned.
+    """
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"{name} has the columns {dataset.column_names}, expected 'prompt' to sample from. Rename one: "
+            "dataset.rename_column(old, 'prompt')."
+        )
+    long = []
+    texts = [""] if condition.free_words else list(condition.askable().values())
+    for i, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str | list):
+            raise ValueError(f"{name}, row {i}: 'prompt' is {prompt!r}, expected text or messages.")
+        try:
+            conditioned = [condition.apply(prompt, text) for text in texts]
+        except ValueError as error:
+            raise ValueError(f"{name}, row {i}: {error}") from error
+        if max(len(encode(p)) for p in [prompt, *conditioned]) > room:
+            long.append(i)
+    if long:
+        logger.warning(
+            f"{len(long)} of {len(dataset)} prompts of {name} are longer than {room} tokens (condition included) "
+            f"and are left out; the first rows are {long[:5]}. "
+            f"{', '.join(f'{limit}={tokens}' for limit, tokens in limits.items())}."
+        )
+    return long
 
 
 # ----------------------------------------------------------------------------------------------------------- feedback
