@@ -33,8 +33,8 @@ def floor_flop(groups: list[dict], k: int, counts: Counts, tuning: str, referenc
     times (the gradients of inputs and of weights), under LoRA the products with frozen weights only twice; the
     adapters add 6 x adapters x unique tokens. An uncached reference is one more forward: a third again of a full step.
 
-    The last layer could do with less, and does: keys and values of the prompts (of the 56M model's FLOP at K = 4 some
-    1% on synthetic lengths, 7% on qa).
+    The last layer's outputs at the prompts are counted, though only its keys and values there are used (of the 56M
+    model's FLOP at K = 4 some 1% on synthetic lengths, 7% on qa).
     """
     lengths = [(len(g["prompt_ids"]), [len(c) for c in g["completion_ids"][:k]]) for g in groups]
     completions = sum(sum(row) for _, row in lengths)

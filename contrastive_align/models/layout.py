@@ -30,7 +30,7 @@ def set_layout(
 ) -> str:
     """Add the head to all models and return their common layout: ``"shared"`` only if each of them supports it.
 
-    Args and Raises: as of :func:`choose_layout`, for each of the models (policy and reference).
+    Arguments and errors are those of :func:`choose_layout`, for each of ``models`` (policy and reference).
     """
     for model in models:
         add_head(model)

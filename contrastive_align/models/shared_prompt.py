@@ -112,7 +112,7 @@ def shared_prompt_attention(
     shared_prompt: SharedPrompt | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attend over a packed row, segment by segment, by transformers' attention interface.
+    """Attend over a packed row, segment by segment. The signature is that of transformers' attention interface.
 
     Without ``shared_prompt`` this is plain attention, so that the model still samples and takes padded batches.
 
