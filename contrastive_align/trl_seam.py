@@ -299,17 +299,22 @@ class DrawsGroups:
 
 
 @contextlib.contextmanager
-def without_reference(args: Any) -> Iterator[None]:
-    """While an RLOO trainer is built, its ``beta`` is 0, so that TRL loads no reference.
+def nothing_loaded_by_trl(args: Any) -> Iterator[None]:
+    """While a trainer is built around a loaded model, hide the options by which TRL would load models of its own.
 
-    TRL decides by ``beta`` alone and offers no argument for a model in its place: it would load the hub id again,
-    whatever was changed since. Needed by the f-DPG trainer.
+    ``model_init_kwargs``: TRL warns that they are ignored, though the model was loaded with them. ``beta`` of an RLOO
+    config: TRL would load a reference from the hub id, whatever was changed since, and takes no model in its place.
+    Needed by the f-DPG and the conditional trainer.
     """
-    beta, args.beta = args.beta, 0.0
+    hidden = {"model_init_kwargs": None, "beta": 0.0}
+    options = {name: getattr(args, name) for name in hidden if hasattr(args, name)}
+    for name in options:
+        setattr(args, name, hidden[name])
     try:
         yield
     finally:
-        args.beta = beta
+        for name, value in options.items():
+            setattr(args, name, value)
 
 
 def ignore_bool_buffers(trainer: Trainer) -> None:

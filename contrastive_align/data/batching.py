@@ -78,6 +78,11 @@ class TokenBatchSampler(Sampler[list[int]]):
         return self.rank >= self.ranks - self._plan()[1]
 
     @property
+    def groups_per_step(self) -> int:
+        """Groups of an optimiser step on average, at least 1."""
+        return max(1, round(len(self.lengths) / math.ceil(len(self) / self.accumulation)))
+
+    @property
     def above_budget(self) -> list[int]:
         """The groups that alone have more than ``max_tokens``."""
         return [i for i in range(len(self.lengths)) if self.tokens([i]) > self.max_tokens]

@@ -149,8 +149,6 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
     ) -> tuple[Any, PreTrainedTokenizerBase, BitsAndBytesConfig | None, Any]:
         """Resolve a model id, which may be that of an adapter, to the start of the run, and load its tokenizer.
 
-        ``args`` is changed: it no longer has ``model_init_kwargs`` once the model is an object.
-
         Args:
             as_object: load the model here, before TRL wraps it; otherwise TRL loads it by its name.
             encoder_decoders: whether encoder-decoder models are taken.
@@ -162,6 +160,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
             ValueError: an encoder-decoder that the trainer does not take, or an ``output_dir`` that holds weights of
                 the other kind.
         """
+        start_id = model
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         self.start_description = name or type(model).__name__
         source, kwargs = name, dict(args.model_init_kwargs or {})
@@ -179,7 +178,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
                 kwargs.pop("revision", None)  # the adapter's
             model, source, self.start_description = start.model, start.tokenizer_source, start.description
             args.model_init_kwargs = kwargs
-        if is_peft_model(model) and peft_config is not None:
+        if isinstance(model, PeftModel) and peft_config is not None and isinstance(start_id, str):
             logger.warning("The adapter's own LoRA goes on training; the peft_config given is not used.")
             peft_config = None
         if processing_class is None:
@@ -208,9 +207,11 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
             if args.distributed_state.num_processes > 1:
                 kwargs["device_map"] = None  # each process holds its own copy, on its own device
             model = create_model_from_path(model, **kwargs)
-        if not isinstance(model, str):
-            args.model_init_kwargs, quantization_config = None, None
-        check_output_dir(args.output_dir, adapter=peft_config is not None or is_peft_model(model))
+        if not isinstance(model, str) and isinstance(start_id, str):
+            quantization_config = None
+            if not as_object:
+                args.model_init_kwargs = None
+        check_output_dir(args.output_dir, adapter=peft_config is not None or isinstance(model, PeftModel))
         return model, processing_class, quantization_config, peft_config
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -343,8 +344,8 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         if isinstance(checkpoint, ValueError):
             raise checkpoint
         self.resumed_from = None if checkpoint is None else Path(checkpoint)
-        self.reference_is_proven = False
         if self.resumed_from is not None:
+            self.reference_is_proven = False
             self.load_state(self.resumed_from)
         self.begin_training(going_on=bool(resume_from_checkpoint))
         with freed_memory_kept(self.args.device.type):

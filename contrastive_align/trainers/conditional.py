@@ -68,6 +68,7 @@ from contrastive_align.trl_seam import (
     PreparesDatasets,
     disable_dropout_in_model,
     get_config_model_id,
+    nothing_loaded_by_trl,
 )
 
 
@@ -186,7 +187,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
                 args, online=self.online, sampler=sampler, quantised=quantization_config is not None
             )
         self._uses_vllm = args.use_vllm
-        model, processing_class, _, peft_config = self.load_start(
+        model, processing_class, quantization_config, peft_config = self.load_start(
             model,
             args,
             processing_class=processing_class,
@@ -205,18 +206,20 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         if args.disable_dropout:
             disable_dropout_in_model(model)
 
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=ConditionedCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-            peft_config=peft_config,
-        )
+        with nothing_loaded_by_trl(args):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=ConditionedCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
             keep_rows_precise(self.model)
         if self.aux_loss_enabled:

@@ -42,7 +42,7 @@ from contrastive_align.trainers.encoder_decoder import (
 from contrastive_align.trainers.kept_proposal import KeptProposal, WindowBaseline, make_kept_proposal
 from contrastive_align.trainers.metrics import distribution_metrics
 from contrastive_align.trainers.samplers import hand_over_without_rounding
-from contrastive_align.trl_seam import DrawsGroups, Method, without_reference
+from contrastive_align.trl_seam import DrawsGroups, Method, nothing_loaded_by_trl
 
 
 logger = logging.get_logger(__name__)
@@ -140,7 +140,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         )
         adapter = peft_config is not None or is_peft_model(model)
         self.reference: PreTrainedModel | None = None if adapter else self.frozen_copy(model)
-        with without_reference(args):
+        with nothing_loaded_by_trl(args):
             super().__init__(
                 model=model,
                 reward_funcs=[features_are_read_by_the_target] * len(args.reward_weights or [1.0]),
@@ -150,6 +150,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
                 processing_class=processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
+                quantization_config=quantization_config,
                 peft_config=peft_config,
             )
         if self.aux_loss_enabled:

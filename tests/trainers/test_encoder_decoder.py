@@ -21,7 +21,7 @@ from contrastive_align.trainers.encoder_decoder import (
     EncoderDecoderCollator,
     add_encoder_decoder_head,
     encoder_decoder_logps,
-    without_functional_dropout,
+    disable_functional_dropout,
 )
 
 
@@ -118,7 +118,7 @@ def test_log_probs_are_the_models_own(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_of_every_form_is_off(kind):
     model = build(kind)
-    without_functional_dropout(model)
+    disable_functional_dropout(model)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -136,12 +136,12 @@ def test_training_moves_the_moment(kind, tokenizer, tmp_path):
     assert base.exp().sum().item() == pytest.approx(1, abs=1e-5)
     wanted = 0.1 if base.exp() @ phi > 0.5 else 0.9
     trainer = make(model, tmp_path, moment_target(wanted), max_steps=25)
-    first = trainer._logps(trainer._collate([{"prompt_ids": ids, "completion_ids": SPACE}]))
+    first = trainer._logps(trainer.collate([{"prompt_ids": ids, "completion_ids": SPACE}]))
     assert torch.allclose(first[0], base, atol=1e-5)
     trainer.train()
     after = exact_logps(trainer.model.eval(), ids).exp() @ phi
     assert abs(after - wanted) < 0.5 * abs(base.exp() @ phi - wanted)
-    assert torch.allclose(exact_logps(trainer.base_model, ids), base, atol=1e-6)
+    assert torch.allclose(exact_logps(trainer.reference, ids), base, atol=1e-6)
     trainer.save_model()
     saved = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
     assert torch.allclose(exact_logps(saved.eval(), ids), exact_logps(trainer.model.eval(), ids), atol=1e-6)
@@ -166,17 +166,18 @@ def test_the_policy_becomes_the_target(tokenizer, tmp_path):
     assert divergence_value("tv", exact_logps(trainer.model.eval(), ids), log_p).item() < 0.05
 
 
-def test_lora_is_seq2seq_and_its_base_is_the_adapter_switched_off(tokenizer, tmp_path):
+def test_lora_is_seq2seq_and_its_base_is_the_adapter_switched_off(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(FDPGTrainer, "reference_is_proven", True)  # the adapter below is not zero at the start
     build("t5").save_pretrained(tmp_path / "base")
     lora = LoraConfig(r=4, target_modules=["q", "v"], init_lora_weights=False, task_type="SEQ_2_SEQ_LM")
     trainer = make(str(tmp_path / "base"), tmp_path / "out", peft_config=lora, max_steps=3)
     ids = tokenizer("a b")["input_ids"]
-    batch = trainer._collate([{"prompt_ids": ids, "completion_ids": SPACE[:40]}])
+    batch = trainer.collate([{"prompt_ids": ids, "completion_ids": SPACE[:40]}])
     base = exact_logps(build("t5").eval(), ids)[:40]
-    assert trainer.base_model is None
+    assert trainer.reference is None
     assert not torch.allclose(trainer._logps(batch)[0], base, atol=1e-2)
     trainer.train()
-    assert torch.allclose(trainer._logps(batch, base=True)[0], base, atol=1e-5)
+    assert torch.allclose(trainer._logps(batch, reference=True)[0], base, atol=1e-5)
     trainer.save_model()
     saved = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "out").eval()
     assert torch.allclose(exact_logps(saved, ids)[:40], trainer._logps(batch)[0], atol=1e-5)
@@ -220,5 +221,5 @@ def test_what_is_not_supported_is_refused(tmp_path):
         make(odd, tmp_path)
     with pytest.raises(ValueError, match="context of 32"):
         trainer = make(build("bart"), tmp_path, max_steps=1)
-        trainer._prompt_ids(["a " * 40])
-    assert make(build("bart"), tmp_path)._prompt_ids(["a " * (32 - LENGTH + 2)])  # the two do not share positions
+        trainer.prompt_ids_of(["a " * 40])
+    assert make(build("bart"), tmp_path).prompt_ids_of(["a " * (32 - LENGTH + 2)])  # the two do not share positions

@@ -198,21 +198,22 @@ def test_resumed_in_a_later_epoch(step, tokenizer, tmp_path):
         assert torch.allclose(a, b, atol=1e-6)
 
 
-def test_lora_has_one_model_in_memory_and_its_base_is_the_adapter_switched_off(tokenizer, tmp_path):
+def test_lora_has_one_model_in_memory_and_its_base_is_the_adapter_switched_off(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(FDPGTrainer, "reference_is_proven", True)  # the adapter below is not zero at the start
     model = build()
     start = {name: p.clone() for name, p in model.named_parameters()}
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
     trainer = trained(tokenizer, tmp_path, moment_target(), model=model, peft_config=lora, max_steps=2)
-    assert trainer.base_model is None and trainer.ref_model is None
+    assert trainer.reference is None and trainer.ref_model is None
     frozen = {
         n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in trainer.model.named_parameters()
     }
     assert all(torch.equal(frozen[name], p) for name, p in start.items())
     ids = tokenizer("a b")["input_ids"]
-    batch = trainer._collate([{"prompt_ids": ids, "completion_ids": SPACE[:50], "scores": [0.0] * 50}])
+    batch = trainer.collate([{"prompt_ids": ids, "completion_ids": SPACE[:50], "scores": [0.0] * 50}])
     plain = build()
     plain.load_state_dict(start)
-    assert torch.allclose(trainer._logps(batch, base=True)[0], exact_logps(plain, ids)[:50], atol=1e-5)
+    assert torch.allclose(trainer._logps(batch, reference=True)[0], exact_logps(plain, ids)[:50], atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["padded", "shared"])

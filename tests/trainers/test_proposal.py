@@ -9,7 +9,7 @@ from test_fdpg_trainer import PROMPTS, SPACE, build, exact_logps, has_a, make_to
 
 from contrastive_align.losses import RunningLogZ, divergence_value
 from contrastive_align.trainers import fdpg as trainer_module
-from contrastive_align.trainers.proposal import KeptProposal
+from contrastive_align.trainers.kept_proposal import KeptProposal
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_samples_are_the_proposals_and_weighed_by_it(tokenizer, tmp_path):
     trainer.model.train()
     prompt = tokenizer("a b")["input_ids"]
     ids, logps = trainer._draw([prompt], 64, [7])
-    batch = trainer._collate([{"prompt_ids": prompt, "completion_ids": ids[0], "scores": [0.0] * 64}])
+    batch = trainer.collate([{"prompt_ids": prompt, "completion_ids": ids[0], "scores": [0.0] * 64}])
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
     policy = trainer._logps(batch)
     with kept.in_place_of(trainer.model):
@@ -121,7 +121,7 @@ def test_samples_are_the_proposals_and_weighed_by_it(tokenizer, tmp_path):
     assert not torch.allclose(logps, policy, atol=1e-2)
     trainer.model.eval()
     ids, logps = trainer._draw([prompt], 64, [7])  # an evaluation is of the policy
-    batch = trainer._collate([{"prompt_ids": prompt, "completion_ids": ids[0], "scores": [0.0] * 64}])
+    batch = trainer.collate([{"prompt_ids": prompt, "completion_ids": ids[0], "scores": [0.0] * 64}])
     assert torch.allclose(logps, trainer._logps(batch), atol=1e-5)
 
 
