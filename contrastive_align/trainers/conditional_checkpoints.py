@@ -11,7 +11,8 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 
-from contrastive_align.trainers.card import CardMixin, add_section, how_to_ask
+from contrastive_align.report.card import add_section, how_to_ask
+from contrastive_align.trainers.card import CardMixin
 from contrastive_align.trainers.checkpoints import last_whole_checkpoint
 from contrastive_align.trl_seam import get_config_model_id
 

@@ -9,7 +9,7 @@ import numpy as np
 from transformers.utils import logging
 
 from contrastive_align.pool.pool import Table
-from contrastive_align.report.rounds import plot_round
+from contrastive_align.report import plot_round
 
 
 logger = logging.get_logger(__name__)
