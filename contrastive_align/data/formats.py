@@ -1,4 +1,4 @@
-"""Rows as people have them -> Group. The only place that knows how a dataset may be spelt."""
+"""The spellings of a dataset's rows, and how each is read into a checked group; nothing else knows them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Message = dict[str, Any]
 Text = str | list[Message]
 
 FIX = "Correct the row or drop it (on_bad_row='drop')."
-UNREADABLE = "__unreadable__"  # a column that the reader of a broken file fills with what is wrong with the row
-ROW = "__row__"  # the number of a row before it was shuffled or split off
+UNREADABLE = "__unreadable__"  # a column with the error of a row that the reader of a file could not read
+ROW = "__row__"  # the number of a row in the file, before shuffling and splitting
 LARGEST_SCORE = 3.4028234663852886e38  # scores are float32 on their way to the loss
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on: where it is, what was found, what was expected, how to fix it."""
+    """A row that cannot be trained on: its place, what was found and expected, and how to fix it."""
 
 
 @dataclass
@@ -34,9 +34,9 @@ class Group:
 
     Args:
         prompt: plain text, or a list of messages (then the completions are lists of messages too).
-        completions: K >= 2 of them.
+        completions: K >= 2 completions.
         scores: K finite numbers; higher is better.
-        template_kwargs: what the row brings for the chat template (``tools`` and ``chat_template_kwargs``).
+        template_kwargs: the row's arguments for the chat template (``tools`` and ``chat_template_kwargs``).
     """
 
     prompt: Text
@@ -81,13 +81,13 @@ WHAT_IS_UNDERSTOOD = (
 
 
 def detect_spelling(columns: list[str], first_row: Mapping[str, Any] | None = None) -> str:
-    """How a dataset with these columns spells its groups.
+    """Detect how a dataset with these columns spells its groups; explicit scores go before preferences.
 
-    Returns one of ``"canonical"``, ``"ultrafeedback"``, ``"lettered"``, ``"preference"``. Explicit scores go before
-    preferences where a dataset has both.
+    Returns:
+        ``"canonical"``, ``"ultrafeedback"``, ``"lettered"`` or ``"preference"``.
 
     Raises:
-        ValueError: none fits; names the columns found and the spellings understood.
+        ValueError: no spelling fits; names the columns found and the spellings understood.
 
     >>> detect_spelling(["prompt", "responses", "rewards"])
     'canonical'
@@ -117,13 +117,13 @@ def detect_spelling(columns: list[str], first_row: Mapping[str, Any] | None = No
 
 
 def read_group(row: Mapping[str, Any], number: int, spelling: str, *, source: str = "") -> Group:
-    """One row of a dataset as a checked :class:`Group`.
+    """Read one row of a dataset into a checked :class:`Group`.
 
     Args:
         row: the row.
-        number: its number in the dataset, from 0, for the error; the column ``__row__`` goes before it.
+        number: its number in the dataset, from 0, for errors; a column ``__row__`` takes precedence.
         spelling: see :func:`detect_spelling`.
-        source: the file or split, for the error.
+        source: the file or split, for errors.
 
     Raises:
         BadRow: fewer than 2 completions, another number of scores than completions, a score that is missing, not a
@@ -145,7 +145,7 @@ def read_group(row: Mapping[str, Any], number: int, spelling: str, *, source: st
 
 
 def check_scores(scores: list[Any], k: int, where: str, columns: Columns) -> list[float]:
-    """K >= 2 completions and K finite scores, or :class:`BadRow`."""
+    """Check that there are K >= 2 completions and K finite scores; return the scores as floats, or raise BadRow."""
     if k < 2:
         raise BadRow(
             f"{where}: '{columns.completions}' has {k} completion{'s' * (k != 1)}, expected at least 2 per prompt. Add "
@@ -160,7 +160,7 @@ def check_scores(scores: list[Any], k: int, where: str, columns: Columns) -> lis
 
 @dataclass
 class Columns:
-    """What a row calls its parts, for errors; ``own`` where each completion has a column (and a score column)."""
+    """A row's names for its parts, for errors; ``own`` if each completion has its own column and score column."""
 
     prompt: str
     completions: str
@@ -237,7 +237,7 @@ _SPELLINGS = {
 
 
 def _same_form(prompt: Any, completions: list[Any], where: str, columns: Columns) -> tuple[Text, list[Text]]:
-    """Plain text throughout, or messages throughout; a prompt repeated inside the completions is taken out."""
+    """Return prompt and completions all as text or all as messages, without a prompt repeated in the completions."""
     completions = [_messages(c) for c in completions]
     prompt = _messages(prompt)
     conversational = [isinstance(c, list) for c in completions]
@@ -245,7 +245,7 @@ def _same_form(prompt: Any, completions: list[Any], where: str, columns: Columns
         return prompt, completions
     completions = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in completions]
     whole = [_is_messages(c) and c[0].get("role") != "assistant" for c in completions]
-    if any(whole):  # each completion is the whole dialogue: the prompt given, or what they share up to the last answer
+    if any(whole):  # whole dialogues: split off the given prompt, or the turns shared before the last answer
         for i, completion in enumerate(completions):
             if not _is_messages(completion):
                 _check_completion(completion, f"{where}: {columns.completion(i)}")
@@ -270,7 +270,7 @@ def _same_form(prompt: Any, completions: list[Any], where: str, columns: Columns
 
 
 def _messages(value: Any) -> Any:
-    """Messages without the None that Arrow fills in for keys that only other rows have."""
+    """Remove the None that Arrow adds to messages for keys that only other rows have."""
     if isinstance(value, Mapping) and "role" in value:
         value = [value]
     if isinstance(value, list) and all(isinstance(m, Mapping) for m in value):

@@ -17,8 +17,7 @@ from contrastive_align.data import distinct_prompts
 from contrastive_align.launch.arguments import Arguments
 from contrastive_align.launch.common import model_entry, versions
 from contrastive_align.launch.datasets import take
-from contrastive_align.report import Change, Summary
-from contrastive_align.report.conditional import plot_rewards
+from contrastive_align.report import Change, Summary, plot_rewards
 from contrastive_align.trainers import ConditionalTrainer
 from contrastive_align.trainers.conditional_evaluation import UNCONDITIONED
 

@@ -1,6 +1,8 @@
-"""Conditional training: the likelihood of a completion under its condition, near the reference, not too sure."""
+"""The loss of conditional training: negative log-likelihood + KL to the reference - entropy, at each token."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,19 +11,13 @@ from torch import Tensor
 KL_DIRECTIONS = ("reverse", "forward")
 
 
-class ConditionalTerms:
-    """(n,) nats per token each; ``loss`` is the others under their coefficients. Unpacks in this order."""
+class ConditionalTerms(NamedTuple):
+    """The terms of :func:`conditional`, (n,) nats per token each; ``loss`` is their weighted sum."""
 
-    __slots__ = ("entropy", "kl", "loss", "nll")
-
-    def __init__(self, loss: Tensor, nll: Tensor, kl: Tensor, entropy: Tensor):
-        self.loss, self.nll, self.kl, self.entropy = loss, nll, kl, entropy
-
-    def __iter__(self):
-        return iter((self.loss, self.nll, self.kl, self.entropy))
-
-    def __repr__(self) -> str:
-        return f"ConditionalTerms(loss={self.loss}, nll={self.nll}, kl={self.kl}, entropy={self.entropy})"
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+    entropy: Tensor
 
 
 def conditional(
@@ -34,7 +30,7 @@ def conditional(
     kl_direction: str,
     outside: tuple[int, ...] = (),
 ) -> ConditionalTerms:
-    r"""The loss of conditional training at each completion token.
+    r"""Return the loss of conditional training and its terms at each completion token.
 
     .. math:: \ell_t = -\log\pi(y_t) + c_{KL}\, KL_t - c_H\, H(\pi), \qquad
         KL_t = KL(\pi' \| r') \text{ (reverse)} \quad\text{or}\quad KL(r' \| \pi') \text{ (forward)}

@@ -1,6 +1,6 @@
-r"""What samples say: log Z, divergences and feature moments, each with its standard error and effective sample size.
+r"""Estimates from samples: log Z, divergences and moments, each with its standard error and effective sample size.
 
-Every function takes K samples y_1 .. y_K of a proposal q for each of B prompts, and gives one estimate a prompt:
+Every function takes K samples y_1 .. y_K of a proposal q for each of B prompts, and returns one estimate per prompt:
 
 =====================  ============  ===================================================================================
 argument               shape         meaning
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,30 +31,23 @@ from torch import Tensor
 from contrastive_align.losses.divergences import canonical_divergence_name
 
 
-class Estimate:
-    """A value, its standard error, and the effective sample size it rests on: (sum w)^2 / sum w^2.
+class Estimate(NamedTuple):
+    """A value, its standard error, and its effective sample size (sum w)^2 / sum w^2.
 
-    Where two sets of weights enter (to the policy and to the target) ``ess`` is the smaller one. Unpacks as a triple.
+    Where two sets of weights enter (to the policy and to the target) ``ess`` is the smaller one.
     """
 
-    __slots__ = ("ess", "se", "value")
-
-    def __init__(self, value: Tensor, se: Tensor, ess: Tensor):
-        self.value, self.se, self.ess = value, se, ess
-
-    def __iter__(self):
-        return iter((self.value, self.se, self.ess))
-
-    def __repr__(self) -> str:
-        return f"Estimate(value={self.value}, se={self.se}, ess={self.ess})"
+    value: Tensor
+    se: Tensor
+    ess: Tensor
 
 
 def estimate_log_z(proposal_logps: Tensor, target_log_scores: Tensor, *, valid: Tensor | None = None) -> Estimate:
-    r"""log Z of each prompt.
+    r"""Estimate log Z of each prompt.
 
     .. math:: \log \hat Z = \log \frac{1}{K} \sum_i \frac{P(y_i)}{q(y_i)}
 
-    CDPG, arXiv:2112.00791, estimates Z of each context so. Z itself is unbiased; its log is low by about se^2 / 2.
+    CDPG, arXiv:2112.00791. Z itself is unbiased; its log is low by about se^2 / 2.
     -inf, with ess 0, where no sample meets the constraints.
 
     >>> estimate_log_z(torch.tensor([[-1.0, -1.0]]), torch.tensor([[0.0, -torch.inf]])).value
@@ -143,13 +136,13 @@ def estimate_divergence(
 def estimate_kl_base(
     policy_logps: Tensor, base_logps: Tensor, *, proposal_logps: Tensor | None = None, valid: Tensor | None = None
 ) -> Estimate:
-    r"""KL(pi || a) of each prompt, in nats: how far the policy went from its base a.
+    r"""Estimate KL(pi || a) of each prompt, the distance in nats of the policy from its base a.
 
     .. math:: \overline{w \log (\pi / a)}\, / \,\overline{w}, \qquad w = \pi / q
 
     Args:
         base_logps: (B, K) nats, log a(y|x).
-        proposal_logps: left out when the samples are the policy's own: w = 1.
+        proposal_logps: default: the policy's own, w = 1.
 
     >>> estimate_kl_base(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]])).value
     tensor([0.5000])
@@ -164,7 +157,7 @@ def estimate_kl_base(
 def estimate_moments(
     features: Tensor, log_scores: Tensor, proposal_logps: Tensor, *, valid: Tensor | None = None
 ) -> Estimate:
-    r"""The mean of features under the policy or under the target, self-normalised, for each prompt.
+    r"""Estimate the mean of features under the policy or the target, self-normalised, for each prompt.
 
     .. math:: \hat\mu = \frac{\sum_i v_i\, \phi(y_i)}{\sum_i v_i}, \qquad
         v_i = \frac{e^{\text{log\_scores}_i}}{q(y_i)}
@@ -201,13 +194,13 @@ def estimate_moments(
 
 
 def average_estimate(estimate: Estimate) -> Estimate:
-    r"""The mean over prompts of an estimate for each prompt: 0-dimensional, or (F,) for several features.
+    r"""Average the estimates of prompts: 0-dimensional, or (F,) for several features.
 
     The standard error is that of the spread between prompts, which are a sample themselves; it contains the noise
     within each. From a single prompt only that noise is known. Prompts with ess 0 are left out; ``ess`` is the sum.
 
     >>> average_estimate(Estimate(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.1]), torch.tensor([10.0, 20.0])))
-    Estimate(value=2.0, se=1.0, ess=30.0)
+    Estimate(value=tensor(2.), se=tensor(1.), ess=tensor(30.))
     """
     known = estimate.ess > 0
     values, n = estimate.value[known], int(known.sum())

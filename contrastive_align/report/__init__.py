@@ -1,9 +1,27 @@
-"""What a run was and what it did, on the screen and in ``summary.json``."""
+"""Reports of a run: ``summary.json``, its tables, pictures, and sections of the model card."""
 
-from contrastive_align.report.distributions import Number, TargetChange, TargetSummary
-from contrastive_align.report.quasi_rejection import plot_tradeoff
-from contrastive_align.report.steps import plot_steps
-from contrastive_align.report.summary import Change, Summary, table
+from contrastive_align.report.plots import plot_rewards, plot_round, plot_steps, plot_tradeoff
+from contrastive_align.report.summary import (
+    Change,
+    Number,
+    Summary,
+    TargetChange,
+    TargetSummary,
+    distribution_rows,
+    table,
+)
 
 
-__all__ = ["Change", "Number", "Summary", "TargetChange", "TargetSummary", "plot_steps", "plot_tradeoff", "table"]
+__all__ = [
+    "Change",
+    "Number",
+    "Summary",
+    "TargetChange",
+    "TargetSummary",
+    "distribution_rows",
+    "plot_rewards",
+    "plot_round",
+    "plot_steps",
+    "plot_tradeoff",
+    "table",
+]

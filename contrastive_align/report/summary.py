@@ -1,14 +1,19 @@
-"""``summary.json``: what ran and what it changed. The tables on the screen are views of it."""
+"""``summary.json``: what ran and what changed. The tables on the screen are views of it."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from contrastive_align.data.atomic import atomic_write
+
+
+COLUMNS = ("base", "target", "tuned", "tuned+QRS")
 
 
 @dataclass
@@ -18,8 +23,8 @@ class Change:
     Args:
         before, after: means over the same ``n`` groups or prompts.
         se: standard error of after - before, paired over the ``n``.
-        n: how many.
-        before_se, after_se: standard errors of the two means themselves, where they were measured.
+        n: the number of groups or prompts.
+        before_se, after_se: standard errors of the two means, if measured.
     """
 
     before: float
@@ -31,7 +36,7 @@ class Change:
 
     @classmethod
     def paired(cls, before: Sequence[float], after: Sequence[float]) -> Change:
-        """From one number per prompt or group, in the same order.
+        """Build the change from one number per prompt or group before and after, in the same order.
 
         >>> Change.paired([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]).se
         0.5773502691896257
@@ -40,18 +45,40 @@ class Change:
         return cls(_mean(before), _mean(after), _se(differences), len(before), _se(before), _se(after))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+@dataclass
+class TargetChange(Change):
+    """A number under base, tuned model, target and QRS.
+
+    Args:
+        target: the wanted value; for the divergence from the base, that of the target itself.
+        qrs, qrs_se: the same number and its standard error with quasi-rejection sampling; None without.
+        n: the samples of each distribution; ``se`` is taken over ``prompts``.
+    """
+
+    target: float | None = None
+    qrs: float | None = None
+    qrs_se: float | None = None
+    prompts: int | None = None
 
 
-def _se(values: Sequence[float]) -> float:
-    n, mean = len(values), _mean(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else float("nan")
+@dataclass(frozen=True)
+class Number:
+    """A measured value and its standard error ``se``: None if the value is exact, NaN if it is not known."""
+
+    value: float
+    se: float | None = None
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "-"
+        digits = 4 if abs(self.value) < 10 else 2
+        shown = f"{round(self.value, digits) + 0.0:.{digits}f}"  # never -0.0000
+        return shown if self.se is None or math.isnan(self.se) else f"{shown} +- {self.se:.{digits}f}"
 
 
 @dataclass
 class Summary:
-    """Everything ``summary.json`` holds."""
+    """The contents of ``summary.json``."""
 
     method: dict[str, Any]
     model: dict[str, Any]
@@ -65,16 +92,15 @@ class Summary:
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, output_dir: str | os.PathLike) -> Path:
-        """Write ``summary.json`` whole or not at all. NaN becomes null."""
+        """Write ``summary.json`` atomically and return its path. NaN becomes null."""
         path = Path(output_dir) / "summary.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".json.incomplete")
-        aside.write_text(json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(path)
+        with atomic_write(path) as file:
+            file.write(json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False).encode() + b"\n")
         return path
 
     def opening(self) -> str:
-        """The table before training."""
+        """Return the table before training."""
         rows = [("method", self.method["line"]), ("model", self.model["line"]), ("reference", self.reference)]
         for name, report in self.data.items():
             rows.append((f"{name} data", report["line"]))
@@ -82,18 +108,32 @@ class Summary:
         return table(rows)
 
     def closing(self) -> str:
-        """The tables after training."""
+        """Return the tables after training."""
         rows = [("", "before", "after", "change", "+- se", "n")]
         for name, c in self.metrics.items():
             rows.append((name, _show(c.before), _show(c.after), _show(c.after - c.before), _show(c.se), str(c.n)))
-        lines = [f"measured on {self.metrics_on}", table(rows, numbers=True)] if self.metrics else []
+        return self._closing(rows if self.metrics else None)
+
+    def _closing(self, rows: Sequence[Sequence[str]] | None) -> str:
+        lines = [f"measured on {self.metrics_on}", table(rows, numbers=True)] if rows else []
         if self.state:
             lines.append(self.state)
         return "\n".join([*lines, table(list(self.saved.items()))])
 
 
+@dataclass
+class TargetSummary(Summary):
+    """A :class:`Summary` with the measurements of each distribution: column -> row -> number."""
+
+    distributions: dict[str, dict[str, Number]] = field(default_factory=dict)
+
+    def closing(self) -> str:
+        """Return the table after training: base, target, tuned and tuned + QRS side by side."""
+        return self._closing(distribution_rows(self.distributions) if self.distributions else None)
+
+
 def table(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
-    """Aligned columns; with ``numbers`` all but the first are right-aligned.
+    """Align columns of text; with ``numbers`` all but the first are right-aligned.
 
     >>> print(table([("", "before"), ("x", "1.0")], numbers=True))
        before
@@ -106,6 +146,29 @@ def table(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
         cells += [c.rjust(w) if numbers else c.ljust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def distribution_rows(distributions: Mapping[str, Mapping[str, Number]]) -> list[tuple[str, ...]]:
+    """Return the cells of the table, the header first; a number that was not measured is left empty.
+
+    >>> distribution_rows({"base": {"moment/x": Number(0.1, 0.01)}, "tuned": {"moment/x": Number(0.5)}})
+    [('', 'base', 'tuned'), ('moment/x', '0.1000 +- 0.0100', '0.5000')]
+    """
+    columns = [name for name in COLUMNS if name in distributions]
+    names = list(dict.fromkeys(name for column in columns for name in distributions[column]))
+    cells = [
+        (name, *(str(distributions[c][name]) if name in distributions[c] else "" for c in columns)) for name in names
+    ]
+    return [("", *columns), *cells]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _se(values: Sequence[float]) -> float:
+    n, mean = len(values), _mean(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else float("nan")
 
 
 def _show(value: float) -> str:

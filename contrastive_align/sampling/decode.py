@@ -380,7 +380,8 @@ class _ModelInterface:
     def start(self, model: nn.Module, prompt_ids: Sequence[Sequence[int]], prompts: list[int], pad: int) -> _Decoder:
         """Return a decoder with a row for each entry of ``prompts``; consecutive equal prompts are computed once."""
         distinct = [c for c, _ in itertools.groupby(prompts)]
-        ids, mask = _pad_rows([prompt_ids[c] for c in distinct], pad, self.side, self.base.device)
+        side = "right" if self.encoder_decoder else "left"
+        ids, mask = _pad_rows([prompt_ids[c] for c in distinct], pad, side, self.base.device)
         decoder = (_Seq2SeqDecoder if self.encoder_decoder else _CachedDecoder if self.cached else _UncachedDecoder)(
             model, self
         )
@@ -392,19 +393,24 @@ class _ModelInterface:
             preallocate_cache(decoder.cache)
         return decoder
 
-    @property
-    def side(self) -> str:
-        return "right" if self.encoder_decoder else "left"
-
 
 # ------------------------------------------------------------------------------------------------------------- decoders
 
 
 class _Decoder:
-    """Rows that are decoded together. ``prefill``, ``step`` and ``select`` keep ``logits`` those of the next token."""
+    """Rows that are decoded together; ``logits`` (rows, V) are those of the next token."""
+
+    per_row = ("logits", "mask")
 
     def __init__(self, model: nn.Module, interface: _ModelInterface) -> None:
         self.model, self.interface, self.cache = model, interface, None
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order and with repetitions."""
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+        for name in self.per_row:
+            setattr(self, name, getattr(self, name)[rows])
 
 
 class _CachedDecoder(_Decoder):
@@ -413,11 +419,6 @@ class _CachedDecoder(_Decoder):
     def prefill(self, ids: Tensor, mask: Tensor) -> None:
         outputs = self.model(**self.interface.inputs(ids, mask, keep=1), use_cache=True)
         self.cache, self.logits, self.mask = outputs.past_key_values, outputs.logits[:, -1], mask
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order and with repetitions."""
-        self.cache.reorder_cache(rows)
-        self.logits, self.mask = self.logits[rows], self.mask[rows]
 
     def step(self, tokens: Tensor) -> None:
         self.mask = F.pad(self.mask, (0, 1), value=1)
@@ -430,14 +431,12 @@ class _CachedDecoder(_Decoder):
 class _Seq2SeqDecoder(_Decoder):
     """An encoder-decoder model: the prompt in the encoder, the completion in the decoder."""
 
+    per_row = ("logits", "mask", "encoded")
+
     def prefill(self, ids: Tensor, mask: Tensor) -> None:
         self.mask = mask
         self.encoded = self.interface.base.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)[0]
         self.step(ids.new_full((len(ids),), self.interface.start_token))
-
-    def select(self, rows: Tensor) -> None:
-        self.cache.reorder_cache(rows)
-        self.logits, self.mask, self.encoded = self.logits[rows], self.mask[rows], self.encoded[rows]
 
     def step(self, tokens: Tensor) -> None:
         outputs = self.model(
@@ -453,12 +452,11 @@ class _Seq2SeqDecoder(_Decoder):
 class _UncachedDecoder(_Decoder):
     """A causal model without a usable cache: every step computes the whole row."""
 
+    per_row = ("logits", "mask", "ids")
+
     def prefill(self, ids: Tensor, mask: Tensor) -> None:
         self.ids, self.mask = ids, mask
         self.logits = self.model(**self.interface.inputs(ids, mask, keep=1), use_cache=False).logits[:, -1]
-
-    def select(self, rows: Tensor) -> None:
-        self.ids, self.mask, self.logits = self.ids[rows], self.mask[rows], self.logits[rows]
 
     def step(self, tokens: Tensor) -> None:
         self.prefill(torch.cat([self.ids, tokens.unsqueeze(-1)], 1), F.pad(self.mask, (0, 1), value=1))

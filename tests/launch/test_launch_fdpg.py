@@ -17,8 +17,7 @@ from contrastive_align import demo
 from contrastive_align.launch.arguments import RunArguments, UsageError
 from contrastive_align.launch.fdpg import main
 from contrastive_align.launch.prompts import load_prompts, repeat
-from contrastive_align.report import Number, plot_steps
-from contrastive_align.report.distributions import distribution_rows
+from contrastive_align.report import Number, distribution_rows, plot_steps
 
 
 ROOT = Path(__file__).parents[2]

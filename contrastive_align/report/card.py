@@ -1,0 +1,92 @@
+"""Sections of the model card beside TRL's template: the objective of the training, and how to ask the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+BEFORE = "## Training procedure"  # the heading in TRL's template that new sections precede
+
+
+def objective_section(objective: Mapping[str, Any]) -> str:
+    """Write the section on the objective, name -> value, in Markdown.
+
+    >>> print(objective_section({"loss": "nca", "beta": 0.1}))
+    ## Objective
+    <BLANKLINE>
+    - loss: `nca`
+    - beta: `0.1`
+    """
+    return "\n".join(["## Objective", "", *(f"- {name}: `{value}`" for name, value in objective.items())])
+
+
+def add_section(output_dir: str | Path, section: str, *, instead_of: str | None = None) -> None:
+    """Add a section of Markdown to the ``README.md`` of a folder, before the section on the training procedure.
+
+    Without a ``README.md`` nothing is written: the main process alone writes the card.
+
+    Args:
+        output_dir: the folder of the card.
+        section: Markdown that begins with its heading.
+        instead_of: the heading of a section to replace, if the card has it.
+    """
+    path = Path(output_dir) / "README.md"
+    if not path.is_file():
+        return
+    card = path.read_text(encoding="utf-8")
+    start = end = _place(card, BEFORE)
+    if instead_of and instead_of in card:
+        start = _place(card, instead_of)
+        end = start + 1 + _place(card[start + 1 :], "\n## ")
+    path.write_text(f"{card[:start].rstrip()}\n\n{section.strip()}\n\n{card[end:].lstrip()}", encoding="utf-8")
+
+
+def _place(card: str, heading: str) -> int:
+    at = card.find(heading)
+    return len(card) if at < 0 else at
+
+
+def how_to_ask(kind: str, best: str, *, adapter: bool, tokens: bool, base: str) -> str:
+    """Write the section on how to ask a conditional model for its best completions.
+
+    Args:
+        kind: of the condition, as in ``condition.json``.
+        best: the text that stands for the best label.
+        adapter: whether the folder holds an adapter.
+        tokens: whether the condition has tokens of its own.
+        base: the id of the model under the adapter.
+    """
+    if adapter and tokens:
+        load = [
+            "from transformers import AutoModelForCausalLM",
+            "from contrastive_align.conditions.tokens import load_with_condition_tokens",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
+            "model, tokenizer = load_with_condition_tokens(base, folder)",
+        ]
+    else:
+        auto = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+        load = [
+            f"from {'peft' if adapter else 'transformers'} import {auto}",
+            "from transformers import AutoTokenizer",
+            "",
+        ]
+        load += [f"model = {auto}.from_pretrained(folder)", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    code = "\n".join(
+        [
+            'folder = "."  # of this model',
+            "from contrastive_align.conditions import Condition",
+            *load,
+            'prompt = Condition.load(folder).apply_best("Why is the sky blue?")  # or a list of messages',
+        ]
+    )
+    return (
+        "## Asking for the best\n\n"
+        f"This model was trained on completions of every quality, each under a condition (`{kind}`, in "
+        "`condition.json`) that says how good it is; without one it writes them all. The best is asked for with: "
+        f"`{best}`\n\n"
+        f"```python\n{code}\n```"
+    )
