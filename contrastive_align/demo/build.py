@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = build_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     train(model, tokenizer, rng)
-    _save(model, tokenizer, output_dir / "model")
+    save_model(model, tokenizer, output_dir / "model")
 
     data_dir = output_dir / "data"
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,8 @@ def _sample_text(rng: random.Random) -> str:
     return prompt + sample_completion(prompt, rng)
 
 
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, model_dir: Path) -> None:
+def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, model_dir: Path) -> None:
+    """Write weights, configuration and tokenizer into a folder that every user can read."""
     model.save_pretrained(model_dir)
     # The weights are written for their owner's eyes only, and an installed package is read by others as well.
     (model_dir / "model.safetensors").chmod(0o644)

@@ -1,4 +1,4 @@
-"""``run_conditional.py --best="a prompt"``: ask a model that was trained on conditions for its best."""
+"""``run_conditional.py --best="a prompt"``: sample a trained model under its best condition."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from contrastive_align.sampling.decode import draw
 from contrastive_align.sampling.seeds import seed_of
 
 
-# Flags that mean something here; every other one is refused.
+# The flags that --best accepts.
 FLAGS = {
     "best", "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "num_generations",
     "max_completion_length", "temperature", "top_p", "seed", "use_cpu", "log_level",
@@ -29,11 +29,11 @@ FLAGS = {
 
 
 def ask_best(args: Arguments) -> list[str]:
-    """Print the prompt ``--best`` under the condition that asks for the best, and samples; return the samples.
+    """Print the conditioned prompt and samples; return the samples.
 
     Raises:
-        UsageError: a flag that means nothing here.
-        ValueError, FileNotFoundError: no such folder, or not one that conditional training wrote.
+        UsageError: a flag that has no effect with ``--best``.
+        ValueError, FileNotFoundError: the folder does not exist, or conditional training did not write it.
     """
     if unused := sorted(args.given - FLAGS):
         raise UsageError(f"--{unused[0]} means nothing beside --best, which samples and trains nothing. Leave it out.")
@@ -78,7 +78,7 @@ def ask_best(args: Arguments) -> list[str]:
 
 
 def load_trained(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer that conditional training saved, whole or as an adapter with its condition tokens."""
+    """Load model and tokenizer of conditional training, saved whole or as an adapter with condition tokens."""
     trust = kwargs.get("trust_remote_code", False)
     config = adapter_config_path(folder)
     if config is None:
@@ -92,6 +92,6 @@ def load_trained(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTraine
 
 
 def _summary(folder: str) -> dict[str, Any]:
-    """What the run says of itself; nothing for a model saved elsewhere, such as a checkpoint."""
+    """Read the summary of the run; {} for a model without one, such as a checkpoint."""
     path = Path(folder) / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
