@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from contrastive_align.conditions import Condition
 from contrastive_align.conditions.forms import Prompt
@@ -77,7 +77,7 @@ def ask_best(args: Arguments) -> list[str]:
     return found
 
 
-def load_trained(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_trained(folder: str, **kwargs: Any) -> tuple[Any, Any]:
     """Load model and tokenizer of conditional training, saved whole or as an adapter with condition tokens."""
     trust = kwargs.get("trust_remote_code", False)
     config = adapter_config_path(folder)

@@ -153,7 +153,8 @@ def load_scored(
     train, test = load_splits(script, mixture, want_eval=want_eval, seed=seed, on_bad_row=None)
     if not isinstance(train, Dataset):
         raise UsageError("scored completions are sorted by their scores, so they cannot be a stream. Leave it out.")
-    return tuple(None if x is None else with_feedback(x, condition, **columns) for x in (train, test))
+    train = with_feedback(train, condition, **columns)
+    return train, None if test is None else with_feedback(test, condition, **columns)
 
 
 def with_feedback(

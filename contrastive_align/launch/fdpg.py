@@ -27,7 +27,7 @@ from contrastive_align.launch.common import (
 )
 from contrastive_align.launch.datasets import ONE_PROMPT, distinct_prompts, from_rows, load_prompts, repeat, take
 from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for
-from contrastive_align.report import TargetSummary, plot_steps
+from contrastive_align.report import Summary, TargetSummary, plot_steps
 from contrastive_align.targets import InfeasibleMoment, Target, resolve_constraint, resolve_feature
 from contrastive_align.trainers import FDPGConfig, FDPGTrainer
 
@@ -101,7 +101,7 @@ class FDPGArguments(RunArguments):
 CLASSES = {"script": FDPGArguments, "training": FDPGConfig}
 
 
-def main(argv: Sequence[str] | None = None) -> TargetSummary:
+def main(argv: Sequence[str] | None = None) -> Summary:
     """Train a model towards a target as the command line says (see ``README.md``)."""
     return FDPGRun(_parse(argv)).execute()
 

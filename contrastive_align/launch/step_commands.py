@@ -163,7 +163,7 @@ def _local_sampler(args: Namespace, tokens: list[str]) -> Sampler:
 
 
 def _server_sampler(args: Namespace, tokens: list[str]) -> Sampler:
-    tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    tokenizer: Any = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     encode = _encoder(tokenizer)
     suppressed = {str(i): -100 for i in tokenizer.convert_tokens_to_ids(tokens)}
     server = ServerSampler(

@@ -22,14 +22,16 @@ def plot_rewards(
     *,
     start: float | None = None,
 ) -> Path:
-    """Left: the mean reward of each round's new samples, and of the pool under each condition. Right: the reward of
-    the trained model given each condition, with standard errors.
+    """Draw the rewards of the rounds (left) and of the trained model (right).
+
+    Left: the mean reward of each round's new samples, and of the pool under each condition. Right: the reward of the
+    trained model under each condition, with standard errors.
 
     Args:
-        rounds: what the trainer logs at the beginning of a round.
+        rounds: the trainer's log entries of the rounds.
         given: condition -> mean reward and its standard error.
         path: a file whose ending matplotlib knows (.png, .svg, .pdf); its folder is made.
-        start: mean reward of the start, drawn as a dotted line.
+        start: mean reward before training, drawn as a dotted line.
 
     Raises:
         ValueError: no round has a reward.

@@ -50,7 +50,7 @@ class TargetSummary(Summary):
     distributions: dict[str, dict[str, Number]] = field(default_factory=dict)
 
     def closing(self) -> str:
-        """The table after training."""
+        """Return the table after training."""
         lines = [f"measured on {self.metrics_on}", table(distribution_rows(self.distributions), numbers=True)]
         if not self.distributions:
             lines = []
@@ -60,7 +60,7 @@ class TargetSummary(Summary):
 
 
 def distribution_rows(distributions: Mapping[str, Mapping[str, Number]]) -> list[tuple[str, ...]]:
-    """The cells of the table, the header first; what was not measured is left empty.
+    """Return the cells of the table, header first; cells without a measurement are empty.
 
     >>> distribution_rows({"base": {"moment/x": Number(0.1, 0.01)}, "tuned": {"moment/x": Number(0.5)}})
     [('', 'base', 'tuned'), ('moment/x', '0.1000 +- 0.0100', '0.5000')]

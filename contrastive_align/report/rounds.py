@@ -18,10 +18,10 @@ MOST_ROWS = 12
 
 
 def in_lines(name: str, width: int = 18) -> str:
-    """A condition's name in lines, nothing of it left out.
+    r"""Break the name of a condition into lines.
 
     >>> in_lines("Harmless and not helpful"), in_lines("helpfulness:4,coherence:3")
-    ('Harmless and not\\nhelpful', 'helpfulness:4,\\ncoherence:3')
+    ('Harmless and not\nhelpful', 'helpfulness:4,\ncoherence:3')
     """
     return textwrap.fill(name.replace(",", ", "), width)
 
@@ -35,9 +35,9 @@ def plot_round(
     path: str | os.PathLike,
     title: str = "",
 ) -> Path:
-    """Histograms of reward, where there is one, and length, one row of axes for each label, best first.
+    """Draw histograms of reward, if there is one, and length: one row of axes per label, best first.
 
-    Of more than 12 labels the first 6 and the last 6, which the title says.
+    Of more than 12 labels the first 6 and the last 6 are shown, and the title says so.
 
     Args:
         label: (N,) -1 for none.

@@ -74,7 +74,7 @@ class Summary:
         return path
 
     def opening(self) -> str:
-        """The table before training."""
+        """Return the table before training."""
         rows = [("method", self.method["line"]), ("model", self.model["line"]), ("reference", self.reference)]
         for name, report in self.data.items():
             rows.append((f"{name} data", report["line"]))
@@ -82,7 +82,7 @@ class Summary:
         return table(rows)
 
     def closing(self) -> str:
-        """The tables after training."""
+        """Return the tables after training."""
         rows = [("", "before", "after", "change", "+- se", "n")]
         for name, c in self.metrics.items():
             rows.append((name, _show(c.before), _show(c.after), _show(c.after - c.before), _show(c.se), str(c.n)))
