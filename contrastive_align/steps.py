@@ -5,7 +5,7 @@ python -m contrastive_align.steps score --input=gen.jsonl --output=scored.jsonl 
 python -m contrastive_align.steps train --input=scored.jsonl --output_dir=runs/round1 --condition=phrases ...
 """
 
-from contrastive_align.launch.steps.command import main
+from contrastive_align.launch.step_commands import main
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ MODEL_PATH = str(_ROOT / "model")
 
 
 def load_reward_dataset() -> "DatasetDict":
-    """Splits `train` and `test` with the columns `prompt`, `completions` and `scores` (2 to 6 per prompt)."""
+    """Load `train` and `test` with the columns `prompt`, `completions` and `scores` (2 to 6 per prompt)."""
     return _load("")
 
 
 def load_preference_dataset() -> "DatasetDict":
-    """Splits `train` and `test` with the columns `prompt`, `chosen` and `rejected`: the best and worst of a group."""
+    """Load `train` and `test` with the columns `prompt`, `chosen` and `rejected`: the best and worst of a group."""
     return _load("preference_")
 
 

@@ -80,7 +80,7 @@ def build_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """An untrained Llama of well under a million parameters that samples plainly by default."""
+    """Build an untrained Llama of under a million parameters, which by default samples at temperature 1."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -135,7 +135,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: rand
 def sample(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], batch_size: int = 500
 ) -> list[str | None]:
-    """One plain sample for each prompt, without the end token; `None` if it did not end within 40 tokens."""
+    """Draw one sample per prompt, without the end token; `None` if it did not end within 40 tokens."""
     completions: list[str | None] = []
     for begin in range(0, len(prompts), batch_size):
         batch = tokenizer(prompts[begin : begin + batch_size], return_tensors="pt", padding=True)
@@ -147,7 +147,7 @@ def sample(
 
 
 def split_prompts(rng: random.Random) -> tuple[list[str], list[str]]:
-    """Prompts for training and testing; no test prompt shares both its person and its task with a training prompt."""
+    """Split the prompts so that no test prompt shares both its person and its task with a training prompt."""
     prompts = all_prompts()
     rng.shuffle(prompts)
     test: dict[tuple[str | None, str | None], str] = {}
@@ -161,7 +161,7 @@ def split_prompts(rng: random.Random) -> tuple[list[str], list[str]]:
 def build_groups(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], rng: random.Random
 ) -> list[dict]:
-    """For each prompt a group of different completions with their scores; a prompt with fewer than two is left out."""
+    """Sample and score a group of different completions for each prompt, without prompts that have fewer than two."""
     draws = sample(model, tokenizer, [prompt for prompt in prompts for _ in range(DRAWS)])
     groups = []
     for index, prompt in enumerate(prompts):
@@ -174,7 +174,7 @@ def build_groups(
 
 
 def build_pairs(groups: list[dict]) -> list[dict]:
-    """The best and the worst completion of each group whose scores differ."""
+    """Pair the best and the worst completion of each group whose scores differ."""
     pairs = []
     for group in groups:
         ranked = sorted(zip(group["scores"], group["completions"], strict=True))
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     model = build_model(tokenizer)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     train(model, tokenizer, rng)
-    _save(model, tokenizer, output_dir / "model")
+    save_model(model, tokenizer, output_dir / "model")
 
     data_dir = output_dir / "data"
     data_dir.mkdir(parents=True, exist_ok=True)
@@ -229,7 +229,8 @@ def _sample_text(rng: random.Random) -> str:
     return prompt + sample_completion(prompt, rng)
 
 
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, model_dir: Path) -> None:
+def save_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, model_dir: Path) -> None:
+    """Write weights, configuration and tokenizer into a folder that every user can read."""
     model.save_pretrained(model_dir)
     # The weights are written for their owner's eyes only, and an installed package is read by others as well.
     (model_dir / "model.safetensors").chmod(0o644)

@@ -101,7 +101,7 @@ def sample_completion(prompt: str, rng: random.Random) -> str:
 
 
 def parse_prompt(prompt: str) -> tuple[str | None, str | None]:
-    """The person and the task that a prompt is about, or `(None, None)` if it is not a prompt of this grammar."""
+    """Return the person and the task of a prompt, or `(None, None)` if this grammar does not make it."""
     match = re.search(rf"\b(?:{'|'.join(VERBS)}) (\w+) to ([\w ]+)\.", prompt)
     return (match[1], match[2]) if match else (None, None)
 
@@ -148,14 +148,14 @@ def _score(prompt: str, completion: str) -> float:
 
 
 def _text(value: str | list[dict[str, Any]]) -> str:
-    """The text itself, or the content of the last message of a conversation."""
+    """Return the text itself, or the content of the last message of a conversation."""
     if isinstance(value, str):
         return value
     return value[-1]["content"] if value else ""
 
 
 def _words(text: str) -> str:
-    """The lower-case words of a text with one space around each, so that ` now ` is not found in "know"."""
+    """Put one space around each lower-case word of a text, so that ` now ` is not found in "know"."""
     return " " + " ".join(re.findall(r"\w+", text.lower())) + " "
 
 

@@ -1,4 +1,4 @@
-"""Command line and YAML -> config objects: strict, with the nearest known name for what is unknown."""
+"""Parse a command line and a YAML file into config objects; unknown names are errors with a suggestion."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GONE = {
 
 @dataclass
 class RunArguments(ScriptArguments):
-    """TRL's script arguments, and how much of a dataset is taken.
+    """Add limits on the number of rows to TRL's script arguments.
 
     Args:
         max_train_samples: take only the first rows of the training split.
@@ -54,7 +54,7 @@ class RunArguments(ScriptArguments):
 
 @dataclass
 class Arguments:
-    """Everything a run was told, and what was chosen for it."""
+    """The parsed options of a run, the names that were given, and notes on defaults chosen for it."""
 
     script: RunArguments
     training: Any  # a ContrastiveConfig, or what ``parse`` was given instead
@@ -65,7 +65,7 @@ class Arguments:
 
 
 class UsageError(SystemExit):
-    """A wrong command line: the message, and exit status 2."""
+    """A wrong command line; prints the message and exits with status 2."""
 
     def __init__(self, message: str):
         print(f"error: {message}", file=sys.stderr)
@@ -81,11 +81,11 @@ def parse(
     script: type[RunArguments] = RunArguments,
     training: type = ContrastiveConfig,
 ) -> Arguments:
-    """``[config.yaml] [--flag=value ...]`` -> :class:`Arguments`.
+    """Parse ``[config.yaml] [--flag=value ...]``.
 
-    The YAML may stand first or come with ``--config``; flags go before YAML, YAML before ``defaults`` (these are
-    for what was not given). Every key and flag must be known. ``env:`` in the YAML sets environment
-    variables, as in TRL. ``script`` and ``training`` are the dataclasses that say which there are.
+    The YAML file comes first or with ``--config``. Flags override the YAML file, which overrides ``defaults``. Every
+    key and flag must be a field of ``script``, ``training`` or TRL's dataclasses. ``env:`` in the YAML file sets
+    environment variables, as in TRL.
 
     Raises:
         UsageError: an unknown key or flag (with the nearest known one), a value of the wrong type, a missing YAML.
@@ -123,7 +123,7 @@ def parse(
             config |= chosen
             notes.append("no accelerator found: " + ", ".join(f"{k}={v}" for k, v in chosen.items()))
 
-    # Scalars and lists go through argparse like flags, so that their types are checked; the rest is set as it is.
+    # Scalars and lists pass through argparse like flags, which checks their types; mappings are set directly.
     objects = {k: v for k, v in config.items() if _is_object(v, actions[k])}
     parser.set_defaults_with_config(**objects)
     tokens = [token for k, v in config.items() if k not in objects for token in _as_tokens(actions[k], v)]
@@ -170,9 +170,11 @@ def _read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UsageError(f"no YAML file '{path}' (looked in {Path.cwd()}).")
     try:
-        config = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        config = load_yaml(Path(path).read_text(encoding="utf-8"), path)
+    except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not YAML: {error}") from error
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if not isinstance(config, dict):
         raise UsageError(f"{path} holds a {type(config).__name__}, expected 'key: value' lines.")
     env = config.pop("env", None) or {}
@@ -182,8 +184,20 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return config
 
 
+def load_yaml(text: str, what: str) -> Any:
+    """Load YAML text in which no key is given twice.
+
+    Raises:
+        ValueError: ``what`` is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{what} is not YAML: {error}") from error
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """A key given twice is an error, not a silent choice of the last."""
+    """Refuse a key that is given twice, of which YAML would take the last."""
 
     def construct_mapping(self, node, deep=False):
         merge = "tag:yaml.org,2002:merge"  # <<: may stand more than once
@@ -195,7 +209,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _modernise(config: dict[str, Any], notes: list[str], where: str) -> dict[str, Any]:
-    """Today's keys for the published ones, a line for each."""
+    """Rename the keys of older releases, with a note for each."""
     config = dict(config)
     for old in GONE.keys() & config.keys():
         notes.append(f"'{old}' is gone: {GONE[old]}")
@@ -221,7 +235,7 @@ def _modernise(config: dict[str, Any], notes: list[str], where: str) -> dict[str
 
 
 def _from_mixer(mixer: Any, splits: Any, where: str) -> dict[str, Any]:
-    """{name: fraction} and [train split, test split] of the alignment handbook, in today's keys."""
+    """Convert the alignment handbook's {name: fraction} and [train split, test split] to today's keys."""
     splits = splits or ["train", "test"]
     if not isinstance(mixer, dict) or not mixer or not all(isinstance(f, (int, float)) for f in mixer.values()):
         raise UsageError(f"{where}: 'dataset_mixer' is {mixer!r}, expected {{name: fraction}}.")

@@ -1,4 +1,4 @@
-"""``run_conditional.py --best="a prompt"``: ask a model that was trained on conditions for its best."""
+"""``run_conditional.py --best="a prompt"``: sample a trained model under its best condition."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from contrastive_align.conditions import Condition
 from contrastive_align.conditions.forms import Prompt
@@ -20,7 +20,7 @@ from contrastive_align.models.loading import adapter_config_path, base_of
 from contrastive_align.sampling.decode import draw, seed_of
 
 
-# Flags that mean something here; every other one is refused.
+# The flags that --best accepts.
 FLAGS = {
     "best", "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "num_generations",
     "max_completion_length", "temperature", "top_p", "seed", "use_cpu", "log_level",
@@ -28,11 +28,11 @@ FLAGS = {
 
 
 def ask_best(args: Arguments) -> list[str]:
-    """Print the prompt ``--best`` under the condition that asks for the best, and samples; return the samples.
+    """Print the conditioned prompt and samples; return the samples.
 
     Raises:
-        UsageError: a flag that means nothing here.
-        ValueError, FileNotFoundError: no such folder, or not one that conditional training wrote.
+        UsageError: a flag that has no effect with ``--best``.
+        ValueError, FileNotFoundError: the folder does not exist, or conditional training did not write it.
     """
     if unused := sorted(args.given - FLAGS):
         raise UsageError(f"--{unused[0]} means nothing beside --best, which samples and trains nothing. Leave it out.")
@@ -76,8 +76,8 @@ def ask_best(args: Arguments) -> list[str]:
     return found
 
 
-def load_trained(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer that conditional training saved, whole or as an adapter with its condition tokens."""
+def load_trained(folder: str, **kwargs: Any) -> tuple[Any, Any]:
+    """Load model and tokenizer of conditional training, saved whole or as an adapter with condition tokens."""
     trust = kwargs.get("trust_remote_code", False)
     config = adapter_config_path(folder)
     if config is None:
@@ -91,6 +91,6 @@ def load_trained(folder: str, **kwargs: Any) -> tuple[PreTrainedModel, PreTraine
 
 
 def _summary(folder: str) -> dict[str, Any]:
-    """What the run says of itself; nothing for a model saved elsewhere, such as a checkpoint."""
+    """Read the summary of the run; {} for a model without one, such as a checkpoint."""
     path = Path(folder) / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,9 +1,10 @@
-"""What every run script does the same way: check the model's flags, load it, describe it, save it."""
+"""The one run that all training commands share, and the parts of it that need no method."""
 
 from __future__ import annotations
 
 import contextlib
 import logging as std_logging
+import time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -12,18 +13,118 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainerCallback, set_seed
 from trl import get_peft_config, get_quantization_config
 
 from contrastive_align import demo
 from contrastive_align.launch.arguments import Arguments, UsageError
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
+from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.versions import SUPPORTED
 
 
+class Run:
+    """One run of a training command, from its parsed arguments to ``summary.json``.
+
+    :meth:`execute` holds the order and everything that the commands do alike. A command gives the parts that depend on
+    its method by overriding the others.
+
+    Args:
+        args: the parsed command line. Parts may append to ``args.notes`` until the trainer is built.
+
+    Attributes:
+        trainer: what :meth:`build_trainer` returned.
+        summary: what :meth:`describe` returned; later parts add to it.
+        hub_dataset: the data set that the model card names; None for bundled data and for a prompt on the command line.
+    """
+
+    user_errors: tuple[type[Exception], ...] = ()
+    """Errors that the user can correct, beside those of :func:`as_usage_error`."""
+
+    def __init__(self, args: Arguments) -> None:
+        self.args = args
+        self.hub_dataset: str | None = None
+
+    def build_trainer(self, checkpoint: str | bool | None) -> Any:
+        """Load the data and build the trainer. ``checkpoint`` is what the run will be resumed from."""
+        raise NotImplementedError
+
+    def describe(self) -> Summary:
+        """Return the summary as far as it is known before training."""
+        raise NotImplementedError
+
+    def before_training(self) -> None:
+        """Measure the model at the start."""
+
+    def train(self, checkpoint: str | bool | None) -> None:
+        """Train; True resumes from the newest whole checkpoint, and begins anew if there is none."""
+        self.trainer.train(resume_from_checkpoint=checkpoint)
+
+    def after_saving(self) -> None:
+        """Write further files beside the model, and add to ``summary.training`` and ``summary.saved``."""
+
+    def measure(self) -> None:
+        """Measure the trained model and fill in ``summary.metrics``."""
+
+    def execute(self) -> Summary:
+        """Build, describe, train, save, measure, write ``summary.json``; return it.
+
+        The model is saved before it is measured, so that a failing measurement loses nothing.
+
+        Raises:
+            UsageError: an error that the user can correct. The ``summary.json`` of an earlier run is still there if the
+                error was raised before the first step.
+        """
+        args, folder = self.args, self.args.training.output_dir
+        if args.training.device.type == "cpu":
+            keep_freed_memory()
+        checkpoint = checkpoint_of(args)
+        with as_usage_error(*self.user_errors):
+            set_seed(args.training.seed)
+            self.trainer = trainer = self.build_trainer(checkpoint)
+        if args.script.ignore_bias_buffers:
+            ignore_bias_buffers(trainer)
+        self.summary = summary = self.describe()
+        if (Path(folder) / "summary.json").is_file() and not checkpoint:
+            args.notes.append(f"{folder} holds an earlier run, which this one replaces")
+        print_on_main(summary.opening())
+        for note in args.notes:
+            print_on_main(f"note: {note}")
+        trainer.add_callback(RemoveEarlierSummary())
+
+        with as_usage_error(*self.user_errors):
+            self.before_training()
+            started = time.perf_counter()
+            self.train(checkpoint)
+        summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
+        save(args, trainer, summary, self.hub_dataset)
+        self.after_saving()
+        with as_usage_error(*self.user_errors):
+            self.measure()
+        if trainer.args.should_save:
+            summary.write(folder)
+        print_on_main(summary.closing())
+        if args.training.push_to_hub:
+            trainer.push_to_hub(dataset_name=self.hub_dataset)
+        trainer.end()
+        return summary
+
+
+class RemoveEarlierSummary(TrainerCallback):
+    """Remove the ``summary.json`` of an earlier run when training begins.
+
+    The trainer has accepted its data, target and checkpoint by then, so a refused start removes nothing.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the file on the process that writes it."""
+        if args.should_save:
+            (Path(args.output_dir) / "summary.json").unlink(missing_ok=True)
+
+
 def check_model_flags(args: Arguments) -> None:
-    """Refuse LoRA and quantisation flags that would have no effect, and folders that are not there or not folders."""
+    """Refuse LoRA and quantisation flags without effect, and paths that do not exist or are of the wrong kind."""
     lora = sorted(name for name in args.given if name.startswith(("lora_", "use_rslora", "use_dora")))
     quantised = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(args.model, name)]
     alone = quantised or ([] if "use_peft" in args.given else lora)
@@ -37,7 +138,7 @@ def check_model_flags(args: Arguments) -> None:
         raise UsageError(f"No folder '{name}' for --model_name_or_path (looked in {Path.cwd()}).")
     if Path(name).is_file():
         raise UsageError(f"--model_name_or_path: '{name}' is a file, expected a folder or a hub id.")
-    asks = getattr(args.script, "best", None) is not None  # looks for itself, and for more
+    asks = getattr(args.script, "best", None) is not None  # --best checks its folder itself
     if (
         name
         and not asks
@@ -49,18 +150,25 @@ def check_model_flags(args: Arguments) -> None:
         raise UsageError(f"--output_dir: '{args.training.output_dir}' is a file, expected a folder, or a new name.")
 
 
+def check_eval_flags(args: Arguments, test: Any) -> None:
+    """Refuse flags of an evaluation split that does not exist."""
+    unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
+    if test is None and unused:
+        raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
+
+
 def checkpoint_of(args: Arguments) -> str | bool | None:
-    """What ``trainer.train`` takes for ``--resume_from_checkpoint``."""
+    """Return what ``trainer.train`` takes for ``--resume_from_checkpoint``: a folder, True for the newest, or None."""
     resume = args.training.resume_from_checkpoint
-    resume = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
-    if resume is True and get_last_checkpoint(args.training.output_dir) is None:
-        raise UsageError(f"--resume_from_checkpoint=true, but {args.training.output_dir} holds no checkpoint.")
-    return resume
+    return {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
 
 
 @contextlib.contextmanager
 def as_usage_error(*more: type[Exception]) -> Iterator[None]:
-    """What the user can mend is a message, not a traceback; of ``more`` kinds of errors than Python's own, too."""
+    """Turn errors that the user can correct into a message and exit status 2.
+
+    ``more`` are kinds of errors beside ValueError, OSError, ImportError and the AttributeError of a missing function.
+    """
     try:
         yield
     except (ValueError, OSError, AttributeError, ImportError, *more) as error:
@@ -71,7 +179,7 @@ def as_usage_error(*more: type[Exception]) -> Iterator[None]:
 
 
 def model_arguments(args: Arguments) -> dict[str, Any]:
-    """The keywords of a trainer that say which model is trained, and how."""
+    """Return a trainer's keywords for the model, its quantisation and its adapter."""
     model, training = args.model, args.training
     init = {
         "revision": model.model_revision,
@@ -83,9 +191,8 @@ def model_arguments(args: Arguments) -> dict[str, Any]:
         init.pop("revision")
     training.model_init_kwargs = init
     if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
-        model.lora_target_modules = [
-            model.lora_target_modules
-        ]  # TRL unpacks a single name, which peft reads as a regex
+        # TRL unpacks a list of one name, and peft would read the bare name as a regular expression.
+        model.lora_target_modules = [model.lora_target_modules]
     return {
         "model": model.model_name_or_path,
         "args": training,
@@ -95,14 +202,25 @@ def model_arguments(args: Arguments) -> dict[str, Any]:
 
 
 def ignore_bias_buffers(trainer: Any) -> None:
-    """As TRL's scripts: DDP trips over boolean buffers of some models."""
+    """Exclude boolean buffers, which DDP cannot synchronise, as TRL's scripts do."""
     trainer.model._ddp_params_and_buffers_to_ignore = [
         name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
     ]
 
 
+def model_name(args: Arguments, otherwise: str | None = None) -> str:
+    """Name the model for the tables: the bundled one in words, another as ``otherwise`` or by its id."""
+    path = args.model.model_name_or_path
+    return "the bundled demo model" if path == demo.MODEL_PATH else str(otherwise or path)
+
+
+def reference_line(trainer: Any, name: str) -> str:
+    """Describe the reference of a trainer whose reference is the model at the start."""
+    return f"{name}, with the adapter off" if is_peft_model(trainer.model) else f"{name}, a frozen copy"
+
+
 def model_entry(args: Arguments, trainer: Any, name: str, *, start: str) -> dict[str, Any]:
-    """The ``model`` of ``summary.json``."""
+    """Return the ``model`` of ``summary.json``."""
     model = args.model
     parameters = sum(p.numel() for p in trainer.model.parameters())
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -122,7 +240,7 @@ def model_entry(args: Arguments, trainer: Any, name: str, *, start: str) -> dict
 
 
 def save(args: Arguments, trainer: Any, summary: Summary, dataset_name: str | None) -> None:
-    """Write model and model card, and tell the summary where they are."""
+    """Write the model and its card, and add their places to the summary."""
     output_dir = args.training.output_dir
     trainer.save_model(output_dir)
     trainer.create_model_card(model_name=Path(output_dir).name, dataset_name=dataset_name)
@@ -135,13 +253,23 @@ def save(args: Arguments, trainer: Any, summary: Summary, dataset_name: str | No
     }
 
 
+@contextlib.contextmanager
+def picture_saved(summary: Summary, path: Path) -> Iterator[None]:
+    """Add a picture to the summary, or the reason why it could not be drawn."""
+    try:
+        yield
+        summary.saved["picture"] = str(path)
+    except (ImportError, ValueError) as error:
+        summary.saved["picture"] = f"none: {error}"
+
+
 def versions() -> dict[str, str]:
-    """The packages that a result depends on."""
+    """Return the versions of the packages that a result depends on."""
     return {package: version(package) for package in [*SUPPORTED, "contrastive_align"]}
 
 
 def print_on_main(text: str) -> None:
-    """Print once, however many processes there are."""
+    """Print on the main process."""
     if PartialState().is_main_process:
         print(f"\n{text}" if "\n" in text else text, flush=True)
 

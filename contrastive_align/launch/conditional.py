@@ -1,4 +1,4 @@
-"""``run_conditional.py``: parse -> prompts and feedback -> trainer -> rounds -> measure -> save."""
+"""``run_conditional.py``: train on completions under the condition that their feedback gives them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from contrastive_align import demo
@@ -22,38 +21,31 @@ from contrastive_align.judge.judge import JudgeError
 from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, parse
 from contrastive_align.launch.ask import ask_best
 from contrastive_align.launch.common import (
+    Run,
     as_usage_error,
+    check_eval_flags,
     check_model_flags,
-    checkpoint_of,
-    ignore_bias_buffers,
     model_arguments,
     print_on_main,
-    save,
 )
 from contrastive_align.launch.conditional_measure import Measurement, describe, draw_picture, last_terms, rounds_of
-from contrastive_align.launch.datasets import take
-from contrastive_align.launch.feedback import (
+from contrastive_align.launch.datasets import from_rows, load_prompts, load_scored, take, with_feedback
+from contrastive_align.launch.feedback_flags import (
     build_judge,
     build_sampler,
     check_models,
     check_reward,
-    load_scored,
     read_spec,
-    with_feedback,
 )
-from contrastive_align.launch.prompts import from_rows, load_prompts
-from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.report import Summary
 from contrastive_align.targets import resolve_feature
 from contrastive_align.trainers import ConditionalConfig, ConditionalTrainer
-from contrastive_align.trainers.checkpoints import last_whole_checkpoint
-from contrastive_align.trainers.conditional_checkpoints import STATE_FILE
 
 
 DEMO_PROMPTS, DEMO_SCORED = "the bundled demo prompts", "the bundled demo data"
 DEMO_REWARD = "contrastive_align.demo:reward"
 DEMO_OUTPUT = "runs/conditional"
-# What the bundled model and the bundled data are trained with, where nothing else is said.
+# Options for the bundled model and the bundled data that no flag or YAML file sets.
 DEMO_MODEL = {"max_completion_length": 40, "learning_rate": 4e-3, "gradient_checkpointing": False}
 DEMO_DATA = {
     "per_device_train_batch_size": 64,
@@ -63,12 +55,12 @@ DEMO_DATA = {
     "eval_prompts": 200,
 }
 DEMO_ROUNDS = {"prompts_per_round": 128, "draws_per_round": 5120}
-JUDGED_PROMPTS = 16  # measured with a judge, which is slow or costs money, where nothing else is said
+JUDGED_PROMPTS = 16  # the default of eval_prompts with a judge, which is slow or costs money
 
 
 @dataclass
 class ConditionalArguments(RunArguments):
-    """Where the prompts come from, what says how good a completion is, how that becomes a condition.
+    """Name the prompts, the feedback on completions, and the condition that feedback becomes.
 
     Args:
         prompt: one prompt, instead of a dataset.
@@ -78,13 +70,13 @@ class ConditionalArguments(RunArguments):
         judge: a mapping of the arguments of :class:`~contrastive_align.judge.judge.Judge`; the key is in the
             environment.
         sampler: a mapping of the arguments of :class:`~contrastive_align.sampling.server.ServerSampler`: an
-            OpenAI-compatible server that draws the completions and is handed the LoRA adapter of each round.
-        score_column, feedback_column: of completions that have scores or words already: nothing is sampled.
-        negate_score: lower scores are better, as of toxicity.
-        eval_reward: measures what was learned from scored completions; nothing is trained on it.
-        eval_prompts: prompts on which rewards are measured before and after, of the evaluation split if there is one;
-            ``num_generations`` completions each under every condition. 0 leaves that out.
-        best: a prompt for which the trained model ``model_name_or_path`` is asked for its best; nothing is trained.
+            OpenAI-compatible server that samples the completions with the LoRA adapter of each round.
+        score_column, feedback_column: the columns of completions that are already scored; nothing is sampled.
+        negate_score: lower scores are better (toxicity).
+        eval_reward: a reward that measures the result of training on scored completions.
+        eval_prompts: number of prompts on which rewards are measured before and after training, from the evaluation
+            split if there is one, with ``num_generations`` completions under every condition. 0 measures nothing.
+        best: a prompt; the trained model ``model_name_or_path`` is conditioned on its best label and sampled.
     """
 
     prompt: str | None = field(default=None, metadata={"help": "One prompt, instead of a dataset."})
@@ -126,10 +118,12 @@ class ConditionalArguments(RunArguments):
 
     @property
     def own_data(self) -> bool:
+        """Whether a prompt or a dataset is named."""
         return self.prompt is not None or self.dataset_name is not None
 
     @property
     def names_columns(self) -> bool:
+        """Whether a flag speaks of completions that are already scored."""
         return bool(self.score_column or self.feedback_column or self.negate_score)
 
 
@@ -137,66 +131,66 @@ CLASSES = {"script": ConditionalArguments, "training": ConditionalConfig}
 
 
 def main(argv: Sequence[str] | None = None) -> Summary | list[str]:
-    """Conditional training as the command line says; see ``README.md``. With ``--best``, the samples."""
+    """Train on conditions as the command line says (see ``README.md``); with ``--best``, return samples instead."""
     args = _parse(argv)
     if args.script.best is not None:
         with as_usage_error(JudgeError):
             return ask_best(args)
-    if args.training.device.type == "cpu":
-        keep_freed_memory()
-    with as_usage_error(JudgeError):
-        set_seed(args.training.seed)
-        checkpoint = _checkpoint(args)
-        train, test, data_name = _load_data(args)
+    return ConditionalRun(args).execute()
+
+
+class ConditionalRun(Run):
+    """The run of ``run_conditional.py``."""
+
+    user_errors = (JudgeError,)
+
+    def build_trainer(self, checkpoint: str | bool | None) -> ConditionalTrainer:
+        """Load prompts or scored completions, build the trainer, and check the pool of an earlier run."""
+        args, script = self.args, self.args.script
+        self.train_rows, self.test_rows, self.data_name = _load_data(args)
+        if script.dataset_name is not None or args.datasets.datasets:
+            self.hub_dataset = self.data_name
         if _is_throwaway(args) and not checkpoint:
             _clear_pool(args)
-        trainer = _build_trainer(args, train, test)
+        trainer = _build_trainer(args, self.train_rows, self.test_rows)
         _check_pool(args, trainer, checkpoint)
-    say = print_on_main
-    summary = describe(args, trainer, data_name, train, test)
-    say(summary.opening())
-    for note in args.notes:
-        say(f"note: {note}")
-    earlier = Path(args.training.output_dir) / "summary.json"
-    if earlier.is_file() and not checkpoint:
-        say(f"note: {args.training.output_dir} holds an earlier run, which this one replaces")
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        earlier.unlink(missing_ok=True)  # it speaks of other weights
+        return trainer
 
-    with as_usage_error(JudgeError):
-        measurement = Measurement(trainer, train, test, args.script.eval_prompts)
+    def describe(self) -> Summary:
+        """Name the condition, the feedback, the model and the data."""
+        return describe(self.args, self.trainer, self.data_name, self.train_rows, self.test_rows)
+
+    def before_training(self) -> None:
+        """Measure the rewards, or the likelihoods, of the start."""
+        self.measurement = Measurement(self.trainer, self.train_rows, self.test_rows, self.args.script.eval_prompts)
+
+    def train(self, checkpoint: str | bool | None) -> None:
+        """Train; Ctrl-C prints how to continue."""
+        with _stopped_by_hand(self.trainer):
+            super().train(checkpoint)
+
+    def after_saving(self) -> None:
+        """Add the rounds, and the command that asks for the best."""
+        self.summary.training |= {**last_terms(self.trainer), "rounds": rounds_of(self.trainer)}
+        folder = self.args.training.output_dir
+        self.summary.saved["ask for the best"] = (
+            f'python run_conditional.py --model_name_or_path={folder} --best="a prompt"'
+        )
+
+    def measure(self) -> None:
+        """Measure the trained model given each condition, and draw the picture."""
         started = time.perf_counter()
-        with _stopped_by_hand(trainer):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    summary.training = {
-        "steps": trainer.state.global_step,
-        "seconds": round(time.perf_counter() - started, 1),
-        **last_terms(trainer),
-        "rounds": rounds_of(trainer),
-    }
-    save(args, trainer, summary, None if not (args.script.own_data or args.datasets.datasets) else data_name)
-    asking = f'python run_conditional.py --model_name_or_path={args.training.output_dir} --best="a prompt"'
-    summary.saved["ask for the best"] = asking
-    started = time.perf_counter()
-    with as_usage_error(JudgeError):
-        measurement.after(summary)
-    summary.training["seconds_measuring"] = round(time.perf_counter() - started, 1)
-    if trainer.judge is not None:
-        summary.training["judge"] = trainer.judge.report()
-    if trainer.args.should_save:
-        draw_picture(trainer, summary)
-        summary.write(args.training.output_dir)
-    say(summary.closing())
-    if args.training.push_to_hub:
-        trainer.push_to_hub()
-    trainer.end()
-    return summary
+        self.measurement.after(self.summary)
+        self.summary.training["seconds_measuring"] = round(time.perf_counter() - started, 1)
+        if self.trainer.judge is not None:
+            self.summary.training["judge"] = self.trainer.judge.report()
+        if self.trainer.args.should_save:
+            draw_picture(self.trainer, self.summary)
 
 
 @contextlib.contextmanager
 def _stopped_by_hand(trainer: ConditionalTrainer) -> Iterator[None]:
-    """At Ctrl-C: how the run goes on, in place of a traceback, and the shell's own exit status for it."""
+    """On Ctrl-C, print how to continue and exit with status 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -228,7 +222,7 @@ def _parse(argv: Sequence[str] | None) -> Arguments:
     offline = _is_offline(script) and (own_data or script.names_columns)
     if offline and not own_data:
         defaults["eval_reward"] = DEMO_REWARD
-        if script.condition is None:  # the bundled prompts have two to six completions each, too few to be sorted alone
+        if script.condition is None:  # two to six completions per prompt are too few for quantiles
             defaults["condition"] = {"kind": "quantile_tokens", "per_prompt": False}
     elif not own_data:
         defaults |= DEMO_ROUNDS
@@ -250,11 +244,6 @@ def _parse(argv: Sequence[str] | None) -> Arguments:
 
 def _is_offline(script: ConditionalArguments) -> bool:
     return script.reward is None and script.judge is None
-
-
-def _checkpoint(args: Arguments) -> str | bool | None:
-    """As the other scripts; but the newest checkpoint may be none, since the pool is worth going on with alone."""
-    return True if str(args.training.resume_from_checkpoint).lower() == "true" else checkpoint_of(args)
 
 
 def _load_data(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
@@ -281,14 +270,12 @@ def _load_data(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
             "dataset with such a split (--dataset_test_split), or leave it out: --eval_prompts measures before and "
             "after training."
         )
-    unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
-    if test is None and unused:
-        raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
+    check_eval_flags(args, test)
     return train, test, name
 
 
 def _is_throwaway(args: Arguments) -> bool:
-    """The bundled model on the bundled prompts, in the folder of the default: its samples are cheap."""
+    """Return whether the run has the bundled model, prompts and default folder, whose samples may be replaced."""
     mine = {"model_name_or_path", "dataset_name", "datasets", "prompt", "reward", "judge", "output_dir", "pool_dir"}
     return not mine & args.given
 
@@ -329,21 +316,15 @@ def _build_trainer(args: Arguments, train: Dataset, test: Dataset | None) -> Con
         **model_arguments(args),
     )
     if script.eval_reward is not None:
-        trainer.feature = resolve_feature(script.eval_reward, **context)  # asked by rewards_given alone
-    if script.ignore_bias_buffers:
-        ignore_bias_buffers(trainer)
+        trainer.feedback = trainer.feedback_by(resolve_feature(script.eval_reward, **context))  # read by rewards_given alone
     return trainer
 
 
 def _check_pool(args: Arguments, trainer: ConditionalTrainer, checkpoint: str | bool | None) -> None:
-    """Before anything is measured: train() would refuse the same."""
+    """Refuse the pool of another run before anything is measured, as train() would later."""
     if trainer.online and trainer.pool.rounds and not checkpoint:
         raise UsageError(
             f"{trainer.pool.folder} has the samples of an earlier run (rounds {trainer.pool.rounds}). Go on with "
             "--resume_from_checkpoint=true, or start anew in another --output_dir or --pool_dir."
         )
     trainer.check_pool()
-    folder = args.training.output_dir
-    sampled = trainer.online and trainer.pool.rounds
-    if checkpoint is True and not sampled and last_whole_checkpoint(folder, STATE_FILE) is None:
-        args.notes.append(f"{folder} has nothing to go on with, no checkpoint and no samples: the run begins anew")

@@ -1,4 +1,4 @@
-"""What a conditional run was, and what each condition gets from its model: the parts of ``summary.json``."""
+"""Describe a conditional run and measure what its model gives under each condition, for ``summary.json``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate.utils import is_peft_model
 from datasets import Dataset
 
-from contrastive_align import demo
-from contrastive_align.data import distinct_prompts
 from contrastive_align.launch.arguments import Arguments
-from contrastive_align.launch.common import model_entry, versions
-from contrastive_align.launch.datasets import take
+from contrastive_align.launch.common import model_entry, model_name, picture_saved, reference_line, versions
+from contrastive_align.launch.datasets import prompts_to_measure, take
 from contrastive_align.report import Change, Summary, plot_rewards
 from contrastive_align.trainers import ConditionalTrainer
-from contrastive_align.trainers.conditional_evaluation import UNCONDITIONED
+from contrastive_align.trainers.evaluation import UNCONDITIONED
 
 
 PICTURE = "rewards.png"
@@ -30,15 +27,16 @@ GIVEN = "reward_given/"
 
 
 class Measurement:
-    """Rewards of the start, given nothing; then, by :meth:`after`, of the trained model given each condition.
+    """Rewards of the model at the start without a condition, and after training under each condition.
 
-    Scored completions without a reward to measure with: the likelihoods of these completions, before and after.
+    For scored completions without a reward to measure with: their likelihoods before and after.
     """
 
     def __init__(self, trainer: ConditionalTrainer, train: Dataset, test: Dataset | None, at_most: int) -> None:
         self.trainer = trainer
-        self.by_reward = trainer.feature is not None or trainer.judge is not None
-        self.rows, self.rows_name = rows_to_measure(train, test, at_most)
+        self.by_reward = trainer.feedback is not None
+        rows, where = prompts_to_measure(train, test, at_most)
+        self.rows, self.rows_name = Dataset.from_list(rows) if rows else None, f"{len(rows)} {where}s"
         if self.rows is None:
             return
         if self.by_reward:
@@ -51,7 +49,7 @@ class Measurement:
             self.likelihoods = self._likelihoods()
 
     def after(self, summary: Summary) -> None:
-        """Fill in the summary's metrics, what they were measured on, and what they say."""
+        """Measure the trained model and fill in the summary's metrics."""
         if self.rows is None:
             return
         if not self.by_reward:
@@ -84,7 +82,7 @@ def _paired(before: np.ndarray, after: np.ndarray) -> Change | None:
 
 
 def in_words(given: dict[str, np.ndarray], change: Change) -> str:
-    """Did the best rise, and are the conditions in their order? ``given`` is best first.
+    """Say whether the best condition gained reward and whether the conditions are in order (``given``: best first).
 
     >>> in_words({"good": np.array([0.8, 0.9, 0.7]), "bad": np.array([0.3, 0.3, 0.1])}, Change(0.5, 0.8, 0.1, 3))
     'In words: given the best, the reward is 0.3000 above the start (3.0 standard errors); from best to worst it falls.'
@@ -99,15 +97,8 @@ def in_words(given: dict[str, np.ndarray], change: Change) -> str:
     return f"{text} ({size}); from best to worst it {falls}."
 
 
-def rows_to_measure(train: Dataset, test: Dataset | None, at_most: int) -> tuple[Dataset | None, str]:
-    """The rows to measure on, each prompt once, and what they are called; None where ``at_most`` is 0."""
-    where = "training prompts" if test is None else "held-out prompts"
-    rows = distinct_prompts(train if test is None else test, at_most)
-    return (Dataset.from_list(rows) if rows else None), f"{len(rows)} {where}"
-
-
 def whole_prompts(rows: Dataset, at_most: int) -> Dataset:
-    """The first rows, and all further ones of their prompts, of which quantiles need every completion.
+    """Take the first rows and all further rows of their prompts, since quantiles need every completion of a prompt.
 
     >>> whole_prompts(Dataset.from_dict({"prompt": ["a", "b", "c", "a"], "score": [1, 2, 3, 4]}), 2)["score"][:]
     [1, 2, 4]
@@ -118,19 +109,19 @@ def whole_prompts(rows: Dataset, at_most: int) -> Dataset:
 
 
 def rounds_of(trainer: ConditionalTrainer) -> list[dict[str, Any]]:
-    """What was logged at the beginning of each round, once for each."""
+    """Return the log entry of each round."""
     found = {row["round/number"]: row for row in trainer.state.log_history if "round/number" in row}
     return [found[number] for number in sorted(found)]
 
 
 def last_terms(trainer: ConditionalTrainer) -> dict[str, float]:
-    """Likelihood, KL and entropy in nats per token, as they were logged last."""
+    """Return the last logged negative log-likelihood, KL and entropy, in nats per token."""
     rows = [row for row in trainer.state.log_history if "nll" in row]
     return {name: rows[-1][name] for name in ("nll", "kl", "entropy") if name in rows[-1]} if rows else {}
 
 
 def draw_picture(trainer: ConditionalTrainer, summary: Summary) -> None:
-    """Reward over the rounds and given each condition, next to ``summary.json``."""
+    """Draw the reward over the rounds and under each condition, beside ``summary.json``."""
     path = Path(trainer.args.output_dir) / PICTURE
     given = {
         name.removeprefix(GIVEN): (change.after, change.after_se)
@@ -138,12 +129,8 @@ def draw_picture(trainer: ConditionalTrainer, summary: Summary) -> None:
         if name.startswith(GIVEN)
     }
     start = summary.metrics.get("mean_reward")
-    try:
+    with picture_saved(summary, path):
         plot_rewards(rounds_of(trainer), given, path, start=None if start is None else start.before)
-    except (ImportError, ValueError) as error:
-        summary.saved["picture"] = f"none: {error}"
-    else:
-        summary.saved["picture"] = str(path)
 
 
 # ----------------------------------------------------------------------------------------------------- what is told
@@ -152,11 +139,10 @@ def draw_picture(trainer: ConditionalTrainer, summary: Summary) -> None:
 def describe(
     args: Arguments, trainer: ConditionalTrainer, data_name: str, train: Dataset, test: Dataset | None
 ) -> Summary:
-    """The summary as far as it is known before training."""
+    """Return the summary as far as it is known before training."""
     script, training = args.script, args.training
-    is_demo = args.model.model_name_or_path == demo.MODEL_PATH
-    name = "the bundled demo model" if is_demo else str(args.model.model_name_or_path)
-    feedback = "a judge" if trainer.judge else trainer.feature.name if trainer.online else "the data's feedback"
+    name = model_name(args)
+    feedback = "a judge" if trainer.judge else trainer.feedback.feature.name if trainer.online else "the data's feedback"
     terms = f"KL {training.kl_coef:g} ({training.kl_direction}), entropy {training.entropy_coef:g}"
     rounds = f"{training.num_train_epochs:g} passes over {trainer.rows.length} draws"
     if trainer.online:
@@ -187,7 +173,7 @@ def describe(
             "seed": training.seed,
         },
         model=model_entry(args, trainer, name, start=name),
-        reference=_reference(trainer, name),
+        reference=reference_line(trainer, name) if trainer.has_reference else "none (kl_coef=0)",
         data={
             split: {
                 "line": f"{data_name}: {len(part)} {what}",
@@ -203,12 +189,6 @@ def describe(
     )
 
 
-def _reference(trainer: ConditionalTrainer, name: str) -> str:
-    if not trainer.has_reference:
-        return "none (kl_coef=0)"
-    return f"{name}, with the adapter off" if is_peft_model(trainer.model) else f"{name}, a frozen copy"
-
-
 def _notes(report: dict[str, Any]) -> list[str]:
     words = {
         "too_long": "prompts are too long and left out",
@@ -220,7 +200,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
 
 
 def _plain(spec: Any) -> Any:
-    """A spec as it can be written to JSON."""
+    """Convert a spec to values that JSON can hold."""
     if isinstance(spec, dict):
         return {str(key): _plain(value) for key, value in spec.items()}
     if isinstance(spec, Sequence) and not isinstance(spec, str):

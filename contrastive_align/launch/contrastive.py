@@ -1,11 +1,8 @@
-"""``run_reward.py`` and ``run_preference.py``: parse -> data -> trainer -> train -> measure -> save."""
+"""``run_reward.py`` and ``run_preference.py``: train on scored completions or on pairs."""
 
 from __future__ import annotations
 
-import logging as std_logging
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
@@ -15,13 +12,12 @@ from contrastive_align import demo
 from contrastive_align.data import DataReport, detect_spelling
 from contrastive_align.launch.arguments import Arguments, UsageError, parse
 from contrastive_align.launch.common import (
+    Run,
+    check_eval_flags,
     check_model_flags,
-    checkpoint_of,
-    ignore_bias_buffers,
     model_arguments,
     model_entry,
-    print_on_main,
-    save,
+    model_name,
     versions,
 )
 from contrastive_align.launch.datasets import load_splits, take
@@ -33,7 +29,7 @@ from contrastive_align.trl_seam import unwrap_model_for_generation
 
 
 DEMO_NAME = "the bundled demo data"
-# What the bundled model and the bundled data are trained with, where nothing else is said.
+# Options for the bundled model and the bundled data that no flag or YAML file sets.
 DEMO_MODEL = {"max_length": 512, "learning_rate": 3e-4, "gradient_checkpointing": False}
 DEMO_DATA = {
     "num_train_epochs": 1,
@@ -48,48 +44,61 @@ MEASURED_TRAIN_GROUPS = 256
 
 
 def main(argv: Sequence[str] | None = None, *, preference: bool = False) -> Summary:
-    """Align a model on scored completions (or pairs) as the command line says; see ``README.md``."""
+    """Align a model on scored completions, or on pairs, as the command line says (see ``README.md``)."""
     prog = "run_preference.py" if preference else "run_reward.py"
-    args = _parse(argv, prog, preference)
-    if args.training.device.type == "cpu":
-        keep_freed_memory()
-    try:
-        train, test, data_name = _load_data(args, preference)
-        trainer = _build_trainer(args, train, test)
-    except (ValueError, OSError) as error:
-        if std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
-            raise
-        raise UsageError(f"{error}\n(--log_level=debug shows where)") from error
-    say = print_on_main
-    summary = _describe(args, trainer, data_name)
-    say(summary.opening())
-    for note in args.notes:
-        say(f"note: {note}")
-    earlier = Path(args.training.output_dir) / "summary.json"
-    if earlier.is_file() and not args.training.resume_from_checkpoint:
-        say(f"note: {args.training.output_dir} holds an earlier run, which this one replaces")
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        earlier.unlink(missing_ok=True)  # it speaks of other weights
+    return ContrastiveRun(_parse(argv, prog, preference), preference).execute()
 
-    is_demo_data = data_name == DEMO_NAME
-    before = _demo_rewards(trainer, test) if is_demo_data else []
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint_of(args))
-    summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
 
-    save(args, trainer, summary, None if is_demo_data else data_name)  # before anything else can fail
-    _measure(summary, trainer, test)
-    if is_demo_data:
-        after = _demo_rewards(trainer, test)
-        summary.metrics = {"mean_reward": Change.paired(before, after), **summary.metrics}
-    if trainer.args.should_save:
-        summary.write(args.training.output_dir)
-    say(summary.closing())
-    if args.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=None if is_demo_data else data_name)
-    trainer.end()
-    return summary
+class ContrastiveRun(Run):
+    """The run of ``run_reward.py`` and ``run_preference.py``."""
+
+    def __init__(self, args: Arguments, preference: bool) -> None:
+        super().__init__(args)
+        self.preference = preference
+        self.bundled = args.script.dataset_name is None and not args.datasets.datasets
+        self.rewards_before: list[float] = []
+
+    def build_trainer(self, checkpoint: str | bool | None) -> ContrastiveTrainer:
+        """Load the groups and build the trainer."""
+        train, self.test, self.data_name = _load_data(self.args, self.preference)
+        self.hub_dataset = None if self.bundled else self.data_name
+        return ContrastiveTrainer(train_dataset=train, eval_dataset=self.test, **model_arguments(self.args))
+
+    def describe(self) -> Summary:
+        """Name the losses, the model, the reference and the data."""
+        args, trainer, training = self.args, self.trainer, self.args.training
+        weights = training.loss_weights or [1.0] * len(training.loss_type)
+        named = zip(training.loss_type, weights, strict=True)
+        losses = " + ".join(f"{weight:g} {loss}" if len(weights) > 1 else loss for loss, weight in named)
+        name = model_name(args, trainer.start_description)
+        return Summary(
+            method={
+                "line": f"{losses}, beta={training.beta:g}, temperature_alpha={training.temperature_alpha:g}",
+                "trainer": type(trainer).__name__,
+                "loss_type": training.loss_type,
+                "loss_weights": weights,
+                "beta": training.beta,
+                "temperature_alpha": training.temperature_alpha,
+                "learning_rate": training.learning_rate,
+                "seed": training.seed,
+            },
+            model=model_entry(args, trainer, name, start=trainer.start_description),
+            reference=_reference_line(trainer, name),
+            data={split: _data_entry(self.data_name, report) for split, report in trainer.data_reports.items()},
+            versions=versions(),
+        )
+
+    def before_training(self) -> None:
+        """Sample the bundled prompts for their mean reward."""
+        if self.bundled:
+            self.rewards_before = _demo_rewards(self.trainer, self.test)
+
+    def measure(self) -> None:
+        """Compare log-probs, and on bundled data rewards, before and after."""
+        _measure(self.summary, self.trainer, self.test)
+        if self.bundled:
+            after = _demo_rewards(self.trainer, self.test)
+            self.summary.metrics = {"mean_reward": Change.paired(self.rewards_before, after), **self.summary.metrics}
 
 
 def _parse(argv: Sequence[str] | None, prog: str, preference: bool) -> Arguments:
@@ -117,9 +126,7 @@ def _load_data(args: Arguments, preference: bool) -> tuple[Any, Any, str]:
             on_bad_row=args.training.on_bad_row,
         )
         name = args.script.dataset_name or ", ".join(d.path for d in args.datasets.datasets)
-    unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
-    if test is None and unused:
-        raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
+    check_eval_flags(args, test)
     if preference:
         first = next(iter(train))
         spelling = detect_spelling(list(first), first)
@@ -131,42 +138,7 @@ def _load_data(args: Arguments, preference: bool) -> tuple[Any, Any, str]:
     return train, test, name
 
 
-def _build_trainer(args: Arguments, train: Any, test: Any) -> ContrastiveTrainer:
-    trainer = ContrastiveTrainer(
-        train_dataset=train,
-        eval_dataset=test,
-        **model_arguments(args),
-    )
-    if args.script.ignore_bias_buffers:
-        ignore_bias_buffers(trainer)
-    return trainer
-
-
 # ----------------------------------------------------------------------------------------------------- what is told
-
-
-def _describe(args: Arguments, trainer: ContrastiveTrainer, data_name: str) -> Summary:
-    training, model = args.training, args.model
-    weights = training.loss_weights or [1.0] * len(training.loss_type)
-    named = zip(training.loss_type, weights, strict=True)
-    losses = " + ".join(f"{weight:g} {loss}" if len(weights) > 1 else loss for loss, weight in named)
-    name = "the bundled demo model" if model.model_name_or_path == demo.MODEL_PATH else trainer.start_description
-    return Summary(
-        method={
-            "line": f"{losses}, beta={training.beta:g}, temperature_alpha={training.temperature_alpha:g}",
-            "trainer": type(trainer).__name__,
-            "loss_type": training.loss_type,
-            "loss_weights": weights,
-            "beta": training.beta,
-            "temperature_alpha": training.temperature_alpha,
-            "learning_rate": training.learning_rate,
-            "seed": training.seed,
-        },
-        model=model_entry(args, trainer, name, start=trainer.start_description),
-        reference=_reference_line(trainer, name),
-        data={split: _data_entry(data_name, report) for split, report in trainer.data_reports.items()},
-        versions=versions(),
-    )
 
 
 def _reference_line(trainer: ContrastiveTrainer, name: str) -> str:
@@ -192,7 +164,7 @@ def _data_entry(name: str, report: DataReport) -> dict[str, Any]:
 
 
 def _measure(summary: Summary, trainer: ContrastiveTrainer, test: Any) -> None:
-    """Log-probs of the reference (before) and the policy (after) on the same groups."""
+    """Compare the log-probs of the reference (before) and of the policy (after) on the same groups."""
     if test is not None:
         trainer.evaluate()
         summary.metrics_on = "the evaluation split"
@@ -211,7 +183,7 @@ def _measure(summary: Summary, trainer: ContrastiveTrainer, test: Any) -> None:
         value, delta = means[name], means[f"{name}_delta"]
         summary.metrics[name] = Change(value.mean - delta.mean, value.mean, delta.se, round(value.n))
     best, margin = means["logps/best_delta"], means.get("rewards/margins")
-    if margin is not None:  # 0 where policy = reference
+    if margin is not None:  # before training policy and reference are equal
         summary.metrics["rewards/margins"] = Change(0.0, margin.mean, margin.se, round(margin.n))
     summary.state = f"In words: the best completion's likelihood {_direction(best.mean, best.se)}"
     if margin is not None:
@@ -224,7 +196,7 @@ def _direction(mean: float, se: float) -> str:
 
 
 def _demo_rewards(trainer: ContrastiveTrainer, test: Dataset) -> list[float]:
-    """Mean reward of samples, for each held-out prompt."""
+    """Return the mean reward of samples of each held-out prompt."""
     prompts = test["prompt"]
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
         samples = sample_completions(model, trainer.processing_class, prompts, seed=trainer.args.seed, **DEMO_SAMPLES)

@@ -1,4 +1,4 @@
-"""A dataset name, file, folder or mixture -> training and evaluation rows."""
+"""Load training and evaluation rows from a dataset name, a file, a folder, a mixture or one prompt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +14,32 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, lo
 from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig, get_dataset
 
-from contrastive_align.data import BadRow, detect_spelling, read_group
-from contrastive_align.data.formats import ROW, UNREADABLE
+from contrastive_align.conditions import Attributes, Condition
+from contrastive_align.data import BadRow, detect_spelling, distinct_prompts, read_group
+from contrastive_align.data.formats import PROMPT_COLUMNS, ROW, UNREADABLE
 from contrastive_align.launch.arguments import RunArguments, UsageError
 from contrastive_align.trl_seam import DatasetConfig
 
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+ONE_PROMPT = "one prompt"  # the name of the data that --prompt makes
+# Columns of groups and pairs, which are dropped where a dataset serves for its prompts alone.
+NOT_PROMPTS = ("completion", "completions", "scores", "responses", "rewards", "chosen", "rejected", "completion_ids")
+SCORES = ("score", "scores", "reward", "rewards")  # names of a column of scores, without --score_column
+FEEDBACK = ("feedback", "feedbacks")
 Splits = DatasetDict | IterableDatasetDict
 
 
 def load_splits(
     script: RunArguments, mixture: DatasetMixtureConfig, *, want_eval: bool, seed: int, on_bad_row: str | None
 ) -> tuple[Any, Any]:
-    """Training and evaluation rows of ``dataset_name`` or ``datasets``.
+    """Load the training and evaluation rows of ``dataset_name`` or ``datasets``.
 
-    Evaluation rows come from ``dataset_test_split``, or are split off with ``test_split_size``; None where neither is
-    there and ``want_eval`` is False. ``on_bad_row`` is None where rows are prompts and not groups.
+    Evaluation rows are ``dataset_test_split``, or are split off with ``test_split_size``. Without either they are None,
+    unless ``want_eval``. ``on_bad_row`` is None where rows are prompts rather than groups.
 
     Raises:
-        UsageError: both or neither source, a missing file or split.
+        UsageError: both sources or neither are given; a file or split does not exist.
     """
     if bool(mixture.datasets) == bool(script.dataset_name):
         found = (
@@ -66,14 +73,138 @@ def load_splits(
 
 
 def take(dataset: Any, n: int | None) -> Any:
-    """The first ``n`` rows, or all."""
+    """Take the first ``n`` rows, or all if ``n`` is None."""
     if dataset is None or n is None:
         return dataset
     return dataset.select(range(min(n, len(dataset)))) if isinstance(dataset, Dataset) else dataset.take(n)
 
 
+def load_prompts(
+    script: RunArguments, mixture: DatasetMixtureConfig, prompt: str | None, *, want_eval: bool, seed: int
+) -> tuple[Dataset, Dataset | None, str]:
+    """Load training and evaluation rows with a column ``prompt``, and the name of the data.
+
+    Raises:
+        UsageError: more than one source, a missing file, no prompts, or a prompt that is neither text nor messages.
+    """
+    named = script.dataset_name
+    if prompt is not None:
+        if named or mixture.datasets:
+            raise UsageError("both a prompt and a dataset are given. Give one.")
+        return from_rows([{"prompt": prompt}], "--prompt"), None, ONE_PROMPT
+    if named and Path(named).suffix.lower() == ".txt":
+        if script.dataset_streaming:
+            raise UsageError(f"dataset_streaming is given, and {named} is read as a whole. Leave it out.")
+        return take(_read_lines(Path(named).expanduser()), script.max_train_samples), None, named
+    train, test = load_splits(script, mixture, want_eval=want_eval, seed=seed, on_bad_row=None)
+    name = named or ", ".join(part.path for part in mixture.datasets)
+    return from_rows(train, name), None if test is None else from_rows(test, name), name
+
+
+def from_rows(rows: Any, name: str) -> Dataset:
+    """Check the prompts and return the rows in memory, without the columns of completions and scores."""
+    checked: list[dict[str, Any]] = []
+    for number, row in enumerate(rows):
+        if "prompt" not in row:
+            raise UsageError(f"{name}, row {number}: no 'prompt', only {sorted(row)}. Rename the column that has it.")
+        if not is_prompt(row["prompt"]):
+            found = f"{name}, row {number}: 'prompt' is {str(row['prompt'])[:80]!r}"
+            raise UsageError(f"{found}, expected a text, or messages up to the user's.")
+        checked.append({key: value for key, value in row.items() if key not in NOT_PROMPTS})
+    if not checked:
+        raise UsageError(f"{name} has no rows, expected at least one prompt.")
+    return Dataset.from_list(checked)
+
+
+def repeat(rows: Dataset, at_least: int) -> Dataset:
+    """Repeat the rows until there are ``at_least`` so many; TRL drops a step that is not full."""
+    times = -(-at_least // len(rows))
+    return rows if times <= 1 else rows.select(list(range(len(rows))) * times)
+
+
+def prompts_to_measure(train: Dataset, test: Dataset | None, at_most: int) -> tuple[list[dict[str, Any]], str]:
+    """Return the first rows with different prompts, of ``test`` if given, and the word for such a prompt."""
+    rows = distinct_prompts(train if test is None else test, at_most)
+    return rows, "training prompt" if test is None else "held-out prompt"
+
+
+def is_prompt(value: Any) -> bool:
+    """Return whether a value is text (also empty: generation starts from the BOS token) or messages to answer."""
+    if isinstance(value, str):
+        return True
+    messages = isinstance(value, list) and value and all(isinstance(m, dict) and m.get("role") for m in value)
+    return bool(messages) and value[-1]["role"] != "assistant"
+
+
+def load_scored(
+    script: RunArguments,
+    mixture: DatasetMixtureConfig,
+    *,
+    condition: Condition,
+    want_eval: bool,
+    seed: int,
+    **columns: Any,
+) -> tuple[Dataset, Dataset | None]:
+    """Load completions with scores or feedback; ``columns`` are the keywords of :func:`with_feedback`."""
+    train, test = load_splits(script, mixture, want_eval=want_eval, seed=seed, on_bad_row=None)
+    if not isinstance(train, Dataset):
+        raise UsageError("scored completions are sorted by their scores, so they cannot be a stream. Leave it out.")
+    train = with_feedback(train, condition, **columns)
+    return train, None if test is None else with_feedback(test, condition, **columns)
+
+
+def with_feedback(
+    dataset: Dataset,
+    condition: Condition,
+    *,
+    score_column: str | None = None,
+    negate_score: bool = False,
+    feedback_column: str | None = None,
+) -> Dataset:
+    """Rename the columns of scores, feedback and prompts to the names that the trainer reads.
+
+    Args:
+        score_column: numbers, higher is better; a list of K for a row of K completions.
+        negate_score: negate the scores, for data where lower is better (toxicity).
+        feedback_column: words, or JSON objects for the condition ``attributes``. Without it, that condition joins the
+            columns that have the names of its attributes.
+
+    Raises:
+        ValueError: a column does not exist, or there are no scores to negate.
+    """
+    for option, name in (("score_column", score_column), ("feedback_column", feedback_column)):
+        if name is not None and name not in dataset.column_names:
+            raise ValueError(f"{option} is '{name}', and the data has the columns {sorted(dataset.column_names)}.")
+    lists = bool({"completions", "responses"} & set(dataset.column_names))
+    score_name, feedback_name = ("scores", "feedbacks") if lists else ("score", "feedback")
+    score_column = score_column or _first(dataset, SCORES)
+    if negate_score:
+        if score_column is None:
+            raise ValueError("negate_score is given, and the data has no scores. Name them with score_column.")
+        dataset = dataset.map(
+            lambda row, i: {score_column: _negative(row[score_column], f"row {i}, '{score_column}'")},
+            with_indices=True,
+            load_from_cache_file=False,
+        )
+    dataset = _called(dataset, score_column, score_name, SCORES)
+    attributes = list(condition.attributes) if isinstance(condition, Attributes) else []
+    if feedback_column is None and attributes and set(attributes) <= set(dataset.column_names):
+        dataset = dataset.map(
+            lambda row: {feedback_name: _objects({a: row[a] for a in attributes})}, load_from_cache_file=False
+        )
+    elif feedback_column is None and attributes and _first(dataset, FEEDBACK) is None:
+        missing = [a for a in attributes if a not in dataset.column_names]
+        raise ValueError(
+            f"The condition 'attributes' is of {attributes}, and the data has no column for {missing}, only "
+            f"{sorted(dataset.column_names)}. Rename the columns, or name one that has JSON objects of them with "
+            "feedback_column."
+        )
+    dataset = _called(dataset, feedback_column or _first(dataset, FEEDBACK), feedback_name, FEEDBACK)
+    return _called(dataset, _first(dataset, PROMPT_COLUMNS), "prompt", PROMPT_COLUMNS)
+
+
 def _load_mixture(script: RunArguments, mixture: DatasetMixtureConfig, want_eval: bool) -> Splits:
-    # The split into training and evaluation rows is seeded, so that it is the caller's.
+    # The caller splits into training and evaluation rows, with the run's seed.
     whole = dataclasses.replace(mixture, datasets=[_as_builder(d) for d in mixture.datasets], test_split_size=None)
     splits = get_dataset(whole)
     if want_eval and mixture.test_split_size is None:  # each part's own test split
@@ -85,7 +216,7 @@ def _load_mixture(script: RunArguments, mixture: DatasetMixtureConfig, want_eval
 
 
 def _as_builder(part: DatasetConfig) -> DatasetConfig:
-    """A local file as ``datasets.load_dataset`` wants it: the name of its reader, and the file."""
+    """Give a local file the form that ``datasets.load_dataset`` reads: a builder and ``data_files``."""
     path = Path(part.path).expanduser()
     if path.suffix.lower() not in BUILDERS:
         return part
@@ -134,7 +265,7 @@ def _load_file(name: str, path: Path, builder: str, streaming: bool, on_bad_row:
 
 
 def _load_saved(path: Path, streaming: bool) -> Splits:
-    """A folder written by ``save_to_disk``."""
+    """Load a folder written by ``save_to_disk``."""
     saved = load_from_disk(str(path))
     splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
     if streaming:
@@ -149,7 +280,7 @@ def _neighbour(path: Path) -> str:
 
 
 def _read_json_lines(path: Path, error: Exception, on_bad_row: str | None) -> Splits:
-    """A JSON file whose rows do not make one table: find the row that is to blame, or drop such rows."""
+    """Read a JSON file whose rows do not form one table; report the first bad row, or drop bad rows."""
     try:
         found = _json_rows(path)
     except ValueError as broken:
@@ -168,7 +299,7 @@ def _read_json_lines(path: Path, error: Exception, on_bad_row: str | None) -> Sp
             if on_bad_row != "drop":
                 raise bad from error
             problems.append(str(bad))
-            rows.append({UNREADABLE: str(bad)})  # dropped and counted later on, so that the others keep their numbers
+            rows.append({UNREADABLE: str(bad)})  # dropped and counted later, so that all other rows keep their numbers
         else:
             rows.append(row)
     if len(problems) == len(rows):
@@ -182,10 +313,56 @@ def _json_rows(path: Path) -> list[Any]:
     if text.lstrip().startswith("["):
         return json.loads(text)
     rows = []
-    for line in text.split("\n"):  # splitlines() would also cut at the line separators inside of strings
+    for line in text.split("\n"):  # splitlines() would also split at line separators within strings
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 rows.append(error)
     return rows
+
+
+def _read_lines(path: Path) -> Dataset:
+    if not path.is_file():
+        raise UsageError(f"no file '{path}' (looked in {Path.cwd()}).")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8, one prompt a line.") from error
+    lines = [line.rstrip("\r") for line in text.split("\n")]
+    return from_rows([{"prompt": line} for line in lines if line.strip()], str(path))
+
+
+def _first(dataset: Dataset, names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in dataset.column_names), None)
+
+
+def _called(dataset: Dataset, old: str | None, new: str, aliases: tuple[str, ...]) -> Dataset:
+    """Rename a column, and drop others whose names are aliases of it."""
+    if old is None:
+        return dataset
+    dataset = dataset.remove_columns([c for c in dataset.column_names if c in aliases and c != old])
+    return dataset if old == new else dataset.rename_column(old, new)
+
+
+def _negative(value: Any, where: str) -> Any:
+    if isinstance(value, list):
+        return [_negative(x, where) for x in value]
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"{where} is {value!r}, expected a number to negate.")
+    return None if value is None else -value
+
+
+def _objects(values: Mapping[str, Any]) -> str | list[str]:
+    """Encode the attributes of a completion as JSON, or of each of K completions where they are lists.
+
+    >>> _objects({"helpful": 2}), _objects({"helpful": [2, 0]})
+    ('{"helpful": 2}', ['{"helpful": 2}', '{"helpful": 0}'])
+    """
+    lists = {name: value for name, value in values.items() if isinstance(value, list)}
+    if not lists:
+        return json.dumps(dict(values))
+    sizes = {name: len(value) for name, value in lists.items()}
+    if len(lists) < len(values) or len(set(sizes.values())) > 1:
+        raise ValueError(f"attributes of one row have {sizes} entries, expected as many of each of {list(values)}.")
+    return [json.dumps({name: value[k] for name, value in lists.items()}) for k in range(min(sizes.values()))]

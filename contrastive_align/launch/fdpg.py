@@ -1,4 +1,4 @@
-"""``run_fdpg.py``: parse -> prompts and target -> trainer -> fit -> train -> measure -> save."""
+"""``run_fdpg.py``: train towards a target on prompts, with samples of the model."""
 
 from __future__ import annotations
 
@@ -9,30 +9,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import AutoConfig, set_seed
+from transformers import AutoConfig
 
 from contrastive_align import demo
-from contrastive_align.data import distinct_prompts
-from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, _StrictLoader, parse
+from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, load_yaml, parse
 from contrastive_align.launch.common import (
-    as_usage_error,
+    Run,
+    check_eval_flags,
     check_model_flags,
-    checkpoint_of,
-    ignore_bias_buffers,
     model_arguments,
     model_entry,
-    print_on_main,
-    save,
+    model_name,
+    picture_saved,
+    reference_line,
     versions,
 )
-from contrastive_align.launch.datasets import take
+from contrastive_align.launch.datasets import ONE_PROMPT, from_rows, load_prompts, prompts_to_measure, repeat, take
 from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for
-from contrastive_align.launch.prompts import from_rows, load_prompts, repeat
-from contrastive_align.models.cpu.freed_memory import keep_freed_memory
-from contrastive_align.report import TargetSummary, plot_steps
+from contrastive_align.report import Summary, TargetSummary, plot_steps
 from contrastive_align.targets import InfeasibleMoment, Target, resolve_constraint, weighted_sum
 from contrastive_align.trainers import FDPGConfig, FDPGTrainer
 
@@ -40,7 +35,7 @@ from contrastive_align.trainers import FDPGConfig, FDPGTrainer
 DEMO_NAME = "the bundled demo prompts"
 DEMO_FEATURES = [{"contains": "please", "moment": 0.5}]
 PICTURE = "moments_and_divergences.png"
-# What the bundled model and the bundled prompts are trained with, where nothing else is said.
+# Options for the bundled model and the bundled data that no flag or YAML file sets.
 DEMO_MODEL = {"max_completion_length": 48, "learning_rate": 3e-4, "gradient_checkpointing": False}
 DEMO_DATA = {
     "max_steps": 60,
@@ -58,17 +53,17 @@ FEW_PROMPTS = {"max_steps": 100}  # a pass over one prompt is one step
 
 @dataclass
 class FDPGArguments(RunArguments):
-    """Where the prompts come from, what the target is, how it is measured.
+    """Name the prompts, the target, and the extent of the measurement.
 
     Args:
         prompt: one prompt, instead of a dataset.
         features: constraints, each a feature with its moment: ``[{contains: please, moment: 0.5}]``, a list in YAML,
             its text on the command line (see ``targets.features`` for the kinds).
         reward_funcs: ``file.py:function`` or reward-model ids: the target is base * exp(weighted sum / beta).
-        eval_samples: samples of each distribution that is measured at the end, at least 50; 0 leaves that out.
-        eval_prompts: the prompts these are spread over, of the evaluation split if there is one; fewer where a prompt
-            would have less than 50 samples.
-        qrs_acceptance: the wished acceptance rate of quasi-rejection sampling; 0 leaves it out.
+        eval_samples: number of samples of each distribution measured at the end, at least 50; 0 measures nothing.
+        eval_prompts: number of prompts that these samples are spread over, from the evaluation split if there is one.
+            It is lowered until each prompt has 50 samples.
+        qrs_acceptance: acceptance rate of quasi-rejection sampling; 0 skips it.
     """
 
     prompt: str | None = field(default=None, metadata={"help": "One prompt, instead of a dataset."})
@@ -85,10 +80,7 @@ class FDPGArguments(RunArguments):
     def __post_init__(self):
         super().__post_init__()
         if isinstance(self.features, str):
-            try:
-                self.features = yaml.load(self.features, Loader=_StrictLoader)
-            except yaml.YAMLError as error:
-                raise ValueError(f"features is {self.features!r}, which is not YAML: {error}") from error
+            self.features = load_yaml(self.features, f"features is {self.features!r}, which")
         if self.features is not None and not (isinstance(self.features, list) and self.features):
             raise ValueError(f"features is {self.features!r}, expected a list: [{{contains: please, moment: 0.5}}].")
         if self.features and self.reward_funcs:
@@ -109,65 +101,84 @@ class FDPGArguments(RunArguments):
 CLASSES = {"script": FDPGArguments, "training": FDPGConfig}
 
 
-def main(argv: Sequence[str] | None = None) -> TargetSummary:
-    """Train a model towards a target as the command line says; see ``README.md``."""
-    args = _parse(argv)
-    if args.training.device.type == "cpu":
-        keep_freed_memory()
-    with as_usage_error(InfeasibleMoment):
-        set_seed(args.training.seed)
-        train, test, data_name = _load_data(args)
-        target = _build_target(args)
-        trainer = _build_trainer(args, train, test, target)
-        checkpoint = checkpoint_of(args)
-    measured_rows, measured_on = _rows_to_measure(args, train, test)
-    say = print_on_main
-    summary = _describe(args, trainer, data_name, train, test)
-    say(summary.opening())
-    for note in args.notes:
-        say(f"note: {note}")
-    earlier = Path(args.training.output_dir) / "summary.json"
-    if earlier.is_file() and not checkpoint:
-        say(f"note: {args.training.output_dir} holds an earlier run, which this one replaces")
-    trainer.accelerator.wait_for_everyone()
-    if trainer.args.should_save:
-        earlier.unlink(missing_ok=True)  # it speaks of other weights
+def main(argv: Sequence[str] | None = None) -> Summary:
+    """Train a model towards a target as the command line says (see ``README.md``)."""
+    return FDPGRun(_parse(argv)).execute()
 
-    started = time.perf_counter()
-    with as_usage_error(InfeasibleMoment):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    summary.training = {
-        "steps": trainer.state.global_step,
-        "seconds": round(time.perf_counter() - started, 1),
-        "target": trainer.target.state_dict(),
-    }
-    save(args, trainer, summary, None if data_name in (DEMO_NAME, "one prompt") else data_name)
-    if trainer.args.should_save:
-        trainer.target.save(Path(args.training.output_dir) / "target.json")
-        _draw_picture(trainer, summary)
-    if args.script.eval_samples:
+
+class FDPGRun(Run):
+    """The run of ``run_fdpg.py``."""
+
+    user_errors = (InfeasibleMoment,)
+
+    def build_trainer(self, checkpoint: str | bool | None) -> FDPGTrainer:
+        """Load the prompts, build the target and the trainer, and choose the rows to measure."""
+        args = self.args
+        self.train_rows, self.test_rows, self.data_name = _load_data(args)
+        self.hub_dataset = None if self.data_name in (DEMO_NAME, ONE_PROMPT) else self.data_name
+        trainer = _build_trainer(args, self.train_rows, self.test_rows, _build_target(args))
+        self.measured_rows, self.measured_on = _rows_to_measure(args, self.train_rows, self.test_rows)
+        return trainer
+
+    def describe(self) -> TargetSummary:
+        """Name the divergence, the target, the model and the prompts."""
+        trainer, training, target = self.trainer, self.args.training, self.trainer.target
+        name, source = model_name(self.args), self.data_name
+        a_step = training.generation_batch_size // training.num_generations
+        step = f"{a_step} prompts x {training.num_generations} samples a step"
+        return TargetSummary(
+            method={
+                "line": f"f-DPG, {training.divergence}, towards {target}; {step}",
+                "trainer": type(trainer).__name__,
+                "divergence": training.divergence,
+                "target": target.state_dict(),
+                "baseline": training.baseline,
+                "learning_rate": training.learning_rate,
+                "num_generations": training.num_generations,
+                "prompts_per_generation": a_step,
+                "max_completion_length": training.max_completion_length,
+                "seed": training.seed,
+            },
+            model=model_entry(self.args, trainer, name, start=name),
+            reference=reference_line(trainer, name),
+            data={
+                split: {"line": f"{source}: {len(rows)} prompts", "notes": [], "name": source, "rows": len(rows)}
+                for split, rows in {"train": self.train_rows, "test": self.test_rows}.items()
+                if rows is not None
+            },
+            versions=versions(),
+        )
+
+    def after_saving(self) -> None:
+        """Write ``target.json`` and the picture."""
+        target, folder = self.trainer.target, Path(self.args.training.output_dir)
+        self.summary.training["target"] = target.state_dict()
+        if self.trainer.args.should_save:
+            target.save(folder / "target.json")
+            moments = [None if math.isnan(moment) else moment for moment in target.moments.tolist()]
+            wanted = dict(zip(target.names, moments, strict=True))
+            with picture_saved(self.summary, folder / PICTURE):
+                plot_steps(self.trainer.state.log_history, wanted, folder / PICTURE)
+
+    def measure(self) -> None:
+        """Measure base, target, tuned model and quasi-rejection sampling on the same prompts."""
+        script, summary, target = self.args.script, self.summary, self.trainer.target
+        if not script.eval_samples:
+            return
         started = time.perf_counter()
-        with as_usage_error(InfeasibleMoment):
-            columns, remarks = measure(
-                trainer,
-                measured_rows,
-                samples=args.script.eval_samples,
-                acceptance=args.script.qrs_acceptance or None,
-                seed=args.training.seed,
-            )
+        columns, remarks = measure(
+            self.trainer,
+            self.measured_rows,
+            samples=script.eval_samples,
+            acceptance=script.qrs_acceptance or None,
+            seed=self.args.training.seed,
+        )
         summary.training["seconds_measuring"] = round(time.perf_counter() - started, 1)
         summary.distributions = columns
-        summary.metrics = metrics_of(columns, target.names, target.moments.tolist(), len(measured_rows))
+        summary.metrics = metrics_of(columns, target.names, target.moments.tolist(), len(self.measured_rows))
         n = columns["tuned"]["samples"]
-        summary.metrics_on = f"{measured_on}, {n} samples of each distribution; pi is the column"
+        summary.metrics_on = f"{self.measured_on}, {n} samples of each distribution; pi is the column"
         summary.state = "\n".join(f"note: {remark}" for remark in remarks)
-    if trainer.args.should_save:
-        summary.write(args.training.output_dir)
-    say(summary.closing())
-    if args.training.push_to_hub:
-        trainer.push_to_hub()
-    trainer.end()
-    return summary
 
 
 def _parse(argv: Sequence[str] | None) -> Arguments:
@@ -207,9 +218,7 @@ def _load_data(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
     else:
         want_eval = training.eval_strategy != "no" or training.do_eval
         train, test, name = load_prompts(script, args.datasets, script.prompt, want_eval=want_eval, seed=training.seed)
-    unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
-    if test is None and unused:
-        raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
+    check_eval_flags(args, test)
     return train, test, name
 
 
@@ -229,16 +238,13 @@ def _build_trainer(args: Arguments, train: Dataset, test: Dataset | None, target
         args.notes.append(f"a step takes {a_step} prompts of {len(train)}: each is used more than once in it")
     model = model_arguments(args)
     if model["peft_config"] is not None and "lora_task_type" not in args.given and _is_encoder_decoder(args):
-        model["peft_config"].task_type = "SEQ_2_SEQ_LM"  # else AutoPeftModelForSeq2SeqLM refuses what is saved
-    trainer = FDPGTrainer(
+        model["peft_config"].task_type = "SEQ_2_SEQ_LM"  # AutoPeftModelForSeq2SeqLM requires it
+    return FDPGTrainer(
         train_dataset=repeat(train, a_step),
         eval_dataset=test if training.eval_strategy != "no" else None,
         target=target,
         **model,
     )
-    if args.script.ignore_bias_buffers:
-        ignore_bias_buffers(trainer)
-    return trainer
 
 
 def _is_encoder_decoder(args: Arguments) -> bool:
@@ -251,60 +257,12 @@ def _is_encoder_decoder(args: Arguments) -> bool:
 
 def _rows_to_measure(args: Arguments, train: Dataset, test: Dataset | None) -> tuple[list[dict[str, Any]], str]:
     samples, at_most = args.script.eval_samples, args.script.eval_prompts
-    rows = distinct_prompts(train if test is None else test, at_most)
-    kept = rows[: prompts_enough_for(samples, at_most)]
-    if samples and len(kept) < len(rows):
+    rows, where = prompts_to_measure(train, test, at_most)
+    chosen = rows[: prompts_enough_for(samples, at_most)]
+    if samples and len(chosen) < len(rows):
         args.notes.append(
-            f"eval_samples={samples} is measured on {len(kept)} of {len(rows)} prompts, {SAMPLES_PER_PROMPT} samples "
+            f"eval_samples={samples} is measured on {len(chosen)} of {len(rows)} prompts, {SAMPLES_PER_PROMPT} samples "
             f"each: from fewer the divergences come out too small. --eval_samples={SAMPLES_PER_PROMPT * len(rows)} is "
             "enough for all"
         )
-    where = "training prompt" if test is None else "held-out prompt"
-    return kept, f"{len(kept)} {where}{'s' * (len(kept) != 1)}"
-
-
-# ----------------------------------------------------------------------------------------------------- what is told
-
-
-def _describe(
-    args: Arguments, trainer: FDPGTrainer, data_name: str, train: Dataset, test: Dataset | None
-) -> TargetSummary:
-    training, target = args.training, trainer.target
-    is_demo = args.model.model_name_or_path == demo.MODEL_PATH
-    name = "the bundled demo model" if is_demo else str(args.model.model_name_or_path)
-    a_step = training.generation_batch_size // training.num_generations
-    step = f"{a_step} prompts x {training.num_generations} samples a step"
-    rows = {"train": train} if test is None else {"train": train, "test": test}
-    return TargetSummary(
-        method={
-            "line": f"f-DPG, {training.divergence}, towards {target}; {step}",
-            "trainer": type(trainer).__name__,
-            "divergence": training.divergence,
-            "target": target.state_dict(),
-            "baseline": training.baseline,
-            "learning_rate": training.learning_rate,
-            "num_generations": training.num_generations,
-            "prompts_per_generation": a_step,
-            "max_completion_length": training.max_completion_length,
-            "seed": training.seed,
-        },
-        model=model_entry(args, trainer, name, start=name),
-        reference=f"{name}, with the adapter off" if is_peft_model(trainer.model) else f"{name}, a frozen copy",
-        data={
-            split: {"line": f"{data_name}: {len(part)} prompts", "notes": [], "name": data_name, "rows": len(part)}
-            for split, part in rows.items()
-        },
-        versions=versions(),
-    )
-
-
-def _draw_picture(trainer: FDPGTrainer, summary: TargetSummary) -> None:
-    target = trainer.target
-    moments = [None if math.isnan(moment) else moment for moment in target.moments.tolist()]
-    path = Path(trainer.args.output_dir) / PICTURE
-    try:
-        plot_steps(trainer.state.log_history, dict(zip(target.names, moments, strict=True)), path)
-    except (ImportError, ValueError) as error:
-        summary.saved["picture"] = f"none: {error}"
-    else:
-        summary.saved["picture"] = str(path)
+    return chosen, f"{len(chosen)} {where}{'s' * (len(chosen) != 1)}"

@@ -1,4 +1,4 @@
-"""Base, target, tuned model and tuned model + QRS, measured on the same prompts with samples of their own."""
+"""Measure base, target, tuned model and tuned model + QRS on the same prompts, with separate samples."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ TO_TARGET = {"kl": "KL(p||pi)", "reverse_kl": "KL(pi||p)", "js": "JS", "tv": "TV
 TO_BASE = "KL(pi||base)"
 # Names of the table -> names of summary.json.
 METRICS = {label: f"{name}_target" for name, label in TO_TARGET.items()} | {TO_BASE: "kl_base"}
-# A prompt's Z is estimated from its own samples, and its divergences come out too small by a part of about 1 / samples:
-# 100% of them from one sample, 15 from 20, 4 from 50, 1 from 200 (a word in 0.12 of the texts, wanted in half).
+# Z of a prompt is estimated from its own samples, which biases its divergences downwards by about 1 / samples:
+# by 100% with one sample, 15% with 20, 4% with 50, 1% with 200 (a word in 0.12 of the texts, wanted in half).
 SAMPLES_PER_PROMPT = 50
-BUDGET = 5  # proposals for each accepted sample that is expected, before QRS gives a prompt up
+BUDGET = 5  # times the expected number of proposals, after which QRS gives up on a prompt
 
 
 def measure(
     trainer: FDPGTrainer, rows: Sequence[dict[str, Any]], *, samples: int, acceptance: float | None, seed: int
 ) -> tuple[Distributions, list[str]]:
-    """The columns of the table, and remarks; ``samples`` of each distribution, spread evenly over the rows.
+    """Return the columns of the table and remarks, from ``samples`` per distribution spread evenly over the rows.
 
-    ``base`` is measured on samples of the base, ``tuned`` on samples of the policy, ``target`` by importance weights on
-    those of the two that are nearer to it, ``tuned+QRS`` on what :class:`QuasiRejectionSampler` accepts of further
-    ones, its beta chosen for the wished acceptance rate; its divergences are importance-weighted from the policy's
-    samples. Standard errors are those over prompts.
+    ``base`` and ``tuned`` are measured on samples of the base and of the policy. ``target`` is importance-weighted from
+    whichever of these has the larger effective sample size. The moments of ``tuned+QRS`` come from what
+    :class:`QuasiRejectionSampler` accepts of further samples, with a beta for the wanted ``acceptance`` rate; its
+    divergences are importance-weighted from the policy's samples. Standard errors are over prompts.
     """
     per_prompt = math.ceil(samples / len(rows))
     remarks: list[str] = []
-    with trainer._sampling(base=True) as model:
+    with trainer.sampling_from(reference=True) as model:
         base = _Measured(trainer, rows, _proposal(trainer, model, seed, of_base=True), per_prompt)
     columns = {"base": base.column(base.logps), "target": {}}
-    with trainer._sampling() as model:
+    with trainer.sampling_from() as model:
         tuned = _Measured(trainer, rows, _proposal(trainer, model, seed + 1), per_prompt)
         columns["tuned"] = tuned.column(tuned.logps)
         columns["target"] = max(base, tuned, key=lambda measured: measured.ess).target_column()
@@ -70,7 +70,7 @@ def measure(
 
 
 def prompts_enough_for(samples: int, at_most: int) -> int:
-    """Over how many prompts ``samples`` are spread: ``at_most``, and fewer where each would have too few of them.
+    """Return the number of prompts to spread ``samples`` over, at least ``SAMPLES_PER_PROMPT`` each.
 
     >>> prompts_enough_for(10_000, 100), prompts_enough_for(200, 100)
     (100, 4)
@@ -79,7 +79,7 @@ def prompts_enough_for(samples: int, at_most: int) -> int:
 
 
 def metrics_of(columns: Distributions, names: Sequence[str], moments: Sequence[float], prompts: int) -> dict[str, Any]:
-    """``summary.json``'s names -> :class:`TargetChange`, from the columns of the table."""
+    """Convert the columns of the table to the metrics of ``summary.json``."""
     base, target, tuned, qrs = (columns.get(name, {}) for name in ("base", "target", "tuned", "tuned+QRS"))
     wanted = {f"moment/{name}": moment for name, moment in zip(names, moments, strict=True)}
     metrics = {}
@@ -88,7 +88,7 @@ def metrics_of(columns: Distributions, names: Sequence[str], moments: Sequence[f
         if before is None or after is None:
             continue
         goal = wanted.get(row, math.nan)
-        if math.isnan(goal):  # a reward's moment is not wanted but follows; so does the distance from the base
+        if math.isnan(goal):  # a reward has no wanted moment: its goal is the value under the target
             goal = target[row].value if row in target else 0.0
         metrics[METRICS.get(row, row)] = TargetChange(
             before=before.value,
@@ -106,7 +106,7 @@ def metrics_of(columns: Distributions, names: Sequence[str], moments: Sequence[f
 
 
 class _Measured:
-    """K samples for each of C prompts, with everything that is measured on them; tensors are (C, K), phi (C, K, J)."""
+    """K samples for each of C prompts, with their log-probs (C, K) and features phi (C, K, J)."""
 
     def __init__(self, trainer: FDPGTrainer, rows: Sequence[dict], proposal: PolicyProposal, per_prompt: int) -> None:
         self.names = trainer.target.names
@@ -120,7 +120,7 @@ class _Measured:
         self.log_z, self.ess = log_z.value, float(log_z.ess.sum())
 
     def column(self, logps: Tensor) -> dict[str, Number]:
-        """Of the distribution whose log-probs these are, the samples weighted towards it."""
+        """Measure the distribution with these log-probs, with importance weights on the samples."""
         column = self._moments(logps)
         for divergence, label in TO_TARGET.items():
             column[label] = _number(estimate_divergence(divergence, logps, self.logps, self.scores))
@@ -128,6 +128,7 @@ class _Measured:
         return column | _texts(self.samples)
 
     def target_column(self) -> dict[str, Number]:
+        """Measure the target, with importance weights on the samples."""
         normalised = (self.scores - self.log_z.unsqueeze(1))[torch.isfinite(self.log_z)]
         at = torch.isfinite(self.log_z)
         distance = estimate_kl_base(normalised, self.base_logps[at], proposal_logps=self.logps[at])
@@ -152,7 +153,7 @@ def _quasi_rejection(
     acceptance: float,
     remarks: list[str],
 ) -> dict[str, Number]:
-    some = torch.isfinite(tuned.log_z)  # a prompt whose Z is 0 would never be accepted
+    some = torch.isfinite(tuned.log_z)  # with Z = 0 nothing would be accepted
     if not some.all():
         remarks.append(
             f"{int((~some).sum())} of {len(rows)} prompts have no sample with mass under the target: no QRS there"
@@ -205,14 +206,14 @@ def _texts(samples: Samples) -> dict[str, Number]:
 
 
 class Count(Number):
-    """A whole number."""
+    """Print as a whole number."""
 
     def __str__(self) -> str:
         return str(self.value)
 
 
 class _AsTrained(PolicyProposal):
-    """Prompts become the tokens that the trainer makes of them."""
+    """Tokenise prompts as the trainer does."""
 
     def __init__(self, trainer: FDPGTrainer, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -223,8 +224,8 @@ class _AsTrained(PolicyProposal):
 
 
 def _proposal(trainer: FDPGTrainer, model: Any, seed: int, *, of_base: bool = False) -> PolicyProposal:
-    base = trainer.base_model
-    if of_base:  # a frozen copy is its own base; an adapter's base is the model, its adapter being off here
+    base = trainer.reference
+    if of_base:  # a frozen copy is its own base; with an adapter the base is the model with its adapter off
         base = None if base is not None else model
     return _AsTrained(
         trainer,

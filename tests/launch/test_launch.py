@@ -12,8 +12,10 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from contrastive_align import demo
+from contrastive_align.launch import conditional, contrastive, fdpg
 from contrastive_align.launch.arguments import UsageError
 from contrastive_align.launch.contrastive import main
+from contrastive_align.trainers import ContrastiveTrainer
 
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +147,54 @@ def test_resuming_from_the_command_line(tmp_path):
     main([*flags, f"--output_dir={tmp_path / 'resumed'}", "--max_steps=4", f"--resume_from_checkpoint={checkpoint}"])
     a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / n).state_dict() for n in ("whole", "resumed"))
     assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
+
+
+REFUSED = {
+    "reward": (contrastive.main, ["--ld_alpha=0.5"]),
+    "reward, in train()": (contrastive.main, ["--resume_from_checkpoint={empty}"]),
+    "fdpg": (fdpg.main, ["--features=[{{contains: please}}]"]),
+    "fdpg, in train()": (fdpg.main, ["--features=[{{contains: zebra, moment: 1.0}}]", "--fit_samples=256"]),
+    "conditional": (conditional.main, ["--num_generations=4"]),
+    "conditional, in train()": (conditional.main, ["--resume_from_checkpoint={empty}", "--eval_prompts=0"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_start_removes_nothing(case, tmp_path):
+    main, flags = REFUSED[case]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "summary.json").write_text("an earlier run's")
+    flags = [flag.format(empty=tmp_path / "empty") for flag in flags]
+    with pytest.raises(UsageError) as error:
+        main([*flags, "--max_train_samples=8", "--disable_tqdm=true", f"--output_dir={tmp_path}"])
+    assert error.value.code == 2 and (tmp_path / "summary.json").read_text() == "an earlier run's"
+
+
+def test_a_run_that_fails_in_training_leaves_no_summary_of_another(tmp_path, monkeypatch, capsys):
+    def stop(self, *args, **kwargs):
+        assert not (tmp_path / "summary.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ContrastiveTrainer, "training_step", stop)
+    (tmp_path / "summary.json").write_text("an earlier run's")
+    with pytest.raises(KeyboardInterrupt):
+        main([f"--output_dir={tmp_path}", *SMALL])
+    assert f"note: {tmp_path} holds an earlier run, which this one replaces" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["true", "True", "false", "none", "folder"])
+def test_what_train_is_given_to_resume_from(given, tmp_path, monkeypatch):
+    seen = []
+
+    def stop(self, resume_from_checkpoint=None):
+        seen.append(resume_from_checkpoint)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ContrastiveTrainer, "train", stop)
+    given = str(tmp_path) if given == "folder" else given
+    with pytest.raises(KeyboardInterrupt):
+        main([f"--resume_from_checkpoint={given}", f"--output_dir={tmp_path / 'out'}", *SMALL])
+    assert seen == [{"true": True, "false": None, "none": None}.get(given.lower(), given)]
 
 
 @pytest.mark.parametrize("command", [["run_reward.py"], ["-m", "contrastive_align.demo"]], ids=["script", "module"])

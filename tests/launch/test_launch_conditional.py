@@ -18,7 +18,8 @@ from contrastive_align.conditions import Condition, resolve_condition
 from contrastive_align.launch.arguments import UsageError
 from contrastive_align.launch.conditional import _stopped_by_hand, main
 from contrastive_align.launch.conditional_measure import in_words
-from contrastive_align.launch.feedback import build_judge, with_feedback
+from contrastive_align.launch.datasets import with_feedback
+from contrastive_align.launch.feedback_flags import build_judge
 from contrastive_align.report import Change, plot_rewards, plot_round
 
 

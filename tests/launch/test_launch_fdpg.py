@@ -15,8 +15,8 @@ from trl import DatasetMixtureConfig
 
 from contrastive_align import demo
 from contrastive_align.launch.arguments import RunArguments, UsageError
+from contrastive_align.launch.datasets import load_prompts, repeat
 from contrastive_align.launch.fdpg import main
-from contrastive_align.launch.prompts import load_prompts, repeat
 from contrastive_align.report import Number, distribution_rows, plot_steps
 
 

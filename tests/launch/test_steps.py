@@ -20,12 +20,10 @@ from contrastive_align.conditions.tokens import add_condition_tokens
 from contrastive_align.demo import MODEL_PATH
 from contrastive_align.demo.task import all_prompts
 from contrastive_align.judge.judge import resolve_judge
+from contrastive_align.launch import step_commands
 from contrastive_align.launch.arguments import UsageError
-from contrastive_align.launch.steps import command
-from contrastive_align.launch.steps import sample as sample_step
-from contrastive_align.launch.steps.command import main
-from contrastive_align.launch.steps.splits import rows_of
-from contrastive_align.launch.steps.train import convert
+from contrastive_align.launch.step_commands import convert, main
+from contrastive_align.launch.step_files import part_rows
 from contrastive_align.sampling.decode import seed_of
 from contrastive_align.sampling.server import SEEDS
 
@@ -74,7 +72,7 @@ def refused(match, *argv):
 
 @pytest.mark.parametrize("total", [1, 2, 3, 7, 9])
 def test_parts_are_disjoint_contiguous_and_all_there(total):
-    parts = [list(rows_of(k, total, 7)) for k in range(total)]
+    parts = [list(part_rows(k, total, 7)) for k in range(total)]
     assert list(itertools.chain(*parts)) == list(range(7))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -148,17 +146,17 @@ def test_an_output_is_not_overwritten_unless_told(prompts, tmp_path):
 
 def stopped(monkeypatch, prompts, after):
     """A run that ends, as by a kill, before its call number ``after`` of draw."""
-    draw, calls = sample_step.draw, itertools.count()
+    draw, calls = step_commands.draw, itertools.count()
 
     def dies(*args, **kwargs):
         if next(calls) == after:
             raise KeyboardInterrupt
         return draw(*args, **kwargs)
 
-    monkeypatch.setattr(sample_step, "draw", dies)
+    monkeypatch.setattr(step_commands, "draw", dies)
     with pytest.raises(KeyboardInterrupt):
         sample(prompts, "gen.jsonl", "--rows_at_once=1")
-    monkeypatch.setattr(sample_step, "draw", draw)
+    monkeypatch.setattr(step_commands, "draw", draw)
 
 
 def test_a_run_that_was_stopped_is_gone_on_with(prompts, tmp_path, monkeypatch):
@@ -167,8 +165,8 @@ def test_a_run_that_was_stopped_is_gone_on_with(prompts, tmp_path, monkeypatch):
     partial = tmp_path / "gen.jsonl.partial"
     assert not (tmp_path / "gen.jsonl").exists() and len(partial.read_text().splitlines()) == 1 + 3
     partial.write_bytes(partial.read_bytes()[:-9])  # and the last line was cut in the middle
-    drawn, draw = [], sample_step.draw
-    monkeypatch.setattr(sample_step, "draw", lambda m, ids, **k: drawn.extend(ids) or draw(m, ids, **k))
+    drawn, draw = [], step_commands.draw
+    monkeypatch.setattr(step_commands, "draw", lambda m, ids, **k: drawn.extend(ids) or draw(m, ids, **k))
     sample(prompts)
     assert len(drawn) == 7 - 2 and not partial.exists()
     assert (tmp_path / "gen.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -259,13 +257,13 @@ def conditioned(tmp_path_factory):
 
 
 def test_a_trained_model_is_asked_under_its_conditions(prompts, tmp_path, conditioned, monkeypatch):
-    seen, draw = [], sample_step.draw
+    seen, draw = [], step_commands.draw
 
     def watched(model, ids, **options):
         seen.append((ids[0][:2], options["suppress_ids"]))
         return draw(model, ids, **options)
 
-    monkeypatch.setattr(sample_step, "draw", watched)
+    monkeypatch.setattr(step_commands, "draw", watched)
     for wanted in (None, "best", "<quantile_4>"):
         flags = [] if wanted is None else [f"--condition={wanted}"]
         sample(prompts, f"{wanted}.jsonl", *flags, model=conditioned)
@@ -453,7 +451,7 @@ def test_the_commands_of_a_recipe_parse(recipe, monkeypatch):
     for argv in steps:
         if "..." not in argv:
             argv = [arg.replace("$k", "3") for arg in argv]
-            args, rest = command._parser().parse_known_args(argv)
+            args, rest = step_commands.build_parser().parse_known_args(argv)
             assert args.step == "train" or not rest
             if rest:
                 parse(rest, prog="run_conditional.py", **CLASSES)

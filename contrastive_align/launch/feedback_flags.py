@@ -1,0 +1,97 @@
+"""Build the judge, the sampler and the rewards that flags or a YAML file describe."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from contrastive_align.conditions import Attributes, Categories, Condition, Text
+from contrastive_align.judge.judge import Judge, resolve_judge
+from contrastive_align.launch.arguments import load_yaml
+from contrastive_align.models.loading import adapter_config_path
+from contrastive_align.sampling.server import ServerSampler
+from contrastive_align.targets.features import MODEL_KINDS
+
+
+def read_spec(name: str, value: Any) -> Any:
+    """Parse a mapping or list given as text on the command line; return other values unchanged.
+
+    >>> read_spec("condition", "{kind: phrases, phrases: toxicity}"), read_spec("condition", "phrases")
+    ({'kind': 'phrases', 'phrases': 'toxicity'}, 'phrases')
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
+        return value
+    return load_yaml(value, f"{name} is {value!r}, which")
+
+
+def build_judge(spec: Any, condition: Condition, output_dir: str) -> Judge:
+    """Build the judge, which by default gives the answers that the condition needs.
+
+    Its answers are stored in ``<output_dir>/judge``.
+
+    Raises:
+        ValueError: the judge gives other answers than the condition needs, or :func:`resolve_judge` refuses the spec.
+    """
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"judge is {spec!r}, expected a mapping: {{model: name, base_url: address}}.")
+    in_words = "text"
+    wanted: Any = list(condition.categories) if isinstance(condition, Categories) else in_words
+    answers = spec.get("answers", wanted)
+    if isinstance(condition, Attributes):
+        raise ValueError(
+            "The condition 'attributes' needs numbers that a judge does not give. Use data that has them "
+            "(--feedback_column, or a column for each attribute), or the condition 'categories'."
+        )
+    if isinstance(condition, (Categories, Text)) and answers != wanted:
+        raise ValueError(f"The judge answers {answers!r} and the condition {condition.kind} needs {wanted!r}.")
+    prompt = "feedback" if answers == in_words else "helpful_categories"
+    cache = str(Path(output_dir) / "judge")
+    return resolve_judge({"prompt": prompt, "answers": answers, "cache": cache, **spec})
+
+
+def build_sampler(spec: Any) -> ServerSampler:
+    """Build the sampler of a server from ``{base_url: address, model: name}`` and the class's other options."""
+    known = [name for name in inspect.signature(ServerSampler).parameters]
+    if not isinstance(spec, Mapping) or not {"base_url", "model"} <= set(spec) <= set(known):
+        raise ValueError(
+            f"sampler is {spec!r}, expected a mapping with base_url and model: '{{base_url: http://localhost:8000/v1, "
+            f"model: name}}'; it takes {', '.join(known)}."
+        )
+    return ServerSampler(**spec)
+
+
+def check_reward(condition: Condition) -> None:
+    """Raise ValueError for a condition that rewards cannot assign."""
+    if isinstance(condition, (Categories, Text, Attributes)):
+        raise ValueError(
+            f"The condition '{condition.kind}' is made of words, and a reward gives numbers. Use quantile_tokens or "
+            "phrases with it; or a judge, or data with feedback."
+        )
+
+
+def check_models(spec: Any) -> None:
+    """Raise OSError for a reward model or classifier of a spec that does not exist.
+
+    Its weights are loaded with the first completions; without this check a wrong name would be found only then.
+    """
+    if isinstance(spec, str) and ":" not in spec:
+        spec = {"reward_model": spec}
+    if isinstance(spec, Mapping):
+        for kind in set(MODEL_KINDS) & set(spec):
+            name, revision = spec[kind], spec.get("revision")
+            try:
+                if adapter_config_path(name, revision) is None:
+                    config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+                    if not config:
+                        raise OSError("it has no config.json.")
+            except OSError as error:
+                raise OSError(f"No {kind.replace('_', ' ')} {name!r}: {error}") from error
+        for part in [spec.get("not"), *spec.get("product", ()), *(part for _, part in spec.get("sum", ()))]:
+            check_models(part)
+    elif isinstance(spec, list | tuple):
+        for part in spec:
+            check_models(part)

@@ -1,0 +1,375 @@
+"""``python -m contrastive_align.steps``: sample, score, judge, merge and train over JSONL files, one prompt a line."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from contrastive_align.calls import CallError
+from contrastive_align.conditions.conditions import FILE, Condition
+from contrastive_align.conditions.forms import Prompt
+from contrastive_align.data.formats import BadRow
+from contrastive_align.data.tokenise import tokenise_prompt
+from contrastive_align.judge.judge import resolve_judge
+from contrastive_align.launch.arguments import UsageError, load_yaml
+from contrastive_align.launch.ask import load_trained
+from contrastive_align.launch.feedback_flags import read_spec
+from contrastive_align.launch.step_files import (
+    LISTS,
+    Output,
+    Row,
+    fingerprint,
+    merge,
+    part_name,
+    part_rows,
+    read_rows,
+    to_line,
+    write_rows,
+)
+from contrastive_align.models import load_tokenizer
+from contrastive_align.sampling.decode import draw
+from contrastive_align.sampling.seeds import seed_of
+from contrastive_align.sampling.server import PLAIN, ServerSampler
+from contrastive_align.targets.evaluate import call_feature
+from contrastive_align.targets.features import resolve_feature
+from contrastive_align.models.loading import eos_token_ids
+
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+CONVERTED = "scored_completions.jsonl"
+BATCHES_AT_ONCE = 4  # of sampling, written together
+ROWS_AT_ONCE = 64  # of scoring, written together
+# Flags of ``sample`` that say where the output goes and how fast it comes, not what it contains.
+_NOT_SETTINGS = ("step", "run", "prompts", "output", "overwrite", "server", "rows_at_once", "concurrency")
+_NOT_COLUMNS = (*LISTS, "prompt", "condition")
+
+Generations = list[tuple[list[str], list[bool]]]  # per prompt: K texts, and whether each reached its end token
+Sampler = Callable[[list[Prompt], list[int]], Generations]
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Run one step and print its result in one line.
+
+    Raises:
+        UsageError: an error that the user can correct; the exit status is 2.
+    """
+    args, rest = build_parser().parse_known_args(argv)
+    if rest and args.step != "train":
+        raise UsageError(
+            f"{args.step}: unknown {' '.join(rest)!r}. See python -m contrastive_align.steps {args.step} -h."
+        )
+    try:
+        if args.step == "train":
+            return train(args, rest)
+        said = args.run(args)
+    except (ValueError, OSError, CallError, AttributeError, ImportError) as error:
+        if isinstance(error, AttributeError) and "has no function" not in str(error):
+            raise
+        raise UsageError(str(error)) from error
+    print(said, flush=True)
+    return said
+
+
+# ------------------------------------------------------------------------------------------------------------ sample
+
+
+def sample(args: Namespace) -> str:
+    """Write ``generations`` and ``finished`` for the prompts of one part; return a line for the screen."""
+    rows = read_rows(args.prompts, generations=False)
+    part = [_prompt_row(rows[i], i, args) for i in part_rows(args.split_number, args.total_splits, len(rows))]
+    path = part_name(args.output, args.split_number, args.total_splits)
+    condition = None
+    if args.condition is not None or (Path(args.model_name_or_path) / FILE).is_file():
+        condition = Condition.load(args.model_name_or_path)
+    text_for = _condition_text(condition, args.condition)
+    settings = {name: value for name, value in sorted(vars(args).items()) if name not in _NOT_SETTINGS}
+    settings |= {"prompts": fingerprint(args.prompts), "server": bool(args.server)}
+    output = Output(path, settings, overwrite=args.overwrite)
+    tokens = [] if condition is None else condition.tokens
+    if len(part) > output.done:
+        generate = (_server_sampler if args.server else _local_sampler)(args, tokens)
+
+    def work(some: list[Row]) -> list[Row]:
+        prompts = [row["prompt"] for row in some]
+        texts = [text_for(prompt) for prompt in prompts]
+        seen = [p if text is None else condition.apply(p, text) for p, text in zip(prompts, texts, strict=True)]
+        seeds = [seed_of(args.seed, "sample", row["prompt_index"]) for row in some]
+        return [
+            row | ({} if text is None else {"condition": text}) | {"generations": found, "finished": finished}
+            for row, text, (found, finished) in zip(some, texts, generate(seen, seeds), strict=True)
+        ]
+
+    at_once = max(1, BATCHES_AT_ONCE * args.rows_at_once // args.num_generations)
+    ends = [end for row in output.fill(part, work, at_once=at_once) for end in row["finished"]]
+    share = f", {sum(ends) / len(ends):.0%} of them finished" if ends else ""
+    return f"{path}: {len(part)} prompts x {args.num_generations} completions{share}"
+
+
+def _prompt_row(row: Row, number: int, args: Namespace) -> Row:
+    if row.get("prompt_index", number) != number:
+        raise BadRow(
+            f"{args.prompts}: row {number} has the prompt_index {row['prompt_index']}, expected {number}, its place in "
+            "the file, or none. Give the whole file, and --split_number for a part of it."
+        )
+    columns = {key: value for key, value in row.items() if key not in (*LISTS, "condition")}
+    return columns | {"prompt_index": number}
+
+
+def _condition_text(condition: Condition | None, wanted: str | None) -> Callable[[Prompt], str | None]:
+    """Return the function from a prompt to the text of the wanted condition; None where none is wanted."""
+    if wanted is None:
+        return lambda prompt: None
+    if wanted == "best":
+        return condition.best_for
+    askable = condition.askable()
+    if wanted not in askable:
+        raise ValueError(f"--condition is {wanted!r}, expected 'best' or one of {list(askable)}.")
+    return lambda prompt: askable[wanted]
+
+
+def _encoder(tokenizer: Any) -> Callable[[Prompt], list[int]]:
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return lambda prompt: tokenise_prompt(prompt, tokenizer) or [start]
+
+
+def _local_sampler(args: Namespace, tokens: list[str]) -> Sampler:
+    model, tokenizer = load_trained(args.model_name_or_path, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+    model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
+    encode, eos = _encoder(tokenizer), eos_token_ids(model, tokenizer)
+
+    def generate(prompts: list[Prompt], seeds: list[int]) -> Generations:
+        drawn = draw(
+            model,
+            [encode(prompt) for prompt in prompts],
+            per_prompt=args.num_generations,
+            max_new_tokens=args.max_completion_length,
+            eos_token_ids=eos,
+            pad_token_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            seeds=seeds,
+            rows_at_once=args.rows_at_once,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            suppress_ids=tokenizer.convert_tokens_to_ids(tokens),
+        )
+        texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in group] for group in drawn.completion_ids]
+        return list(zip(texts, (~drawn.truncated).tolist(), strict=True))
+
+    return generate
+
+
+def _server_sampler(args: Namespace, tokens: list[str]) -> Sampler:
+    tokenizer: Any = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+    encode = _encoder(tokenizer)
+    suppressed = {str(i): -100 for i in tokenizer.convert_tokens_to_ids(tokens)}
+    server = ServerSampler(
+        args.server,
+        args.server_model or args.model_name_or_path,
+        concurrency=args.concurrency,
+        extra_body=PLAIN | ({"logit_bias": suppressed} if suppressed else {}),
+    )
+
+    def generate(prompts: list[Prompt], seeds: list[int]) -> Generations:
+        found = server(
+            [encode(prompt) for prompt in prompts],
+            per_prompt=args.num_generations,
+            max_tokens=args.max_completion_length,
+            seeds=seeds,
+            temperature=args.temperature,
+            top_p=args.top_p,
+        )
+        return [([c.text for c in group], [c.finished for c in group]) for group in found]
+
+    return generate
+
+
+# --------------------------------------------------------------------------------------------------- score and judge
+
+
+def score(args: Namespace) -> str:
+    """Write ``rewards``; return a line for the screen."""
+    rows = read_rows(args.input, generations=True)
+    settings = {"input": fingerprint(args.input), "reward": args.reward}
+    output = Output(args.output, settings, overwrite=args.overwrite)
+    feature = resolve_feature(
+        read_spec("reward", args.reward),
+        device=torch.accelerator.current_accelerator() or "cpu",
+        trust_remote_code=args.trust_remote_code,
+    )
+
+    def work(some: list[Row]) -> list[Row]:
+        names = {name for row in some for name in row if name not in _NOT_COLUMNS}
+        prompts, completions = _flat(some)
+        columns = {name: [row.get(name) for row in some for _ in row["generations"]] for name in sorted(names)}
+        rewards = iter(call_feature(feature, prompts, completions, columns, none_allowed=True))
+        return [row | {"rewards": [next(rewards) for _ in row["generations"]]} for row in some]
+
+    rewards = [r for row in output.fill(rows, work, at_once=ROWS_AT_ONCE) for r in row["rewards"]]
+    known = [r for r in rewards if r is not None]
+    mean = f", mean {sum(known) / len(known):.4f}" if known else ""
+    return f"{args.output}: {feature.name} of {len(known)} of {len(rewards)} completions{mean}"
+
+
+def judge(args: Namespace) -> str:
+    """Write ``feedbacks``, ``scores`` and ``analysis``, null without a verdict; return a line for the screen."""
+    rows = read_rows(args.input, generations=True)
+    asked = resolve_judge(_read_yaml(args.judge))
+    settings = {"input": fingerprint(args.input), "judge": {**asked.spec, "cache": None}}
+    output = Output(args.output, settings, overwrite=args.overwrite)
+
+    def work(some: list[Row]) -> list[Row]:
+        verdicts = iter(asked(*_flat(some)))
+        found = []
+        for row in some:
+            own = [next(verdicts) for _ in row["generations"]]
+            added = {"feedbacks": "text", "scores": "score", "analysis": "analysis"}
+            found.append(row | {k: [None if v is None else getattr(v, name) for v in own] for k, name in added.items()})
+        return found
+
+    scores = [s for row in output.fill(rows, work, at_once=len(rows)) for s in row["scores"]]
+    known = sum(s is not None for s in scores)
+    return f"{args.output}: verdicts on {known} of {len(scores)} completions; {asked.report()}"
+
+
+def _flat(rows: list[Row]) -> tuple[list, list]:
+    """List prompts and completions, one entry per completion; the completion of a conversation is a message."""
+    pairs = [(row["prompt"], text) for row in rows for text in row["generations"]]
+    spoken = [text if isinstance(p, str) else [{"role": "assistant", "content": text}] for p, text in pairs]
+    return [prompt for prompt, _ in pairs], spoken
+
+
+def _read_yaml(path: str) -> object:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no YAML file '{path}' (looked in {Path.cwd()}).")
+    return load_yaml(Path(path).read_text(encoding="utf-8"), path)
+
+
+# --------------------------------------------------------------------------------------------------- merge and train
+
+
+def _merge(args: Namespace) -> str:
+    return f"{args.output}: {merge(args.inputs, args.output, overwrite=args.overwrite)} rows"
+
+
+def train(args: Namespace, rest: list[str]) -> Any:
+    """Write the rows as a data set into ``output_dir`` and run ``run_conditional.py`` on it."""
+    from contrastive_align.launch.conditional import main
+
+    rows = convert(read_rows(args.input, generations=True), args.score_key, where=args.input)
+    path = Path(args.output_dir) / CONVERTED
+    write_rows(path, map(to_line, rows))
+    return main([*rest, f"--dataset_name={path}", f"--output_dir={args.output_dir}"])
+
+
+def convert(rows: list[Row], score_key: str | None, *, where: str) -> list[Row]:
+    """Rename the columns of the steps to those that the trainer reads.
+
+    These are ``prompt`` and ``completions``, and ``scores``, ``feedbacks`` and ``finished`` where the rows have them.
+
+    Raises:
+        ValueError: neither rewards nor scores nor feedbacks; rewards and scores, and ``score_key`` is None.
+        BadRow: a row lacks a column that other rows have.
+
+    >>> convert([{"prompt": "Hi", "generations": ["a", "b"], "rewards": [1.0, 0.0]}], None, where="scored.jsonl")
+    [{'prompt': 'Hi', 'completions': ['a', 'b'], 'scores': [1.0, 0.0]}]
+    """
+    there = {name for row in rows for name in ("rewards", "scores", "feedbacks", "finished") if name in row}
+    numbers = sorted(there & {"rewards", "scores"}) if score_key is None else [score_key]
+    if len(numbers) > 1:
+        raise ValueError(
+            f"{where} has both 'rewards' and 'scores'. Choose: --score_key=rewards, or --score_key=scores."
+        )
+    if score_key is not None and score_key not in there:
+        raise ValueError(f"{where} has no '{score_key}'. Its rows have {sorted(there)}.")
+    if not numbers and "feedbacks" not in there:
+        raise ValueError(f"{where} has nothing to learn from. Make it with the step 'score' or 'judge'.")
+    wanted = {"generations": "completions", **dict.fromkeys(numbers, "scores")}
+    wanted |= {name: name for name in ("feedbacks", "finished") if name in there}
+    for number, row in enumerate(rows):
+        if missing := [name for name in wanted if name not in row]:
+            raise BadRow(f"{where}, row {number}: no '{missing[0]}', which other rows have.")
+    return [{"prompt": row["prompt"], **{new: row[old] for old, new in wanted.items()}} for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UsageError(f"{message}    (all flags: {self.prog} -h)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser with one subparser for each step."""
+    about = "``python -m contrastive_align.steps``: the command line."
+    parser = _Parser(prog="python -m contrastive_align.steps", description=about, allow_abbrev=False)
+    steps = parser.add_subparsers(dest="step", required=True, metavar="step")
+
+    def step(name: str, run: Any, what: str) -> argparse.ArgumentParser:
+        made = steps.add_parser(name, help=what, description=what, allow_abbrev=False)
+        made.set_defaults(run=run)
+        return made
+
+    p = step("sample", sample, "Prompts -> K completions each.")
+    p.add_argument("--model_name_or_path", required=True, help="A model id, or the folder of a model or adapter.")
+    p.add_argument("--prompts", required=True, help="JSONL with 'prompt': a text, or messages.")
+    p.add_argument("--num_generations", type=_at_least(int, 1), default=8, help="K.")
+    p.add_argument("--condition", help="'best', or another that the trained model knows; by default none.")
+    p.add_argument("--split_number", type=_at_least(int, 0), default=0, help="This part, from 0.")
+    p.add_argument("--total_splits", type=_at_least(int, 1), default=1, help="Parts the prompts are divided into.")
+    p.add_argument("--max_completion_length", type=_at_least(int, 1), default=256, help="In tokens.")
+    p.add_argument("--temperature", type=float, default=1.0, help="Of sampling.")
+    p.add_argument("--top_p", type=float, default=1.0, help="Of sampling.")
+    p.add_argument("--seed", type=int, default=42, help="With the prompt's number, it decides what is drawn.")
+    p.add_argument("--rows_at_once", type=_at_least(int, 1), default=256, help="Completions decoded together.")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="The weights' precision.")
+    p.add_argument("--server", help="Sample there: an OpenAI-compatible address, such as http://localhost:8000/v1.")
+    p.add_argument("--server_model", help="The model's name there, if another than model_name_or_path.")
+    p.add_argument("--concurrency", type=_at_least(int, 1), default=32, help="Requests in flight.")
+    _trust(p)
+    _output(p, "gen.jsonl; a part goes to gen.0-of-4.jsonl")
+
+    p = step("score", score, "Completions -> 'rewards', from a reward function or a reward model.")
+    p.add_argument("--input", required=True, help="JSONL with 'prompt' and 'generations'.")
+    p.add_argument("--reward", required=True, help="file.py:function, a reward-model id, or a feature as YAML text.")
+    _trust(p)
+    _output(p, "scored.jsonl")
+
+    p = step("judge", judge, "Completions -> 'feedbacks', 'scores' and 'analysis', from a language model.")
+    p.add_argument("--input", required=True, help="JSONL with 'prompt' and 'generations'.")
+    p.add_argument("--judge", required=True, help="A YAML with a judge's options: prompt, model, answers, cache, ...")
+    _output(p, "judged.jsonl")
+
+    p = step("merge", _merge, "The parts of a file -> the file.")
+    p.add_argument("--inputs", required=True, help="A pattern, such as 'gen.*.jsonl', quoted.")
+    _output(p, "gen.jsonl")
+
+    p = step("train", None, "Scored or judged completions -> a model: run_conditional.py, which takes all other flags.")
+    p.add_argument("--input", required=True, help="JSONL with 'generations', and 'rewards' or 'scores' or 'feedbacks'.")
+    p.add_argument("--output_dir", required=True, help="Where the model goes.")
+    p.add_argument("--score_key", choices=["rewards", "scores"], help="Which numbers, where both are there.")
+    return parser
+
+
+def _output(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument("--output", required=True, help=f"Such as {example}.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
+
+
+def _trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
+
+
+def _at_least(kind: type, least: int) -> Any:
+    def read(text: str) -> Any:
+        value = kind(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value}, expected at least {least}")
+        return value
+
+    read.__name__ = kind.__name__  # what argparse calls it
+    return read
