@@ -82,7 +82,9 @@ class Members:
             cls._name, cls._tag_names = method.name, list(method.tags)
             cls._paper = {"title": method.paper, "id": method.arxiv, "citation": method.citation}
 
-    def record(self, metrics: Mapping[str, float], *, training: bool, totals: Mapping[str, float] | None = None) -> None:
+    def record(
+        self, metrics: Mapping[str, float], *, training: bool, totals: Mapping[str, float] | None = None
+    ) -> None:
         """Add values to the means that TRL's ``log`` makes and clears; of ``totals`` the last value is logged."""
         recorded = self._metrics["train" if training else "eval"]
         for name, value in metrics.items():

@@ -18,9 +18,9 @@ from trl import get_peft_config, get_quantization_config
 
 from contrastive_align import demo
 from contrastive_align.launch.arguments import Arguments, UsageError
+from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
-from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.versions import SUPPORTED
 
 

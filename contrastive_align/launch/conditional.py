@@ -316,7 +316,9 @@ def _build_trainer(args: Arguments, train: Dataset, test: Dataset | None) -> Con
         **model_arguments(args),
     )
     if script.eval_reward is not None:
-        trainer.feedback = trainer.feedback_by(resolve_feature(script.eval_reward, **context))  # read by rewards_given alone
+        trainer.feedback = trainer.feedback_by(
+            resolve_feature(script.eval_reward, **context)
+        )  # read by rewards_given alone
     return trainer
 
 

@@ -142,7 +142,9 @@ def describe(
     """Return the summary as far as it is known before training."""
     script, training = args.script, args.training
     name = model_name(args)
-    feedback = "a judge" if trainer.judge else trainer.feedback.feature.name if trainer.online else "the data's feedback"
+    feedback = (
+        "a judge" if trainer.judge else trainer.feedback.feature.name if trainer.online else "the data's feedback"
+    )
     terms = f"KL {training.kl_coef:g} ({training.kl_direction}), entropy {training.entropy_coef:g}"
     rounds = f"{training.num_train_epochs:g} passes over {trainer.rows.length} draws"
     if trainer.online:

@@ -21,7 +21,6 @@ from contrastive_align.launch.common import (
     versions,
 )
 from contrastive_align.launch.datasets import load_splits, take
-from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.report import Change, Summary
 from contrastive_align.sampling import sample_completions
 from contrastive_align.trainers import ContrastiveTrainer

@@ -32,12 +32,11 @@ from contrastive_align.launch.step_files import (
     write_rows,
 )
 from contrastive_align.models import load_tokenizer
-from contrastive_align.sampling.decode import draw
-from contrastive_align.sampling.seeds import seed_of
+from contrastive_align.models.loading import eos_token_ids
+from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.sampling.server import PLAIN, ServerSampler
 from contrastive_align.targets.evaluate import call_feature
 from contrastive_align.targets.features import resolve_feature
-from contrastive_align.models.loading import eos_token_ids
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")

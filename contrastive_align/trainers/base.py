@@ -7,7 +7,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
     start_description = ""
     layout = ""
     reference_is_given = False
-    reference_is_proven = False
+    reference_is_proven: bool | None = None  # False: at the next batch of train()
     resumed_from: Path | None = None
 
     # ---------------------------------------------------------------------------------------------------- arguments
@@ -344,8 +344,9 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         if isinstance(checkpoint, ValueError):
             raise checkpoint
         self.resumed_from = None if checkpoint is None else Path(checkpoint)
-        if self.resumed_from is not None:
+        if self.resumed_from is not None or self.reference_is_proven is None:
             self.reference_is_proven = False
+        if self.resumed_from is not None:
             self.load_state(self.resumed_from)
         self.begin_training(going_on=bool(resume_from_checkpoint))
         with freed_memory_kept(self.args.device.type):

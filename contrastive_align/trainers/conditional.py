@@ -183,9 +183,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         self.judge, self.feedback = judge, self._feedback_of(reward_funcs, judge, args)
         self.online = self.feedback is not None
         if args.use_vllm:
-            check_vllm_options(
-                args, online=self.online, sampler=sampler, quantised=quantization_config is not None
-            )
+            check_vllm_options(args, online=self.online, sampler=sampler, quantised=quantization_config is not None)
         self._uses_vllm = args.use_vllm
         model, processing_class, quantization_config, peft_config = self.load_start(
             model,
@@ -248,9 +246,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
                 raise ValueError("reward_weights weighs reward_funcs, and none are given. Leave it out.")
             return None
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        return self.feedback_by(
-            weighted_sum(functions, args.reward_weights, trust_remote_code=args.trust_remote_code)
-        )
+        return self.feedback_by(weighted_sum(functions, args.reward_weights, trust_remote_code=args.trust_remote_code))
 
     def feedback_by(self, feature: Feature) -> RewardFeedback:
         """Feedback by a reward; set as ``trainer.feedback``, evaluation on scored data has rewards too."""
@@ -508,7 +504,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         """
         if return_outputs:
             raise ValueError("return_outputs=True is not supported: no logits are built. Read the logged metrics.")
-        if self.model.training and self.has_reference and not self.reference_is_proven:
+        if self.model.training and self.has_reference and self.reference_is_proven is False:
             self._prove_reference_on(model, inputs)
         reference = None
         if self.has_reference:
@@ -698,9 +694,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             self._cut_words_told = self._cut_words_told or any(counts.values())
             logs |= counts
         some = np.flatnonzero(newest)[:: max(1, int(newest.sum()) // 512)]
-        logs |= evaluation.text_metrics(
-            self.pool.read(some, through), self.nll_given if self.has_reference else None
-        )
+        logs |= evaluation.text_metrics(self.pool.read(some, through), self.nll_given if self.has_reference else None)
         self.log_measured(logs)
         if self.args.should_save:
             evaluation.draw_round(number, table, self.condition, self.args.output_dir)

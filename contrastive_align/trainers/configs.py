@@ -365,9 +365,7 @@ class FDPGConfig(RLOOConfig):
         refuse_options(self, RLOOConfig, NOT_SUPPORTED_FDPG, "FDPGTrainer")
         super().__post_init__()
         self.divergence = canonical_divergence_name(self.divergence)
-        check_choice(
-            self, layout=LAYOUTS, baseline=BASELINES, proposal=PROPOSALS, proposal_criterion=PROPOSAL_CRITERIA
-        )
+        check_choice(self, layout=LAYOUTS, baseline=BASELINES, proposal=PROPOSALS, proposal_criterion=PROPOSAL_CRITERIA)
         check_positive(self, "baseline_window", "proposal_window", "max_importance_ratio", "beta", "fit_samples")
         if self.proposal == "kept" and (self.use_vllm or self.use_transformers_continuous_batching):
             raise ValueError(
@@ -504,9 +502,7 @@ class ConditionalConfig(SFTConfig):
             )
         check_positive(self, "num_generations", "max_completion_length", "temperature", "coef_horizon", "rows_at_once")
         check_positive(self, "prompts_per_round", "draws_per_round", "kl_target", "entropy_target")
-        check_choice(
-            self, layout=LAYOUTS, kl_direction=KL_DIRECTIONS, vllm_mode=VLLM_MODES, on_bad_row=ON_BAD_ROW
-        )
+        check_choice(self, layout=LAYOUTS, kl_direction=KL_DIRECTIONS, vllm_mode=VLLM_MODES, on_bad_row=ON_BAD_ROW)
         for name, low in (("kl_coef", 0), ("entropy_coef", 0), ("drop_factor", 0), ("top_p", 1e-9)):
             value, high = getattr(self, name), 1 if name in ("drop_factor", "top_p") else float("inf")
             if not low <= value <= high or value == float("inf"):

@@ -319,7 +319,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         valid, scores = inputs["valid"], inputs["scores"].clone()
         scores[:, 0] += self.args.first_score_bonus * ~is_preference(scores, valid=valid)
         log_ratios = policy.logps - ref_logps
-        if training and not self.reference_is_proven:
+        if training and self.reference_is_proven is False:
             self.prove_reference(policy.logps.detach(), ref_logps, policy.lengths)
 
         terms = {
@@ -422,5 +422,3 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         if any(map(reads_labels, args.loss_type)):
             found["temperature_alpha"] = args.temperature_alpha
         return found
-
-

@@ -124,9 +124,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         target: Target | None = None,
     ):
         args = self.own_args(args, model)
-        self.refuse_arguments(
-            model, processing_class, peft_config, reward_processing_classes=reward_processing_classes
-        )
+        self.refuse_arguments(model, processing_class, peft_config, reward_processing_classes=reward_processing_classes)
         check_enough_prompts(train_dataset, args)
         self.target = target_of(target, reward_funcs, args)
         model, processing_class, quantization_config, peft_config = self.load_start(
@@ -310,7 +308,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             policy_logps = torch.cat([self._logps(batch) for batch in batches])
         policy_logps = policy_logps.to(base_logps.device)
         proposal_logps = policy_logps if proposal_logps is None else proposal_logps.to(base_logps.device)
-        if training and not self.reference_is_proven:
+        if training and self.reference_is_proven is False:
             self._prove_reference_on(groups[0], batches[0], base_logps[:size])
         phi = self._features(rows, completion_ids).view(len(rows), k, -1).to(base_logps.device)
         target_log_scores = self.target.log_scores(base_logps, phi)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -86,9 +85,7 @@ class GroupWeights:
         self._batches_left -= 1
         return self.of(trainer, batch, self._evaluated, last=self._batches_left == 0)
 
-    def of(
-        self, trainer: Any, batch: dict[str, Tensor], dataset: Any, *, last: bool, training: bool = False
-    ) -> Tensor:
+    def of(self, trainer: Any, batch: dict[str, Tensor], dataset: Any, *, last: bool, training: bool = False) -> Tensor:
         """(B,) the weights of a batch.
 
         Args:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from contrastive_align.trainers.coefficients import AdaptiveCoefficient
+from contrastive_align.trainers.conditional import AdaptiveCoefficient
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from contrastive_align import (
 )
 from contrastive_align.demo import reward
 from contrastive_align.demo.task import all_prompts
-from contrastive_align.trainers.compiling import compile_layers, parts_of
+from contrastive_align.trainers.base import compile_layers, parts_of_layers
 
 
 STEPS = 4
@@ -154,7 +154,7 @@ def test_refused_where_it_was_not_tried(tiny_llama, tmp_path):
 
 def sharded(make):
     class Sharded(ContrastiveTrainer):
-        def _set_layout(self):
+        def choose_layout(self, obstacle=None):
             self.is_fsdp_enabled = True
             compile_layers(self, [self.model])
 
@@ -167,7 +167,7 @@ def sharded(make):
 
 def test_what_is_compiled_of_a_list_is_what_is_called():
     config = T5Config(vocab_size=50, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
-    names = [type(part).__name__ for part in parts_of(T5ForConditionalGeneration(config))]
+    names = [type(part).__name__ for part in parts_of_layers(T5ForConditionalGeneration(config))]
     assert names == ["T5LayerSelfAttention", "T5LayerFF", "T5LayerSelfAttention", "T5LayerCrossAttention", "T5LayerFF"]
 
 
@@ -177,4 +177,4 @@ def test_nothing_to_compile_is_refused(tmp_path):
     trainer = Trainer(model=torch.nn.Linear(2, 2), args=args)
     with pytest.raises(ValueError, match="Linear has no layers"):
         compile_layers(trainer, [trainer.model])
-    assert parts_of(trainer.model) == []
+    assert parts_of_layers(trainer.model) == []

@@ -31,7 +31,7 @@ from contrastive_align import (
 from contrastive_align.conditions import Condition, Phrases, QuantileTokens
 from contrastive_align.demo import MODEL_PATH, reward
 from contrastive_align.demo.task import all_prompts
-from contrastive_align.trainers.checkpoints import last_whole_checkpoint
+from contrastive_align.trainers.base import newest_whole_checkpoint
 
 
 PROMPTS = all_prompts()[::97][:8]
@@ -199,7 +199,7 @@ def test_rounds_fill_the_pool_and_train_on_balanced_draws(tiny_llama, tmp_path):
 @pytest.mark.parametrize("size", [1, 3, 5, 7, 8])
 def test_no_round_has_a_prompt_twice_and_every_pass_has_each_once(tiny_llama, tmp_path, size):
     trainer = build(tiny_llama(), tmp_path, prompts_per_round=size)
-    rounds = [trainer._prompts_of(number).tolist() for number in range(1, 33)]
+    rounds = [trainer.rounds.prompts_of(number).tolist() for number in range(1, 33)]
     assert all(len(set(places)) == size for places in rounds)
     places = np.concatenate(rounds)
     passes = places[: len(places) // 8 * 8].reshape(-1, 8)
@@ -238,7 +238,7 @@ def test_the_first_round_is_unconditioned_and_later_ones_ask_for_the_best(tiny_l
 def test_a_round_trains_on_the_condition_of_its_quantile(tiny_llama, tmp_path):
     trainer = build(tiny_llama(), tmp_path, condition=Phrases())
     trainer.begin_round(1)
-    table, tokenizer = trainer.pool.table(1), trainer._tokenizer
+    table, tokenizer = trainer.pool.table(1), trainer.processing_class
     for i, (place, label) in enumerate(zip(trainer.rows._draws, trainer.rows._labels, strict=True)):
         row, sample = trainer.rows[i], trainer.pool.read([place], 1)[0]
         assert table.label[place] == label
@@ -279,12 +279,12 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tiny_llama, tmp_path, s
 def test_a_checkpoint_that_was_cut_off_is_skipped(tiny_llama, tmp_path):
     trainer = build(tiny_llama(), tmp_path, save_strategy="steps", save_steps=1)
     trainer.train()
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-4"
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-4"
     state = tmp_path / "checkpoint-4" / "trainer_state.json"
     state.write_text(state.read_text()[:100])
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-3"
     state.unlink()
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-3"
     again = build(tiny_llama(), tmp_path)
     again.train(resume_from_checkpoint=True)
     assert samples(again) == samples(trainer)
@@ -391,7 +391,7 @@ def test_a_checkpoint_that_is_written_again_is_not_whole_before_its_end(tiny_lla
     monkeypatch.setattr(SFTTrainer, "_save_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         trainer._save_checkpoint(trainer.model, None)
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-2"
+    assert newest_whole_checkpoint(tmp_path).name == "checkpoint-2"
 
 
 def test_another_condition_cannot_go_on(tiny_llama, tmp_path):

@@ -25,8 +25,8 @@ from vllm_worker import run
 from contrastive_align import ConditionalConfig
 from contrastive_align.conditions.tokens import add_condition_tokens
 from contrastive_align.sampling.server import ServerSampler
-from contrastive_align.trainers.options import as_in
-from contrastive_align.trainers.vllm_sampling import base_kept
+from contrastive_align.trainers.configs import option_of
+from contrastive_align.trainers.samplers import base_kept
 
 
 SERVER = {"use_vllm": True, "vllm_mode": "server", "condition": "phrases"}
@@ -118,7 +118,7 @@ def test_the_options_are_trls():
             theirs[f.name].metadata["help"],
         )
     with pytest.raises(TypeError, match="RLOOConfig has no option 'vllm_speed'"):
-        as_in(RLOOConfig, "vllm_speed")
+        option_of(RLOOConfig, "vllm_speed")
 
 
 # --------------------------------------------------------------------------------------------------------- a server

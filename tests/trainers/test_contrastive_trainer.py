@@ -88,7 +88,6 @@ def test_pairs_equal_trl(make, pairs, theirs, ours):
             for p in t.model.parameters():
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
         batch = t.data_collator([t.train_dataset[i] for i in range(4)])
-        t.reference_is_proven = True
         loss = t.compute_loss(t.model, t._prepare_inputs(batch))
         loss.backward()
         gradients = {n: p.grad.clone() for n, p in t.model.named_parameters()}
@@ -168,7 +167,6 @@ def test_ragged_batch_equals_one_group_at_a_time(make, loss_type):
     with torch.no_grad():
         for p in trainer.model.parameters():
             p.mul_(1.1)
-    trainer.reference_is_proven = True
     rows = [trainer.train_dataset[i] for i in range(8)]
     assert len({len(row["scores"]) for row in rows}) > 2
 
@@ -409,7 +407,9 @@ def test_precomputed_reference_trains_alike(make, groups, peft, monkeypatch):
     runs = []
     for cached in (False, True, True):
         if len(runs) == 2:
-            monkeypatch.setattr(ContrastiveTrainer, "_reference_logps_of_all", lambda *a: pytest.fail("the cache was not used"))
+            monkeypatch.setattr(
+                ContrastiveTrainer, "_reference_logps_of_all", lambda *a: pytest.fail("the cache was not used")
+            )
         trainer = make(precompute_ref_log_probs=cached, num_train_epochs=1, peft_config=peft_config)
         assert ("ref_logps" in trainer.train_dataset.column_names) == cached
         trainer.train()

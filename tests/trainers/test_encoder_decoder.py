@@ -20,8 +20,8 @@ from contrastive_align.losses import divergence_value
 from contrastive_align.trainers.encoder_decoder import (
     EncoderDecoderCollator,
     add_encoder_decoder_head,
-    encoder_decoder_logps,
     disable_functional_dropout,
+    encoder_decoder_logps,
 )
 
 

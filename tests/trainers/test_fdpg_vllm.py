@@ -5,9 +5,9 @@ import copy
 import torch
 import vllm_stand_in
 from peft import LoraConfig
+from test_fdpg_trainer import LENGTH, build, make_tokenizer, moment_target, trained
 
 from contrastive_align import FDPGTrainer
-from test_fdpg_trainer import LENGTH, build, make_tokenizer, moment_target, trained
 
 
 def test_it_samples_from_the_current_weights_and_leaves_the_base_alone(tmp_path, monkeypatch):
