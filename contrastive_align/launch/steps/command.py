@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from contrastive_align.calls import CallError
 from contrastive_align.launch.arguments import UsageError
 from contrastive_align.launch.steps.feedback import judge, score
 from contrastive_align.launch.steps.sample import sample
 from contrastive_align.launch.steps.splits import merge
 from contrastive_align.launch.steps.train import train
+from contrastive_align.openai_client import CallError
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
