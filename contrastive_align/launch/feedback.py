@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedConfig
 from trl import DatasetMixtureConfig
 
-from contrastive_align.conditions import Attributes, Categories, Condition, Text
+from contrastive_align.conditions import AttributeCondition, CategoryCondition, Condition, TextCondition
 from contrastive_align.data.formats import PROMPT_COLUMNS
 from contrastive_align.judge.judge import Judge, resolve_judge
 from contrastive_align.launch.arguments import RunArguments, UsageError, _StrictLoader
@@ -50,14 +50,14 @@ def build_judge(spec: Any, condition: Condition, output_dir: str) -> Judge:
     if not isinstance(spec, Mapping):
         raise ValueError(f"judge is {spec!r}, expected a mapping: {{model: name, base_url: address}}.")
     in_words = "text"
-    wanted: Any = list(condition.categories) if isinstance(condition, Categories) else in_words
+    wanted: Any = list(condition.categories) if isinstance(condition, CategoryCondition) else in_words
     answers = spec.get("answers", wanted)
-    if isinstance(condition, Attributes):
+    if isinstance(condition, AttributeCondition):
         raise ValueError(
             "The condition 'attributes' needs numbers that a judge does not give. Use data that has them "
             "(--feedback_column, or a column for each attribute), or the condition 'categories'."
         )
-    if isinstance(condition, (Categories, Text)) and answers != wanted:
+    if isinstance(condition, (CategoryCondition, TextCondition)) and answers != wanted:
         raise ValueError(f"The judge answers {answers!r} and the condition {condition.kind} needs {wanted!r}.")
     prompt = "feedback" if answers == in_words else "helpful_categories"
     cache = str(Path(output_dir) / "judge")
@@ -77,7 +77,7 @@ def build_sampler(spec: Any) -> ServerSampler:
 
 def check_reward(condition: Condition) -> None:
     """Raise ValueError where rewards cannot say which condition a sample has."""
-    if isinstance(condition, (Categories, Text, Attributes)):
+    if isinstance(condition, (CategoryCondition, TextCondition, AttributeCondition)):
         raise ValueError(
             f"The condition '{condition.kind}' is made of words, and a reward gives numbers. Use quantile_tokens or "
             "phrases with it; or a judge, or data with feedback."
@@ -158,7 +158,7 @@ def with_feedback(
             load_from_cache_file=False,
         )
     dataset = _called(dataset, score_column, score_name, SCORES)
-    attributes = list(condition.attributes) if isinstance(condition, Attributes) else []
+    attributes = list(condition.attributes) if isinstance(condition, AttributeCondition) else []
     if feedback_column is None and attributes and set(attributes) <= set(dataset.column_names):
         dataset = dataset.map(
             lambda row: {feedback_name: _objects({a: row[a] for a in attributes})}, load_from_cache_file=False

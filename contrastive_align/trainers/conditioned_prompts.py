@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 from contrastive_align.conditions.conditions import Condition
-from contrastive_align.conditions.scored_rows import SURELY_SHORT
+from contrastive_align.conditions.scored_rows import TEMPLATE_ALLOWANCE
 from contrastive_align.data.formats import Text
 
 
@@ -50,4 +50,7 @@ class ConditionedPrompts:
     def _fits(self, prompt: Text, text: str) -> bool:
         conditioned = self.condition.apply(prompt, text)
         # A token has at least one byte, and no template adds so many: most need not be encoded.
-        return len(repr(conditioned).encode()) + SURELY_SHORT < self.room or len(self.encode(conditioned)) <= self.room
+        return (
+            len(repr(conditioned).encode()) + TEMPLATE_ALLOWANCE < self.room
+            or len(self.encode(conditioned)) <= self.room
+        )

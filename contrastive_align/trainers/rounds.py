@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from contrastive_align.conditions.conditions import Condition
-from contrastive_align.conditions.judged import Text as FreeText
+from contrastive_align.conditions.judged import TextCondition
 from contrastive_align.data.formats import Text
 from contrastive_align.pool.files import Sample
 from contrastive_align.pool.pool import Pool
@@ -248,7 +248,7 @@ class RoundsMixin:
     def best_condition(self, through: int | None = None) -> Condition:
         """The condition to ask for the best with: of a judge's words, those that the best samples were given."""
         condition = self.condition
-        if not isinstance(condition, FreeText) or condition.exemplars or not self.pool.rounds:
+        if not isinstance(condition, TextCondition) or condition.exemplars or not self.pool.rounds:
             return condition
         try:
             return condition.with_exemplars(condition.exemplars_from(self.pool.table(through)))

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from contrastive_align.conditions.conditions import FILE, Condition
-from contrastive_align.conditions.forms import Prompt
-from contrastive_align.data.formats import BadRow
+from contrastive_align.data.formats import BadRow, Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.ask import load_trained
 from contrastive_align.launch.steps.files import LISTS, Output, Row, fingerprint, read_rows
@@ -78,7 +77,7 @@ def _condition_of(model: str, wanted: str | None) -> Condition | None:
     return None
 
 
-def _asking(condition: Condition | None, wanted: str | None) -> Callable[[Prompt], str | None]:
+def _asking(condition: Condition | None, wanted: str | None) -> Callable[[Text], str | None]:
     if wanted is None:
         return lambda prompt: None
     if wanted == "best":
@@ -89,17 +88,17 @@ def _asking(condition: Condition | None, wanted: str | None) -> Callable[[Prompt
     return lambda prompt: askable[wanted]
 
 
-def _encoder(tokenizer: Any) -> Callable[[Prompt], list[int]]:
+def _encoder(tokenizer: Any) -> Callable[[Text], list[int]]:
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return lambda prompt: tokenise_prompt(prompt, tokenizer) or [start]
 
 
-def _local_sampler(args: Namespace, tokens: list[str]) -> Callable[[list[Prompt], list[int]], Drawn]:
+def _local_sampler(args: Namespace, tokens: list[str]) -> Callable[[list[Text], list[int]], Drawn]:
     model, tokenizer = load_trained(args.model_name_or_path, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
     encode, eos = _encoder(tokenizer), eos_ids(model, tokenizer)
 
-    def generate(prompts: list[Prompt], seeds: list[int]) -> Drawn:
+    def generate(prompts: list[Text], seeds: list[int]) -> Drawn:
         drawn = draw(
             model,
             [encode(prompt) for prompt in prompts],
@@ -119,7 +118,7 @@ def _local_sampler(args: Namespace, tokens: list[str]) -> Callable[[list[Prompt]
     return generate
 
 
-def _server_sampler(args: Namespace, tokens: list[str]) -> Callable[[list[Prompt], list[int]], Drawn]:
+def _server_sampler(args: Namespace, tokens: list[str]) -> Callable[[list[Text], list[int]], Drawn]:
     tokenizer = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     encode = _encoder(tokenizer)
     never = {str(i): -100 for i in tokenizer.convert_tokens_to_ids(tokens)}
@@ -130,7 +129,7 @@ def _server_sampler(args: Namespace, tokens: list[str]) -> Callable[[list[Prompt
         extra_body=PLAIN | ({"logit_bias": never} if never else {}),
     )
 
-    def generate(prompts: list[Prompt], seeds: list[int]) -> Drawn:
+    def generate(prompts: list[Text], seeds: list[int]) -> Drawn:
         found = server(
             [encode(prompt) for prompt in prompts],
             per_prompt=args.num_generations,
