@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
             if self.path != "/v1/chat/completions":
                 return self._send(404, {"error": {"message": f"no such path {self.path}"}})
             self._answer(*judge.behaviour_of(_lowered(self.headers), body))
-        except (BrokenPipeError, ConnectionResetError):
+        except ConnectionError:
             self.close_connection = True  # the client gave up waiting
         finally:
             judge.count_open(-1)

@@ -1,17 +1,22 @@
-"""How good a sample is -> what stands before its prompt."""
+"""Turn the quality of a sample into text before its prompt."""
 
-from contrastive_align.conditions.conditions import CONDITIONS, Condition, resolve_condition
-from contrastive_align.conditions.judged import Attributes, Categories, Text
-from contrastive_align.conditions.quantile_conditions import Phrases, QuantileTokens
+from contrastive_align.conditions.conditions import (
+    CONDITIONS,
+    Condition,
+    Phrases,
+    QuantileTokens,
+    resolve_condition,
+)
+from contrastive_align.conditions.judged import AttributeCondition, CategoryCondition, TextCondition
 
 
 __all__ = [
     "CONDITIONS",
-    "Attributes",
-    "Categories",
+    "AttributeCondition",
+    "CategoryCondition",
     "Condition",
     "Phrases",
     "QuantileTokens",
-    "Text",
+    "TextCondition",
     "resolve_condition",
 ]

@@ -1,10 +1,15 @@
-"""How good a sample was -> how its prompt is conditioned. Trained on all conditions, a model is asked for the best."""
+"""Turn the quality of a sample into text that goes before its prompt.
+
+A model trained under all of these texts is asked for its best with the best one. The conditions here go by quantile of
+the score; those by a judge's words are in judged.py.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,21 +17,33 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from contrastive_align.conditions.forms import Prompt, check_form, condition_prompt
 from contrastive_align.data.atomic import atomic_write
+from contrastive_align.data.formats import Text
+from contrastive_align.pool.draws import quantiles
 from contrastive_align.pool.files import Sample
-from contrastive_align.pool.pool import Table
+from contrastive_align.pool.pool import NEW, Table
 
 
 FILE = "condition.json"
 CONDITIONS: dict[str, type[Condition]] = {}  # by kind; each class enters itself
+PLACEHOLDERS = ("{condition}", "{prompt}")
+PHRASES = {
+    "quality": ("Excellent", "Good", "Mediocre", "Bad", "Horrible"),
+    "toxicity": (
+        "Lowest Toxicity",
+        "Low-Moderate Toxicity",
+        "Moderate Toxicity",
+        "High-Moderate Toxicity",
+        "Maximum Toxicity",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Condition(ABC):
-    """Labels to balance by, the text for a label, and the form that puts the text before a prompt.
+    """Labels that draws are balanced over, a text for each label, and a form that joins the text and the prompt.
 
-    A saved model carries its condition, and is asked for its best with one call:
+    A saved model carries its condition, which asks the model for its best:
 
     >>> import tempfile
     >>> folder = tempfile.mkdtemp()
@@ -37,12 +54,12 @@ class Condition(ABC):
     [{'role': 'user', 'content': 'Excellent. input: Why is the sky blue?'}]
 
     Args:
-        form: ``{condition}`` and ``{prompt}`` once each.
+        form: a text with ``{condition}`` and ``{prompt}`` once each.
     """
 
     kind: ClassVar[str]
-    reads: ClassVar[tuple[str, ...]]  # of a sample, "score" or "feedback" or both: without, it is left out
-    free_words: ClassVar[bool] = False  # a text without its end means much the same, so that it may be cut
+    reads: ClassVar[tuple[str, ...]]  # "score", "feedback" or both: a sample without them is left out
+    free_words: ClassVar[bool] = False  # whether a text may be cut: its beginning means much the same
     form: str
 
     def __init_subclass__(cls) -> None:
@@ -54,31 +71,31 @@ class Condition(ABC):
 
     @abstractmethod
     def label(self, table: Table) -> NDArray[np.int32]:
-        """(N,) what draws are balanced over: 0 the best, -1 left out."""
+        """Return the (N,) labels that draws are balanced over: 0 the best, -1 left out."""
 
     @abstractmethod
     def text(self, sample: Sample, label: int) -> str:
-        """The condition under which the sample is trained."""
+        """Return the text under which the sample is trained."""
 
     @abstractmethod
     def names(self, table: Table | None = None) -> list[str]:
-        """What each label is called, best first."""
+        """Return the name of each label, best first."""
 
     @property
     @abstractmethod
     def best(self) -> str:
         """The text that asks for the best."""
 
-    def best_for(self, prompt: Prompt) -> str:
-        """The text that asks for the best with this prompt; the same every time."""
+    def best_for(self, prompt: Text) -> str:
+        """Return the text that asks for the best with this prompt; it is the same every time."""
         return self.best
 
     def askable(self) -> dict[str, str]:
-        """Name -> text of every condition that a model can be asked for without having seen a sample, best first."""
+        """Return name -> text, best first, of every condition that a model can be asked for without a sample."""
         return {name: name for name in self.names()}
 
     def texts_for(self, feedback: str | None) -> list[str]:
-        """Every text that a sample with this feedback may be conditioned on, in training or when it is asked for."""
+        """Return every text that a sample with this feedback may come under, in training or when asked for."""
         return list(self.askable().values())
 
     def check_generations(self, n: int, prompts: int) -> None:
@@ -86,25 +103,25 @@ class Condition(ABC):
         return  # by default any number will do
 
     def check(self, sample: Sample) -> None:
-        """Raise ValueError where the sample's score or feedback is none that this condition can make a label of."""
-        return  # by default any will do
+        """Raise ValueError where the sample's score or feedback has no label under this condition."""
+        return  # by default every sample has one
 
     @property
     def tokens(self) -> list[str]:
         """Special tokens that the tokenizer and the model must be given."""
         return []
 
-    def apply(self, prompt: Prompt, text: str) -> Prompt:
-        """The prompt under the condition ``text``. Of a conversation the last user message goes through the form."""
+    def apply(self, prompt: Text, text: str) -> Text:
+        """Put the prompt under the condition ``text``, as :func:`condition_prompt`."""
         return condition_prompt(self.form, text, prompt)
 
-    def apply_best(self, prompt: Prompt) -> Prompt:
-        """The prompt under the condition that asks for the best."""
+    def apply_best(self, prompt: Text) -> Text:
+        """Put the prompt under the condition that asks for the best."""
         return self.apply(prompt, self.best_for(prompt))
 
     @property
     def spec(self) -> dict[str, Any]:
-        """What :func:`resolve_condition` makes this condition from; plain lists, dicts and numbers."""
+        """Plain lists, dicts and numbers from which :func:`resolve_condition` makes this condition."""
         return {"kind": self.kind, **json.loads(json.dumps(asdict(self)))}
 
     def save(self, folder: str | Path) -> None:
@@ -118,8 +135,8 @@ class Condition(ABC):
         """Read ``condition.json``.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is damaged, or has unknown or wrong entries.
+            FileNotFoundError: the folder has none.
+            ValueError: the file is damaged, or has unknown or wrong entries.
         """
         path = Path(folder) / FILE
         if not path.exists():
@@ -137,7 +154,7 @@ class Condition(ABC):
 
 
 def resolve_condition(spec: str | Mapping[str, Any] | Condition) -> Condition:
-    """A condition from its kind, or from a mapping with ``kind`` and the options of that kind, as in a YAML.
+    """Make a condition from its kind, or from a mapping with ``kind`` and that kind's options, as in a YAML.
 
     Raises:
         ValueError: an unknown kind or option, or a value that the option cannot have.
@@ -159,21 +176,168 @@ def resolve_condition(spec: str | Mapping[str, Any] | Condition) -> Condition:
     return CONDITIONS[kind](**{name: value for name, value in options.items() if name != "kind"})
 
 
-def ladder(option: str, found: Any, presets: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The texts of an option, best first, or those of the preset that it names."""
+def check_form(form: str) -> None:
+    """Raise ValueError unless the form has ``{condition}`` and ``{prompt}`` once each."""
+    for placeholder in PLACEHOLDERS:
+        if not isinstance(form, str) or (found := form.count(placeholder)) != 1:
+            times = f" {found} times" if isinstance(form, str) else ""
+            raise ValueError(
+                f"The form {form!r} has {placeholder}{times}, expected once, as in "
+                "'feedback: {condition} {prompt}'."
+            )
+
+
+def fill_form(form: str, condition: str, text: str) -> str:
+    """Fill the form. Braces in the condition and the text, and other braces in the form, stay as they are.
+
+    >>> fill_form("{condition}. input: {prompt}", "Good", "Print {condition} in C: {}")
+    'Good. input: Print {condition} in C: {}'
+    """
+    values = dict(zip(PLACEHOLDERS, (condition, text), strict=True))
+    return "".join(values.get(part, part) for part in re.split(r"(\{condition\}|\{prompt\})", form))
+
+
+def condition_prompt(form: str, condition: str, prompt: Text) -> Text:
+    """Put a prompt under a condition. In a conversation the last user message goes into the form.
+
+    Raises:
+        ValueError: a conversation has no user message, or its last one is not text.
+
+    >>> condition_prompt("{condition}. input: {prompt}", "Good", [{"role": "user", "content": "Hello"}])
+    [{'role': 'user', 'content': 'Good. input: Hello'}]
+    """
+    if isinstance(prompt, str):
+        return fill_form(form, condition, prompt)
+    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    if last is None:
+        roles = [message["role"] for message in prompt]
+        raise ValueError(
+            f"The conversation has roles {roles}, expected a user message, which the condition is put into."
+        )
+    content = prompt[last]["content"]
+    if not isinstance(content, str):
+        raise ValueError(
+            f"The last user message's content is {content!r}, expected text, which the form is put around."
+        )
+    message = {**prompt[last], "content": fill_form(form, condition, content)}
+    return [*prompt[:last], message, *prompt[last + 1 :]]
+
+
+def texts_or_preset(option: str, found: Any, presets: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the texts of an option, best first, or those of the preset that it names."""
     if isinstance(found, str):
         if found not in presets:
             raise ValueError(
                 f"'{option}' is {found!r}, expected a list of texts, best first, or one of {list(presets)}."
             )
         return presets[found]
-    return texts(option, found, least=2)
+    return check_texts(option, found, least=2)
 
 
-def texts(option: str, found: Any, *, least: int) -> tuple[str, ...]:
-    """The texts of an option, checked."""
+def check_texts(option: str, found: Any, *, least: int) -> tuple[str, ...]:
+    """Return the texts of an option; raise ValueError unless they are different, not empty and at least ``least``."""
     good = isinstance(found, list | tuple) and all(isinstance(x, str) and x.strip() for x in found)
     if not good or len(found) < least or len(set(found)) < len(found):
         size = f"at least {least} " if least else ""
         raise ValueError(f"'{option}' is {found!r}, expected a list of {size}different texts that are not empty.")
     return tuple(found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _QuantileCondition(Condition):
+    """Label samples by the quantile of their score, by default among the samples of their prompt."""
+
+    reads: ClassVar[tuple[str, ...]] = ("score",)
+    quantiles: int = 5
+    per_prompt: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.quantiles) is not int or self.quantiles < 2:
+            raise ValueError(f"'quantiles' is {self.quantiles!r}, expected an int, at least 2.")
+        if not isinstance(self.per_prompt, bool):
+            raise ValueError(f"'per_prompt' is {self.per_prompt!r}, expected true or false.")
+
+    def label(self, table: Table) -> NDArray[np.int32]:
+        """Return the quantiles. A prompt with too few samples left to be sorted again keeps its earlier labels."""
+        group = table.prompt_index if self.per_prompt else np.zeros(len(table), dtype=np.int64)
+        _, of, sizes = np.unique(group, return_inverse=True, return_counts=True)
+        new = np.bincount(of, weights=table.label == NEW, minlength=len(sizes)) > 0
+        thinned = ((sizes < self.quantiles) & ~new)[of]
+        label = table.label.copy()
+        prompts = group[~thinned] if self.per_prompt else None
+        label[~thinned] = quantiles(table.score[~thinned], n=self.quantiles, prompts=prompts)
+        return label
+
+    def check_generations(self, n: int, prompts: int) -> None:
+        if self.per_prompt and n < self.quantiles:
+            raise ValueError(
+                f"num_generations is {n}, expected at least {self.quantiles}, one for each quantile of a prompt. Raise "
+                "it, ask for fewer quantiles, or sort all prompts' samples together (per_prompt: false)."
+            )
+        if n * prompts < self.quantiles:
+            raise ValueError(
+                f"A round samples {prompts} prompts x num_generations {n} = {n * prompts} completions, expected at "
+                f"least {self.quantiles}, one for each quantile. Raise num_generations, or ask for fewer quantiles."
+            )
+
+    def text(self, sample: Sample, label: int) -> str:
+        return self.names()[label]
+
+    @property
+    def best(self) -> str:
+        return self.names()[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantileTokens(_QuantileCondition):
+    """Condition on a special token for each quantile: Quark, arXiv:2205.13636.
+
+    Args:
+        quantiles: their number, at least 2.
+        per_prompt: sort the samples of each prompt among themselves; False: all samples together.
+        token: pattern of the tokens' texts, in which ``{i}`` is the quantile, 0 the best.
+    """
+
+    kind: ClassVar[str] = "quantile_tokens"
+    form: str = "{condition}{prompt}"
+    token: str = "<quantile_{i}>"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.token, str) or self.token.count("{i}") != 1:
+            raise ValueError(f"'token' is {self.token!r}, expected a text with {{i}} once, as in '<quantile_{{i}}>'.")
+
+    def names(self, table: Table | None = None) -> list[str]:
+        return [self.token.replace("{i}", str(i)) for i in range(self.quantiles)]
+
+    @property
+    def tokens(self) -> list[str]:
+        return self.names()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phrases(_QuantileCondition):
+    """Condition on a phrase for each quantile: ALT_RM, arXiv:2407.16970.
+
+    Args:
+        phrases: one for each quantile, best first; or the name of a preset: quality, toxicity.
+        quantiles: None, or the number of phrases.
+        per_prompt: sort the samples of each prompt among themselves; False: all samples together.
+    """
+
+    kind: ClassVar[str] = "phrases"
+    form: str = "{condition}. input: {prompt}"
+    phrases: Sequence[str] = "quality"
+    quantiles: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phrases", texts_or_preset("phrases", self.phrases, PHRASES))
+        if self.quantiles is None:
+            object.__setattr__(self, "quantiles", len(self.phrases))
+        super().__post_init__()
+        if self.quantiles != len(self.phrases):
+            raise ValueError(f"'quantiles' is {self.quantiles} for {len(self.phrases)} phrases, expected one for each.")
+
+    def names(self, table: Table | None = None) -> list[str]:
+        return list(self.phrases)

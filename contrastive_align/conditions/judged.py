@@ -1,4 +1,4 @@
-"""Conditions by what a judge said: a category (ALT_LMC), free text (ALT_LMU), or attributes (SteerLM)."""
+"""Conditions made of a judge's feedback: a category (ALT_LMC), free text (ALT_LMU), or attributes (SteerLM)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from contrastive_align.conditions.conditions import Condition, ladder, texts
-from contrastive_align.conditions.forms import Prompt
+from contrastive_align.conditions.conditions import Condition, check_texts, texts_or_preset
+from contrastive_align.data.formats import Text
+from contrastive_align.pool.draws import LEFT_OUT
 from contrastive_align.pool.files import Sample
 from contrastive_align.pool.pool import Table
-from contrastive_align.pool.quantiles import LEFT_OUT
 
 
 CATEGORIES = {
@@ -27,15 +27,17 @@ CATEGORIES = {
         "Harmful",
     )
 }
-TOP_SCORE = 3  # of a judge that gives feedback as free text, from 0
+TOP_SCORE = 3  # the best of 0, 1, 2, 3, which a judge gives with its free text
 
 
 @dataclass(frozen=True, kw_only=True)
-class Categories(Condition):
-    """The category that a judge chose: ALT_LMC, arXiv:2407.16970. A sample without one is left out.
+class CategoryCondition(Condition):
+    """Condition on the category that a judge chose: ALT_LMC, arXiv:2407.16970.
+
+    A sample without a category is left out.
 
     Args:
-        categories: best first, or the name of a list: harmless_helpful.
+        categories: best first; or the name of a preset: harmless_helpful.
     """
 
     kind: ClassVar[str] = "categories"
@@ -45,7 +47,7 @@ class Categories(Condition):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "categories", ladder("categories", self.categories, CATEGORIES))
+        object.__setattr__(self, "categories", texts_or_preset("categories", self.categories, CATEGORIES))
 
     def label(self, table: Table) -> NDArray[np.int32]:
         codes = table.feedback_codes
@@ -58,7 +60,7 @@ class Categories(Condition):
 
     def check(self, sample: Sample) -> None:
         if sample.feedback is not None:
-            self._check(sample.feedback, _of(sample))
+            self._check(sample.feedback, _where_sample(sample))
 
     def _check(self, feedback: str, where: str) -> None:
         if feedback not in self.categories:
@@ -79,13 +81,14 @@ class Categories(Condition):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Text(Condition):
-    """A judge's own words, balanced by the score 0..3 it gave with them: ALT_LMU, arXiv:2407.16970.
+class TextCondition(Condition):
+    """Condition on a judge's own words, balanced by the score 0..3 that came with them: ALT_LMU, arXiv:2407.16970.
 
-    The best is asked for with the words that a sample of score 3 got. A sample without words or score is left out.
+    The model is asked for its best with words that the judge gave to samples of score 3. A sample without words or
+    without a score is left out.
 
     Args:
-        exemplars: such words; none: to be set from the first round with :meth:`with_exemplars`.
+        exemplars: such words. Empty: training sets them after the first round, with :meth:`with_exemplars`.
     """
 
     kind: ClassVar[str] = "text"
@@ -96,7 +99,7 @@ class Text(Condition):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "exemplars", texts("exemplars", self.exemplars, least=0))
+        object.__setattr__(self, "exemplars", check_texts("exemplars", self.exemplars, least=0))
 
     def label(self, table: Table) -> NDArray[np.int32]:
         given = ~np.isnan(table.score) & (table.feedback_codes >= 0)
@@ -106,7 +109,7 @@ class Text(Condition):
 
     def check(self, sample: Sample) -> None:
         if sample.feedback is not None and sample.score is not None and not math.isnan(sample.score):
-            _check_score(sample.score, _of(sample))
+            _check_score(sample.score, _where_sample(sample))
 
     def text(self, sample: Sample, label: int) -> str:
         return sample.feedback
@@ -125,23 +128,23 @@ class Text(Condition):
         """The first exemplar."""
         if not self.exemplars:
             raise ValueError(
-                "No exemplars are set, of which one asks for the best. Give some, or use with_exemplars()."
+                "No exemplars are set, and one of them asks for the best. Give some, or use with_exemplars()."
             )
         return self.exemplars[0]
 
-    def best_for(self, prompt: Prompt) -> str:
-        """One of the exemplars, chosen by the prompt's own text."""
+    def best_for(self, prompt: Text) -> str:
+        """Return one of the exemplars, chosen by a hash of the prompt."""
         if len(self.exemplars) < 2:
             return self.best
         digest = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).digest()
         return self.exemplars[int.from_bytes(digest[:8], "big") % len(self.exemplars)]
 
-    def with_exemplars(self, exemplars: Sequence[str]) -> Text:
-        """The same with these exemplars."""
+    def with_exemplars(self, exemplars: Sequence[str]) -> TextCondition:
+        """Return this condition with other exemplars."""
         return replace(self, exemplars=exemplars)
 
     def exemplars_from(self, table: Table, n: int = 8) -> list[str]:
-        """The feedback given most often to the pool's best-scored samples, at most n; ties as they came.
+        """Return the n most frequent feedbacks of the samples with the best score; ties in order of appearance.
 
         Raises:
             ValueError: no sample has both feedback and score.
@@ -155,15 +158,16 @@ class Text(Condition):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attributes(Condition):
-    """Several numbers that a judge gave: SteerLM, arXiv:2310.05344. The feedback is a JSON object of them.
+class AttributeCondition(Condition):
+    """Condition on several numbers that a judge gave: SteerLM, arXiv:2310.05344.
 
-    Labels are the settings that occur, in the order of their distance sum_a |value - wanted|, ties by value.
+    The feedback is a JSON object of these numbers. Labels are the combinations of values that occur, in the order of
+    their distance sum_a |value - wanted|, ties by value.
 
     Args:
         attributes: name -> wanted value, in the order of the text.
 
-    >>> Attributes(attributes={"harmful": 0, "helpful": 2}).apply_best("Hello")
+    >>> AttributeCondition(attributes={"harmful": 0, "helpful": 2}).apply_best("Hello")
     'attributes: harmful:0,helpful:2 input: Hello'
     """
 
@@ -198,7 +202,7 @@ class Attributes(Condition):
         return ",".join(f"{name}:{value:g}" for name, value in zip(self.attributes, values, strict=True))
 
     def _ranked(self, table: Table) -> tuple[NDArray, list[tuple[int | float, ...]]]:
-        """The codes, of those seen in the table, of each setting; and the settings, best first."""
+        """Return the label of each feedback code (-1 for codes outside of the table), and the settings, best first."""
         codes, first = np.unique(table.feedback_codes, return_index=True)
         wanted = list(self.attributes.values())
         values = {
@@ -219,17 +223,17 @@ class Attributes(Condition):
 
     def check(self, sample: Sample) -> None:
         if sample.feedback is not None:
-            self._values(sample.feedback, _of(sample))
+            self._values(sample.feedback, _where_sample(sample))
 
     def text(self, sample: Sample, label: int) -> str:
-        return self._setting(self._values(sample.feedback, _of(sample)))
+        return self._setting(self._values(sample.feedback, _where_sample(sample)))
 
     def texts_for(self, feedback: str | None) -> list[str]:
         own = [] if feedback is None else [self._setting(self._values(feedback, "attributes"))]
         return [*super().texts_for(feedback), *own]
 
     def names(self, table: Table | None = None) -> list[str]:
-        """The settings in the table; without one, the wanted setting only."""
+        """Return the settings in the table, best first; without a table, the wanted setting only."""
         return [self.best] if table is None else [self._setting(values) for values in self._ranked(table)[1]]
 
     @property
@@ -241,7 +245,7 @@ def _where(table: Table, i: int) -> str:
     return f"round {table.round[i]}, row {table.row[i]} (prompt {table.prompt_index[i]})"
 
 
-def _of(sample: Sample) -> str:
+def _where_sample(sample: Sample) -> str:
     return f"round {sample.round}, prompt {sample.prompt_index}, completion {sample.sample_index}"
 
 

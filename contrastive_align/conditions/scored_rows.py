@@ -1,4 +1,4 @@
-"""Completions that have scores or feedback already -> samples of a pool."""
+"""Read completions that have scores or feedback as samples of a pool."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ logger = logging.get_logger(__name__)
 SINGLE = ("completion", "score", "feedback", "finished")
 LISTS = ("completions", "scores", "feedbacks", "finished")
 _ALIASES = {"response": "completion", "responses": "completions", "reward": "score", "rewards": "scores"}
-
-
-SURELY_SHORT = 256  # tokens that no template adds to the bytes of a prompt
+TEMPLATE_ALLOWANCE = 256  # tokens; no chat template adds more. A token has a byte at least, so bytes bound tokens.
 
 
 def read_scored(
@@ -36,25 +34,27 @@ def read_scored(
     condition: Condition | None = None,
     on_bad_row: str = "raise",
 ) -> tuple[list[Sample], dict[str, Any]]:
-    """Samples of round 1 from rows with ``prompt``, ``completion`` and ``score`` or ``feedback`` or both, or with lists
-    of K of them (``completions``, ``scores``, ``feedbacks``).
+    """Read rows as samples of round 1.
 
-    A score or feedback may be None: the sample is there and is left out of what is drawn. Completions end in one EOS,
-    but for those whose ``finished`` is False (or, with lists, its entry): they were cut when they were sampled. Rows
-    with the same prompt are one prompt, whose ``prompt_index`` is the first of them.
+    A row has ``prompt``, ``completion`` and ``score`` or ``feedback`` or both; or lists of K (``completions``,
+    ``scores``, ``feedbacks``). A sample whose score or feedback is None is kept and never drawn. Completions end in one
+    EOS, except where ``finished`` (with lists, its entry) is False: those were cut when they were sampled. Rows with
+    the same prompt are one prompt, whose ``prompt_index`` is the number of the first of them.
 
     Args:
-        max_length: prompt and completion together; a longer completion keeps its beginning and has no EOS. A prompt
-            that leaves no room is dropped and counted.
-        condition: the prompt is so long as with the longest text of this condition.
-        on_bad_row: ``"raise"``, or ``"drop"``: left out, counted.
+        dataset: the rows.
+        tokenizer: the model's.
+        max_length: tokens of prompt and completion together. A longer completion keeps its beginning and has no EOS. A
+            prompt that leaves no room for a completion is dropped and counted.
+        condition: the prompt is measured with the longest text of this condition.
+        on_bad_row: ``"raise"``, or ``"drop"``: leave the row out and count it.
 
     Returns:
         The samples, and counts: ``rows``, ``completions``, ``dropped``, ``cut``, ``no_score``.
 
     Raises:
-        BadRow: with row and column.
-        ValueError: no such columns, or none of what the condition is made from.
+        BadRow: a row is malformed; with row and column.
+        ValueError: the dataset lacks the columns, or every value that the condition is made from.
     """
     columns = {_ALIASES.get(name, name): name for name in dataset.column_names}
     names = LISTS if "completions" in columns else SINGLE
@@ -134,7 +134,7 @@ def _parts(
     ):
         where = f"row {number}, '{columns[0]}'" + (f"[{k}]" if lists else "")
         text = completion[-1]["content"] if isinstance(completion, list) and completion else completion
-        if not isinstance(text, str) or (not text and end is not True):  # one that ended at once is an EOS
+        if not isinstance(text, str) or (not text and end is not True):  # an empty completion that ended is an EOS
             raise BadRow(f"{where} is {completion!r}, expected text that is not empty.")
         if score is not None and (isinstance(score, bool | str) or not math.isfinite(score)):
             raise BadRow(f"{where}: its score is {score!r}, expected a finite number or None.")
@@ -154,7 +154,7 @@ def _limit(
     condition: Condition | None,
     where: str,
 ) -> int | None:
-    """``max_length`` of the bare prompt and its completion, so that they fit with any of the condition's texts."""
+    """Return the ``max_length`` of the prompt alone and its completion that leaves room for the condition's texts."""
     if max_length is None or condition is None:
         return max_length
     try:
@@ -162,14 +162,14 @@ def _limit(
     except ValueError as error:
         raise BadRow(f"{where}: {error}") from error
     longest = max((len(repr(p).encode()) for p in prompts), default=0)
-    if longest + len(completion.encode()) + SURELY_SHORT < max_length:
+    if longest + len(completion.encode()) + TEMPLATE_ALLOWANCE < max_length:
         return max_length
-    bare = len(tokenise_prompt(prompt, tokenizer))
-    added = max((len(tokenise_prompt(p, tokenizer)) for p in prompts), default=bare) - bare
-    if bare + added >= max_length:
+    alone = len(tokenise_prompt(prompt, tokenizer))
+    added = max((len(tokenise_prompt(p, tokenizer)) for p in prompts), default=alone) - alone
+    if alone + added >= max_length:
         raise NoRoom(
-            f"{where}: the prompt has {bare + added} tokens with its condition and max_length is {max_length}: no room "
-            "for a completion token. Raise max_length."
+            f"{where}: the prompt has {alone + added} tokens with its condition and max_length is {max_length}: no "
+            "room for a completion token. Raise max_length."
         )
     return max_length - max(0, added)
 
@@ -177,7 +177,7 @@ def _limit(
 def _tokens(
     prompt: Text, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, where: str
 ) -> tuple[list[int], bool]:
-    """Ids of a completion, EOS included unless it was cut; and whether it is whole."""
+    """Return the ids of a completion, with EOS unless it was cut, and whether it is whole."""
     if not completion:  # it ended at once
         if max_length is not None and len(tokenise_prompt(prompt, tokenizer)) >= max_length:
             raise NoRoom(f"{where}: the prompt leaves no room for a completion token under max_length={max_length}.")
@@ -189,8 +189,8 @@ def _tokens(
         raise type(error)(f"{where}: {error}") from error
     if not ids.moved_boundary or not isinstance(prompt, str):
         return ids.completion_ids[0], not ids.cut_completions
-    # The prompt's last token would be another one with this completion behind it. The model will be asked with the
-    # prompt's own tokens, so the completion's are those of its text alone.
+    # Together, prompt and completion would change the prompt's last token. At inference the prompt stands alone, so
+    # the completion is tokenised alone too.
     alone = [*tokenizer(text=completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     room = len(alone) if max_length is None else max_length - len(ids.prompt_ids) - ids.moved_boundary
     if room < 1:

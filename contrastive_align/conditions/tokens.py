@@ -1,4 +1,4 @@
-"""Special tokens that condition a prompt: their rows in the model, how LoRA trains these, how an adapter is loaded."""
+"""Give a model special tokens that condition a prompt, train their rows with LoRA, and load an adapter with them."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def add_condition_tokens(
     .. math:: e_d \sim \mathcal{N}(\mu_d, \sigma_d^2), \quad \mu_d, \sigma_d \text{ the mean and spread of dimension } d
 
     in float32 at least, from ``seed`` alone: the global random state is neither read nor moved. Old rows stay as they
-    are, bit for bit. Tokens that the tokenizer has are left alone, and so are their rows: calling this again changes
-    nothing, and neither does a model that was trained with them. (Where the tokenizer has them and the model lacks
-    their rows, as when an adapter's tokenizer meets the bare base, the rows are made.)
+    are, bit for bit. Tokens that the tokenizer has already keep their rows: a second call changes nothing, nor does a
+    call for a model that was trained with the tokens. Where the tokenizer has the tokens and the model lacks their
+    rows, as with an adapter's tokenizer and the published base, the rows are made.
 
     Args:
-        model: without PEFT's wrapper, on one device. To be called before the adapter is added.
+        model: without an adapter, on one device.
         tokenizer: changed in place.
         tokens: their texts, such as ``<quantile_0>``.
-        seed: with the same model and tokens, the same seed makes the same rows.
+        seed: the same model, tokens and seed give the same rows.
 
     Returns:
-        their ids, in the order of ``tokens``.
+        The tokens' ids, in the order of ``tokens``.
 
     Raises:
-        ValueError: a text that is empty, there twice, or an ordinary word of the vocabulary; a model under PEFT;
-            weights that are quantised or partitioned.
+        ValueError: a text is empty, repeated, or an ordinary token of the vocabulary; the model has an adapter; its
+            weights are quantised or partitioned.
     """
     tokens = list(tokens)
     _check_texts(tokens, tokenizer)
@@ -57,23 +57,23 @@ def add_condition_tokens(
 
 
 def with_trainable_rows(peft_config: PeftConfig, model: PreTrainedModel, token_ids: Sequence[int]) -> PeftConfig:
-    """A copy of a LoRA config under which the rows of ``token_ids`` are trained, and saved with the adapter.
+    """Return a copy of a LoRA config that trains the rows of ``token_ids`` and saves them with the adapter.
 
-    Fused heads multiply the hidden states with ``lm_head.weight`` itself, so that nothing may stand between the two:
+    Fused heads multiply the hidden states with ``lm_head.weight`` itself, so that the head must stay a plain matrix:
 
     - untied embeddings: ``trainable_token_indices`` on the input embedding. Only these rows are trained, in float32,
-      and saved. Their rows in the head, which only say how likely a condition is as the next token, stay.
+      and saved. Their rows in the head, which give a condition's probability as the next token, stay as they are.
     - tied embeddings: ``modules_to_save`` with ``ensure_weight_tying``, one matrix for input and head. **All of its
       rows** are trained, in the model's own precision, and saved. A learning rate made for LoRA moves them too.
 
     Args:
-        peft_config: left as it is. Its own ``modules_to_save`` and ``trainable_token_indices`` are kept.
-        model: the model that the config is for, with the rows (``add_condition_tokens``), without PEFT's wrapper.
-        token_ids: the rows; none (a model that was trained with its conditions before) leaves the config as it is.
+        peft_config: not changed. Its ``modules_to_save`` and ``trainable_token_indices`` are kept in the copy.
+        model: the model of the config, with the rows (``add_condition_tokens``), without an adapter.
+        token_ids: the rows. With none (the model was trained with its conditions before), the copy is equal.
 
     Raises:
-        ValueError: not LoRA, LoRA on the embedding itself, ``trainable_token_indices`` with tied embeddings, or a tied
-            head with a bias, which PEFT would drop.
+        ValueError: the config is not LoRA, has LoRA on the embedding, or has ``trainable_token_indices`` with tied
+            embeddings; or a tied head has a bias, which PEFT would drop.
     """
     config = copy.deepcopy(peft_config)
     if not token_ids:
@@ -104,7 +104,7 @@ def with_trainable_rows(peft_config: PeftConfig, model: PreTrainedModel, token_i
                 f"{type(model).__name__} ties its head to {name} and has a bias in it, which PEFT drops when it trains "
                 "the two together. Train the whole model, or condition by phrases instead of tokens."
             )
-        # PEFT ties what it knows as an embedding by name, and finds the module's own name by itself.
+        # PEFT recognises embeddings to tie by its standard name, and adds the module's own name itself.
         config.modules_to_save = saved + [n for n in dict.fromkeys((name, EMBEDDING_LAYER_NAMES[0])) if n not in saved]
         config.ensure_weight_tying = True
         return config
@@ -124,24 +124,26 @@ def load_with_condition_tokens(
     seed: int = 42,
     is_trainable: bool = False,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """A base as it was published, and a saved adapter that was trained with condition tokens -> model and tokenizer.
+    """Load an adapter that was trained with condition tokens onto its published base.
 
         base = AutoModelForCausalLM.from_pretrained("the/base")
         model, tokenizer = load_with_condition_tokens(base, "output_dir")
 
-    The base gets the rows that the adapter's tokenizer needs, then the adapter brings its own.
+    The base gets the rows that the adapter's tokenizer needs, and the adapter then sets those that were trained.
 
     Args:
-        model: the base; it is changed in place, and the adapter's wrapper goes around it.
+        model: the base, which is changed in place and wrapped.
         adapter: a folder with the adapter and its tokenizer.
-        tokens: the condition tokens. Needed only where the base has more rows than tokens, and only for how likely the
-            conditions themselves are as the next token: it is then known that these rows are to be made as well.
-        seed: the run's. Of what the adapter does not bring (the rows of the conditions in an untied head, which is not
-            trained), the same seed makes the same rows.
-        is_trainable: to go on training it.
+        tokens: the condition tokens. They matter only where the base has more rows than tokens, and only for the
+            conditions' own probability as the next token: their rows are then made anew too.
+        seed: the training run's. It makes the same rows of an untied head, which the adapter does not contain.
+        is_trainable: whether the adapter is trained further.
+
+    Returns:
+        The model with its adapter, and the tokenizer.
 
     Raises:
-        ValueError: as ``add_condition_tokens``; or a token that the adapter's tokenizer has not.
+        ValueError: as ``add_condition_tokens``; or the adapter's tokenizer lacks a token.
     """
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     missing = [token for token in tokens if token not in tokenizer.get_vocab()]
@@ -160,7 +162,7 @@ def _check_texts(tokens: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
         if not token or token != token.strip():
             raise ValueError(f"Condition token {i} is {token!r}, expected a text without spaces around it.")
         if token in tokens[:i]:
-            raise ValueError(f"Condition token {i} is {token!r}, which is there before. Give each its own text.")
+            raise ValueError(f"Condition token {i} is {token!r}, which is given before. Give each its own text.")
         if token in vocabulary and token not in tokenizer.all_special_tokens:
             raise ValueError(
                 f"Condition token {i} is {token!r}, an ordinary token of the vocabulary (id {vocabulary[token]}): "
@@ -192,7 +194,7 @@ def _check_weights(model: PreTrainedModel) -> None:
 
 
 def _targets(names: Sequence[str] | str | None, name: str) -> bool:
-    """Whether PEFT would take the module for one of these names, or for this regular expression.
+    """Return whether PEFT matches the module's name with one of these names, or with this regular expression.
 
     >>> _targets(["q_proj", "embed_tokens"], "model.embed_tokens"), _targets("all-linear", "model.embed_tokens")
     (True, False)

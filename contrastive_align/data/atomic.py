@@ -1,4 +1,4 @@
-"""A file is there whole, or not at all: written under another name, flushed to the disk, then renamed."""
+"""Write files whole or not at all: under another name, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes ``path`` when the block ends without an error.
+    """Open a binary file that becomes ``path`` when the block ends without an error.
 
-    A process killed in the block leaves ``path`` as it was, and a file that :func:`leftovers` finds.
+    A process killed in the block leaves ``path`` as it was, and a temporary file that :func:`leftovers` finds.
 
     Raises:
-        OSError: the disk is full, the folder takes no files, ...: of the same kind, with the path and the way out.
+        OSError: with the cause's errno, the path and the way out: the disk is full, the folder takes no files, ...
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -32,10 +32,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             raise
         raise OSError(
             error.errno,
-            f"{path} was not written: {error.strerror or error}. Make room or give another folder; what was there "
-            "before is as it was.",
+            f"{path} was not written: {error.strerror or error}. Make room or give another folder. The earlier "
+            "file is unchanged.",
         ) from error
-    if os.name == "posix":  # elsewhere a folder cannot be opened: the rename is then durable a little later
+    if os.name == "posix":  # elsewhere a folder cannot be opened, and the rename reaches the disk later
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -44,5 +44,5 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def leftovers(folder: Path, pattern: str) -> list[Path]:
-    """Files that writers of ``pattern`` left unfinished."""
+    """Return the temporary files that killed writers of files of this pattern left."""
     return sorted(folder.glob(f"{pattern}.*.tmp"))

@@ -1,4 +1,4 @@
-"""A language model as judge of completions."""
+"""Judge completions with a language model."""
 
 from contrastive_align.judge.judge import Judge, JudgeError, Verdict, resolve_judge
 

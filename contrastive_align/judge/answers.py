@@ -1,4 +1,4 @@
-"""What a judge is asked and how its reply is read: prompt and completion -> text; text -> verdict, or refused."""
+"""Write the question for a judge, and read its reply as a verdict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FENCE = re.compile(r"```(?:json)?\s*\n?(.*?)\s*```", re.DOTALL | re.IGNORECASE)
 
 
 class Unparsable(ValueError):
-    """A judge's reply that is not what it was asked for."""
+    """A judge's reply does not have the form that it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Verdict:
     """A judge's opinion of one completion.
 
     Args:
-        text: the category, exactly as it was given, or the feedback in words.
+        text: the category, spelled as in the options, or the feedback in words.
         score: higher is better. Categories: 0 for the last (worst) to their number - 1 for the first; text: 0 to 3.
-        analysis: what the judge gave as its reason; None where it gave none.
+        analysis: the judge's reason; None where it gave none.
     """
 
     text: str
@@ -36,14 +36,14 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Categories:
-    """One of these, the best first: ``{"category": "...", "analysis": "..."}``, the analysis optional.
+class CategoryAnswers:
+    """Read a category from ``{"category": "...", "analysis": "..."}``, where the analysis is optional.
 
-    >>> Categories(("Good", "Bad")).parse('{"category": "good"}')
+    >>> CategoryAnswers(("Good", "Bad")).parse('{"category": "good"}')
     Verdict(text='Good', score=1.0)
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...]  # the best first
 
     def __post_init__(self) -> None:
         if len(self.names) < 2 or not all(isinstance(name, str) and name.strip() for name in self.names):
@@ -53,7 +53,7 @@ class Categories:
 
     @property
     def fields(self) -> dict[str, str]:
-        """What stands for the template's placeholders."""
+        """Placeholder -> text, for the template."""
         return {"categories": "\n".join(f"- {name}" for name in self.names)}
 
     @property
@@ -73,10 +73,10 @@ class Categories:
 
 
 @dataclass(frozen=True)
-class Feedback:
-    """Words and a score of 0 to 3: ``{"feedback": "...", "score": 2, "analysis": "..."}``, the analysis optional.
+class FeedbackAnswers:
+    """Read words and a score of 0 to 3 from ``{"feedback": "...", "score": 2}``, where ``analysis`` may be added.
 
-    >>> Feedback(max_words=5).parse('{"feedback": "Accurate, but too long.", "score": 2}')
+    >>> FeedbackAnswers(max_words=5).parse('{"feedback": "Accurate, but too long.", "score": 2}')
     Verdict(text='Accurate, but too long.', score=2.0)
     """
 
@@ -107,13 +107,13 @@ class Feedback:
         return Verdict(" ".join(words), float(found["score"]), found.get("analysis"))
 
 
-def answers_from(spec: str | Sequence[str], max_words: int) -> Categories | Feedback:
-    """``"text"``, or a list of categories, the best first."""
+def answers_from(spec: str | Sequence[str], max_words: int) -> CategoryAnswers | FeedbackAnswers:
+    """Make the kind of answers from ``"text"``, or from a list of categories, the best first."""
     if spec == "text":
-        return Feedback(max_words)
+        return FeedbackAnswers(max_words)
     if isinstance(spec, str) or not isinstance(spec, Sequence):
         raise ValueError(f"answers: found {spec!r}, expected 'text' or a list of categories, the best first.")
-    return Categories(tuple(spec))
+    return CategoryAnswers(tuple(spec))
 
 
 def _read_object(reply: str, needed: Mapping[str, type], optional: Mapping[str, type]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _read_object(reply: str, needed: Mapping[str, type], optional: Mapping[str, 
     if missing or unknown:
         raise Unparsable(f"keys {list(found)}, expected {list(needed)} and perhaps {list(optional)}")
     for name, value in found.items():
-        if type(value) is not types[name]:  # not isinstance: True is no score
+        if type(value) is not types[name]:  # not isinstance, for which True is an int
             raise Unparsable(f"{name} is {json.dumps(value)[:80]}, expected {types[name].__name__}")
     return found
 
@@ -150,12 +150,12 @@ def _folded(text: str) -> str:
 # ------------------------------------------------------------------------------------------------------ the question
 
 
-def read_template(prompt: str | Path, answers: Categories | Feedback) -> str:
-    """The text of a bundled prompt, by name, or of a file.
+def read_template(prompt: str | Path, answers: CategoryAnswers | FeedbackAnswers) -> str:
+    """Read a bundled prompt, by name, or a file.
 
     Raises:
-        FileNotFoundError: neither a bundled prompt nor a file.
-        ValueError: a placeholder is missing, or one that these answers do not fill.
+        FileNotFoundError: it is neither a bundled prompt nor a file.
+        ValueError: a placeholder is missing, or these answers do not fill one.
     """
     file = FOLDER / PROMPTS[str(prompt)] if str(prompt) in PROMPTS else Path(prompt).expanduser()
     if not file.is_file():
@@ -163,10 +163,10 @@ def read_template(prompt: str | Path, answers: Categories | Feedback) -> str:
             f"prompt: {str(prompt)!r} is neither a file nor one of the bundled prompts ({', '.join(PROMPTS)})."
         )
     template = file.read_text(encoding="utf-8")
-    needed = ["prompt", "completion", *(["categories"] if isinstance(answers, Categories) else [])]
+    needed = ["prompt", "completion", *(["categories"] if isinstance(answers, CategoryAnswers) else [])]
     missing = [f"{{{name}}}" for name in needed if f"{{{name}}}" not in template]
     if missing:
-        raise ValueError(f"{file}: the prompt has no {', '.join(missing)}, where what is judged is put in.")
+        raise ValueError(f"{file}: the prompt has no {', '.join(missing)}. Add it where that text belongs.")
     for name in ("categories", "max_words"):
         if f"{{{name}}}" in template and name not in answers.fields:
             kind = "a list of categories" if name == "categories" else "answers='text'"
@@ -174,14 +174,14 @@ def read_template(prompt: str | Path, answers: Categories | Feedback) -> str:
     return template
 
 
-def render(template: str, prompt: Any, completion: Any, answers: Categories | Feedback) -> str:
-    """Fill the placeholders, in one pass: braces in what is put in stay as they are.
+def render(template: str, prompt: Any, completion: Any, answers: CategoryAnswers | FeedbackAnswers) -> str:
+    """Fill the template's placeholders in one pass, so that braces in the prompt and completion stay as they are.
 
-    >>> render("{prompt} -> {completion}", [{"role": "user", "content": "{completion}?"}], "no", Feedback(9))
+    >>> render("{prompt} -> {completion}", [{"role": "user", "content": "{completion}?"}], "no", FeedbackAnswers(9))
     'user: {completion}? -> no'
     """
     if not isinstance(completion, str) and len(completion) == 1:
-        completion = _content(completion[0])  # one turn, whose role is clear
+        completion = _content(completion[0])  # a single turn needs no role
     fields = {"prompt": _as_text(prompt), "completion": _as_text(completion), **answers.fields}
     return re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), template)
 
@@ -198,4 +198,4 @@ def _content(message: Mapping[str, Any]) -> str:
         return content
     if isinstance(content, Sequence) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
         return "".join(part["text"] for part in content)
-    raise ValueError(f"found a message with {str(content)[:80]!r}, expected text: a judge reads nothing else here.")
+    raise ValueError(f"found a message with {str(content)[:80]!r}, expected text: a judge reads only text.")

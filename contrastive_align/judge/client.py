@@ -1,66 +1,54 @@
-"""One call of a judge: a reply, a fault that may pass, or an error that will not."""
+"""Ask a judge one question."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from contrastive_align.calls.endpoint import CallError, Endpoint, Fault, Mailbox, Unreadable
+from contrastive_align.openai_client import CallError, Client, Fault, read_body
 
 
 class JudgeError(CallError):
-    """The endpoint refuses in a way that asking again does not change."""
+    """The judge's endpoint refuses in a way that asking again does not change, or nobody is there."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the judge wrote; ``cut`` where it ran into ``max_tokens``."""
+    """A judge's text; ``cut`` where it reached ``max_tokens``."""
 
     text: str
     cut: bool = False
 
 
-class JudgeEndpoint(Endpoint):
-    """Makes chat calls while its ``with`` block lasts.
+CHECK_400 = "Check the model's name, max_tokens and temperature, and whether the item is longer than the model reads."
+judge_client = partial(Client, who="judge", error=JudgeError, checks={400: CHECK_400}, cancel_hung=True)
+
+
+async def ask(
+    client: Client, *, faults: list[Fault], before: Callable[[], None] = lambda: None, **request: Any
+) -> Reply:
+    """Make one chat call.
 
     Args:
-        base_url, timeout: as :class:`~contrastive_align.calls.endpoint.Endpoint`.
-        **request: what is the same in every call: model, temperature, max_tokens.
+        client: made by ``judge_client``.
+        faults, before: as in :meth:`~contrastive_align.openai_client.Client.call`.
+        **request: messages, model, temperature, max_tokens.
+
+    Raises:
+        Fault: retries are used up.
+        JudgeError: status 400, 401, 403, 404 and others that waiting does not change.
     """
 
-    who, error = "judge", JudgeError
-    checks = {  # noqa: RUF012 (a constant of the class)
-        **Endpoint.checks,
-        400: "Check the model's name, max_tokens and temperature, and whether the item is longer than the model reads.",
-    }
+    def reply_in(body: Any) -> Reply:
+        choice = body["choices"][0]
+        content = choice["message"].get("content")
+        return Reply(client.clean(content if isinstance(content, str) else ""), choice.get("finish_reason") == "length")
 
-    def __init__(self, base_url: str | None, timeout: float, **request: Any) -> None:
-        super().__init__(base_url, timeout)
-        self._request = request
-
-    def ask(
-        self,
-        messages: list[dict[str, str]],
-        *,
-        mailbox: Mailbox[Reply] | None = None,
-        patient: bool = True,
-    ) -> Reply | Fault:
-        """One call.
-
-        Args:
-            mailbox, patient: as :meth:`~contrastive_align.calls.endpoint.Endpoint.call`.
-
-        Raises:
-            JudgeError: 400, 401, 403, 404 and their like, with what the server said and what to check.
-        """
-        create = self._client.chat.completions.with_streaming_response.create
-        return self.call(create, self._reply, mailbox=mailbox, patient=patient, messages=messages, **self._request)
-
-    def _reply(self, body: bytes) -> Reply:
-        try:
-            choice = json.loads(body)["choices"][0]
-            content = choice["message"].get("content")
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise Unreadable("not a chat completion") from None
-        return Reply(self.clean(content if isinstance(content, str) else ""), choice.get("finish_reason") == "length")
+    return await client.call(
+        lambda api: api.chat.completions.with_raw_response.create(**request),
+        lambda response: read_body(response, "not a chat completion", reply_in),
+        faults=faults,
+        before=before,
+    )

@@ -1,7 +1,4 @@
-"""A language model as judge of completions, behind any OpenAI-compatible endpoint (ALT, arXiv 2407.16970).
-
-judge_answers.py asks and reads, judge_cache.py keeps, judge_endpoint.py makes a call, calls/schedule.py many.
-"""
+"""A language model as judge of completions, behind any OpenAI-compatible endpoint (ALT, arXiv:2407.16970)."""
 
 from __future__ import annotations
 
@@ -15,12 +12,18 @@ from typing import Any
 
 from transformers.utils import logging
 
-from contrastive_align.calls.endpoint import LONGEST_RETRY_AFTER, Fault, Mailbox
-from contrastive_align.calls.options import check_address, check_counts, check_model, check_number
-from contrastive_align.calls.schedule import backoff, run_jobs
 from contrastive_align.judge.answers import Unparsable, Verdict, answers_from, read_template, render
-from contrastive_align.judge.client import JudgeEndpoint, JudgeError, Reply
+from contrastive_align.judge.client import JudgeError, ask, judge_client
 from contrastive_align.judge.ledger import AnswerCache, content_key
+from contrastive_align.openai_client import (
+    Client,
+    Fault,
+    check_address,
+    check_counts,
+    check_model,
+    check_number,
+    run_to_end,
+)
 
 
 __all__ = ["Judge", "JudgeError", "Verdict", "resolve_judge"]
@@ -31,28 +34,29 @@ COUNTS = ("items", "answered", "unparsable", "failed", "over_budget", "cached", 
 
 
 class Judge:
-    """Asks a language model what it thinks of each completion; asks once, whatever goes wrong in between.
+    """Ask a language model what it thinks of each completion, and keep every answer.
 
-    The key comes from the environment variable ``OPENAI_API_KEY`` and is kept nowhere.
+    The key is read from the environment variable ``OPENAI_API_KEY`` and stored nowhere.
 
     Args:
         prompt: ``"helpful_categories"``, ``"feedback"``, or a text file with ``{prompt}``, ``{completion}`` and, for
             categories, ``{categories}`` (for text, perhaps ``{max_words}``).
         model: the judge's name at the endpoint.
         answers: a list of categories, the best first, or ``"text"``: feedback in words and a score of 0 to 3.
-        cache: a folder. Every answer is kept there by the content of its question; a rerun makes no call.
+        cache: a folder. Every answer is stored there under a hash of its question; a rerun makes no call.
         base_url: of the API, for instance ``http://localhost:8000/v1``; None: ``OPENAI_BASE_URL``, else OpenAI's.
-        concurrency: the most calls waited for at a time.
-        timeout: seconds for one call, at the most. One that takes far longer than others did is made again before, and
-            the first answer is taken (``calls/patience.py``).
-        max_retries: how often an item is asked again after 408, 409, 425, 429, 5xx, a timeout, a broken connection or a
-            cut-off body, before it counts as failed.
+        concurrency: the most calls in flight.
+        timeout: seconds for one call. A call that takes much longer than recent answers did is cancelled earlier and
+            made again; an item's last attempt always has the whole timeout.
+        max_retries: number of times an item is asked again after status 408, 409, 425, 429 or 5xx, a timeout, a broken
+            connection or an incomplete body, before it counts as failed.
         budget: the most calls ever made with this cache, restarts included; None: no limit.
         temperature, max_tokens: of the judge's answer.
         max_words: of the feedback.
 
     Raises:
-        ValueError, FileNotFoundError: an option with no meaning; a prompt that is not there or lacks a placeholder.
+        ValueError: an option has no meaning, or the prompt lacks a placeholder.
+        FileNotFoundError: the prompt is neither a bundled one nor a file.
     """
 
     def __init__(
@@ -91,20 +95,21 @@ class Judge:
         self._cache = AnswerCache(cache)
         self._counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._backoff = backoff
-        self._reached = False  # anybody at the address, ever
+        self._reached = False  # whether any call got as far as a connection
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> list[Verdict | None]:
-        """A verdict for each completion, in order; None where there is none, which is counted and logged.
+        """Judge each completion.
 
         Args:
             prompts, completions: texts, or lists of messages, which are shown as ``role: text`` lines.
 
+        Returns:
+            The verdicts, in order; None for items without one, which are counted in :meth:`report` and logged.
+
         Raises:
-            JudgeError: the endpoint refuses for good (400, 401, 403, 404 ...), or nobody has been reached there and an
-                item's tries are used up; as soon as the calls in flight are back. What was answered by then is in the
-                cache.
-            ValueError: not as many completions as prompts; an item that is no text; no key.
+            JudgeError: the endpoint refuses (400, 401, 403, 404 ...), or an item's attempts are used up and no server
+                was ever reached. It is raised when the calls in flight are back; their answers are in the cache.
+            ValueError: prompts and completions differ in number, an item is no text, or no key is set.
             ImportError: ``openai`` is not installed.
         """
         jobs = self._jobs(prompts, completions)
@@ -117,10 +122,8 @@ class Judge:
                 new.append(job)
         self._count(items=len(prompts), repeated=len(prompts) - len(jobs))
         if new:
-            request = {"model": self._model, "temperature": self._temperature, "max_tokens": self._max_tokens}
             try:
-                with JudgeEndpoint(self._base_url, self._timeout, **request) as endpoint:
-                    run_jobs(new, lambda job: self._work(job, endpoint), concurrency=min(self._concurrency, len(new)))
+                run_to_end(self._ask_all(new))
             finally:
                 self._count_outcomes(jobs)
         else:
@@ -133,33 +136,36 @@ class Judge:
         return verdicts
 
     def check(self) -> None:
-        """Raise ImportError or ValueError now where the first call would: no ``openai``, no key. Nothing is asked.
+        """Raise now what the first call would raise without asking: no ``openai``, no key.
 
-        A judge whose cache has answers may never make a call, and passes.
+        A judge whose cache has answers passes: it may never make a call.
+
+        Raises:
+            ImportError: ``openai`` is not installed.
+            ValueError: no key is set and the address needs one.
         """
         if not len(self._cache):
-            with JudgeEndpoint(self._base_url, self._timeout):
-                pass
+            judge_client(self._base_url, self._timeout)
 
     def report(self) -> dict[str, int]:
-        """Counts since this object was made, and ``calls_ever`` of its cache, which is what the budget limits.
+        """Return counts since this object was made, and ``calls_ever`` of its cache, which the budget limits.
 
-        Every item is ``answered``, ``unparsable``, ``failed`` or ``over_budget``, or left open by an error. Beside
-        that, ``cached`` ones were known from an earlier call or run, ``repeated`` ones equal an earlier item of the
-        same call; ``retried`` counts the calls that asked again.
+        Every item is ``answered``, ``unparsable``, ``failed`` or ``over_budget``, or left open by an error. Of these,
+        ``cached`` items were known from an earlier call or run, and ``repeated`` items equal an earlier item of the
+        same call. ``retried`` counts the calls that asked again.
         """
         with self._lock:
             return {name: self._counts[name] for name in COUNTS} | {"calls_ever": self._cache.calls}
 
     def as_reward(self) -> JudgeReward:
-        """The judge as a TRL reward function: the verdicts' scores, None where there is none."""
+        """Return the judge as a TRL reward function: the verdicts' scores, None for items without a verdict."""
         return JudgeReward(self)
 
     def __repr__(self) -> str:
         return f"Judge({', '.join(f'{name}={value!r}' for name, value in self.spec.items())})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return resolve_judge, (self.spec,)  # locks and counts stay here
+        return resolve_judge, (self.spec,)  # without lock and counts
 
     def _jobs(self, prompts: Sequence[Any], completions: Sequence[Any]) -> dict[str, _Job]:
         if len(prompts) != len(completions):
@@ -180,55 +186,55 @@ class Judge:
             jobs.setdefault(key, _Job(key, question)).rows.append(row)
         return jobs
 
-    def _work(self, job: _Job, endpoint: JudgeEndpoint) -> float | None:
-        """One call for the job: None when it is settled, else the seconds to wait before the next."""
-        late = job.mailbox.get(None, 0)
-        if late is not None:  # the answer to a call that was given up came while the job waited
-            return self._after_reply(job, late)
+    async def _ask_all(self, jobs: list[_Job]) -> None:
+        concurrency = min(self._concurrency, len(jobs))
+        client = judge_client(self._base_url, self._timeout, concurrency=concurrency, max_retries=self._max_retries)
+        async with client:
+            await client.run(jobs, lambda job: self._settle(job, client))
+
+    async def _settle(self, job: _Job, client: Client) -> None:
+        faults: list[Fault] = []
+        for reminder in ("", f"\n\n{self._answers.reminder}"):
+            try:
+                reply = await ask(
+                    client,
+                    faults=faults,
+                    before=lambda: self._take_call(job),
+                    messages=_messages(job.question + reminder),
+                    model=self._model,
+                    temperature=self._temperature,
+                    max_tokens=self._max_tokens,
+                )
+            except _OverBudget:
+                return job.settle("over_budget", f"the budget of {self._budget} calls is used up")
+            except JudgeError as error:
+                raise JudgeError(f"Item {job.rows[0]}: {error}") from None
+            except Fault as fault:
+                return self._fail(job, fault, len(faults), client)
+            self._reached = True
+            try:
+                job.verdict = self._answers.parse(reply.text)
+                break
+            except Unparsable as error:
+                job.reason = f"{error} (cut at max_tokens={self._max_tokens}; raise it)" if reply.cut else str(error)
+        self._cache.add(job.key, reply.text, job.verdict, job.calls)
+        job.settle(_outcome(job.verdict), job.reason)
+
+    def _take_call(self, job: _Job) -> None:
+        """Count a call before it is made, so that no kill or error makes room for one more."""
         if not self._cache.take_call(self._budget):
-            return job.settle("over_budget", f"the budget of {self._budget} calls is used up")
+            raise _OverBudget
         self._count(calls=1, retried=int(job.calls > 0))
         job.calls += 1
-        reminder = f"\n\n{self._answers.reminder}" if job.reminded else ""
-        try:
-            last = job.faults >= self._max_retries
-            found = endpoint.ask(_messages(job.question + reminder), mailbox=job.mailbox, patient=last)
-        except JudgeError as error:
-            raise JudgeError(f"Item {job.rows[0]}: {error}") from None
-        if not isinstance(found, Fault):
-            self._reached = True
-            return self._after_reply(job, found)
-        self._reached = self._reached or found.reached
-        if job.faults >= self._max_retries and not self._reached:  # every other item would fare the same
+
+    def _fail(self, job: _Job, fault: Fault, faults: int, client: Client) -> None:
+        self._reached = self._reached or client.reached
+        if not self._reached:  # every other item would fail the same way
             raise JudgeError(
-                f"Nobody was reached at {endpoint.address} in {job.calls} tries ({found.reason}). Start the server, or "
-                "check base_url and the network."
+                f"No server was reached at {client.address} in {job.calls} attempts ({fault.reason}). Start the "
+                "server, or check base_url and the network."
             )
-        return self._after_fault(job, found)
-
-    def _after_fault(self, job: _Job, fault: Fault) -> float | None:
-        job.faults += 1
-        if job.faults > self._max_retries:
-            return job.settle("failed", f"{job.faults} faults, the last: {fault.reason}")
-        if fault.given_up:  # nothing says that the server is overloaded
-            return 0.0
-        wait = fault.retry_after
-        if wait is not None and wait > LONGEST_RETRY_AFTER:
-            return job.settle("failed", f"the server asks to wait for {wait:g} s: {fault.reason}")
-        return self._backoff(job.faults - job.mailbox.given_up, wait)
-
-    def _after_reply(self, job: _Job, reply: Reply) -> float | None:
-        try:
-            job.verdict = self._answers.parse(reply.text)
-        except Unparsable as error:
-            if not job.reminded:
-                job.reminded = True
-                job.mailbox = Mailbox()  # it is another question from now on
-                return 0.0
-            cut = f" (cut at max_tokens={self._max_tokens}; raise it)" if reply.cut else ""
-            job.reason = f"{error}{cut}"
-        self._cache.add(job.key, reply.text, job.verdict, job.calls)
-        return job.settle(_outcome(job.verdict), job.reason)
+        job.settle("failed", f"{faults} faults, the last: {fault.reason}")
 
     def _count_outcomes(self, jobs: Mapping[str, _Job]) -> None:
         for job in jobs.values():
@@ -242,15 +248,12 @@ class Judge:
 
 @dataclass
 class _Job:
-    """A question, and the items that ask it."""
+    """A question, the items that ask it, and its outcome."""
 
     key: str
     question: str
     rows: list[int] = field(default_factory=list)
     calls: int = 0
-    faults: int = 0
-    mailbox: Mailbox[Reply] = field(default_factory=Mailbox)
-    reminded: bool = False
     verdict: Verdict | None = None
     outcome: str = ""
     reason: str = ""
@@ -259,9 +262,13 @@ class _Job:
         self.outcome, self.reason = outcome, reason
 
 
+class _OverBudget(Exception):
+    """No call is left in the budget."""
+
+
 @dataclass
 class JudgeReward:
-    """``f(prompts, completions, **columns) -> list[float | None]``, as TRL's trainers and this package's features."""
+    """A reward function of a judge's scores, for TRL's trainers and this package's features."""
 
     judge: Judge
     __name__ = "judge"
@@ -271,10 +278,11 @@ class JudgeReward:
 
 
 def resolve_judge(spec: Judge | Mapping[str, Any]) -> Judge:
-    """The judge that a YAML mapping of :class:`Judge`'s arguments describes; a judge is returned as it is.
+    """Make a judge from a mapping of :class:`Judge`'s arguments, as in a YAML; return a judge unchanged.
 
     Raises:
-        ValueError: a key that a judge does not take, or one that is missing; what :class:`Judge` refuses.
+        ValueError: a key is unknown or missing, or :class:`Judge` refuses its value.
+        FileNotFoundError: the prompt is neither a bundled one nor a file.
     """
     if isinstance(spec, Judge):
         return spec

@@ -1,4 +1,4 @@
-"""Answers and calls on disk: a judge never asks twice, and never more often than it may."""
+"""Keep a judge's answers and its count of calls on disk, so that it never repeats a question nor exceeds its budget."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ logger = logging.get_logger(__name__)
 
 
 def content_key(**what: Any) -> str:
-    """SHA-256 of everything that an answer depends on."""
+    """Return the SHA-256 of everything that an answer depends on."""
     text = json.dumps(what, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class AnswerCache:
-    """A folder of two files, both only ever appended to.
+    """Append answers and calls to two files of a folder.
 
-    ``answers.jsonl``: a line per answer, ``{"key", "answer", "verdict", "calls"}``: the reply as it came, what was read
-    in it (null where nothing could be), and how many calls it took. Each line is one write, so that a kill
-    loses no more than the line it interrupts; such a line is passed over.
+    ``answers.jsonl`` has a line for each answer, ``{"key", "answer", "verdict", "calls"}``: the reply, the verdict read
+    from it (null where it was unparsable), and the number of calls. Each line is one write, so that a kill loses at
+    most the line that it interrupts, which is skipped when the file is read.
 
-    ``calls``: a byte per call, written before the call is made: the file's size is what a budget is compared with.
-    Several processes may share a folder; they share its budget too.
+    ``calls`` has a byte for each call, written before the call is made. The file's size is compared with the budget.
+    Processes that share a folder share its budget.
 
     Args:
-        folder: made if it is not there.
+        folder: created if missing.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -59,23 +59,27 @@ class AnswerCache:
 
     @property
     def calls(self) -> int:
-        """How many calls were made, over all restarts."""
+        """The number of calls made, restarts included."""
         return self.calls_file.stat().st_size if self.calls_file.exists() else 0
 
     def take_call(self, budget: int | None) -> bool:
-        """Count one call; False, and not counted, where the budget is used up."""
+        """Count one call and return True, or return False where the budget is used up."""
         if budget is not None and self.calls >= budget:
             return False
         fd = os.open(self.calls_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
             os.write(fd, b".")
-            # Where this byte came to lie: of two that saw the last call free, one is past the budget.
+            # The byte's own position decides between two processes that both saw the last call free.
             return budget is None or os.lseek(fd, 0, os.SEEK_CUR) <= budget
         finally:
             os.close(fd)
 
     def add(self, key: str, answer: str, verdict: Verdict | None, calls: int) -> None:
-        """Remember an answer: in one write, so that lines of several writers do not mix."""
+        """Store an answer in one write, so that lines of several processes do not mix.
+
+        Raises:
+            OSError: the disk is full.
+        """
         found = None if verdict is None else asdict(verdict)
         line = json.dumps({"key": key, "answer": answer, "verdict": found, "calls": calls}).encode() + b"\n"
         with self._lock:
@@ -105,7 +109,7 @@ class AnswerCache:
         if damaged:
             logger.warning(
                 f"{self.answers_file}: {len(damaged)} lines cannot be read (line {damaged[0]} first), as after a kill "
-                "in the middle of a write. What they answered is asked again."
+                "in the middle of a write. Their questions are asked again."
             )
 
 

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from contrastive_align.conditions import Condition
-from contrastive_align.conditions.forms import Prompt
 from contrastive_align.conditions.tokens import load_with_condition_tokens
+from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.arguments import Arguments, UsageError
 from contrastive_align.launch.common import print_on_main
@@ -41,7 +41,7 @@ def ask_best(args: Arguments) -> list[str]:
         raise UsageError("--best needs the folder of a trained model: --model_name_or_path=output_dir.")
     condition, training = Condition.load(folder), args.training
     run = _summary(folder)
-    text: Prompt = args.script.best
+    text: Text = args.script.best
     if run.get("data", {}).get("train", {}).get("conversational"):
         text = [{"role": "user", "content": text}]
     asked = condition.apply_best(text)

@@ -14,7 +14,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, lo
 from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig, get_dataset
 
-from contrastive_align.conditions import Attributes, Condition
+from contrastive_align.conditions import AttributeCondition, Condition
 from contrastive_align.data import BadRow, detect_spelling, distinct_prompts, read_group
 from contrastive_align.data.formats import PROMPT_COLUMNS, ROW, UNREADABLE
 from contrastive_align.launch.arguments import RunArguments, UsageError
@@ -187,7 +187,7 @@ def with_feedback(
             load_from_cache_file=False,
         )
     dataset = _called(dataset, score_column, score_name, SCORES)
-    attributes = list(condition.attributes) if isinstance(condition, Attributes) else []
+    attributes = list(condition.attributes) if isinstance(condition, AttributeCondition) else []
     if feedback_column is None and attributes and set(attributes) <= set(dataset.column_names):
         dataset = dataset.map(
             lambda row: {feedback_name: _objects({a: row[a] for a in attributes})}, load_from_cache_file=False

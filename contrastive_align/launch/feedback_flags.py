@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from contrastive_align.conditions import Attributes, Categories, Condition, Text
+from contrastive_align.conditions import AttributeCondition, CategoryCondition, Condition, TextCondition
 from contrastive_align.judge.judge import Judge, resolve_judge
 from contrastive_align.launch.arguments import load_yaml
 from contrastive_align.models.loading import adapter_config_path
@@ -39,14 +39,14 @@ def build_judge(spec: Any, condition: Condition, output_dir: str) -> Judge:
     if not isinstance(spec, Mapping):
         raise ValueError(f"judge is {spec!r}, expected a mapping: {{model: name, base_url: address}}.")
     in_words = "text"
-    wanted: Any = list(condition.categories) if isinstance(condition, Categories) else in_words
+    wanted: Any = list(condition.categories) if isinstance(condition, CategoryCondition) else in_words
     answers = spec.get("answers", wanted)
-    if isinstance(condition, Attributes):
+    if isinstance(condition, AttributeCondition):
         raise ValueError(
             "The condition 'attributes' needs numbers that a judge does not give. Use data that has them "
             "(--feedback_column, or a column for each attribute), or the condition 'categories'."
         )
-    if isinstance(condition, (Categories, Text)) and answers != wanted:
+    if isinstance(condition, (CategoryCondition, TextCondition)) and answers != wanted:
         raise ValueError(f"The judge answers {answers!r} and the condition {condition.kind} needs {wanted!r}.")
     prompt = "feedback" if answers == in_words else "helpful_categories"
     cache = str(Path(output_dir) / "judge")
@@ -66,7 +66,7 @@ def build_sampler(spec: Any) -> ServerSampler:
 
 def check_reward(condition: Condition) -> None:
     """Raise ValueError for a condition that rewards cannot assign."""
-    if isinstance(condition, (Categories, Text, Attributes)):
+    if isinstance(condition, (CategoryCondition, TextCondition, AttributeCondition)):
         raise ValueError(
             f"The condition '{condition.kind}' is made of words, and a reward gives numbers. Use quantile_tokens or "
             "phrases with it; or a judge, or data with feedback."

@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from contrastive_align.calls import CallError
 from contrastive_align.conditions.conditions import FILE, Condition
-from contrastive_align.conditions.forms import Prompt
-from contrastive_align.data.formats import BadRow
+from contrastive_align.data.formats import BadRow, Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.judge.judge import resolve_judge
 from contrastive_align.launch.arguments import UsageError, load_yaml
@@ -33,6 +31,7 @@ from contrastive_align.launch.step_files import (
 )
 from contrastive_align.models import load_tokenizer
 from contrastive_align.models.loading import eos_token_ids
+from contrastive_align.openai_client import CallError
 from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.sampling.server import PLAIN, ServerSampler
 from contrastive_align.targets.evaluate import call_feature
@@ -48,7 +47,7 @@ _NOT_SETTINGS = ("step", "run", "prompts", "output", "overwrite", "server", "row
 _NOT_COLUMNS = (*LISTS, "prompt", "condition")
 
 Generations = list[tuple[list[str], list[bool]]]  # per prompt: K texts, and whether each reached its end token
-Sampler = Callable[[list[Prompt], list[int]], Generations]
+Sampler = Callable[[list[Text], list[int]], Generations]
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
@@ -119,7 +118,7 @@ def _prompt_row(row: Row, number: int, args: Namespace) -> Row:
     return columns | {"prompt_index": number}
 
 
-def _condition_text(condition: Condition | None, wanted: str | None) -> Callable[[Prompt], str | None]:
+def _condition_text(condition: Condition | None, wanted: str | None) -> Callable[[Text], str | None]:
     """Return the function from a prompt to the text of the wanted condition; None where none is wanted."""
     if wanted is None:
         return lambda prompt: None
@@ -131,7 +130,7 @@ def _condition_text(condition: Condition | None, wanted: str | None) -> Callable
     return lambda prompt: askable[wanted]
 
 
-def _encoder(tokenizer: Any) -> Callable[[Prompt], list[int]]:
+def _encoder(tokenizer: Any) -> Callable[[Text], list[int]]:
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return lambda prompt: tokenise_prompt(prompt, tokenizer) or [start]
 
@@ -141,7 +140,7 @@ def _local_sampler(args: Namespace, tokens: list[str]) -> Sampler:
     model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
     encode, eos = _encoder(tokenizer), eos_token_ids(model, tokenizer)
 
-    def generate(prompts: list[Prompt], seeds: list[int]) -> Generations:
+    def generate(prompts: list[Text], seeds: list[int]) -> Generations:
         drawn = draw(
             model,
             [encode(prompt) for prompt in prompts],
@@ -172,7 +171,7 @@ def _server_sampler(args: Namespace, tokens: list[str]) -> Sampler:
         extra_body=PLAIN | ({"logit_bias": suppressed} if suppressed else {}),
     )
 
-    def generate(prompts: list[Prompt], seeds: list[int]) -> Generations:
+    def generate(prompts: list[Text], seeds: list[int]) -> Generations:
         found = server(
             [encode(prompt) for prompt in prompts],
             per_prompt=args.num_generations,

@@ -1,10 +1,9 @@
-"""A round of samples as one Arrow IPC file: written once and whole, then read through a memory map."""
+"""Write a round of samples as one Arrow IPC file, and read it through a memory map."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -19,24 +18,24 @@ from numpy.typing import NDArray
 from contrastive_align.data.atomic import atomic_write
 
 
-BATCH = 4096  # samples: what is held in memory while writing, and the unit of random access
+BATCH = 4096  # samples held in memory while writing; also the unit of random access
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion and what was said of it.
+    """One completion with its score and feedback.
 
     Args:
-        prompt: text, or the messages of a conversation; never with a condition.
-        completion_ids: its tokens, an end-of-sequence token included where it was sampled.
+        prompt: text, or the messages of a conversation, without a condition.
+        completion_ids: its tokens, with the end-of-sequence token where it was sampled.
         completion: its text.
-        score: higher is better; None: not scored. NaN is stored as None.
+        score: higher is better; None where it was not scored. NaN is stored as None.
         feedback: a judge's words, or None.
-        finished: it ended by itself, before the token limit.
+        finished: whether it ended by itself, before the token limit.
         prompt_index: the prompt's row in the dataset.
         sample_index: its number among the prompt's samples of this round, from 0.
         round: from 1.
-        step: optimizer steps made when it was sampled.
+        step: number of optimizer steps before it was sampled.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -76,35 +75,15 @@ _EXPECTED |= {"score": "a number or None", "feedback": "text or None", "finished
 _EXPECTED |= {"prompt_index": "an int", "sample_index": "an int", "step": "an int"}
 
 
-def round_path(folder: Path, number: int) -> Path:
-    return folder / f"round-{number:05d}.arrow"
-
-
-def rounds_in(folder: Path) -> list[int]:
-    """The rounds on disk, 1, 2, ... without a gap.
+def write_round(path: Path, number: int, samples: Iterable[Sample]) -> None:
+    """Write one round; an error leaves no file.
 
     Raises:
-        ValueError: one is missing, by name.
-    """
-    names = (re.fullmatch(r"round-(\d{5,})\.arrow", path.name) for path in folder.glob("round-*.arrow"))
-    found = sorted(int(name[1]) for name in names if name)
-    for expected, number in enumerate(found, start=1):
-        if number != expected:
-            raise ValueError(
-                f"{round_path(folder, expected)} is missing, although round {found[-1]} is there: the pool is made of "
-                f"all from 1 on. Restore the file, or go back to round {expected - 1} by deleting the later ones."
-            )
-    return found
-
-
-def write_round(folder: Path, number: int, samples: Iterable[Sample]) -> None:
-    """Write one round, all of it or nothing.
-
-    Raises:
-        ValueError: no samples; one of another round or step; a field of another type. The file is then not written.
+        ValueError: there are no samples, or one has another round or step, or a field of another type.
+        OSError: the file cannot be written.
     """
     checked = _checked(samples, number)
-    with atomic_write(round_path(folder, number)) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+    with atomic_write(path) as file, pa.ipc.new_file(file, _SCHEMA) as writer:
         if not (rows := list(islice(checked, BATCH))):
             raise ValueError(f"Round {number} has no samples, expected at least one.")
         while rows:
@@ -137,14 +116,14 @@ def _checked(samples: Iterable[Sample], number: int) -> Iterator[dict[str, Any]]
 
 
 class Round:
-    """One file, memory-mapped. Numbers are copied to memory, texts and tokens stay on disk until they are read.
+    """Open one file as a memory map: numbers are copied to memory, texts and tokens stay on disk until they are read.
 
     Raises:
-        ValueError: the file is not whole.
+        ValueError: the file is damaged or has other columns.
     """
 
-    def __init__(self, folder: Path, number: int) -> None:
-        self.path, self.number = round_path(folder, number), number
+    def __init__(self, path: Path, number: int) -> None:
+        self.path, self.number = path, number
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
@@ -160,7 +139,7 @@ class Round:
         self._identity = _identity(self.path)
 
     def is_current(self) -> bool:
-        """The file is still the one that was opened."""
+        """Return whether the file on disk is still the one that was opened."""
         return self.path.exists() and _identity(self.path) == self._identity
 
     def _damaged(self, found: str) -> ValueError:
@@ -170,16 +149,16 @@ class Round:
         )
 
     def column(self, name: str, dtype: Any) -> NDArray:
-        """(N,) NaN where there is none."""
+        """Return a column as (N,) numbers, NaN for None."""
         parts = [batch[name].to_numpy(zero_copy_only=False) for batch in self._batches]
         return np.concatenate(parts).astype(dtype)
 
     def lengths(self) -> NDArray[np.int32]:
-        """(N,) tokens of the completions."""
+        """Return the (N,) numbers of tokens of the completions."""
         return np.concatenate([pc.list_value_length(batch["completion_ids"]).to_numpy() for batch in self._batches])
 
     def feedback_codes(self, codes: dict[str, int]) -> NDArray[np.int32]:
-        """(N,) the number of each feedback in ``codes``, which new ones are added to; -1 where there is none."""
+        """Return the (N,) codes of the feedbacks, -1 for None; new feedbacks are added to ``codes``."""
         parts = []
         for batch in self._batches:
             coded = batch["feedback"].dictionary_encode()
@@ -188,7 +167,7 @@ class Round:
         return np.concatenate(parts).astype(np.int32)
 
     def read(self, rows: NDArray) -> list[Sample]:
-        """The samples at these rows, in their order."""
+        """Return the samples at these rows, in their order."""
         found: list[Sample | None] = [None] * len(rows)
         batch_of = np.asarray(rows) // BATCH
         for b in np.unique(batch_of):

@@ -1,7 +1,8 @@
-"""All samples of all rounds: on disk, a file a round; in memory, a few numbers a sample."""
+"""Hold the samples of all rounds: one file a round on disk, a few numbers a sample in memory."""
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -12,11 +13,33 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from contrastive_align.data.atomic import leftovers
-from contrastive_align.pool.files import Round, Sample, rounds_in, write_round
-from contrastive_align.pool.quantiles import LEFT_OUT, balanced_order, keep
+from contrastive_align.pool.draws import LEFT_OUT, balanced_order, keep
+from contrastive_align.pool.files import Round, Sample, write_round
 
 
-NEW = -2  # in a table that is being labelled: the sample has had no label yet
+NEW = -2  # label, in a table that is being labelled, of a sample that had none before
+
+
+def round_path(folder: Path, number: int) -> Path:
+    """Return the file of a round."""
+    return folder / f"round-{number:05d}.arrow"
+
+
+def rounds_in(folder: Path) -> list[int]:
+    """Return the numbers of the rounds on disk: 1, 2, ... without a gap.
+
+    Raises:
+        ValueError: a round is missing; its file is named.
+    """
+    names = (re.fullmatch(r"round-(\d{5,})\.arrow", path.name) for path in folder.glob("round-*.arrow"))
+    found = sorted(int(name[1]) for name in names if name)
+    for expected, number in enumerate(found, start=1):
+        if number != expected:
+            raise ValueError(
+                f"{round_path(folder, expected)} is missing, although round {found[-1]} is there: a pool needs all "
+                f"rounds from 1 on. Restore the file, or go back to round {expected - 1} by deleting the later ones."
+            )
+    return found
 
 
 class _Columns:
@@ -36,22 +59,24 @@ class _Columns:
 
     @cached_property
     def feedback(self) -> tuple[NDArray[np.int32], list[str]]:
-        # Made when first asked for: where scores make the labels, no text need be held in memory.
+        # Computed on first access: conditions on scores hold no text in memory.
         codes: dict[str, int] = {}
         parts = [r.feedback_codes(codes) for r in self._rounds]
         return np.concatenate(parts), list(codes)
 
 
 class Table:
-    """The samples that a pool holds after a round, as numpy columns of N entries; what a label is a function of.
+    """The samples that a pool holds after a round, as numpy columns of N entries.
+
+    Labels are a function of these columns.
 
     Attributes:
-        round, row: where it is stored.
+        round, row: number of the file, and row in it.
         prompt_index: the prompt's row in the dataset.
-        score: float64, NaN for none.
+        score: float64, NaN for None.
         finished: bool.
-        length: tokens.
-        label: its label; -1: never drawn. While labels are being made: that of the round before, -2 for new samples.
+        length: number of tokens.
+        label: 0 the best, -1 never drawn. While labels are computed: the label of the round before, -2 for new samples.
     """
 
     def __init__(self, columns: _Columns, index: NDArray, label: NDArray) -> None:
@@ -65,39 +90,42 @@ class Table:
 
     @property
     def feedback_codes(self) -> NDArray[np.int32]:
-        """(N,) numbers in ``feedback_values``; -1 for none."""
+        """(N,) indices into ``feedback_values``; -1 for None."""
         return self._columns.feedback[0][self.index]
 
     @property
     def feedback_values(self) -> list[str]:
-        """Every distinct feedback of the pool, in the order in which they came."""
+        """Every distinct feedback of the pool, in order of appearance."""
         return self._columns.feedback[1]
 
 
 class Pool:
-    """Samples of all rounds so far, of which some are kept, each with a label.
+    """Keep the samples of all rounds, thin out earlier ones, and label those that stay.
 
-    After round r: of the samples kept after round r - 1 a share of 1 - ``drop_factor`` stays, label by label; those of
-    round r come to them; all are labelled anew, as Quark, arXiv:2205.13636, sorts its pool again. This is replayed from
-    the files, so that it is the same after an interruption, in another process, and for a past round.
+    After round r, a share of 1 - ``drop_factor`` of the samples kept after round r - 1 stays, label by label. The
+    samples of round r are added, and all are labelled anew, as Quark, arXiv:2205.13636, sorts its pool again. This is
+    replayed from the files, so that the result is the same after an interruption, in another process, and for a past
+    round.
 
-    A round is a file, ``round-00001.arrow`` and so on. It is there whole or not at all: a process killed at any moment
-    loses at most the round that it was writing. One process writes; others see the round after :meth:`reload`.
+    A round is one file, ``round-00001.arrow`` and so on, which is written whole or not at all: a killed process loses
+    at most the round that it was writing. One process writes; others see a new round after :meth:`reload`.
 
     Args:
-        folder: made if it is not there.
-        label: table -> (N,) int, 0 the best, -1 left out; usually the ``label`` of a condition. A pure function.
+        folder: created if missing.
+        label: a pure function, table -> (N,) int, 0 the best, -1 left out; usually the ``label`` of a condition.
         drop_factor: 0 keeps all samples, 1 only those of the newest round.
         seed: of the choice of the samples that stay.
 
     Raises:
-        ValueError: a round is missing or damaged, with the file's name and the way out.
+        ValueError: a round is missing or damaged; the message names the file and the way out.
+        OSError: the folder cannot be created.
     """
 
     def __init__(
         self, folder: str | Path, *, label: Callable[[Table], ArrayLike], drop_factor: float = 0.0, seed: int = 0
     ) -> None:
-        keep([], drop_factor=drop_factor, rng_seed=seed)  # checks it
+        if not 0 <= drop_factor <= 1:
+            raise ValueError(f"drop_factor is {drop_factor}, expected 0 (all samples stay) to 1 (none does).")
         self.folder, self.drop_factor, self.seed, self._label = Path(folder), drop_factor, seed, label
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -110,9 +138,11 @@ class Pool:
         self.reload()
 
     def reload(self) -> None:
-        """Read the rounds that have been written since."""
+        """Open rounds that were written since the last call."""
         known = {r.number: r for r in self._rounds if r.is_current()}
-        self._set_rounds([known.get(number) or Round(self.folder, number) for number in rounds_in(self.folder)])
+        self._set_rounds(
+            [known.get(number) or Round(round_path(self.folder, number), number) for number in rounds_in(self.folder)]
+        )
 
     def _set_rounds(self, rounds: list[Round]) -> None:
         self._rounds = rounds
@@ -126,7 +156,7 @@ class Pool:
 
     @property
     def steps(self) -> dict[int, int]:
-        """Round -> optimizer steps made when it was sampled."""
+        """Round -> number of optimizer steps before it was sampled."""
         return {r.number: r.step for r in self._rounds}
 
     def check_writable(self) -> None:
@@ -145,9 +175,9 @@ class Pool:
         """Write the next round.
 
         Raises:
-            OSError: it could not be written; the rounds before are whole, and nothing of this one is left.
-            ValueError: no samples; one of another round or step; the round was written by another process. Nothing is
-                written then.
+            OSError: the file could not be written. Earlier rounds are whole, and nothing of this one is left.
+            ValueError: there are no samples, one has another round or step, or another process wrote this round.
+                Nothing is written.
         """
         number = len(self._rounds) + 1
         if len(rounds_in(self.folder)) >= number:
@@ -155,16 +185,16 @@ class Pool:
         for path in leftovers(self.folder, "round-*.arrow"):
             path.unlink()
         try:
-            write_round(self.folder, number, samples)
+            write_round(round_path(self.folder, number), number, samples)
         except OSError as error:
             raise OSError(
                 error.errno,
                 f"{error.strerror} Go on with resume_from_checkpoint=True: round {number} is sampled again.",
             ) from error
-        self._set_rounds([*self._rounds, Round(self.folder, number)])
+        self._set_rounds([*self._rounds, Round(round_path(self.folder, number), number)])
 
     def table(self, through: int | None = None) -> Table:
-        """The samples kept after round ``through``, by default the last, with their labels."""
+        """Return the samples kept after round ``through``, by default the last, with their labels."""
         through = len(self._rounds) if through is None else through
         if not 1 <= through <= len(self._rounds):
             raise ValueError(f"Round {through} is not in {self.folder}, which has rounds {self.rounds}. Add it first.")
@@ -173,7 +203,7 @@ class Pool:
         return self._table
 
     def _replay(self, through: int) -> Table:
-        if self.drop_factor in (0, 1):  # what came before has no say in it
+        if self.drop_factor in (0, 1):  # earlier labels do not matter
             first = through if self.drop_factor else 1
             return self._labelled(np.arange(self._start(first), self._start(through + 1)), None)
         table = self._labelled(np.arange(self._start(2)), None)
@@ -200,7 +230,7 @@ class Pool:
         return Table(self._columns, index, label.astype(np.int32))
 
     def read(self, indices: ArrayLike, through: int | None = None) -> list[Sample]:
-        """The samples at these places of ``table(through)``, in their order."""
+        """Return the samples at these rows of ``table(through)``, in their order."""
         table, indices = self.table(through), np.asarray(indices, dtype=np.int64)
         numbers, rows = table.round[indices], table.row[indices]
         found: list[Sample | None] = [None] * len(indices)
@@ -219,13 +249,13 @@ class Pool:
     def draws(
         self, n: int, seed: int | Sequence[int], through: int | None = None
     ) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-        """n draws for training, balanced over labels: (n,) places in ``table(through)`` and their (n,) labels."""
+        """Draw n samples, balanced over labels: return (n,) rows of ``table(through)`` and their (n,) labels."""
         table = self.table(through)
         indices = balanced_order(table.label, table.finished, n=n, seed=seed)
         return indices, table.label[indices]
 
     def counts(self, through: int | None = None) -> dict[int, dict[int, int]]:
-        """Round -> label -> how many samples of it are kept."""
+        """Return round -> label -> number of samples kept."""
         table = self.table(through)
         pairs = Counter(zip(table.round.tolist(), table.label.tolist(), strict=True))
         counts: dict[int, dict[int, int]] = {}

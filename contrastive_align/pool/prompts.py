@@ -1,4 +1,4 @@
-"""Which prompts a pool was sampled from: a run that goes on with it needs the same, in the same order."""
+"""Remember the prompts of a pool: a run that continues it needs the same prompts in the same order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
-from contrastive_align.conditions.forms import Prompt
 from contrastive_align.data.atomic import atomic_write
+from contrastive_align.data.formats import Text
 from contrastive_align.pool.pool import Pool
 
 
@@ -20,8 +20,8 @@ logger = logging.get_logger(__name__)
 FILE = "prompts.json"
 
 
-def fingerprint_of(prompts: Iterable[Prompt]) -> dict[str, Any]:
-    """How many prompts there are, and a hash of their content in their order; nothing of where they come from.
+def fingerprint_of(prompts: Iterable[Text]) -> dict[str, Any]:
+    """Return the number of prompts and a hash of their content in their order.
 
     >>> fingerprint_of(["Hi", "Hello"]) == fingerprint_of(["Hello", "Hi"])
     False
@@ -37,23 +37,29 @@ def fingerprint_of(prompts: Iterable[Prompt]) -> dict[str, Any]:
     return {"prompts": count, "sha256": digest.hexdigest()}
 
 
-def remember_prompts(pool: Pool, prompts: Iterable[Prompt]) -> None:
-    """Write ``prompts.json`` into the pool's folder, where its first round is to be sampled or the file is missing."""
+def remember_prompts(pool: Pool, prompts: Iterable[Text]) -> None:
+    """Write ``prompts.json`` into the pool's folder before the first round, or where the file is missing."""
     path = pool.folder / FILE
     if not pool.rounds or not path.is_file():
         with atomic_write(path) as file:
             file.write(json.dumps(fingerprint_of(prompts)).encode() + b"\n")
 
 
-def check_prompts(pool: Pool, prompts: list[Prompt]) -> None:
-    """Raise ValueError where the pool has rounds of other prompts. Of a pool that does not say, a warning."""
+def check_prompts(pool: Pool, prompts: list[Text]) -> None:
+    """Check that the pool's rounds were sampled from these prompts.
+
+    A pool without ``prompts.json`` is used with a warning.
+
+    Raises:
+        ValueError: the prompts differ, or ``prompts.json`` is damaged.
+    """
     if not pool.rounds:
         return
     path = pool.folder / FILE
     if not path.is_file():
         logger.warning(
-            f"{pool.folder} does not say which prompts its rounds {pool.rounds} were sampled from (no {FILE}): these "
-            f"{len(prompts)} are taken for the same."
+            f"{pool.folder} has no {FILE}, so that the prompts of its rounds {pool.rounds} are not known. They are "
+            f"assumed to be the {len(prompts)} of this run."
         )
         return
     try:
@@ -70,8 +76,8 @@ def check_prompts(pool: Pool, prompts: list[Prompt]) -> None:
         )
 
 
-def _first(pool: Pool, prompts: list[Prompt]) -> str:
-    """The first difference that the samples of round 1 show."""
+def _first(pool: Pool, prompts: list[Text]) -> str:
+    """Describe the first prompt of round 1 that differs, or return an empty text."""
     rows, places = np.unique(pool.table(1).prompt_index, return_index=True)
     for row, sample in zip(rows.tolist(), pool.read(places, 1), strict=True):
         if row >= len(prompts):
@@ -81,7 +87,7 @@ def _first(pool: Pool, prompts: list[Prompt]) -> str:
     return ""
 
 
-def _line(prompt: Prompt) -> bytes:
-    # Arrow gives every message all the keys that any message has.
+def _line(prompt: Text) -> bytes:
+    # Arrow gives every message all keys that any message has, with None.
     messages = prompt if isinstance(prompt, str) else [{k: v for k, v in m.items() if v is not None} for m in prompt]
     return json.dumps(messages, sort_keys=True).encode() + b"\n"

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from transformers.utils import logging
 
-from contrastive_align.calls.endpoint import LONGEST_RETRY_AFTER, CallError, Endpoint, Fault, Unreadable
-from contrastive_align.calls.options import check_address, check_counts, check_model, check_number
-from contrastive_align.calls.schedule import backoff, run_jobs
+from contrastive_align.openai_client import (
+    CallError,
+    Client,
+    Fault,
+    UnreadableBody,
+    check_address,
+    check_counts,
+    check_model,
+    check_number,
+    read_body,
+    run_to_end,
+)
 
 
 logger = logging.get_logger(__name__)
 
-# vLLM and its kin take what a request leaves out from the model's generation config: plain sampling must be asked for.
+# vLLM takes options that a request lacks from the model's generation config, so plain sampling is asked for.
 PLAIN = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-SEEDS = 2**31  # every server takes a seed below
+SEEDS = 2**31  # every server accepts a seed below this
 HOW_TO_START = (
     "Start it so that it takes adapters while it runs: VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE "
     "--enable-lora --max-lora-rank RANK, with the base model that is trained, at least the rank of the adapter, and "
@@ -32,28 +37,29 @@ HOW_TO_START = (
 
 @dataclass(frozen=True)
 class Completion:
-    """What a server wrote; ``finished`` where it ended by itself, before ``max_tokens``."""
+    """A server's text; ``finished`` where it ended by itself, before ``max_tokens``."""
 
     text: str
     finished: bool
 
 
 class ServerSampler:
-    """Draws completions from an OpenAI-compatible server's ``/completions``.
+    """Draw completions from an OpenAI-compatible server's ``/completions``.
 
-    The key comes from the environment variable ``OPENAI_API_KEY`` and is kept nowhere; one's own server needs none.
+    The key is read from the environment variable ``OPENAI_API_KEY`` and stored nowhere; a local server needs none.
 
     Args:
         base_url: of the API, for instance ``http://localhost:8000/v1``.
-        model: the name under which the server has the model, or the base of the adapter.
+        model: the server's name for the model, or for the base model of the adapter.
         concurrency: the most requests in flight.
-        timeout: seconds for one request, which brings all completions of a prompt.
-        max_retries: how often a prompt is asked again after 408, 409, 425, 429, 5xx, a timeout or a broken connection.
-        extra_body: what is sent beside OpenAI's own options: by default what turns off the sampling options that the
-            model's generation config may set. ``{}`` for a server that refuses unknown options.
+        timeout: seconds for one request, which returns all completions of a prompt.
+        max_retries: number of times a request is repeated after status 408, 409, 425, 429 or 5xx, a timeout, a broken
+            connection or an incomplete body.
+        extra_body: options sent in addition to OpenAI's own. The default turns off sampling options that the model's
+            generation config may set. Use ``{}`` for a server that refuses unknown options.
 
     Raises:
-        ValueError: an option with no meaning.
+        ValueError: an option has no meaning.
     """
 
     def __init__(
@@ -74,7 +80,6 @@ class ServerSampler:
         self.adapter: str | None = None
         self._concurrency, self._timeout, self._max_retries = concurrency, timeout, max_retries
         self._extra = dict(PLAIN if extra_body is None else extra_body)
-        self._backoff = backoff
 
     def __call__(
         self,
@@ -86,127 +91,128 @@ class ServerSampler:
         temperature: float = 1.0,
         top_p: float = 1.0,
     ) -> list[list[Completion]]:
-        """K completions of each prompt, with the weights of the current adapter or, without one, of the model.
+        """Draw K completions of each prompt from the current adapter or, without one, from the model.
 
         Args:
-            prompts: texts, or token ids, which reach the model as they are.
+            prompts: texts, or token ids, which reach the model unchanged.
             per_prompt: K, asked for in one request.
             max_tokens: of a completion.
-            seeds: one for each prompt; a server that honours them draws the same again.
+            seeds: one for each prompt; a server that honours seeds draws the same again.
             temperature, top_p: of sampling.
 
+        Returns:
+            For each prompt, in order, its K completions.
+
         Raises:
-            CallError: the server refuses for good, or a prompt failed ``max_retries`` + 1 times: with what it said.
-            ValueError: not as many seeds as prompts.
+            CallError: the server refuses, or a prompt failed ``max_retries`` + 1 times.
+            ValueError: seeds and prompts differ in number, or no key is set.
             ImportError: ``openai`` is not installed.
         """
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts, expected one for each.")
         if not prompts:
             return []
-        found: list[list[Completion]] = [[] for _ in prompts]
         same = {"model": self.adapter or self.model, "n": per_prompt, "max_tokens": max_tokens}
         same |= {"temperature": temperature, "top_p": top_p, "extra_body": self._extra}
-        with _CompletionEndpoint(self.base_url, self._timeout) as endpoint:
+        requests = [
+            {"prompt": prompt if isinstance(prompt, str) else list(prompt), "seed": seed % SEEDS, **same}
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        return run_to_end(self._draw(requests))
 
-            def ask(row: int) -> Fault | None:
-                prompt = prompts[row] if isinstance(prompts[row], str) else list(prompts[row])
-                answer = endpoint.complete(prompt=prompt, seed=seeds[row] % SEEDS, **same)
-                if isinstance(answer, Fault):
-                    return answer
-                found[row] = answer
-                return None
+    async def _draw(self, requests: list[dict[str, Any]]) -> list[list[Completion]]:
+        found: list[list[Completion]] = [[] for _ in requests]
+        faults = 0
 
-            self._persist(ask, [f"Prompt {row}" for row in range(len(prompts))])
+        async def ask(row: int) -> None:
+            nonlocal faults
+            found[row], failed = await self._call(
+                client,
+                f"Prompt {row}",
+                lambda api: api.completions.with_raw_response.create(**requests[row]),
+                lambda response: _read(response, requests[row]["n"]),
+            )
+            faults += failed
+
+        async with self._client(concurrency=min(self._concurrency, len(requests))) as client:
+            await client.run(range(len(requests)), ask)
+        self._report(faults)
         return found
 
     def set_adapter(self, name: str, path: str | Path) -> None:
-        """Load a LoRA adapter on a vLLM server and sample from it; the one before is unloaded.
+        """Load a LoRA adapter on a vLLM server, sample from it, and unload the adapter before it.
 
         Args:
-            name: not that of an adapter with other weights, which the server may still hold in its cache.
+            name: new to the server, whose cache may still hold an earlier adapter of the same name.
             path: the adapter's folder, which the server must be able to read.
 
         Raises:
-            CallError: the server refuses: with what it answered, and how to start it.
+            CallError: the server refuses; the message has its answer and how to start it.
         """
-        body = {"lora_name": name, "lora_path": str(Path(path).resolve())}
-        with _AdapterEndpoint(self.base_url, self._timeout) as endpoint:
-            load = partial(endpoint.post, "/load_lora_adapter", body)
-            try:
-                self._persist(lambda _: load(), [f"The adapter {name}"])
-            except CallError as error:
-                # An earlier run may have left an adapter of this name there.
-                if error.status != 400 or not self._unload(endpoint, name):
-                    raise
-                self._persist(lambda _: load(), [f"The adapter {name}"])
-            if self.adapter not in (None, name):
-                self._unload(endpoint, self.adapter)
+        run_to_end(self._set_adapter(name, str(Path(path).resolve())))
         self.adapter = name
 
-    def _unload(self, endpoint: _AdapterEndpoint, name: str) -> bool:
-        """False where the server has no such adapter."""
-        try:
-            self._persist(lambda _: endpoint.post("/unload_lora_adapter", {"lora_name": name}), [f"The adapter {name}"])
-        except CallError as error:
-            if error.status not in (400, 404):
-                raise
-            return False
-        return True
+    async def _set_adapter(self, name: str, path: str) -> None:
+        async with self._client(checks=dict.fromkeys((400, 404, 405, 422), HOW_TO_START)) as client:
 
-    def _persist(self, work: Callable[[int], Fault | None], names: Sequence[str]) -> None:
-        """Call ``work(i)`` for each name until it is done, up to ``max_retries`` times again."""
-        faults = [0] * len(names)
+            async def post(action: str, **body: str) -> None:
+                _, faults = await self._call(
+                    client,
+                    f"The adapter {body['lora_name']}",
+                    lambda api: api.post(f"/{action}_lora_adapter", cast_to=str, body=body),
+                    lambda said: None,
+                )
+                self._report(faults)
 
-        def attempt(i: int) -> float | None:
+            async def unload(name: str) -> bool:
+                """Return False where the server has no such adapter."""
+                try:
+                    await post("unload", lora_name=name)
+                except CallError as error:
+                    if error.status not in (400, 404):
+                        raise
+                    return False
+                return True
+
             try:
-                fault = work(i)
+                await post("load", lora_name=name, lora_path=path)
             except CallError as error:
-                refused = type(error)(f"{names[i]}: {error}")
-                refused.status = error.status
-                raise refused from None
-            if fault is None:
-                return None
-            faults[i] += 1
-            too_long = fault.retry_after is not None and fault.retry_after > LONGEST_RETRY_AFTER
-            if faults[i] > self._max_retries or too_long:
-                raise CallError(f"{names[i]}: {self.base_url} failed {faults[i]} times, the last: {fault.reason}")
-            return self._backoff(faults[i], fault.retry_after)
+                # An earlier run may have left an adapter of this name there.
+                if error.status != 400 or not await unload(name):
+                    raise
+                await post("load", lora_name=name, lora_path=path)
+            if self.adapter not in (None, name):
+                await unload(self.adapter)
 
-        run_jobs(range(len(names)), attempt, concurrency=min(self._concurrency, len(names)))
-        if sum(faults):
-            logger.warning(f"{self.base_url}: {sum(faults)} requests failed and were made again.")
+    def _client(self, **options: Any) -> Client:
+        return Client(self.base_url, self._timeout, max_retries=self._max_retries, **options)
 
+    async def _call(self, client: Client, name: str, send: Any, read: Any) -> tuple[Any, int]:
+        """Return the answer and the number of faults before it; errors name what was asked for."""
+        faults: list[Fault] = []
+        try:
+            return await client.call(send, read, faults=faults), len(faults)
+        except CallError as error:
+            named = CallError(f"{name}: {error}")
+            named.status = error.status
+        except Fault as fault:
+            named = CallError(f"{name}: {self.base_url} failed {len(faults)} times, the last: {fault.reason}")
+        raise named
 
-class _CompletionEndpoint(Endpoint):
-    who = "server"
-
-    def complete(self, **request: Any) -> list[Completion] | Fault:
-        create = self._client.completions.with_streaming_response.create
-        return self.call(create, partial(_read, n=request["n"]), **request)
-
-
-class _AdapterEndpoint(Endpoint):
-    checks = {**Endpoint.checks, **dict.fromkeys((400, 404, 405, 422), HOW_TO_START)}  # noqa: RUF012 (a constant)
-
-    def post(self, path: str, body: dict[str, str]) -> Fault | None:
-        return self.call(self._posted, lambda body: None, path=path, body=body)
-
-    @contextmanager
-    def _posted(self, path: str, body: dict[str, str]) -> Iterator[SimpleNamespace]:
-        said = self._client.post(path, cast_to=str, body=body)
-        yield SimpleNamespace(iter_bytes=lambda: [said.encode()])
+    def _report(self, faults: int) -> None:
+        if faults:
+            logger.warning(f"{self.base_url}: {faults} requests failed and were made again.")
 
 
-def _read(body: bytes, n: int) -> list[Completion]:
-    try:
-        choices = sorted(json.loads(body)["choices"], key=lambda choice: choice["index"])
+def _read(response: Any, n: int) -> list[Completion]:
+    def completions_in(body: Any) -> list[Completion]:
+        choices = sorted(body["choices"], key=lambda choice: choice["index"])
         found = [(choice["text"], choice["finish_reason"]) for choice in choices]
-    except (ValueError, KeyError, TypeError):
-        raise Unreadable("not a completion") from None
-    if len(found) != n or not all(isinstance(text, str) for text, _ in found):
-        raise Unreadable(f"not {n} completions, as asked for")
-    # "abort", "error", "content_filter": of such a text nobody knows what it would have been.
-    if wrong := [reason for _, reason in found if reason not in ("stop", "length")]:
-        raise Unreadable(f"a completion whose finish_reason is {wrong[0]!r}, not 'stop' or 'length'")
-    return [Completion(text, reason == "stop") for text, reason in found]
+        if len(found) != n or not all(isinstance(text, str) for text, _ in found):
+            raise UnreadableBody(f"not {n} completions, as asked for")
+        # "abort", "error", "content_filter": the text is not a sample of the model.
+        if wrong := [reason for _, reason in found if reason not in ("stop", "length")]:
+            raise UnreadableBody(f"a completion whose finish_reason is {wrong[0]!r}, not 'stop' or 'length'")
+        return [Completion(text, reason == "stop") for text, reason in found]
+
+    return read_body(response, "not a completion", completions_in)

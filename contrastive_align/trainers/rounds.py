@@ -22,7 +22,7 @@ from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils import logging
 
 from contrastive_align.conditions import Condition
-from contrastive_align.conditions.judged import Text as TextCondition
+from contrastive_align.conditions.judged import TextCondition
 from contrastive_align.data import GroupCollator
 from contrastive_align.data.formats import Text
 from contrastive_align.pool import Pool, Sample

@@ -1,12 +1,14 @@
 """A judge behind a local endpoint that answers well, late, wrongly or not at all."""
 
+import asyncio
 import email.utils
 import importlib
 import json
 import logging
+import os
 import pickle
+import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -14,13 +16,11 @@ import pytest
 import yaml
 from judge_server import FAULTS, JudgeServer, scored, some_faults
 
-from contrastive_align.calls import schedule
-from contrastive_align.calls.endpoint import Mailbox, _seconds
-from contrastive_align.calls.patience import Patience
-from contrastive_align.calls.schedule import backoff, run_jobs
-from contrastive_align.judge.answers import Categories, Feedback, Unparsable, read_template, render
+from contrastive_align import openai_client
+from contrastive_align.judge.answers import CategoryAnswers, FeedbackAnswers, Unparsable, read_template, render
 from contrastive_align.judge.judge import Judge, JudgeError, Verdict, resolve_judge
 from contrastive_align.judge.ledger import AnswerCache
+from contrastive_align.openai_client import Client, backoff, read_retry_after
 
 
 pytest.importorskip("openai")
@@ -35,7 +35,15 @@ def environment(monkeypatch):
 
 
 @pytest.fixture
-def make(tmp_path):
+def waits(monkeypatch):
+    """(number of faults, Retry-After) of each wait between two attempts, none of which is made."""
+    asked = []
+    monkeypatch.setattr(openai_client, "backoff", lambda faults, after: asked.append((faults, after)) or 0.0)
+    return asked
+
+
+@pytest.fixture
+def make(tmp_path, waits):
     """make(server, **options): a judge in words that does not wait between its attempts."""
     template = tmp_path / "prompt.txt"
     template.write_text("{prompt}|{completion}")
@@ -48,10 +56,7 @@ def make(tmp_path):
             "base_url": server.url,
             "timeout": 5.0,
         }
-        made = Judge(options.pop("prompt", template), **{**defaults, **options})
-        made.waits = []
-        made._backoff = lambda faults, after: made.waits.append((faults, after)) or 0.0
-        return made
+        return Judge(options.pop("prompt", template), **{**defaults, **options})
 
     return judge
 
@@ -74,7 +79,7 @@ def counts(judge, *names):
 
 
 def test_a_category_is_ranked_and_spelled_as_given():
-    answers = Categories(tuple(CATEGORIES))
+    answers = CategoryAnswers(tuple(CATEGORIES))
     found = [answers.parse(json.dumps({"category": name})) for name in CATEGORIES]
     assert found == [Verdict(name, score) for name, score in zip(CATEGORIES, [3.0, 2.0, 1.0, 0.0], strict=True)]
     reply = '```json\n{"analysis": "fine", "category": " harmless  AND very helpful"}\n```'
@@ -100,7 +105,7 @@ def test_a_category_is_ranked_and_spelled_as_given():
 )
 def test_what_is_no_category_is_refused(reply, why):
     with pytest.raises(Unparsable, match=why):
-        Categories(tuple(CATEGORIES)).parse(reply)
+        CategoryAnswers(tuple(CATEGORIES)).parse(reply)
 
 
 @pytest.mark.parametrize("score, ok", [(0, True), (3, True), (4, False), (-1, False), (2.0, False), ("2", False),
@@ -108,27 +113,27 @@ def test_what_is_no_category_is_refused(reply, why):
 def test_a_score_is_a_whole_number_to_three(score, ok):
     reply = json.dumps({"feedback": "Good \n and  short.", "score": score})
     if ok:
-        assert Feedback(10).parse(reply) == Verdict("Good and short.", float(score))
+        assert FeedbackAnswers(10).parse(reply) == Verdict("Good and short.", float(score))
     else:
         with pytest.raises(Unparsable, match="score"):
-            Feedback(10).parse(reply)
+            FeedbackAnswers(10).parse(reply)
 
 
 @pytest.mark.parametrize("words, ok", [("", False), ("  ", False), ("a b c", True), ("a b c d", False)])
 def test_feedback_has_its_number_of_words(words, ok):
     reply = json.dumps({"feedback": words, "score": 1})
     if ok:
-        assert Feedback(3).parse(reply).text == words
+        assert FeedbackAnswers(3).parse(reply).text == words
     else:
         with pytest.raises(Unparsable, match="words"):
-            Feedback(3).parse(reply)
+            FeedbackAnswers(3).parse(reply)
 
 
 def test_categories_must_differ():
     with pytest.raises(ValueError, match="differ in case or spaces only"):
-        Categories(("Good", "good "))
+        CategoryAnswers(("Good", "good "))
     with pytest.raises(ValueError, match="two or more"):
-        Categories(("Good",))
+        CategoryAnswers(("Good",))
 
 
 # ------------------------------------------------------------------------------------------------------- the question
@@ -136,20 +141,20 @@ def test_categories_must_differ():
 
 def test_braces_in_texts_are_safe():
     template = 'P: {prompt} C: {completion} {categories} like {"category": "x"} {other}'
-    found = render(template, "{completion} {0}", "{prompt} {categories} \\1", Categories(("A", "B")))
+    found = render(template, "{completion} {0}", "{prompt} {categories} \\1", CategoryAnswers(("A", "B")))
     assert found == 'P: {completion} {0} C: {prompt} {categories} \\1 - A\n- B like {"category": "x"} {other}'
 
 
 def test_conversations_are_lines():
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
     reply = [{"role": "assistant", "content": "Hello"}]
-    assert render("{prompt}|{completion}", prompt, reply, Feedback(9)) == "system: Be kind.\nuser: Hi|Hello"
+    assert render("{prompt}|{completion}", prompt, reply, FeedbackAnswers(9)) == "system: Be kind.\nuser: Hi|Hello"
     two = [*reply, {"role": "tool", "content": "4"}]
-    assert render("{completion}", "", two, Feedback(9)) == "assistant: Hello\ntool: 4"
+    assert render("{completion}", "", two, FeedbackAnswers(9)) == "assistant: Hello\ntool: 4"
 
 
-@pytest.mark.parametrize("name, answers", [("helpful_categories", Categories(tuple(CATEGORIES))),
-                                           ("feedback", Feedback(7))])  # fmt: skip
+@pytest.mark.parametrize("name, answers", [("helpful_categories", CategoryAnswers(tuple(CATEGORIES))),
+                                           ("feedback", FeedbackAnswers(7))])  # fmt: skip
 def test_the_bundled_prompts_are_filled(name, answers):
     text = render(read_template(name, answers), "Why?", "Because.", answers)
     assert "Why?" in text and "Because." in text
@@ -159,15 +164,15 @@ def test_the_bundled_prompts_are_filled(name, answers):
 
 def test_the_prompt_must_fit_the_answers(tmp_path):
     with pytest.raises(ValueError, match=r"has \{categories\}, which needs a list of categories"):
-        read_template("helpful_categories", Feedback(9))
+        read_template("helpful_categories", FeedbackAnswers(9))
     with pytest.raises(ValueError, match=r"has no \{categories\}"):
-        read_template("feedback", Categories(("A", "B")))
+        read_template("feedback", CategoryAnswers(("A", "B")))
     with pytest.raises(FileNotFoundError, match="helpful_categories, feedback"):
-        read_template("helpful", Feedback(9))
+        read_template("helpful", FeedbackAnswers(9))
     file = tmp_path / "mine.txt"
     file.write_text("{prompt}")
     with pytest.raises(ValueError, match=r"mine.txt: the prompt has no \{completion\}"):
-        read_template(file, Feedback(9))
+        read_template(file, FeedbackAnswers(9))
 
 
 def test_an_item_that_is_no_text_is_named(make):
@@ -213,11 +218,11 @@ def test_no_more_than_the_concurrency_in_flight(make):
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f not in ("nonsense", "hang")])
-def test_a_fault_that_passes_is_tried_again(make, fault):
+def test_a_fault_that_passes_is_tried_again(make, waits, fault):
     with JudgeServer(scored, first(fault, fault), retry_after=7) as server:
         judge = make(server)
         assert judge(["p"], ["c"]) == [Verdict(scored("p|c")["feedback"], scored("p|c")["score"])]
-        assert judge.waits == [(1, 7.0 if fault == "429 after" else None), (2, 7.0 if fault == "429 after" else None)]
+        assert waits == [(1, 7.0 if fault == "429 after" else None), (2, 7.0 if fault == "429 after" else None)]
         assert counts(judge, "calls", "retried", "failed", "calls_ever") == (3, 2, 0, 3)
         assert len(server.calls) == 3
 
@@ -247,9 +252,9 @@ def test_a_call_that_hangs_is_not_waited_for_when_others_are_answered(make):
         assert server.served["hang"] == 6
 
 
-@pytest.mark.parametrize(("retries", "calls"), [(5, 42), (1, 41)])
+@pytest.mark.parametrize(("retries", "calls"), [(5, 43), (1, 41)])
 def test_an_answer_that_takes_long_is_waited_for_in_the_end(make, retries, calls):
-    """Given up early at first; then given more, or, at the last try, the whole timeout."""
+    """Cancelled early at first; then given twice as long each time, or, at the last attempt, the whole timeout."""
 
     class Slow(JudgeServer):
         def behaviour_of(self, headers, body):
@@ -264,53 +269,39 @@ def test_an_answer_that_takes_long_is_waited_for_in_the_end(make, retries, calls
 
 
 def test_a_server_that_becomes_slow_is_not_asked_everything_twice(make):
-    """The answers to calls that were given up are taken, and what they took is learned."""
+    """The slower answers lengthen what later calls are given."""
 
     class Slowing(JudgeServer):
         def behaviour_of(self, headers, body):
             found = super().behaviour_of(headers, body)
-            self.wait(0.01 if len(self.calls) <= 40 else 0.6)
+            self.wait(0.01 if len(self.calls) <= 40 else 1.0)
             return found
 
     with Slowing(scored) as server:
         judge = make(server, timeout=20.0, concurrency=8)
-        assert None not in judge([f"q{i}" for i in range(100)], ["c"] * 100)
+        assert None not in judge([f"q{i}" for i in range(72)], ["c"] * 72)
         asked_again = counts(judge, "retried")[0]
-        assert 1 <= asked_again <= 40  # of 60 slow ones
-        assert counts(judge, "calls", "failed") == (100 + asked_again, 0)
+        assert 1 <= asked_again <= 31  # 96 if each of 32 slow answers were cancelled after 0.2, 0.4 and 0.8 s
+        assert counts(judge, "calls", "failed") == (72 + asked_again, 0)
 
 
-def test_a_mailbox_gives_any_answer_and_no_error_of_an_older_call():
-    mailbox = Mailbox()
-    assert mailbox.get(None, 0) is None
-    mailbox.put("first", None, OSError("late"))
-    assert mailbox.get("second", 0) is None
-    mailbox.put("second", None, OSError("now"))
-    with pytest.raises(OSError, match="now"):
-        mailbox.get("second", 0)
-    mailbox.put("first", None, OSError("late"))
-    mailbox.put("first", "answer", None)
-    assert mailbox.get("third", 0) == "answer"
+def test_the_last_attempt_and_a_lone_call_have_the_whole_timeout():
+    hung, failed = openai_client.Fault("", hung=True), openai_client.Fault("")
+    client = Client("http://127.0.0.1:9/v1", 30.0, max_retries=9, cancel_hung=True)
+    assert client._seconds_for([]) == client._seconds_for([hung] * 3) == 30.0
+    client._recent.extend([0.01] * 99 + [7.0])
+    assert [client._seconds_for([hung] * n) for n in range(9)] == pytest.approx([0.2 * 2**n for n in range(8)] + [30.0])
+    assert client._seconds_for([failed] * 8) == 0.2 and client._seconds_for([failed] * 9) == 30.0
+    client._recent.extend([2.0] * 200)  # the server got slower
+    assert client._seconds_for([]) == 8.0
+    assert Client("http://127.0.0.1:9/v1", 30.0, max_retries=9)._seconds_for([]) == 30.0
 
 
-def test_the_last_try_and_a_lone_call_have_the_whole_timeout():
-    patience = Patience(30.0)
-    assert patience.seconds(0) == patience.seconds(3) == 30.0
-    for seconds in [0.01] * 99 + [7.0]:
-        patience.learn(seconds)
-    assert [patience.seconds(given_up) for given_up in range(9)] == pytest.approx(
-        [0.2 * 2**i for i in range(8)] + [30.0]
-    )
-    for _ in range(200):
-        patience.learn(2.0)  # the server got slower: so does what is expected of it
-    assert patience.seconds(0) == 8.0
-
-
-def test_an_error_in_a_reply_of_status_200_is_a_fault(make):
+def test_an_error_in_a_reply_of_status_200_is_a_fault(make, waits):
     with JudgeServer(scored, first({"error": {"message": "upstream is down"}}, {"choices": []})) as server:
         judge = make(server)
         assert judge(["p"], ["c"])[0] is not None
-        assert len(judge.waits) == 2
+        assert len(waits) == 2
 
 
 @pytest.mark.parametrize("fault", ["429", "500", "cut", "close"])
@@ -328,7 +319,7 @@ def test_a_fault_that_stays_is_counted_and_asked_again_by_the_next_run(make, fau
 def test_nobody_ever_there_stops_before_every_item_is_tried(make):
     with JudgeServer(scored) as server:
         judge = make(server, max_retries=1, concurrency=1)
-    with pytest.raises(JudgeError, match=r"Nobody was reached at http://127.0.0.1:\d+/v1/ in 2 tries .*base_url"):
+    with pytest.raises(JudgeError, match=r"No server was reached at http://127.0.0.1:\d+/v1/ in 2 attempts .*base_url"):
         judge(["p"] * 100, [f"c{i}" for i in range(100)])
     assert counts(judge, "failed", "answered") == (0, 0) and counts(judge, "calls")[0] < 10
 
@@ -399,14 +390,14 @@ def test_a_reply_without_text_is_unparsable(make, content):
 
 @pytest.mark.parametrize("status, hint", [(400, "max_tokens"), (401, "OPENAI_API_KEY"), (403, "may use"), (404, "/v1"),
                                           (422, "base_url")])  # fmt: skip
-def test_a_refusal_is_raised_at_once(make, status, hint):
+def test_a_refusal_is_raised_at_once(make, waits, status, hint):
     with JudgeServer(scored, lambda text, n: (status, "because of that") if "bad" in text else "good") as server:
         judge = make(server, concurrency=1)
         with pytest.raises(
             JudgeError, match=f"Item 1: {server.url}/ refuses .* {status}: 'because of that'[.] .*{hint}"
         ):
             judge(["p"] * 3, ["good", "bad", "never asked"])
-        assert len(server.calls) == 2 and not judge.waits
+        assert len(server.calls) == 2 and not waits
         assert counts(judge, "items", "answered", "calls") == (3, 1, 2)
         assert counts(make(server), "calls_ever") == (2,)
         again = make(server)
@@ -665,55 +656,85 @@ def test_waits_double_up_to_their_bound_and_vary():
 
 
 def test_retry_after_is_seconds_or_a_date():
-    assert _seconds(None) is None and _seconds("soon") is None and _seconds("nan") is None
-    assert _seconds("1.5") == 1.5 and _seconds("-3") == 0
-    assert 55 < _seconds(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 60
-    assert _seconds(email.utils.formatdate(time.time() - 60, usegmt=True)) == 0
+    assert read_retry_after(None) is None and read_retry_after("soon") is None and read_retry_after("nan") is None
+    assert read_retry_after("1.5") == 1.5 and read_retry_after("-3") == 0
+    assert 55 < read_retry_after(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 60
+    assert read_retry_after(email.utils.formatdate(time.time() - 60, usegmt=True)) == 0
 
 
-def test_the_schedule_really_waits_and_others_go_on_meanwhile():
-    tried, done, start = [], [], time.monotonic()
+def test_a_call_that_waits_leaves_its_slot_to_others(make, waits, monkeypatch):
+    monkeypatch.setattr(openai_client, "backoff", lambda faults, after: 0.2)
+    done = []
 
-    def work(job):
-        if job == "a" and not tried:
-            return tried.append(job) or 0.2
-        return done.append((job, time.monotonic() - start))
+    def behaviour(text, attempt):
+        done.append((text, time.monotonic()))
+        return "500" if text == "p|a" and attempt == 0 else "good"
 
-    run_jobs("abc", work, concurrency=1)
-    assert [name for name, _ in done] == ["b", "c", "a"]
-    assert done[1][1] < 0.15 and 0.2 <= done[2][1] < 0.6
+    with JudgeServer(scored, behaviour) as server:
+        make(server, concurrency=1)(["p"] * 3, list("abc"))
+    assert [text for text, _ in done] == ["p|a", "p|b", "p|c", "p|a"]
+    start = done[0][1]
+    assert done[2][1] - start < 0.15 and 0.2 <= done[3][1] - start < 0.6
 
 
-def test_a_server_that_refuses_everything_is_not_shown_everything():
+def test_a_server_that_refuses_everything_is_not_shown_everything(make, monkeypatch):
+    monkeypatch.setattr(openai_client, "backoff", lambda faults, after: 0.001)
     tried = []
 
-    def work(job):
-        tried.append(job)
-        if len(tried) > 200:
-            raise JudgeError("enough")
-        return 0.001
+    def behaviour(text, attempt):
+        tried.append(text)
+        return (401, "enough") if len(tried) > 200 else "500"
 
-    with pytest.raises(JudgeError, match="enough"):
-        run_jobs(range(100), work, concurrency=2)
-    assert len(set(tried)) == 2 * schedule.BEGUN_PER_WORKER
+    with JudgeServer(scored, behaviour) as server, pytest.raises(JudgeError, match="enough"):
+        make(server, concurrency=2, max_retries=1000)(["p"] * 100, [str(i) for i in range(100)])
+    assert len(set(tried)) == 2 * openai_client.BEGUN_PER_SLOT
 
 
-def test_an_interrupt_stops_the_asking(monkeypatch):
-    asked, release = [], threading.Event()
+def test_a_refusal_ends_the_waits_of_others_and_keeps_the_answers_in_flight(make, monkeypatch):
+    monkeypatch.setattr(openai_client, "backoff", lambda faults, after: 60.0)
 
-    def work(job):
-        asked.append(job)
-        release.wait(2)
+    class Slow(JudgeServer):
+        def behaviour_of(self, headers, body):
+            found = super().behaviour_of(headers, body)
+            self.wait({"p|waits": 0, "p|slow": 0.4, "p|bad": 0.2}[found[0]])
+            return found
 
-    def interrupted(self, timeout=None):
-        raise KeyboardInterrupt
+    def behaviour(text, attempt):
+        return {"p|waits": "500", "p|bad": (401, "no")}.get(text, "good")
 
-    monkeypatch.setattr(threading.Thread, "join", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_jobs(range(50), work, concurrency=2)
-    release.set()
-    time.sleep(0.05)
-    assert len(asked) <= 4
+    with Slow(scored, behaviour) as server:
+        start = time.monotonic()
+        with pytest.raises(JudgeError, match="Item 2"):
+            make(server)(["p"] * 3, ["waits", "slow", "bad"])
+        assert 0.4 <= time.monotonic() - start < 5
+        again = make(server)
+        assert again(["p"], ["slow"])[0] is not None and counts(again, "cached") == (1,)
+
+
+def test_an_interrupt_stops_the_asking(make):
+    def behaviour(text, attempt):
+        if text == "p|3":
+            os.kill(os.getpid(), signal.SIGINT)
+        return "good"
+
+    with JudgeServer(scored, behaviour, latency=0.05) as server:
+        with pytest.raises(KeyboardInterrupt):
+            make(server, concurrency=2)(["p"] * 50, [str(i) for i in range(50)])
+        time.sleep(0.1)
+        assert len(server.calls) <= 8
+
+
+def test_a_judge_works_inside_an_event_loop(make):
+    async def notebook():
+        return make(server)(["p"], ["c"])
+
+    with JudgeServer(scored) as server:
+        assert asyncio.run(notebook())[0] is not None
+
+
+def test_a_server_that_finds_a_call_too_early_is_asked_again(make, waits):
+    with JudgeServer(scored, first((425, "too early"))) as server:
+        assert make(server)(["p"], ["c"])[0] is not None and len(waits) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- together

@@ -325,11 +325,11 @@ def test_a_pool_goes_on_elsewhere_and_without_a_word_about_its_prompts(tiny_llam
     shutil.move(tmp_path / "here", tmp_path / "there")
     rows = Dataset.from_dict({"prompt": PROMPTS})  # without a column that no reward asks for
     build(tiny_llama(), tmp_path / "there", rows=rows).train(resume_from_checkpoint=True)
-    assert "does not say which prompts" not in caplog.text
+    assert "has no prompts.json" not in caplog.text
     (tmp_path / "there" / "pool" / "prompts.json").unlink()
     trainer = build(tiny_llama(), tmp_path / "there", num_train_epochs=3)
     trainer.train(resume_from_checkpoint=True)
-    assert "these 8 are taken for the same" in caplog.text
+    assert "assumed to be the 8 of this run" in caplog.text
     assert trainer.pool.rounds == [1, 2, 3] and (tmp_path / "there" / "pool" / "prompts.json").is_file()
 
 

@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from sampling_server import SamplingServer, text_of
 from torch import ones
 
-from contrastive_align.calls import CallError
+from contrastive_align import openai_client
+from contrastive_align.openai_client import CallError
 from contrastive_align.sampling.server import SEEDS, Completion, ServerSampler
 
 
@@ -21,11 +22,16 @@ def environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(autouse=True)
+def waits(monkeypatch):
+    """(number of faults, Retry-After) of each wait between two attempts, none of which is made."""
+    asked = []
+    monkeypatch.setattr(openai_client, "backoff", lambda faults, after: asked.append((faults, after)) or 0.0)
+    return asked
+
+
 def sampler(server, **options):
-    made = ServerSampler(server.url, "base", **{"timeout": 5.0, **options})
-    made.waits = []
-    made._backoff = lambda faults, after: made.waits.append((faults, after)) or 0.0
-    return made
+    return ServerSampler(server.url, "base", **{"timeout": 5.0, **options})
 
 
 def adapter(folder, value=1.0):
@@ -88,11 +94,11 @@ def test_no_more_requests_at_once_than_allowed():
         {"nothing": 1},
     ],
 )
-def test_what_may_pass_is_tried_again(bad, caplog):
+def test_what_may_pass_is_tried_again(bad, waits, caplog):
     with SamplingServer(first(bad, bad)) as server:
         ask = sampler(server)
         assert ask(["a"], per_prompt=1, max_tokens=9, seeds=[1]) == [[Completion(text_of("base", "a", 1, 0), True)]]
-        assert ask.waits == [(1, None), (2, None)] and len(server.calls) == 3
+        assert waits == [(1, None), (2, None)] and len(server.calls) == 3
     assert "2 requests failed and were made again" in caplog.text
 
 
@@ -201,11 +207,11 @@ def test_an_adapter_that_the_server_cannot_use_is_refused_with_its_reason(tmp_pa
             sampler(server).set_adapter("step-1", adapter(tmp_path / "adapter"))
 
 
-def test_loading_is_tried_again_too(tmp_path):
+def test_loading_is_tried_again_too(tmp_path, waits):
     with SamplingServer(first((503, "busy"), path="/v1/load_lora_adapter")) as server:
         ask = sampler(server)
         ask.set_adapter("step-1", adapter(tmp_path / "adapter"))
-        assert ask.adapter == "step-1" and ask.waits == [(1, None)]
+        assert ask.adapter == "step-1" and waits == [(1, None)]
 
 
 # ------------------------------------------------------------------------------------------------ inside the training

@@ -1,4 +1,4 @@
-"""Scores -> quantiles, which earlier samples are kept, and in which order samples are drawn: pure functions."""
+"""Sort scores into quantiles, thin out earlier samples, and draw balanced samples: pure functions."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ LEFT_OUT = -1  # the label of a sample that is never drawn
 
 
 def quantiles(scores: ArrayLike, *, n: int = 5, prompts: ArrayLike | None = None) -> NDArray[np.int32]:
-    r"""The quantile of every sample, 0 the best.
+    r"""Return the quantile of every sample, 0 the best.
 
-    Sorted by score, highest first, ties in their order, the sample at place i of m is in quantile
-    min(floor(i / floor(m / n)), n - 1): each quantile has floor(m / n) samples and the last one the remainder too.
+    Samples are sorted by score, highest first, ties in their order. The sample at place i of m is in quantile
+    min(floor(i / floor(m / n)), n - 1): each quantile has floor(m / n) samples, and the last one also the remainder.
 
     Quark, arXiv:2205.13636, sorts its whole pool; ALT, arXiv:2407.16970, the samples of each prompt.
 
     Args:
-        scores: (N,) higher is better; NaN or None: not scored, labelled -1.
+        scores: (N,) higher is better; NaN or None where a sample was not scored, which is labelled -1.
         n: number of quantiles, at least 1.
-        prompts: (N,) int, the prompt of every sample, sorted by itself. None: all samples are sorted together.
+        prompts: (N,) int, the prompt of every sample; each prompt is sorted alone. None: all are sorted together.
 
     Returns:
         (N,) int32 in 0..n-1, or -1. A prompt with n or more samples of which fewer than n are scored has no quantiles:
@@ -71,15 +71,18 @@ def _too_few(who: str, size: int, n: int) -> str:
 
 
 def keep(labels: ArrayLike, *, drop_factor: float, rng_seed: int | Sequence[int]) -> NDArray[np.bool_]:
-    """Which samples of earlier rounds stay in the pool: of each label a share of 1 - ``drop_factor``, at random.
+    """Choose at random which samples of earlier rounds stay in the pool: a share of 1 - ``drop_factor`` of each label.
 
     Of m samples with one label round((1 - drop_factor) * m) stay (halves to the even number), so that thinning does not
-    change the pool's mixture.
+    change the pool's mixture of labels.
 
     Args:
         labels: (N,) int; -1 is a label like any other.
-        drop_factor: 1: none stays, 0: all.
-        rng_seed: one or several ints >= 0. The choice within a label depends on nothing but these and the label's size.
+        drop_factor: 0: all stay, 1: none does.
+        rng_seed: one or several ints >= 0. The choice within a label depends on these and the label's size alone.
+
+    Returns:
+        (N,) bool.
 
     Raises:
         ValueError: ``drop_factor`` is not in [0, 1].
@@ -99,12 +102,12 @@ def keep(labels: ArrayLike, *, drop_factor: float, rng_seed: int | Sequence[int]
 
 
 def balanced_order(labels: ArrayLike, finished: ArrayLike, *, n: int, seed: int | Sequence[int]) -> NDArray[np.int64]:
-    """Which samples to train on, and in which order: as many of each label.
+    """Choose the samples to train on and their order, equally many of each label.
 
-    With the L labels that occur, best first, draw i has label i mod L: of each label n // L are drawn, of the best
-    n mod L one more, and any L consecutive draws hold every label once. Within a label the order is random, finished
-    completions before those that hit the token limit. A label with too few samples is gone through again in a new
-    order: none is drawn twice before all have been drawn once.
+    With the L labels that occur, best first, draw i has label i mod L: n // L are drawn of each label, one more of the
+    best n mod L, and any L consecutive draws have every label once. Within a label the order is random, with finished
+    completions before those that reached the token limit. No sample of a label is drawn twice before all of them have
+    been drawn once.
 
     Args:
         labels: (N,) int; -1 is never drawn.
@@ -116,7 +119,7 @@ def balanced_order(labels: ArrayLike, finished: ArrayLike, *, n: int, seed: int 
         (n,) int64 indices into ``labels``.
 
     Raises:
-        ValueError: draws are wanted, but every label is -1.
+        ValueError: n is not 0 and every label is -1.
 
     >>> labels = [0, 1, 1, 0, 1, -1]
     >>> [labels[i] for i in balanced_order(labels, [True] * 6, n=7, seed=0)]
