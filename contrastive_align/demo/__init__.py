@@ -1,7 +1,7 @@
 """A tiny model, a reward set and a reward function, bundled so that every method can be tried at once.
 
 Nothing is downloaded: the files lie next to this module and are read from there, also when the package was installed
-from a wheel into a folder that cannot be written to. `python -m contrastive_align.demo.build` makes them anew.
+from a wheel into a folder that cannot be written to. `benchmarks/build_demo.py` makes them anew.
 """
 
 import json

@@ -1,6 +1,8 @@
 """The bundled demo: its grammar, its reward, its data, its tokenizer and its model."""
 
 import random
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +15,11 @@ from contrastive_align.demo import (
     load_reward_dataset,
     reward,
 )
-from contrastive_align.demo.build import sample, split_prompts
 from contrastive_align.demo.task import all_prompts, parse_prompt, sample_completion, sample_prompt
 
 
+BUILD = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "build_demo.py"))
+sample, split_prompts = BUILD["sample"], BUILD["split_prompts"]
 PROMPT = "Ask Anna to close the door.\n"
 
 

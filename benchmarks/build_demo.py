@@ -1,6 +1,6 @@
-"""Rebuild the bundled tokenizer, model and data sets: `python -m contrastive_align.demo.build [--output_dir DIR]`.
+"""Rebuild the bundled tokenizer, model and data sets: `python benchmarks/build_demo.py [--output_dir DIR]`.
 
-Everything is drawn from the grammar in `task.py`, starting from a fixed seed and running on a fixed number of threads,
+Everything is drawn from the grammar in `contrastive_align/demo/task.py`, starting from a fixed seed and running on a fixed number of threads,
 so on one machine two runs write the same bytes. It takes a few minutes on two CPU cores.
 
 1. A byte-level BPE tokenizer is trained, which can therefore encode any text.
@@ -19,7 +19,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .task import all_prompts, contains_please, parse_prompt, reward, sample_completion, sample_prompt
+from contrastive_align import demo
+from contrastive_align.demo.task import (
+    all_prompts,
+    contains_please,
+    parse_prompt,
+    reward,
+    sample_completion,
+    sample_prompt,
+)
 
 
 SEED = 20240917
@@ -188,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Build everything and print what there is to know about it."""
     parser = argparse.ArgumentParser(description="Rebuild the bundled model and data sets.")
     parser.add_argument(
-        "--output_dir", type=Path, default=Path(__file__).resolve().parent, help="where model/ and data/ are written"
+        "--output_dir", type=Path, default=Path(demo.__file__).parent, help="where model/ and data/ are written"
     )
     output_dir = parser.parse_args(arguments).output_dir
 
