@@ -124,14 +124,21 @@ class Members:
         """The batch as Trainer hands it to ``compute_loss``."""
         return self._prepare_inputs(batch)
 
-    @contextlib.contextmanager
-    def policy_for_sampling(self, *, without_adapter: bool = False) -> Iterator[PreTrainedModel]:
-        """The policy without gradients and dropout, in the run's precision and out of its wrappers.
+    def on_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Copy a batch to the accelerator."""
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
-        Args:
-            without_adapter: the adapter off; or the frozen copy of the adapter that the model came with.
+    @contextlib.contextmanager
+    def sampling_from(self, *, reference: bool = False) -> Iterator[PreTrainedModel]:
+        """Give the policy, or the reference, to draw or score with.
+
+        In evaluation mode, without gradients, in the run's precision and out of its wrappers. The reference is the
+        frozen model, or the policy with its adapter off or replaced by the copy of the adapter that it came with.
         """
         with torch.no_grad(), self.accelerator.autocast(), contextlib.ExitStack() as stack:
+            if reference and self.reference is not None:
+                yield self.reference
+                return
             model = stack.enter_context(
                 unwrap_model_for_generation(
                     self.model_wrapped,
@@ -140,7 +147,7 @@ class Members:
                     gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
                 )
             )
-            if without_adapter:
+            if reference:
                 stack.enter_context(reference_adapter(model))
             was_training = model.training
             stack.callback(lambda: model.train(was_training))

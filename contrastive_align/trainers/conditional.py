@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -404,16 +403,6 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
     # ------------------------------------------------------------------------------------------------------ sampling
 
-    @contextlib.contextmanager
-    def sampling(self, reference: bool = False) -> Iterator[PreTrainedModel]:
-        """The policy or the reference in evaluation mode and in the run's precision, without gradients."""
-        if reference and self.reference is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                yield self.reference
-        else:
-            with self.policy_for_sampling(without_adapter=reference) as model:
-                yield model
-
     def generate(
         self,
         prompts: Sequence[Text],
@@ -442,7 +431,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
     def _draw(self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]) -> Sequence[Sequence[list[int]]]:
         """Completions from the policy itself."""
-        with self.sampling() as model:  # by all processes, also one without prompts: weights may be gathered
+        with self.sampling_from() as model:  # by all processes, also one without prompts: weights may be gathered
             if not prompt_ids:
                 return []
             drawn = draw(
@@ -508,7 +497,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             self._prove_reference_on(model, inputs)
         reference = None
         if self.has_reference:
-            with self.sampling(reference=True) as reference_model:
+            with self.sampling_from(reference=True) as reference_model:
                 reference = completion_objective(
                     reference_model, without_condition(inputs), lambda *head: head, layout=self.layout
                 )
@@ -578,7 +567,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
         with torch.no_grad(), self.accelerator.autocast():
             policy = completion_objective(model, batch, log_probs, layout=self.layout)
-        with self.sampling(reference=True) as reference_model:
+        with self.sampling_from(reference=True) as reference_model:
             reference = completion_objective(reference_model, batch, log_probs, layout=self.layout)
         if self._first_row is None:
             first = batch["attention_mask"][0].bool()
@@ -598,9 +587,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
     def reference_logps_of(self, group: dict[str, Any]) -> list[float]:
         """Log-prob of a group's completion under the reference."""
-        batch = GroupCollator(self.processing_class.pad_token_id)([group])
-        batch = {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
-        with self.sampling(reference=True) as model:
+        batch = self.on_device(GroupCollator(self.processing_class.pad_token_id)([group]))
+        with self.sampling_from(reference=True) as model:
             return completion_logps(model, batch, layout=self.layout, token_stats=False).logps[0].tolist()
 
     # ---------------------------------------------------------------------------------------------------- evaluation
@@ -672,7 +660,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             self.encode(s.prompt if text is None else self.condition.apply(s.prompt, text))
             for s, text in zip(samples, texts, strict=True)
         ]
-        with self.sampling(reference) as model:
+        with self.sampling_from(reference=reference) as model:
             return evaluation.negative_log_likelihoods(
                 model,
                 prompts,

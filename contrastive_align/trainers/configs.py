@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import Any
 
 from transformers.trainer_utils import SaveStrategy
@@ -148,13 +151,35 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} is {value}, expected a finite number above 0.")
 
 
-def check_choice(config: Any, **choices: tuple[str, ...]) -> None:
+def describe_options(**choices: tuple[str, ...]) -> Callable[[type], type]:
+    """Give the fields of a config the help that its docstring has for them, and the choices of some of them.
+
+    The command line shows both, so that an option is described in one place.
+    """
+
+    def describe(cls: type) -> type:
+        entries = re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", cls.__doc__ or "", re.MULTILINE)
+        help_of = {name: " ".join(text.replace("`", "").split()) for name, text in entries}
+        cls.choices = choices
+        for option in fields(cls):
+            if option.name in vars(cls).get("__annotations__", {}):
+                described = {"help": help_of.get(option.name)} | dict(option.metadata)
+                if option.name in choices:
+                    described["choices"] = list(choices[option.name])
+                option.metadata = MappingProxyType(described)
+        return cls
+
+    return describe
+
+
+def check_choices(config: Any) -> None:
     """Raise ValueError where an option is none of its choices."""
-    for name, known in choices.items():
+    for name, known in config.choices.items():
         if getattr(config, name) not in known:
             raise ValueError(f"{name} is {getattr(config, name)!r}, expected one of {', '.join(known)}.")
 
 
+@describe_options(layout=LAYOUTS, on_bad_row=ON_BAD_ROW)
 @dataclass
 class ContrastiveConfig(DPOConfig):
     """Options of :class:`~contrastive_align.ContrastiveTrainer` beside those of :class:`trl.DPOConfig`.
@@ -190,44 +215,14 @@ class ContrastiveConfig(DPOConfig):
             Read an `adapter_model.bin` (a pickle), with `weights_only=True`.
     """
 
-    loss_type: list[str] = field(
-        default_factory=lambda: ["nca"],
-        metadata={"help": f"Losses, summed with loss_weights: {', '.join(LOSSES)}. Case and punctuation are free."},
-    )
-    temperature_alpha: float = field(
-        default=1e-4, metadata={"help": "Labels are softmax(scores / temperature_alpha) over a group's completions."}
-    )
-    max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Longest prompt in tokens; longer prompts keep their end."}
-    )
-    on_bad_row: str = field(
-        default="raise",
-        metadata={
-            "help": "Stop at a bad row ('raise') or leave it out and count it ('drop').",
-            "choices": ["raise", "drop"],
-        },
-    )
-    layout: str = field(
-        default="auto",
-        metadata={
-            "help": "The prompt once for all completions ('shared'), or once for each.",
-            "choices": list(LAYOUTS),
-        },
-    )
-    max_tokens_per_batch: int | None = field(
-        default=None,
-        metadata={
-            "help": "Training batches of groups of similar length with at most so many tokens, and at most "
-            "per_device_train_batch_size groups."
-        },
-    )
-    first_score_bonus: float = field(
-        default=0.0,
-        metadata={"help": "Added to the score of each group's first completion (0.01 repeats the published run)."},
-    )
-    allow_pickled_adapter: bool = field(
-        default=False, metadata={"help": "Read an adapter_model.bin (a pickle), with weights_only=True."}
-    )
+    loss_type: list[str] = field(default_factory=lambda: ["nca"])
+    temperature_alpha: float = 1e-4
+    max_prompt_length: int | None = None
+    on_bad_row: str = "raise"
+    layout: str = "auto"
+    max_tokens_per_batch: int | None = None
+    first_score_bonus: float = 0.0
+    allow_pickled_adapter: bool = False
 
     def __post_init__(self):
         if isinstance(self.loss_type, str):
@@ -237,7 +232,7 @@ class ContrastiveConfig(DPOConfig):
         refuse_options(self, DPOConfig, NOT_SUPPORTED_CONTRASTIVE, "ContrastiveTrainer")
         super().__post_init__()
         check_positive(self, "beta", "per_device_train_batch_size", "per_device_eval_batch_size", "temperature_alpha")
-        check_choice(self, layout=LAYOUTS, on_bad_row=ON_BAD_ROW)
+        check_choices(self)
         if self.max_tokens_per_batch is not None:
             self._check_batches_by_tokens()
         if self.max_prompt_length is not None:
@@ -285,6 +280,7 @@ def _check_loss_weights(names: list[str], weights: list[float] | None) -> None:
         )
 
 
+@describe_options(layout=LAYOUTS, baseline=BASELINES, proposal=PROPOSALS, proposal_criterion=PROPOSAL_CRITERIA)
 @dataclass
 class FDPGConfig(RLOOConfig):
     """Options of :class:`~contrastive_align.FDPGTrainer` beside those of :class:`trl.RLOOConfig`.
@@ -312,60 +308,38 @@ class FDPGConfig(RLOOConfig):
             Samples of the base from which the target's lambdas are found, if they are not known yet.
         fit_min_ess (`float`, defaults to `20.0`):
             Smallest effective sample size of that fit; below it the run stops.
-        layout (`str`, defaults to `"auto"`), allow_pickled_adapter (`bool`, defaults to `False`):
+        layout, allow_pickled_adapter:
             As in :class:`~contrastive_align.ContrastiveConfig`.
         num_generations (`int`, defaults to `16`):
             Samples of a prompt, the K of its group.
+        per_device_train_batch_size (`int`, defaults to `16`):
+            Samples on a device at once: whole groups of `num_generations`.
         beta (`float`, defaults to `0.05`):
             With reward functions and no target: the target is base * exp(reward / beta).
         disable_dropout (`bool`, defaults to `True`):
             Samples are drawn without dropout, so their log-probs are taken without it.
     """
 
-    divergence: str = field(
-        default="js",
-        metadata={"help": "Between policy and target: kl, reverse_kl, js, tv, chi2, reverse_chi2 or alpha:<a>."},
-    )
-    baseline: str = field(
-        default="leave_one_out",
-        metadata={"help": "Taken off the pseudo-reward.", "choices": list(BASELINES)},
-    )
-    baseline_window: int = field(
-        default=10, metadata={"help": "With baseline='window': its mean is over so many of the last steps."}
-    )
-    proposal: str = field(
-        default="policy",
-        metadata={
-            "help": "Samples come from the policy, or from one 'kept' until the policy is nearer to the target.",
-            "choices": list(PROPOSALS),
-        },
-    )
-    proposal_criterion: str = field(
-        default="kl", metadata={"help": "With proposal='kept': nearer by this.", "choices": list(PROPOSAL_CRITERIA)}
-    )
-    proposal_window: int = field(
-        default=10, metadata={"help": "With proposal='kept': by the samples of so many of the last steps."}
-    )
-    max_importance_ratio: float | None = field(
-        default=None, metadata={"help": "Importance weights policy/proposal are cut here."}
-    )
-    fit_samples: int = field(
-        default=4096, metadata={"help": "Samples of the base for the fit of the target, if it is not fitted."}
-    )
-    fit_min_ess: float = field(default=20.0, metadata={"help": "Smallest effective sample size of that fit."})
+    divergence: str = "js"
+    baseline: str = "leave_one_out"
+    baseline_window: int = 10
+    proposal: str = "policy"
+    proposal_criterion: str = "kl"
+    proposal_window: int = 10
+    max_importance_ratio: float | None = None
+    fit_samples: int = 4096
+    fit_min_ess: float = 20.0
     layout: str = option_of(ContrastiveConfig, "layout")
     allow_pickled_adapter: bool = option_of(ContrastiveConfig, "allow_pickled_adapter")
-    num_generations: int = field(default=16, metadata={"help": "Samples of a prompt."})
-    per_device_train_batch_size: int = field(
-        default=16, metadata={"help": "Samples on a device at once: whole groups of num_generations."}
-    )
-    disable_dropout: bool = field(default=True, metadata={"help": "Take log-probs without dropout."})
+    num_generations: int = 16
+    per_device_train_batch_size: int = 16
+    disable_dropout: bool = True
 
     def __post_init__(self):
         refuse_options(self, RLOOConfig, NOT_SUPPORTED_FDPG, "FDPGTrainer")
         super().__post_init__()
         self.divergence = canonical_divergence_name(self.divergence)
-        check_choice(self, layout=LAYOUTS, baseline=BASELINES, proposal=PROPOSALS, proposal_criterion=PROPOSAL_CRITERIA)
+        check_choices(self)
         check_positive(self, "baseline_window", "proposal_window", "max_importance_ratio", "beta", "fit_samples")
         if self.proposal == "kept" and (self.use_vllm or self.use_transformers_continuous_batching):
             raise ValueError(
@@ -386,6 +360,7 @@ class FDPGConfig(RLOOConfig):
             )
 
 
+@describe_options(layout=LAYOUTS, kl_direction=KL_DIRECTIONS, vllm_mode=VLLM_MODES, on_bad_row=ON_BAD_ROW)
 @dataclass
 class ConditionalConfig(SFTConfig):
     """Options of :class:`~contrastive_align.ConditionalTrainer` beside those of :class:`trl.SFTConfig`.
@@ -402,7 +377,9 @@ class ConditionalConfig(SFTConfig):
             default as many as a round samples; from scored data, as many as it holds.
         max_completion_length (`int`, defaults to `256`):
             Longest sampled completion in tokens. One that is cut there is trained on without an EOS.
-        temperature, top_p (`float`, default to `1.0`):
+        temperature (`float`, defaults to `1.0`):
+            Of sampling.
+        top_p (`float`, defaults to `1.0`):
             Of sampling.
         drop_factor (`float`, defaults to `0.0`):
             Share of the earlier samples of each condition that leaves the pool in a round: 0 keeps all, 1 none.
@@ -412,8 +389,10 @@ class ConditionalConfig(SFTConfig):
             `"reverse"`: KL(policy || reference), Quark. `"forward"`: KL(reference || policy), ALT.
         entropy_coef (`float`, defaults to `0.06`):
             Weight of the entropy bonus, in nats per completion token.
-        kl_target, entropy_target (`float`, *optional*):
-            With these the coefficients are adapted after every step, so that KL or entropy comes to them.
+        kl_target (`float`, *optional*):
+            Adapt `kl_coef` after every step, so that the KL comes to this, in nats per token.
+        entropy_target (`float`, *optional*):
+            Adapt `entropy_coef` after every step, so that the entropy comes to this, in nats per token.
         coef_horizon (`int`, defaults to `10000`):
             Completions over which a coefficient adapts.
         unfrozen_layers_ratio (`float`, defaults to `1.0`):
@@ -435,43 +414,29 @@ class ConditionalConfig(SFTConfig):
             pool has is not drawn again. Tested with a stand-in for TRL's client, not with vLLM on a GPU.
         disable_dropout (`bool`, defaults to `True`):
             Completions are sampled without dropout, and the reference has none.
-        on_bad_row (`str`, defaults to `"raise"`):
-            Scored data: as in :class:`~contrastive_align.ContrastiveConfig`.
-        allow_pickled_adapter (`bool`, defaults to `False`):
+        on_bad_row (of scored data), allow_pickled_adapter:
             As in :class:`~contrastive_align.ContrastiveConfig`.
     """
 
-    num_train_epochs: float = field(default=4, metadata={"help": "Rounds; from scored data, passes over its draws."})
-    prompts_per_round: int | None = field(default=None, metadata={"help": "Prompts sampled in a round (default: all)."})
-    num_generations: int = field(default=10, metadata={"help": "Completions sampled for a prompt."})
-    draws_per_round: int | None = field(
-        default=None, metadata={"help": "Completions trained on in a round (default: as many as it samples)."}
-    )
-    max_completion_length: int = field(default=256, metadata={"help": "Longest sampled completion in tokens."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
-    top_p: float = field(default=1.0, metadata={"help": "Of sampling."})
-    drop_factor: float = field(
-        default=0.0, metadata={"help": "Share of earlier samples that leaves the pool in a round: 0 none, 1 all."}
-    )
-    kl_coef: float = field(default=0.05, metadata={"help": "Weight of the KL to the reference; 0 loads none."})
-    kl_direction: str = field(
-        default="reverse",
-        metadata={"help": "KL(policy || reference) or KL(reference || policy).", "choices": list(KL_DIRECTIONS)},
-    )
-    entropy_coef: float = field(default=0.06, metadata={"help": "Weight of the entropy bonus."})
-    kl_target: float | None = field(default=None, metadata={"help": "Adapt kl_coef to this KL, nats per token."})
-    entropy_target: float | None = field(
-        default=None, metadata={"help": "Adapt entropy_coef to this entropy, nats per token."}
-    )
-    coef_horizon: int = field(default=10_000, metadata={"help": "Completions over which a coefficient adapts."})
-    unfrozen_layers_ratio: float = field(default=1.0, metadata={"help": "Share of the layers trained, from the top."})
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "Of several reward functions."})
-    layout: str = field(
-        default="auto",
-        metadata={"help": "Rows packed into one without padding ('shared'), or padded.", "choices": list(LAYOUTS)},
-    )
-    pool_dir: str | None = field(default=None, metadata={"help": "Where the pool is (default: output_dir/pool)."})
-    rows_at_once: int = field(default=256, metadata={"help": "Completions decoded together at most."})
+    num_train_epochs: float = 4
+    prompts_per_round: int | None = None
+    num_generations: int = 10
+    draws_per_round: int | None = None
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    drop_factor: float = 0.0
+    kl_coef: float = 0.05
+    kl_direction: str = "reverse"
+    entropy_coef: float = 0.06
+    kl_target: float | None = None
+    entropy_target: float | None = None
+    coef_horizon: int = 10_000
+    unfrozen_layers_ratio: float = 1.0
+    reward_weights: list[float] | None = None
+    layout: str = "auto"
+    pool_dir: str | None = None
+    rows_at_once: int = 256
     use_vllm: bool = option_of(RLOOConfig, "use_vllm")
     vllm_mode: str = option_of(RLOOConfig, "vllm_mode")
     vllm_model_impl: str = option_of(RLOOConfig, "vllm_model_impl")
@@ -484,7 +449,7 @@ class ConditionalConfig(SFTConfig):
     vllm_gpu_memory_utilization: float = option_of(RLOOConfig, "vllm_gpu_memory_utilization")
     vllm_max_model_length: int | None = option_of(RLOOConfig, "vllm_max_model_length")
     vllm_tensor_parallel_size: int = option_of(RLOOConfig, "vllm_tensor_parallel_size")
-    disable_dropout: bool = field(default=True, metadata={"help": "Train without dropout."})
+    disable_dropout: bool = True
     on_bad_row: str = option_of(ContrastiveConfig, "on_bad_row")
     allow_pickled_adapter: bool = option_of(ContrastiveConfig, "allow_pickled_adapter")
 
@@ -502,7 +467,7 @@ class ConditionalConfig(SFTConfig):
             )
         check_positive(self, "num_generations", "max_completion_length", "temperature", "coef_horizon", "rows_at_once")
         check_positive(self, "prompts_per_round", "draws_per_round", "kl_target", "entropy_target")
-        check_choice(self, layout=LAYOUTS, kl_direction=KL_DIRECTIONS, vllm_mode=VLLM_MODES, on_bad_row=ON_BAD_ROW)
+        check_choices(self)
         for name, low in (("kl_coef", 0), ("entropy_coef", 0), ("drop_factor", 0), ("top_p", 1e-9)):
             value, high = getattr(self, name), 1 if name in ("drop_factor", "top_p") else float("inf")
             if not low <= value <= high or value == float("inf"):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         else:
             self.collate = GroupCollator(*pad)
             self.choose_layout()
+        self._context = min(self.context_limits().values(), default=math.inf)
         self.log_z = RunningLogZ()
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
         self.kept_proposal: KeptProposal | None = None
@@ -238,13 +239,12 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         bos = self.processing_class.bos_token_id
         start = bos if bos is not None else self.eos_token_ids[0]
         prompt_ids = [ids or [start] for ids in self.prompt_token_ids(prompts)]
-        longest = min(self.context_limits().values(), default=None)
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
             needed = (max if self.is_encoder_decoder else sum)((len(ids), self.max_completion_length))
-            if longest is not None and needed > longest:
+            if needed > self._context:
                 raise ValueError(
                     f"A prompt of {len(ids)} tokens and max_completion_length={self.max_completion_length} exceed the "
-                    f"model's context of {longest}: {str(prompt)[:80]!r}. Shorten or leave out the prompt, or lower "
+                    f"model's context of {self._context}: {str(prompt)[:80]!r}. Shorten or leave out the prompt, or lower "
                     "max_completion_length."
                 )
         return prompt_ids
@@ -259,16 +259,6 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
     def _seeds(self, what: Any, places: Any) -> list[int]:
         """A seed for each group: the same samples on any number of processes, and after resuming."""
         return [seed_of(self.args.seed, what, place) for place in places]
-
-    @contextlib.contextmanager
-    def sampling_from(self, *, reference: bool = False) -> Iterator[PreTrainedModel]:
-        """The policy or the reference, to draw or score with: in evaluation mode and in the run's precision."""
-        if reference and self.reference is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                yield self.reference
-        else:
-            with self.policy_for_sampling(without_adapter=reference) as model:
-                yield model
 
     def _draw(
         self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]
@@ -301,7 +291,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             {"prompt_ids": p, "completion_ids": list(c), "scores": [0.0] * k}
             for p, c in zip(prompt_ids, completion_ids, strict=True)
         ]
-        batches = [self._on_device(self.collate(groups[i : i + size])) for i in range(0, len(rows), size)]
+        batches = [self.on_device(self.collate(groups[i : i + size])) for i in range(0, len(rows), size)]
         base_logps = torch.cat([self._logps(batch, reference=True) for batch in batches])
         policy_logps = proposal_logps
         if proposal_logps is None or (self.kept_proposal is not None and training):
@@ -325,9 +315,6 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             batch.pop("scores", None)
             batch.update({name: tensor[j * size : (j + 1) * size] for name, tensor in more.items()})
         return batches
-
-    def _on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
     def _log_z_of(self, keys: list[str], log_weights: Tensor) -> Tensor:
         """log Z (B,) of the prompts, these samples counted in; what all processes drew is counted on each of them."""
@@ -384,7 +371,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
 
     def reference_logps_of(self, group: dict[str, Any]) -> list[float]:
         """Log-probs (K) of a group under the base."""
-        batch = self._on_device(self.collate([group]))
+        batch = self.on_device(self.collate([group]))
         return self._logps(batch, reference=True)[batch["valid"]].tolist()
 
     def compute_loss(

@@ -409,11 +409,11 @@ def test_lora_has_one_copy_and_its_reference_is_the_base(tiny_llama, tmp_path):
     assert trainer.reference is None and trainer.has_reference
     trainer.train()
     ids = torch.tensor([trainer.encode(PROMPTS[0])])
-    with trainer.sampling(reference=True) as reference:
+    with trainer.sampling_from(reference=True) as reference:
         found = reference(ids).logits[..., :512]
     wanted = AutoModelForCausalLM.from_pretrained(tiny_llama())(ids).logits
     assert torch.allclose(found, wanted, atol=1e-5)
-    with trainer.sampling() as policy:
+    with trainer.sampling_from() as policy:
         assert not torch.allclose(policy(ids).logits[..., :512], wanted, atol=1e-2)
     trainer.save_model()
     prompt = Condition.load(tmp_path).apply_best(PROMPTS[0])
@@ -456,7 +456,7 @@ def test_the_reference_of_an_adapter_is_the_adapter(tiny_llama, tmp_path):
     ids = torch.tensor([trainer.encode(PROMPTS[0])])
 
     def logits():
-        with trainer.sampling(reference=True) as reference:
+        with trainer.sampling_from(reference=True) as reference:
             return reference(ids).logits
 
     with torch.no_grad():
@@ -480,7 +480,7 @@ def test_a_saved_adapter_with_tokens_is_a_start(tiny_llama, tmp_path, tied):
     second = build(str(tmp_path / "first"), tmp_path / "second")
     ids = torch.tensor([second.encode("<quantile_0>" + PROMPTS[0])])
     assert ids[0, 0] == first.condition_ids[0]
-    with torch.no_grad(), second.sampling() as model:
+    with torch.no_grad(), second.sampling_from() as model:
         assert torch.allclose(model(ids).logits, first.model.eval()(ids).logits, atol=1e-4)
     second.train()
 
