@@ -121,7 +121,7 @@ class Members:
         )
 
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch as Trainer hands it to ``compute_loss``."""
+        """Return the batch as Trainer hands it to ``compute_loss``."""
         return self._prepare_inputs(batch)
 
     def on_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -155,7 +155,7 @@ class Members:
 
 
 def reference_adapter(model: nn.Module) -> contextlib.AbstractContextManager:
-    """Inside, a PEFT model is the reference: its adapter is off, or replaced by the frozen copy that TRL calls ``ref``."""
+    """Make a PEFT model the reference inside the block: its adapter off, or replaced by the frozen copy ``ref``."""
     if not is_peft_model(model):
         return contextlib.nullcontext()
     return use_adapter(model, "ref" if "ref" in model.peft_config else None)
@@ -192,7 +192,7 @@ class SavesState:
 
 
 class PreparesDatasets:
-    """``_prepare_dataset``: TRL would tokenise pairs or texts. Needed by the contrastive and the conditional trainer."""
+    """``_prepare_dataset``: TRL would tokenise pairs or texts. Needed by the contrastive and conditional trainers."""
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any) -> Any:
         return self.prepare_rows(dataset, processing_class, args, name=rest[-1])
@@ -278,7 +278,7 @@ class DrawsGroups:
         return self._step // self.args.steps_per_generation
 
     def drawn_state(self) -> dict[str, Any]:
-        """The micro-batches that are drawn and not yet trained on, for a checkpoint."""
+        """Return the micro-batches that are drawn and not yet trained on, for a checkpoint."""
         return {"step": self._step, "groups": self._buffered_inputs}
 
     def load_drawn_state(self, state: Mapping[str, Any]) -> None:
@@ -300,7 +300,7 @@ class DrawsGroups:
         return {"log_extra": self._log_completion_extra, "log_metric": self._log_metric}
 
     def log_completion_rows(self, columns: Mapping[str, Sequence], rewards: Mapping[str, Sequence[float]]) -> None:
-        """Rows of the table that ``log_completions`` prints: ``prompt``, ``completion``, ``advantages``; rewards by name."""
+        """Add rows to the table that ``log_completions`` prints: prompt, completion, advantages, and rewards by name."""
         for name, values in columns.items():
             self._logs[name].extend(values)
         for name, values in rewards.items():

@@ -69,7 +69,7 @@ class _Moved(types.ModuleType):
 
 
 class _Package(types.ModuleType):
-    """This package: the name `quantiles` stays the function, also when the module `quantiles` is imported."""
+    """Package in which the name `quantiles` stays the function, also when the module `quantiles` is imported."""
 
     def __getattr__(self, name: str):
         if name not in _EXPORTED:

@@ -1,4 +1,4 @@
-"""What all trainers promise, once: arguments, start and reference, layout, precision, saving, resuming, the model card."""
+"""What all trainers promise, once: arguments, start and reference, layout, precision, saving, resuming, the card."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
 
     A trainer calls :meth:`own_args`, :meth:`refuse_arguments` and :meth:`load_start` before TRL's ``__init__``, and
     :meth:`place_reference` and :meth:`choose_layout` after it; at its first batch it calls :meth:`prove_reference`.
-    The methods whose docstring begins with "Hook" are for the trainer to give.
+    Methods marked "to be overridden" are the trainer's own.
 
     Attributes:
         reference: the frozen model that the policy is compared with, where it is not the policy without its adapter.
@@ -92,7 +92,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
 
     @classmethod
     def own_args(cls, args: Any, model: str | PreTrainedModel) -> Any:
-        """A copy of the options, or the defaults.
+        """Return a copy of the options, or the defaults.
 
         Raises:
             TypeError: options of another class.
@@ -215,26 +215,26 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         return model, processing_class, quantization_config, peft_config
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Hook: raise ValueError where the trainer cannot use the tokenizer, before a model is loaded."""
+        """Raise ValueError where the trainer cannot use the tokenizer, before a model is loaded (to be overridden)."""
 
     @staticmethod
     def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-        """The reference, where it is not the policy without its adapter: to be made before TRL wraps the policy."""
+        """Return the reference of full fine-tuning, a frozen copy, to be made before TRL wraps the policy."""
         reference = copy.deepcopy(model)
         remove_head(reference)  # of another trainer, which would call that trainer's model
         disable_dropout_in_model(reference)
         return reference.eval().requires_grad_(False)
 
     def reference_group(self) -> dict[str, Any] | None:
-        """Hook: the group whose reference log-probs a checkpoint keeps (``prompt_ids``, ``completion_ids``), or None."""
+        """Return the group whose reference log-probs a checkpoint keeps, or None (to be overridden)."""
         raise NotImplementedError
 
     def reference_logps_of(self, group: dict[str, Any]) -> list[float] | None:
-        """Hook: the reference's log-probs (K) of a group; None where the reference is not at hand."""
+        """Return the reference's log-probs (K) of a group; None where it is not at hand (to be overridden)."""
         raise NotImplementedError
 
     def prove_reference(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> None:
-        """Check at the first batch that the policy starts as the reference; when resuming, that the reference is the same.
+        """Check at the first batch that the policy starts as the reference, or that a resumed run has the same reference.
 
         Args:
             policy, reference: log-probs in nats of the same completions.
@@ -267,11 +267,11 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
 
     @property
     def computes_in_16_bits(self) -> bool:
-        """Whether the accelerator computes in 16 bits or less, whoever asked for it: arguments, launcher or DeepSpeed."""
+        """Whether the accelerator computes in 16 bits or less, as arguments, launcher or DeepSpeed ask for."""
         return self.accelerator.mixed_precision != "no"
 
     def base_models(self) -> list[PreTrainedModel]:
-        """The policy without PEFT's wrapper, and the reference where it is a model of its own."""
+        """Return the policy without PEFT's wrapper, and the reference where it is a model of its own."""
         models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
         return models if self.reference is None else [*models, self.accelerator.unwrap_model(self.reference)]
 
@@ -286,7 +286,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         if self.uses_engine:
             raise ValueError(
                 "Full fine-tuning with DeepSpeed or FSDP would need a sharded copy of the reference, which is not "
-                f"supported yet. Use LoRA (peft_config), whose reference is the model with its adapter off{other_way_out}."
+                f"supported yet. Use LoRA (peft_config), whose reference is the model without its adapter{other_way_out}."
             )
         if not self.reference.config.is_encoder_decoder:
             add_fused_lm_head(self.reference)
@@ -314,7 +314,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         compile_layers(self, models)
 
     def context_limits(self) -> dict[str, int]:
-        """The most tokens that prompt and completion may have together: name of the limit -> tokens."""
+        """Return the most tokens that prompt and completion may have together, by the name of each limit."""
         args = self.args
         limits = {"the model's context": context_length(self.model), "max_length": getattr(args, "max_length", None)}
         if getattr(args, "use_vllm", False) and args.vllm_mode == "colocate":
@@ -322,7 +322,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         return {name: limit for name, limit in limits.items() if limit}
 
     def progress(self, items: Iterable, description: str) -> Iterable:
-        """A progress bar on the main process, unless ``disable_tqdm``."""
+        """Show a progress bar on the main process, unless ``disable_tqdm``."""
         return items if self.args.disable_tqdm else tqdm(items, desc=description)
 
     # ------------------------------------------------------------------------------------------ training, resuming
@@ -358,7 +358,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
             return super().evaluation_loop(*args, **kwargs)
 
     def begin_training(self, *, going_on: bool) -> None:
-        """Hook: what comes before the first step. ``going_on``: the caller asked to resume."""
+        """Prepare the first step (to be overridden). ``going_on``: the caller asked to resume."""
 
     @property
     def state_files(self) -> Sequence[str]:
@@ -366,14 +366,14 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         return ()
 
     def load_state(self, checkpoint: Path) -> None:
-        """Hook: read what :meth:`save_own_state` has written.
+        """Read what :meth:`save_own_state` has written (to be overridden).
 
         Raises:
             ValueError: the checkpoint was written by another trainer, or under options that must not change.
         """
 
     def save_own_state(self, folder: Path) -> None:
-        """Hook: write to a checkpoint what a resumed run needs beside Trainer's state, on every process."""
+        """Write what a resumed run needs beside Trainer's state, on every process (to be overridden)."""
 
     def save_state(self, folder: Path) -> None:
         """Write a checkpoint's own state and the note on its reference, before Trainer writes what says it is whole."""
@@ -410,7 +410,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
             verify_saved(folder, may_be_sharded=self.uses_engine)
 
     def objective(self) -> dict[str, Any]:
-        """Hook: what decides the objective, for the model card: name -> value."""
+        """Return what decides the objective, by name, for the model card (to be overridden)."""
         raise NotImplementedError
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -451,7 +451,7 @@ def keep_adapter_as_reference(model: PeftModel) -> None:
 def checkpoint_to_resume(
     resume: str | os.PathLike | bool | None, output_dir: str | os.PathLike, needed: Sequence[str] = ()
 ) -> str | None:
-    """The checkpoint that ``resume_from_checkpoint`` means, or None to begin anew.
+    """Return the checkpoint that ``resume_from_checkpoint`` means, or None to begin anew.
 
     Args:
         resume: as in :meth:`AlignmentTrainer.train`.
@@ -475,7 +475,7 @@ def checkpoint_to_resume(
 
 
 def newest_whole_checkpoint(output_dir: str | os.PathLike, needed: Sequence[str] = ()) -> Path | None:
-    """The newest checkpoint of a folder that was written to its end, or None; the newer ones are named in a warning."""
+    """Return the newest checkpoint of a folder that was written to its end, or None; the newer ones are named in a warning."""
     places = Path(output_dir).glob("checkpoint-*")
     found = [(int(match[1]), place) for place in places if (match := re.fullmatch(r"checkpoint-(\d+)", place.name))]
     for _, folder in sorted(found, reverse=True):
@@ -551,7 +551,7 @@ def compile_layers(trainer: Trainer, models: Sequence[PreTrainedModel]) -> None:
 
 
 def parts_of_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules that the blocks of a transformer call: attention, MLP and norms; no embeddings, no head."""
+    """Return the modules that the blocks of a transformer call: attention, MLP and norms; no embeddings, no head."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     return [part for layer in layers for part in _called_modules(layer)]
 

@@ -362,7 +362,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         return labelled
 
     def _usable_prompts(self, dataset: Dataset) -> Dataset:
-        """The prompts that leave room for a completion; the others are counted."""
+        """Return the prompts that leave room for a completion; the others are counted."""
         long = self.too_long(dataset, "train_dataset", self.condition)
         self.data_report = {"rows": len(dataset), "too_long": len(long)}
         if not long:
@@ -375,7 +375,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         return dataset.select([i for i in range(len(dataset)) if i not in gone])
 
     def too_long(self, dataset: Dataset, name: str, condition: Condition) -> list[int]:
-        """The rows whose prompt leaves no room for a completion, with a warning that they are left out."""
+        """Return the rows whose prompt leaves no room for a completion, with a warning that they are left out."""
         limits = self.context_limits() | {"max_completion_length": self.args.max_completion_length}
         return prompts_without_room(dataset, condition, self.encode, self._room(), name=name, limits=limits)
 
@@ -388,7 +388,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         return self.training_loader(self.rows, torch.utils.data.SequentialSampler)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of one optimiser step.
+        """Return the micro-batches of one optimiser step.
 
         Each carries ``step_tokens``, by which the sum over its completion tokens is divided: the completion tokens of
         the step over its micro-batches on all processes. Trainer takes the mean over these, so that the step has the
@@ -474,7 +474,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             self.vllm.is_current = False
 
     def best_condition(self, through: int | None = None) -> Condition:
-        """The condition to ask for the best with: for a judge's words, the words that the best samples were given."""
+        """Return the condition to ask for the best with: for a judge's words, the words that the best samples were given."""
         return best_condition(self.condition, self.pool, through)
 
     # ---------------------------------------------------------------------------------------------------------- loss
@@ -582,7 +582,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         self.prove_reference(policy.sum()[None], reference.sum()[None], lengths)
 
     def reference_group(self) -> dict[str, Any] | None:
-        """The first row that was trained on, without its condition."""
+        """Return the first row that was trained on, without its condition."""
         return self._first_row if self.has_reference else None
 
     def reference_logps_of(self, group: dict[str, Any]) -> list[float]:
@@ -823,7 +823,7 @@ class AdaptiveCoefficient:
         self.value, self.target, self.horizon, self.sign = float(value), target, horizon, sign
 
     def update(self, current: float, *, n: int) -> float:
-        """The new value, after ``n`` samples over which the quantity was ``current`` on average."""
+        """Return the new value, after ``n`` samples over which the quantity was ``current`` on average."""
         if self.target is None:
             return self.value
         if not math.isfinite(current):
@@ -880,7 +880,7 @@ def keep_rows_precise(model: nn.Module) -> None:
 
 
 def fingerprint_of_samples(samples: Sequence[Sample], condition: Condition) -> str:
-    """A short hash of scored samples under a condition, which names their pool."""
+    """Return a short hash of scored samples under a condition, which names their pool."""
     digest = hashlib.sha256(json.dumps(condition.spec, sort_keys=True).encode())
     for s in samples:
         digest.update(repr((s.prompt, s.completion_ids, s.score, s.feedback)).encode())

@@ -130,7 +130,7 @@ def refuse_options(config: Any, base: type, table: dict[str, tuple[str, str]], t
 
 
 def option_of(base: type, name: str) -> Any:
-    """An option of another dataclass, for a class of one's own: its default and its help.
+    """Return an option of another dataclass, for a class of one's own: its default and its help.
 
     Raises:
         TypeError: the other class has no such option.

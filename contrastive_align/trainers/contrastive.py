@@ -211,12 +211,12 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         return loader
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        """Groups of an optimiser step; by tokens their mean, from which Trainer derives samples per second."""
+        """Return the groups of an optimiser step; by tokens their mean, from which Trainer derives samples per second."""
         by_tokens = self._group_weights.by_tokens
         return super().get_total_train_batch_size(args) if by_tokens is None else by_tokens.groups_per_step
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of one optimiser step.
+        """Return the micro-batches of one optimiser step.
 
         Each carries ``group_weights`` (B,), 0 for a group that is repeated to fill a batch, and ``step_groups``, by
         which the sum of its losses is divided: the groups of the step over its micro-batches on all processes. Trainer
@@ -235,7 +235,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
     # -------------------------------------------------------------------------------------------------- reference
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Reference log-probs (B, K) of a batch; with PEFT, of the model with its adapter off (or its frozen copy)."""
+        """Return the reference's log-probs (B, K) of a batch; with PEFT, of the model with its adapter off (or its frozen copy)."""
         was_training, args = model.training, self.args
         if not args.disable_dropout:  # the reference is one function, also where it is the policy without adapter
             model.eval()
@@ -284,12 +284,12 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         return rows
 
     def reference_group(self) -> dict[str, Any]:
-        """The first training group."""
+        """Return the first training group."""
         row = next(iter(self.train_dataset))
         return {name: row[name] for name in ("prompt_ids", "completion_ids", "scores")}
 
     def reference_logps_of(self, group: dict[str, Any]) -> list[float] | None:
-        """Reference log-probs of a group; those of the cache where the reference is not in memory."""
+        """Return the reference's log-probs of a group; those of the cache where the reference is not in memory."""
         if self.reference is None and not is_peft_model(self.accelerator.unwrap_model(self.model)):
             first = next(iter(self.train_dataset))
             return first.get("ref_logps") if first["completion_ids"] == group["completion_ids"] else None
@@ -389,7 +389,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """The loss of an evaluation batch, in which no repeated group counts."""
+        """Return the loss of an evaluation batch, in which no repeated group counts."""
         inputs["group_weights"] = self._group_weights.of_evaluation(self, inputs)
         inputs = self.to_device(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

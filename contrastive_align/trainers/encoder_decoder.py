@@ -142,7 +142,7 @@ def disable_functional_dropout(model: nn.Module) -> None:
 
 
 def decoder_start_token(model: PreTrainedModel) -> int:
-    """The token the decoder begins with.
+    """Return the token the decoder begins with.
 
     Raises:
         ValueError: neither the config nor the generation config names one.
@@ -157,7 +157,7 @@ def decoder_start_token(model: PreTrainedModel) -> int:
 
 @contextmanager
 def _input_of(head: nn.Module):
-    """What the head is given; of that it computes one position only."""
+    """Record the input of the head, and let the head compute one position only."""
     seen: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Tensor, ...]):

@@ -72,7 +72,7 @@ def newest_samples(number: int, table: Table, *, online: bool) -> np.ndarray:
 
 
 def _share_without_signal(number: int, table: Table, newest: np.ndarray, condition: Condition) -> float:
-    """The share of separately sorted groups whose scores in this round are all equal; with a warning."""
+    """Return the share of separately sorted groups whose scores in this round are all equal; with a warning."""
     newest = newest & ~np.isnan(table.score)
     by_prompt = getattr(condition, "per_prompt", False)
     group = table.prompt_index[newest] if by_prompt else np.zeros(int(newest.sum()), dtype=np.int64)

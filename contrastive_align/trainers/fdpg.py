@@ -64,8 +64,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
     ``divergence="reverse_kl"`` on ``Target.from_reward``. A subclass of :class:`trl.RLOOTrainer` that takes its
     arguments: prompts in, ``num_generations`` samples each, features by TRL's reward functions.
 
-    The base a(y|c) of the target is the reference: the model as it was given, its adapter off (LoRA) or a frozen copy. Causal models
-    continue the prompt; encoder-decoder models (T5, BART, Marian) read it in the encoder.
+    The base a(y|c) of the target is the reference: the model as it was given, its adapter off (LoRA) or a frozen copy.
+    Causal models continue the prompt; encoder-decoder models (T5, BART, Marian) read it in the encoder.
 
     ```python
     from contrastive_align import FDPGConfig, FDPGTrainer
@@ -214,7 +214,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             self.target.save(Path(self.args.output_dir) / TARGET_FILE)
 
     def _features(self, rows: list[dict[str, Any]], completion_ids: Sequence[Sequence[list[int]]]) -> Tensor:
-        """phi (C * K, J) of K completions of each row."""
+        """Return phi (C * K, J) of K completions of each row."""
         k = len(completion_ids[0])
         flat = [ids for group in completion_ids for ids in group]
         texts = self.processing_class.batch_decode(flat, skip_special_tokens=True)
@@ -244,8 +244,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             if needed > self._context:
                 raise ValueError(
                     f"A prompt of {len(ids)} tokens and max_completion_length={self.max_completion_length} exceed the "
-                    f"model's context of {self._context}: {str(prompt)[:80]!r}. Shorten or leave out the prompt, or lower "
-                    "max_completion_length."
+                    f"model's context of {self._context}: {str(prompt)[:80]!r}. Shorten or leave out the prompt, or "
+                    "lower max_completion_length."
                 )
         return prompt_ids
 
@@ -257,13 +257,13 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         }
 
     def _seeds(self, what: Any, places: Any) -> list[int]:
-        """A seed for each group: the same samples on any number of processes, and after resuming."""
+        """Return a seed for each group: the same samples on any number of processes, and after resuming."""
         return [seed_of(self.args.seed, what, place) for place in places]
 
     def _draw(
         self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]
     ) -> tuple[Sequence[Sequence[list[int]]], Tensor | None]:
-        """Completions (C, K) of the proposal, and their log-probs under it; None where these are still to be computed."""
+        """Draw completions (C, K) of the proposal, with their log-probs under it; None where these are not known yet."""
         if self.use_vllm or self.use_transformers_continuous_batching:
             return self.generate_by_engine(prompt_ids, per_prompt), None
         kept = self.kept_proposal if self.model.training else None
@@ -317,7 +317,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         return batches
 
     def _log_z_of(self, keys: list[str], log_weights: Tensor) -> Tensor:
-        """log Z (B,) of the prompts, these samples counted in; what all processes drew is counted on each of them."""
+        """Return log Z (B,) of the prompts. The samples that any process has drawn for a prompt are counted in."""
         if self.model.training:
             everywhere = gather_object(list(zip(keys, log_weights.tolist(), strict=True)))
             self.log_z.add((key, torch.tensor(weights, dtype=torch.float64)) for key, weights in everywhere)
@@ -366,7 +366,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         self.prove_reference(self._logps(batch), reference, lengths)
 
     def reference_group(self) -> dict[str, Any] | None:
-        """The first group that was drawn."""
+        """Return the first group that was drawn."""
         return self._first_group
 
     def reference_logps_of(self, group: dict[str, Any]) -> list[float]:
@@ -381,7 +381,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        """Return the mean over groups of :func:`~contrastive_align.losses.fdpg`; groups whose Z is still 0 count as 0."""
+        """Return the mean of :func:`~contrastive_align.losses.fdpg` over groups; groups whose Z is still 0 count as 0."""
         if return_outputs:
             raise ValueError("return_outputs=True is not supported, as in TRL. Read the logged metrics.")
         some_mass = torch.isfinite(inputs["log_z"])
@@ -496,12 +496,12 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
 
 
 def state_file(process: int) -> str:
-    """The file of a checkpoint with the state of one process."""
+    """Return the file of a checkpoint with the state of one process."""
     return f"fdpg_state_{process}.pt"
 
 
 def target_of(target: Target | None, reward_funcs: Any, args: FDPGConfig) -> Target:
-    """The target as given, or base * exp(weighted sum of rewards / beta).
+    """Return the target as given, or base * exp(weighted sum of rewards / beta).
 
     Raises:
         TypeError: a target of another class.

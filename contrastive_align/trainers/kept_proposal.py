@@ -1,4 +1,4 @@
-"""What f-DPG keeps from step to step: a proposal that the policy replaces once it is nearer to the target; a baseline."""
+"""What f-DPG keeps from step to step: a proposal, until the policy is nearer to the target, and a baseline."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class KeptProposal:
 
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
-        """The policy's weights are q's inside; nothing is done while q is the base."""
+        """Give the policy the weights of q inside the block; while q is the base, do nothing."""
         if self.weights is None:
             yield
             return
@@ -141,7 +141,7 @@ def _trained_weights(model: nn.Module, copy: bool = False) -> dict[str, Tensor]:
 
 
 def make_kept_proposal(args: Any, *, engine: bool) -> KeptProposal:
-    """The proposal that the options ask for.
+    """Return the proposal that the options ask for.
 
     Raises:
         ValueError: DeepSpeed or FSDP holds the weights.

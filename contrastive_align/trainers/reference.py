@@ -41,7 +41,7 @@ def rounding_tolerance(model: nn.Module, *, sixteen_bit: bool) -> float:
 def check_reference_at_start(
     policy: Tensor, reference: Tensor, lengths: Tensor, *, start: str, tolerance: float
 ) -> None:
-    """Raise :class:`ReferenceMismatch` where policy and reference differ by more than rounding before the first step."""
+    """Raise :class:`ReferenceMismatch` where policy and reference differ by more than rounding at the start."""
     worst = ((policy - reference).abs() / lengths.clamp(min=1)).max().item()
     if not worst <= tolerance:
         raise ReferenceMismatch(
@@ -130,7 +130,7 @@ def reference_cache_file(
 
 
 def hash_of_tokens(dataset: Dataset) -> str:
-    """A hash of the token ids, whatever object or file they came in."""
+    """Return a hash of the token ids, whatever object or file they came in."""
     digest = hashlib.sha256()
     for batch in dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow").iter(1000):
         for column in ("prompt_ids", "completion_ids"):

@@ -142,7 +142,7 @@ class Rounds:
             )
 
     def _sample(self, number: int, step: int) -> list[Sample]:
-        """This process's share of the round."""
+        """Draw and score the share of the round that falls to this process."""
         state = PartialState()
         own = np.array_split(self.prompts_of(number), state.num_processes)[state.process_index]
         rows = [self.prompts[int(i)] for i in own]
@@ -172,7 +172,7 @@ class Rounds:
         ]
 
     def prompts_of(self, number: int) -> np.ndarray:
-        """The rows of a round: rounds go through the data in a random order, then through it again in another one.
+        """Return the rows of a round. Rounds go through the data in a random order, then again in another one.
 
         No round has a prompt twice: where a round ends one pass and begins the next, the prompts that it has of the
         first pass come late in the second.
@@ -190,7 +190,7 @@ class Rounds:
 
 
 def best_condition(condition: Condition, pool: Pool, through: int | None = None) -> Condition:
-    """The condition to ask for the best with: for a judge's words, the words that the best samples were given.
+    """Return the condition to ask for the best with: for a judge's words, the words that the best samples were given.
 
     Args:
         through: the last round that counts; None: all.
@@ -215,7 +215,7 @@ def prompts_without_room(
     name: str,
     limits: Mapping[str, int],
 ) -> list[int]:
-    """The rows whose prompt leaves no room for a completion, with a warning that they are left out.
+    """Return the rows whose prompt leaves no room for a completion, with a warning that they are left out.
 
     Args:
         room: tokens that a prompt may have, with any condition or without.
@@ -344,7 +344,7 @@ class ConditionedPrompts:
         self.condition, self.encode, self.room = condition, encode, room
 
     def __call__(self, prompt: Text, text: str) -> Text:
-        """The prompt under as much of the text as leaves it at most ``room`` tokens."""
+        """Return the prompt under as much of the text as leaves it at most ``room`` tokens."""
         return self.condition.apply(prompt, self._fitting(prompt, text))
 
     def cuts(self, prompt: Text, text: str) -> bool:
@@ -459,5 +459,5 @@ class ConditionedCollator(DataCollatorMixin):
 
 
 def without_condition(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a batch whose prompts have no condition."""
+    """Return the part of a batch whose prompts have no condition."""
     return {k.removeprefix(WITHOUT_CONDITION): v for k, v in batch.items() if k.startswith(WITHOUT_CONDITION)}

@@ -199,7 +199,7 @@ def base_kept(model: nn.Module) -> Iterator[None]:
 
 
 def hand_over_without_rounding(generation: Any, model: nn.Module) -> None:
-    """Let TRL's vLLM client hand over LoRA weights under :func:`base_kept`: TRL calls it from within a private method."""
+    """Wrap the hand-over of LoRA weights, which TRL calls from a private method, in :func:`base_kept`."""
     hand_over = generation.sync_weights
 
     def sync_weights() -> None:
