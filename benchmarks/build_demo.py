@@ -1,7 +1,7 @@
 """Rebuild the bundled tokenizer, model and data sets: `python benchmarks/build_demo.py [--output_dir DIR]`.
 
-Everything is drawn from the grammar in `contrastive_align/demo/task.py`, starting from a fixed seed and running on a fixed number of threads,
-so on one machine two runs write the same bytes. It takes a few minutes on two CPU cores.
+Everything is drawn from the grammar in `contrastive_align/demo/task.py`, from a fixed seed and on a fixed number of
+threads, so on one machine two runs write the same bytes. It takes a few minutes on two CPU cores.
 
 1. A byte-level BPE tokenizer is trained, which can therefore encode any text.
 2. A small Llama is trained from scratch on fresh text from the grammar.

@@ -300,7 +300,7 @@ class DrawsGroups:
         return {"log_extra": self._log_completion_extra, "log_metric": self._log_metric}
 
     def log_completion_rows(self, columns: Mapping[str, Sequence], rewards: Mapping[str, Sequence[float]]) -> None:
-        """Add rows to the table that ``log_completions`` prints: prompt, completion, advantages, and rewards by name."""
+        """Add rows to the table that ``log_completions`` prints: prompt, completion, advantages, rewards by name."""
         for name, values in columns.items():
             self._logs[name].extend(values)
         for name, values in rewards.items():

@@ -234,7 +234,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         raise NotImplementedError
 
     def prove_reference(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> None:
-        """Check at the first batch that the policy starts as the reference, or that a resumed run has the same reference.
+        """Check at the first batch that the policy starts as the reference, or that a resumed reference is the same.
 
         Args:
             policy, reference: log-probs in nats of the same completions.
@@ -286,7 +286,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         if self.uses_engine:
             raise ValueError(
                 "Full fine-tuning with DeepSpeed or FSDP would need a sharded copy of the reference, which is not "
-                f"supported yet. Use LoRA (peft_config), whose reference is the model without its adapter{other_way_out}."
+                f"supported yet. Use LoRA (peft_config): the reference is then the policy without it{other_way_out}."
             )
         if not self.reference.config.is_encoder_decoder:
             add_fused_lm_head(self.reference)
@@ -475,7 +475,7 @@ def checkpoint_to_resume(
 
 
 def newest_whole_checkpoint(output_dir: str | os.PathLike, needed: Sequence[str] = ()) -> Path | None:
-    """Return the newest checkpoint of a folder that was written to its end, or None; the newer ones are named in a warning."""
+    """Return the newest checkpoint that was written to its end, or None; newer ones are named in a warning."""
     places = Path(output_dir).glob("checkpoint-*")
     found = [(int(match[1]), place) for place in places if (match := re.fullmatch(r"checkpoint-(\d+)", place.name))]
     for _, folder in sorted(found, reverse=True):

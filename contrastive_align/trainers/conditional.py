@@ -474,7 +474,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             self.vllm.is_current = False
 
     def best_condition(self, through: int | None = None) -> Condition:
-        """Return the condition to ask for the best with: for a judge's words, the words that the best samples were given."""
+        """Return the condition that asks for the best; of a judge's words, those that the best samples were given."""
         return best_condition(self.condition, self.pool, through)
 
     # ---------------------------------------------------------------------------------------------------------- loss

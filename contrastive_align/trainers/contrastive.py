@@ -211,7 +211,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         return loader
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        """Return the groups of an optimiser step; by tokens their mean, from which Trainer derives samples per second."""
+        """Return the groups of an optimiser step; by tokens, their mean. Trainer derives its rates from it."""
         by_tokens = self._group_weights.by_tokens
         return super().get_total_train_batch_size(args) if by_tokens is None else by_tokens.groups_per_step
 
@@ -235,7 +235,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
     # -------------------------------------------------------------------------------------------------- reference
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """Return the reference's log-probs (B, K) of a batch; with PEFT, of the model with its adapter off (or its frozen copy)."""
+        """Return the reference's log-probs (B, K) of a batch; with PEFT, those of the model without its adapter."""
         was_training, args = model.training, self.args
         if not args.disable_dropout:  # the reference is one function, also where it is the policy without adapter
             model.eval()

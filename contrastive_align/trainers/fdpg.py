@@ -263,7 +263,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
     def _draw(
         self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]
     ) -> tuple[Sequence[Sequence[list[int]]], Tensor | None]:
-        """Draw completions (C, K) of the proposal, with their log-probs under it; None where these are not known yet."""
+        """Draw completions (C, K) of the proposal, with their log-probs under it, None where these are unknown."""
         if self.use_vllm or self.use_transformers_continuous_batching:
             return self.generate_by_engine(prompt_ids, per_prompt), None
         kept = self.kept_proposal if self.model.training else None
@@ -381,7 +381,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        """Return the mean of :func:`~contrastive_align.losses.fdpg` over groups; groups whose Z is still 0 count as 0."""
+        """Return the mean of :func:`~contrastive_align.losses.fdpg` over groups; a group whose Z is 0 counts as 0."""
         if return_outputs:
             raise ValueError("return_outputs=True is not supported, as in TRL. Read the logged metrics.")
         some_mass = torch.isfinite(inputs["log_z"])
