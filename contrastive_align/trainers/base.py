@@ -177,7 +177,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
                 logger.warning(f"Start and reference: {start.description}")
                 kwargs.pop("revision", None)  # the adapter's
             model, source, self.start_description = start.model, start.tokenizer_source, start.description
-            args.model_init_kwargs = kwargs
+            args.model_init_kwargs = dict(kwargs)
         if isinstance(model, PeftModel) and peft_config is not None and isinstance(start_id, str):
             logger.warning("The adapter's own LoRA goes on training; the peft_config given is not used.")
             peft_config = None

@@ -230,7 +230,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         self._step_sums: Tensor | None = None  # of the optimiser step that is being made
         self._first_row: dict[str, Any] | None = None
         self._cut_words_told = False
-        self.sampler = None if sampler is None else AdapterServer(self, sampler)
+        self.sampler = sampler
+        self._server = None if sampler is None else AdapterServer(self, sampler)
         self._prepare_pool()
         self.vllm = VLLMSampler(self) if args.use_vllm else None
         self.add_callback(_BeginsRounds(self))
@@ -420,8 +421,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         conditions = conditions or [None] * len(prompts)
         seen = [p if c is None else self.conditioned(p, c) for p, c in zip(prompts, conditions, strict=True)]
         ids = [self.encode(prompt) for prompt in seen]
-        if self.sampler is not None:
-            return self.sampler(ids, per_prompt, list(seeds))
+        if self._server is not None:
+            return self._server(ids, per_prompt, list(seeds))
         groups = self.vllm(ids, per_prompt) if self.vllm is not None else self._draw(ids, per_prompt, list(seeds))
         ends, decode = set(self.eos_token_ids), self.processing_class.decode
         return [

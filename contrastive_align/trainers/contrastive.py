@@ -173,6 +173,11 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         """The frozen reference; None where it is the policy without its adapter, or its log-probs are cached."""
         return self.ref_model
 
+    @property
+    def reference_or_policy(self) -> nn.Module:
+        """The model whose log-probs are the reference's, with its adapter off if it is the policy."""
+        return self.model if self.ref_model is None else self.ref_model
+
     def _choose_layout_once(self) -> None:
         # Reference log-probs may be computed within TRL's __init__, under the layout of training.
         if self.layout:
@@ -254,7 +259,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
     def add_reference_logps(self, dataset: AnyDataset, name: str, batch_size: int) -> Dataset:
         """Add the column ``ref_logps``, cached on disk under a key of everything it depends on."""
         self._choose_layout_once()
-        model, file = self.reference or self.model, None
+        model, file = self.reference_or_policy, None
         if isinstance(dataset, Dataset) and not self.is_sharded:  # sharded weights would give any two models one key
             file = reference_cache_file(
                 dataset,
@@ -266,7 +271,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         return cached_reference_logps(dataset, file, lambda: self._reference_logps_of_all(dataset, name, batch_size))
 
     def _reference_logps_of_all(self, dataset: Dataset, name: str, batch_size: int) -> list[list[float]]:
-        model = self.reference or self.model
+        model = self.reference_or_policy
         if self.reference is None and self.is_deepspeed_enabled:
             model = self.engine_for_precompute()
         loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))
@@ -294,7 +299,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             first = next(iter(self.train_dataset))
             return first.get("ref_logps") if first["completion_ids"] == group["completion_ids"] else None
         batch = self.to_device(self.data_collator([group]))
-        return self.compute_ref_log_probs(self.reference or self.model, batch)[batch["valid"]].tolist()
+        return self.compute_ref_log_probs(self.reference_or_policy, batch)[batch["valid"]].tolist()
 
     # ------------------------------------------------------------------------------------------------------- loss
 
@@ -315,7 +320,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         policy = completion_logps(model, inputs, layout=self.layout, **router)
         cached = inputs["ref_logps"] if self.args.precompute_ref_log_probs else None
-        ref_logps = cached if cached is not None else self.compute_ref_log_probs(self.reference or self.model, inputs)
+        ref_logps = cached if cached is not None else self.compute_ref_log_probs(self.reference_or_policy, inputs)
         valid, scores = inputs["valid"], inputs["scores"].clone()
         scores[:, 0] += self.args.first_score_bonus * ~is_preference(scores, valid=valid)
         log_ratios = policy.logps - ref_logps

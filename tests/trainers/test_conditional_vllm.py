@@ -22,7 +22,7 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 from vllm_worker import run
 
-from contrastive_align import ConditionalConfig
+from contrastive_align import ConditionalConfig, ConditionalTrainer
 from contrastive_align.conditions.tokens import add_condition_tokens
 from contrastive_align.sampling.server import ServerSampler
 from contrastive_align.trainers.configs import option_of
@@ -30,6 +30,11 @@ from contrastive_align.trainers.samplers import base_kept
 
 
 SERVER = {"use_vllm": True, "vllm_mode": "server", "condition": "phrases"}
+
+
+@pytest.fixture(autouse=True)
+def adapters_may_start_elsewhere(monkeypatch):
+    monkeypatch.setattr(ConditionalTrainer, "reference_is_proven", True)
 
 
 def lora(**options):
@@ -320,7 +325,7 @@ def test_prompts_leave_room_in_what_vllm_was_given(tiny_llama, tmp_path, install
 )
 def test_refused_before_the_model_is_loaded(tiny_llama, tmp_path, install, monkeypatch, options, more, match):
     engine = install(tiny_llama())
-    monkeypatch.setattr("contrastive_align.trainers.conditional.create_model_from_path", None)
+    monkeypatch.setattr("contrastive_align.trainers.base.create_model_from_path", None)
     with pytest.raises(ValueError, match=match):
         build(tiny_llama(), tmp_path, **{**SERVER, **options}, more=more)
     assert not engine.history
