@@ -318,7 +318,7 @@ def test_prompts_leave_room_in_what_vllm_was_given(tiny_llama, tmp_path, install
         ({"reward_funcs": None}, {}, "use_vllm is set and nothing is sampled"),
         ({}, {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}, "use_vllm with a quantised model"),
         ({"condition": "quantile_tokens"}, {}, "the model lacks its token '<quantile_0>'.*condition='phrases'"),
-        ({"vllm_mode": "servr"}, {}, "vllm_mode is 'servr', expected server or colocate"),
+        ({"vllm_mode": "servr"}, {}, "vllm_mode is 'servr', expected one of server, colocate"),
         ({"temperature": 2.5}, {}, r"temperature is 2.5 with use_vllm, which takes 0.01 to 2"),
         ({"temperature": 0.001}, {}, r"temperature is 0.001 with use_vllm"),
     ],

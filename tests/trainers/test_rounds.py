@@ -83,5 +83,5 @@ def test_a_first_round_without_a_score_is_not_written(tmp_path):
 
 def test_a_round_whose_predecessors_are_missing_is_refused(tmp_path):
     rounds = rounds_of(tmp_path, Parrot(), RewardFeedback(resolve_feature({"length": "words"})))
-    with pytest.raises(ValueError, match="goes on with round 2, .* has rounds \\[\\]"):
+    with pytest.raises(ValueError, match=r"goes on with round 2, .* has rounds"):
         rounds.make(2, step=5)
