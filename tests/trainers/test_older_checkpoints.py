@@ -1,8 +1,8 @@
-"""Checkpoints and models that earlier versions wrote (fixtures/older/checkpoints, by commit fab731b) go on as they would have.
+"""Checkpoints and models of earlier versions (fixtures/older/checkpoints, by commit fab731b) go on as they would have.
 
 The fixtures were made with the code of that commit on PYTHONPATH, in a folder with the bases: random Llamas of
-`torch.manual_seed(0)` with one layer, `initializer_range=0.5` and the bundled tokenizer, `base` with hidden size 8 and tied
-embeddings, `untied` with hidden size 4. Then, for each kind:
+`torch.manual_seed(0)` with one layer, `initializer_range=0.5` and the bundled tokenizer, `base` with hidden size 8 and
+tied embeddings, `untied` with hidden size 4. Then, for each kind:
 
     trainer = build(kind, kind, base="base")
     trainer.train()
@@ -10,7 +10,8 @@ embeddings, `untied` with hidden size 4. Then, for each kind:
 
 Kept is the checkpoint of step `WHOLE[kind]`, without tokenizer, card, `training_args.bin` and (but for one)
 `rng_state.pth`, and of the pool what there was at this step. `tokens` is what `save_model` wrote after
-`build("conditional", "tokens", base="untied", condition="quantile_tokens")`; `expected.json` has its log-probs of a text.
+`build("conditional", "tokens", base="untied", condition="quantile_tokens")`; `expected.json` has its log-probs of a
+text.
 """
 
 import json
