@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,7 @@ def resolve_start(
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        OSError: the adapter's base cannot be loaded.
         ValueError: the adapter is a pickle and ``allow_pickled_adapter`` is False, or merging it changes the model.
     """
     kwargs = dict(model_init_kwargs or {})
@@ -108,11 +111,13 @@ def resolve_start(
     tokenizer_source = model_id if _has_tokenizer(model_id, revision, trust_remote_code) else base_id
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    base_config = AutoConfig.from_pretrained(base_id, revision=config.revision, trust_remote_code=trust_remote_code)
+    with _base_is_named(base_id, model_id):
+        base_config = AutoConfig.from_pretrained(base_id, revision=config.revision, trust_remote_code=trust_remote_code)
     if kwargs.get("quantization_config") is not None or hasattr(base_config, "quantization_config"):
         if PartialState().num_processes > 1:
             kwargs["device_map"] = None  # as in TRL: each process holds a copy on its own device
-        base = create_model_from_path(base_id, revision=config.revision, **kwargs)
+        with _base_is_named(base_id, model_id):
+            base = create_model_from_path(base_id, revision=config.revision, **kwargs)
         if tokenizer_source == model_id:
             _add_adapter_rows(base, load_tokenizer(model_id, revision=revision, trust_remote_code=trust_remote_code))
         model = PeftModel.from_pretrained(base, model_id, is_trainable=True, revision=revision)
@@ -158,7 +163,8 @@ def _merge(
             f"{merged} holds another merged base ({'; '.join(differs)}). Choose another output_dir, or remove that "
             "folder if nothing needs it any more."
         )
-    base = create_model_from_path(base_id, revision=base_revision, **{**model_init_kwargs, "device_map": None})
+    with _base_is_named(base_id, adapter):
+        base = create_model_from_path(base_id, revision=base_revision, **{**model_init_kwargs, "device_map": None})
     tokenizer = AutoTokenizer.from_pretrained(
         tokenizer_source,
         revision=adapter_revision if tokenizer_source == adapter else base_revision,
@@ -273,6 +279,23 @@ def base_of(base: str | None, adapter: str) -> str:
     return base
 
 
+@contextmanager
+def _base_is_named(base_id: str, adapter: str) -> Iterator[None]:
+    """Name base, adapter and way out in an OSError: transformers names no model when the hub is out of reach."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{adapter} is an adapter, and its base {base_id!r} cannot be loaded: {_first_line(error)} "
+            f"Download the base, or set base_model_name_or_path in {ADAPTER_CONFIG} of a copy of the adapter to a "
+            "folder that holds it."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}."
+
+
 def _check_exists(model_id: str) -> None:
     looks_local = os.path.isabs(model_id) or model_id.startswith((".", "~")) or model_id.count("/") > 1
     if looks_local and not os.path.isdir(model_id):
@@ -311,8 +334,18 @@ def _has_tokenizer(model_id: str, revision: str | None, trust_remote_code: bool)
 def load_tokenizer(
     source: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model id or folder."""
-    return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    """Load the tokenizer of a model id or folder.
+
+    Raises:
+        OSError: there is none, or the hub cannot be reached and the local cache has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except OSError as error:
+        raise OSError(
+            f"The tokenizer of {source!r} cannot be loaded: {_first_line(error)} Give a folder that holds it, "
+            "or a hub id that can be downloaded."
+        ) from error
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:
