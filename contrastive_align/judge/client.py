@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from contrastive_align.openai_client import CallError, Client, Fault, read_body
+from contrastive_align.openai_client import CallError, Client, Fault, read_json
 
 
 class JudgeError(CallError):
@@ -47,8 +47,9 @@ async def ask(
         return Reply(client.clean(content if isinstance(content, str) else ""), choice.get("finish_reason") == "length")
 
     return await client.call(
-        lambda api: api.chat.completions.with_raw_response.create(**request),
-        lambda response: read_body(response, "not a chat completion", reply_in),
+        "/chat/completions",
+        request,
+        lambda text: read_json(text, "not a chat completion", reply_in),
         faults=faults,
         before=before,
     )

@@ -18,7 +18,7 @@ from contrastive_align.openai_client import (
     check_counts,
     check_model,
     check_number,
-    read_body,
+    read_json,
     run_to_end,
 )
 
@@ -113,7 +113,7 @@ class ServerSampler:
         if not prompts:
             return []
         same = {"model": self.adapter or self.model, "n": per_prompt, "max_tokens": max_tokens}
-        same |= {"temperature": temperature, "top_p": top_p, "extra_body": self._extra}
+        same |= {"temperature": temperature, "top_p": top_p, **self._extra}
         requests = [
             {"prompt": prompt if isinstance(prompt, str) else list(prompt), "seed": seed % SEEDS, **same}
             for prompt, seed in zip(prompts, seeds, strict=True)
@@ -129,8 +129,9 @@ class ServerSampler:
             found[row], failed = await self._call(
                 client,
                 f"Prompt {row}",
-                lambda api: api.completions.with_raw_response.create(**requests[row]),
-                lambda response: _read(response, requests[row]["n"]),
+                "/completions",
+                requests[row],
+                lambda text: _read(text, requests[row]["n"]),
             )
             faults += failed
 
@@ -159,8 +160,9 @@ class ServerSampler:
                 _, faults = await self._call(
                     client,
                     f"The adapter {body['lora_name']}",
-                    lambda api: api.post(f"/{action}_lora_adapter", cast_to=str, body=body),
-                    lambda said: None,
+                    f"/{action}_lora_adapter",
+                    body,
+                    lambda text: None,
                 )
                 self._report(faults)
 
@@ -187,11 +189,11 @@ class ServerSampler:
     def _client(self, **options: Any) -> Client:
         return Client(self.base_url, self._timeout, max_retries=self._max_retries, **options)
 
-    async def _call(self, client: Client, name: str, send: Any, read: Any) -> tuple[Any, int]:
+    async def _call(self, client: Client, name: str, *request: Any) -> tuple[Any, int]:
         """Return the answer and the number of faults before it; errors name what was asked for."""
         faults: list[Fault] = []
         try:
-            return await client.call(send, read, faults=faults), len(faults)
+            return await client.call(*request, faults=faults), len(faults)
         except CallError as error:
             named = CallError(f"{name}: {error}")
             named.status = error.status
@@ -204,7 +206,7 @@ class ServerSampler:
             logger.warning(f"{self.base_url}: {faults} requests failed and were made again.")
 
 
-def _read(response: Any, n: int) -> list[Completion]:
+def _read(text: str, n: int) -> list[Completion]:
     def completions_in(body: Any) -> list[Completion]:
         choices = sorted(body["choices"], key=lambda choice: choice["index"])
         found = [(choice["text"], choice["finish_reason"]) for choice in choices]
@@ -215,4 +217,4 @@ def _read(response: Any, n: int) -> list[Completion]:
             raise UnreadableBody(f"a completion whose finish_reason is {wrong[0]!r}, not 'stop' or 'length'")
         return [Completion(text, reason == "stop") for text, reason in found]
 
-    return read_body(response, "not a completion", completions_in)
+    return read_json(text, "not a completion", completions_in)
