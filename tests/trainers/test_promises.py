@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from contrastive_align.data import GroupCollator
+from contrastive_align.models.cpu import freed_memory
 from contrastive_align.models.logps import completion_logps
 from contrastive_align.trainers import base, evaluation
 from contrastive_align.trainers.encoder_decoder import encoder_decoder_logps
@@ -453,7 +454,7 @@ def test_a_mean_of_ones_own_is_the_same_however_a_step_is_divided(column, tmp_pa
 
 
 def test_micro_batches_that_differ_in_size_are_one_large_batch(column, tmp_path):
-    """In groups or in completion tokens. The f-DPG trainer's are equal: prompts that do not fill a step are left out."""
+    """In groups or in completion tokens. f-DPG's are equal: prompts that do not fill a step are left out."""
     if column.is_fdpg:
         seen = []
 
@@ -530,3 +531,10 @@ def test_gradient_checkpointing_changes_nothing(column, tmp_path):
         found.append((logged(trainer, "loss"), flat(trainer)))
     (loss_a, weights_a), (loss_b, weights_b) = found
     assert loss_a == pytest.approx(loss_b, rel=1e-5) and torch.allclose(weights_a, weights_b, atol=1e-6)
+
+
+def test_an_evaluation_on_cpu_keeps_the_memory_it_freed(column, run, monkeypatch):
+    told = []
+    monkeypatch.setattr(freed_memory, "_set_malloc_options", lambda options: told.append(options) or True)
+    run.trainer.evaluate(column.rows(4))
+    assert told == [freed_memory._KEEP, freed_memory._RESTORE]
