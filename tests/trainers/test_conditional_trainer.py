@@ -37,7 +37,10 @@ from contrastive_align.trainers.base import newest_whole_checkpoint
 PROMPTS = all_prompts()[::97][:8]
 
 
-def build(model, folder, *, rows=None, reward_funcs=reward, condition="quantile_tokens", more=None, **options):
+def build(
+    model, folder, *, rows=None, reward_funcs=reward, condition="quantile_tokens", more=None,
+    trainer=ConditionalTrainer, **options,
+):  # fmt: skip
     options = {
         "num_train_epochs": 2,
         "prompts_per_round": 4,
@@ -56,7 +59,7 @@ def build(model, folder, *, rows=None, reward_funcs=reward, condition="quantile_
     }
     if rows is None:
         rows = Dataset.from_dict({"prompt": PROMPTS, "place": list(range(len(PROMPTS)))})
-    return ConditionalTrainer(
+    return trainer(
         model,
         ConditionalConfig(str(folder), **options),
         train_dataset=rows,
@@ -799,5 +802,6 @@ def test_two_processes_equal_one(tmp_path):
     one, two = found
     assert json.loads(one["samples"]) == json.loads(two["samples"])
     for name, p in one["weights"].items():
-        assert torch.allclose(p, two["weights"][name], atol=2e-6), name
+        for other in (two["weights"], one["tripled"], two["tripled"]):
+            assert torch.allclose(p, other[name], atol=2e-6), name
     assert one["reward_given"] == pytest.approx(two["reward_given"])
