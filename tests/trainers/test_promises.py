@@ -152,6 +152,11 @@ def test_max_tokens_per_batch_makes_batches_or_is_unknown(column, tmp_path):
     assert trainer.state.global_step == 1
 
 
+def test_predict_is_refused(column, run):
+    with pytest.raises(NotImplementedError, match=r"which .* never builds\. trainer\.evaluate\(dataset\)"):
+        run.trainer.predict(column.rows())
+
+
 class CountsSteps(TrainerCallback):
     def __init__(self):
         self.steps = 0
