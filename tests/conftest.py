@@ -1,6 +1,7 @@
 """Offline, seeded, small."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -16,6 +17,14 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from contrastive_align import demo
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imported_modules_are_not_searched_for_garbage():
+    """Trainer collects garbage at the end of every train(), which takes longer than a step of a tiny model."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -358,11 +358,12 @@ class Target:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write the target as JSON, atomically, and return the path."""
+        from contrastive_align.data.atomic import atomic_write  # with its package come datasets and transformers
+
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".incomplete")
-        aside.write_text(json.dumps(self.state_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.replace(path)
+        with atomic_write(path) as file:
+            file.write((json.dumps(self.state_dict(), indent=2, ensure_ascii=False) + "\n").encode())
         return path
 
     def load(self, path: str | os.PathLike) -> Target:

@@ -36,6 +36,7 @@ from contrastive_align.data import GroupCollator
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
+from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.loading import eos_token_ids
 from contrastive_align.models.logps import completion_logps, completion_objective
 from contrastive_align.models.token_loss import token_loss
@@ -616,11 +617,12 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         if not isinstance(dataset, Dataset):
             raise ValueError(f"eval_dataset is a {type(dataset).__name__}, expected a datasets.Dataset to evaluate on.")
         start = time.time()
-        if self.online:
-            found = evaluation.reward_metrics(self.rewards_given(dataset))
-        else:
-            samples, _ = self._read_scored(dataset, self.best_condition())
-            found = evaluation.likelihood_metrics(samples, self.best_condition(), self.nll_given)
+        with freed_memory_kept(self.args.device.type):
+            if self.online:
+                found = evaluation.reward_metrics(self.rewards_given(dataset))
+            else:
+                samples, _ = self._read_scored(dataset, self.best_condition())
+                found = evaluation.likelihood_metrics(samples, self.best_condition(), self.nll_given)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
         self.log_measured(metrics)

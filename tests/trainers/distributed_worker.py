@@ -22,6 +22,8 @@ CASES = {
     "accumulated": {"accumulation": 4},
     "cached": {"precompute_ref_log_probs": True},
     "lora": {"lora": True},
+    # Three times the loss at a third of the learning rate is the same training.
+    "tripled": {"accumulation": 4, "tripled": True, "like": "plain"},
     "resumed": {"resume": 2, "like": "plain"},
     "split_batches": {"split_batches": True},
     "streams": {"stream": True},
@@ -31,6 +33,11 @@ CASES = {
     # Every group is a batch of its own, and the last step has three for two processes.
     "tokens_alone": {"max_tokens": 1, "groups": 23, "steps": 12},
 }
+
+
+class Tripled(ContrastiveTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return 3 * super().compute_loss(model, inputs)
 
 
 def unpadded(batch):
@@ -76,7 +83,7 @@ def main(model: str, out: str) -> None:
             disable_tqdm=True,
             max_grad_norm=0.0,
             logging_steps=1,
-            learning_rate=1e-2,
+            learning_rate=1e-2 / (3 if case.get("tripled") else 1),
             lr_scheduler_type="constant",
             optim="sgd",
             beta=0.1,
@@ -100,7 +107,7 @@ def main(model: str, out: str) -> None:
             "eval_dataset": held_out.to_iterable_dataset() if case.get("stream") else held_out,
             "peft_config": lora if case.get("lora") else None,
         }
-        trainer = ContrastiveTrainer(**told)
+        trainer = (Tripled if case.get("tripled") else ContrastiveTrainer)(**told)
         seen = watch(trainer) if "max_tokens" in case else []
         trainer.train()
         if case.get("resume"):  # from the middle of a pass: the end must be the one of the whole run

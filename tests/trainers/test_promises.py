@@ -1,0 +1,545 @@
+"""A promise that one trainer makes, all make: each test is a promise, each column keeps it or refuses it by name."""
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers.modeling_utils
+import transformers.trainer
+from accelerate.state import AcceleratorState
+from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import save_file
+from small_trainers import COLUMNS
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+
+from contrastive_align.data import GroupCollator
+from contrastive_align.models.cpu import freed_memory
+from contrastive_align.models.logps import completion_logps
+from contrastive_align.trainers import base, evaluation
+from contrastive_align.trainers.encoder_decoder import encoder_decoder_logps
+from contrastive_align.trainers.reference import (
+    REFERENCE_FILE,
+    START_TOLERANCE,
+    START_TOLERANCE_16_BIT,
+    ReferenceMismatch,
+)
+
+
+OWN_FILES = {
+    "contrastive": {REFERENCE_FILE},
+    "fdpg": {REFERENCE_FILE, "target.json", "fdpg_state_0.pt"},
+    "fdpg-encoder-decoder": {REFERENCE_FILE, "target.json", "fdpg_state_0.pt"},
+    "conditional": {REFERENCE_FILE, "conditional_state.json"},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_plots():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "draw_round", lambda *_: None)  # a second for each round
+        yield
+
+
+@pytest.fixture(params=COLUMNS, ids=str, scope="module")
+def column(request):
+    return request.param
+
+
+@dataclass
+class Run:
+    """Two steps of training, with a checkpoint after each."""
+
+    trainer: Any
+    folder: Path
+    at_rotation: dict[str, set[str]]  # checkpoint -> the files it has when Trainer may remove older ones
+
+    def copied(self, to: Path) -> Path:
+        return Path(shutil.copytree(self.folder, to))
+
+
+@pytest.fixture(scope="module")
+def run(column, tmp_path_factory):
+    folder, at_rotation = tmp_path_factory.mktemp(column.name) / "run", {}
+    rotate = transformers.trainer.rotate_checkpoints
+
+    def watched(*args, **kwargs):
+        newest = max(folder.glob("checkpoint-*"), key=lambda place: int(place.name.split("-")[1]))
+        at_rotation[newest.name] = {file.name for file in newest.iterdir()}
+        return rotate(*args, **kwargs)
+
+    trainer = column.make(folder, max_steps=2, save_strategy="steps", save_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.trainer, "rotate_checkpoints", watched)
+        trainer.train()
+    return Run(trainer, folder, at_rotation)
+
+
+def flat(trainer):
+    parts = [p.detach().flatten() for _, p in sorted(trainer.model.named_parameters()) if p.requires_grad]
+    return torch.cat(parts).clone()
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# ---------------------------------------------------------------------------------------------- options and arguments
+
+REFUSED = {
+    "neftune_noise_alpha": (5.0, "leave it out"),
+    "label_smoothing_factor": (0.1, "leave it out"),
+    "use_liger_kernel": (True, "use_kernels"),
+    "auto_find_batch_size": (True, "lower per_device_train_batch_size"),
+    "ignore_data_skip": (True, "leave it out"),
+}
+
+
+@pytest.mark.parametrize("option", REFUSED)
+def test_options_without_a_meaning_are_refused(column, tmp_path, option):
+    value, way_out = REFUSED[option]
+    message = rf"{option}={value} is not supported by {column.trainer.__name__}: .*Way out: .*{way_out}"
+    with pytest.raises(ValueError, match=message):
+        column.arguments(tmp_path, **{option: value})
+
+
+def test_dataloader_drop_last_has_an_effect_or_is_refused(column, tmp_path):
+    if not column.is_contrastive:
+        with pytest.raises(ValueError, match=r"dataloader_drop_last=True is not supported .*Way out: leave it out"):
+            column.arguments(tmp_path, dataloader_drop_last=True)
+        return
+    steps = {}
+    for drop in (False, True):
+        options = {"dataloader_drop_last": drop, "per_device_train_batch_size": 2, "max_steps": -1}
+        trainer = column.make(tmp_path, told={"train_dataset": column.rows(7)}, num_train_epochs=1, **options)
+        trainer.train()
+        steps[drop] = trainer.state.global_step
+    assert steps == {False: 4, True: 3}
+
+
+def test_prompt_tuning_is_refused(column, tmp_path):
+    task = "SEQ_2_SEQ_LM" if column.encoder_decoder else "CAUSAL_LM"
+    virtual = PromptTuningConfig(task_type=task, num_virtual_tokens=2)
+    for told in ({"peft_config": virtual}, {"model": get_peft_model(column.load_model(), virtual)}):
+        with pytest.raises(ValueError, match=r"PromptTuningConfig puts virtual tokens before the prompt.*Use LoRA"):
+            column.make(tmp_path, told=told)
+
+
+def test_options_of_trls_class_are_refused(column, tmp_path):
+    theirs = column.arguments(tmp_path, column.trl_config)
+    expected = rf"args is a {column.trl_config.__name__}, expected a {column.config.__name__}"
+    with pytest.raises(TypeError, match=expected):
+        column.make(tmp_path, told={"args": theirs})
+
+
+def test_max_tokens_per_batch_makes_batches_or_is_unknown(column, tmp_path):
+    if not column.is_contrastive:
+        with pytest.raises(TypeError, match="max_tokens_per_batch"):
+            column.arguments(tmp_path, max_tokens_per_batch=20)
+        return
+    trainer = column.make(tmp_path, max_tokens_per_batch=20)
+    sizes = [len(batch["scores"]) for batch in trainer.get_train_dataloader()]
+    assert sum(sizes) == 8 and 1 < len(sizes) and max(sizes) < 8
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_predict_is_refused(column, run):
+    with pytest.raises(NotImplementedError, match=r"which .* never builds\. trainer\.evaluate\(dataset\)"):
+        run.trainer.predict(column.rows())
+
+
+class CountsSteps(TrainerCallback):
+    def __init__(self):
+        self.steps = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+
+
+def test_callbacks_are_called(column, tmp_path):
+    callback = CountsSteps()
+    column.make(tmp_path, told={"callbacks": [callback]}, max_steps=2).train()
+    assert callback.steps == 2
+
+
+def test_a_collator_of_ones_own_is_used_or_refused(column, tmp_path):
+    batches = []
+
+    def collate(examples):
+        batches.append(len(examples))
+        return GroupCollator(0)(examples)
+
+    if column.is_contrastive:
+        trainer = column.make(tmp_path, told={"data_collator": collate})
+        assert trainer.layout == "padded"
+        trainer.train()
+        assert batches == [8]
+        return
+    refusals = {"conditional": (ValueError, r"data_collator is not supported by ConditionalTrainer: .*Leave it out")}
+    error, message = refusals.get(column.name, (TypeError, "unexpected keyword argument 'data_collator'"))
+    with pytest.raises(error, match=message):
+        column.make(tmp_path, told={"data_collator": collate})
+
+
+def test_streams_train_or_are_refused(column, tmp_path):
+    stream = column.rows().to_iterable_dataset()
+    if column.is_conditional:
+        with pytest.raises(
+            TypeError, match=r"train_dataset is a IterableDataset, expected a datasets.Dataset: a round"
+        ):
+            column.make(tmp_path, told={"train_dataset": stream})
+        return
+    weights = []
+    for dataset in (column.rows(), stream):
+        options = {"shuffle_dataset": False} if column.is_fdpg else {}
+        trainer = column.make(tmp_path, told={"train_dataset": dataset}, max_steps=3, **options)
+        start = flat(trainer)
+        trainer.train()  # the contrastive trainer's steps have all rows, in whatever order
+        weights.append(flat(trainer))
+        assert trainer.state.global_step == 3 and not torch.equal(start, weights[-1])
+    assert torch.allclose(*weights, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ engines, precision, the reference
+
+ENGINES = {  # is_fsdp_enabled, ZeRO stage -> uses_engine, is_sharded
+    (False, None): (False, False),
+    (False, 2): (True, False),
+    (False, 3): (True, True),
+    (True, None): (True, True),
+}
+
+
+@pytest.mark.parametrize(("fsdp", "stage"), ENGINES)
+def test_engines_are_told_apart_alike(run, monkeypatch, fsdp, stage):
+    monkeypatch.setattr(run.trainer, "is_fsdp_enabled", fsdp)
+    monkeypatch.setattr(run.trainer, "is_deepspeed_enabled", stage is not None)
+    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", stage and SimpleNamespace(zero_stage=stage))
+    assert (run.trainer.uses_engine, run.trainer.is_sharded) == ENGINES[fsdp, stage]
+
+
+@pytest.mark.parametrize("launched_with", ["no", "bf16"])
+def test_the_precision_is_the_accelerators(column, tmp_path, monkeypatch, launched_with):
+    """Not that of args.bf16, which a launcher may overrule."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
+    checked, check = [], base.check_reference_at_start
+
+    def watched(policy, reference, lengths, **options):
+        checked.append(options["tolerance"])
+        check(policy, reference, lengths, **options)
+
+    monkeypatch.setattr(base, "check_reference_at_start", watched)
+    trainer = column.make(tmp_path)
+    assert not trainer.args.bf16 and trainer.computes_in_16_bits == (launched_with == "bf16")
+    trainer.train()
+    assert checked == [START_TOLERANCE_16_BIT if launched_with == "bf16" else START_TOLERANCE[torch.float32]]
+    assert trainer.reference_is_proven
+
+
+@pytest.mark.parametrize("change", ["changed weights", "an adapter that is not zero"])
+def test_a_policy_that_is_not_the_reference_stops_at_the_first_batch(column, tmp_path, change):
+    if change == "changed weights":
+        trainer = column.make(tmp_path)
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    else:
+        trainer = column.make(tmp_path, told={"peft_config": column.lora(init_lora_weights=False)})
+    with pytest.raises(ReferenceMismatch, match="Before the first step policy and reference differ"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_an_adapter_starts_as_the_reference(column, tmp_path):
+    trainer = column.make(tmp_path, told={"peft_config": column.lora()})
+    trainer.train()
+    assert trainer.reference_is_proven and trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_resumed_run_has_the_reference_of_its_checkpoint(column, run, tmp_path, same):
+    folder = run.copied(tmp_path / "run")
+    trainer = column.make(folder, told={"model": column.model_path(seed=0 if same else 1)}, max_steps=2)
+    refused = pytest.raises(ReferenceMismatch, match=r"The reference of .*checkpoint-1")
+    with contextlib.nullcontext() if same else refused:
+        trainer.train(resume_from_checkpoint=folder / "checkpoint-1")
+    if same:
+        assert trainer.reference_is_proven and torch.allclose(flat(trainer), flat(run.trainer), atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints, saving
+
+
+def test_a_checkpoint_has_its_state_before_older_ones_may_go(column, run):
+    needed = {TRAINER_STATE_NAME, *OWN_FILES[column.name]}
+    assert OWN_FILES[column.name] == {REFERENCE_FILE, *run.trainer.state_files}
+    assert run.at_rotation.keys() == {"checkpoint-1", "checkpoint-2"}
+    for name, files in run.at_rotation.items():
+        assert needed <= files, name
+        assert base.problem_with_checkpoint(run.folder / name, run.trainer.state_files) is None
+
+
+def test_state_files_are_written_whole_or_not_at_all(column, run, tmp_path, monkeypatch):
+    """Where the n-th file cannot be renamed into its place, n - 1 files are there, and no part of another."""
+    own, replace = OWN_FILES[column.name], os.replace
+    for n in range(len(own)):
+        renamed = []
+
+        def fails(source, target, *, n=n, renamed=renamed):
+            if len(renamed) == n:
+                raise OSError("the disk is full")
+            renamed.append(Path(target).name)
+            replace(source, target)
+
+        folder = tmp_path / f"checkpoint-{n + 1}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", fails)
+            with pytest.raises(OSError, match="the disk is full"):
+                run.trainer.save_state(folder)
+        assert {file.name for file in folder.iterdir()} == set(renamed)
+    assert base.newest_whole_checkpoint(tmp_path, run.trainer.state_files) is None
+    run.trainer.save_state(folder)
+    assert {file.name for file in folder.iterdir()} == own
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def damaged(column, run, folder):
+    """A folder with one whole checkpoint and newer ones, each with one fault: name -> what is said of it."""
+    run.copied(folder)
+    whole, newest = folder / "checkpoint-1", folder / "checkpoint-2"
+    faults = {
+        "checkpoint-3": (REFERENCE_FILE, cut, f"{REFERENCE_FILE} cannot be read"),
+        "checkpoint-4": (TRAINER_STATE_NAME, Path.unlink, f"it has no {TRAINER_STATE_NAME}"),
+        "checkpoint-5": ("optimizer.pt", cut, "optimizer.pt is cut off"),
+        "checkpoint-6": ("model.safetensors", cut, "model.safetensors cannot be read"),
+    }
+    for i, name in enumerate(sorted(OWN_FILES[column.name] - {REFERENCE_FILE})):
+        said = f"{name} is cut off" if name.endswith(".pt") else f"{name} cannot be read"
+        faults[f"checkpoint-{7 + 2 * i}"] = (name, cut, said)
+        faults[f"checkpoint-{8 + 2 * i}"] = (name, Path.unlink, f"it has no {name}")
+    for name, (file, damage, _) in faults.items():
+        shutil.copytree(newest, folder / name)
+        damage(folder / name / file)
+    shutil.rmtree(newest)
+    return whole, {name: said for name, (_, _, said) in faults.items()}
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_resumed(column, run, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    whole, faults = damaged(column, run, tmp_path / "run")
+    trainer = column.make(tmp_path / "run", max_steps=2)
+    for name, said in faults.items():
+        with pytest.raises(ValueError) as refused:
+            trainer.train(resume_from_checkpoint=str(tmp_path / "run" / name))
+        assert said in str(refused.value) and f"The newest whole one is {whole}." in str(refused.value)
+    caplog.clear()
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.resumed_from == whole and trainer.state.global_step == 2
+    for name, said in faults.items():
+        assert f"{tmp_path / 'run' / name} was not written to its end and is skipped: {said}" in caplog.text
+
+
+def test_without_a_whole_checkpoint_training_begins_anew(column, run, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    whole, faults = damaged(column, run, tmp_path / "run")
+    shutil.rmtree(whole)
+    trainer = column.make(tmp_path / "run", max_steps=1)
+    with pytest.raises(ValueError, match="has no whole one"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / next(iter(faults))))
+    caplog.clear()
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.resumed_from is None and trainer.state.global_step == 1
+    assert f"{tmp_path / 'run'} holds no checkpoint that is whole: training begins anew" in caplog.text
+
+
+def test_a_model_that_diverged_is_not_saved(run, tmp_path):
+    name, weight = next((name, p) for name, p in run.trainer.model.named_parameters() if p.requires_grad)
+    kept = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight[0, 0] = math.nan
+        with pytest.raises(ValueError, match=f"'{name}' has NaN or infinite entries: training diverged"):
+            run.trainer.save_model(str(tmp_path / "out"))
+    finally:
+        weight.data.copy_(kept)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_saved_is_read_back(run, tmp_path, monkeypatch):
+    def loses_one(tensors, *args, **kwargs):
+        name = next(iter(tensors))
+        save_file({**tensors, name: torch.empty(0)}, *args, **kwargs)
+
+    run.trainer.save_model(str(tmp_path / "whole"))
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", loses_one)
+    with pytest.raises(ValueError, match=r"model.safetensors: '.*' is empty, expected weights"):
+        run.trainer.save_model(str(tmp_path / "lost"))
+
+
+def test_the_card_names_the_objective(column, run):
+    run.trainer.create_model_card(model_name="mine")
+    card = (run.folder / "README.md").read_text()
+    section = card.split("## Objective\n\n")[1].split("\n\n## ")[0]
+    assert section.splitlines() == [f"- {name}: `{value}`" for name, value in run.trainer.objective().items()]
+    decides = {"contrastive": "loss", "conditional": "kl_coef"}.get(column.name, "divergence")
+    assert decides in run.trainer.objective() and "## Training procedure" in card
+
+
+# ------------------------------------------------------------------------------------------------- the loss, overridden
+
+
+def tripled(column):
+    class Tripled(column.trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return 3 * super().compute_loss(model, inputs)
+
+    return Tripled
+
+
+def own_mean(column):
+    """A loss of one's own: the mean over rows of their log-probs, or log-ratios."""
+
+    class OwnMean(column.trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if column.is_contrastive:
+                _, outputs = super().compute_loss(model, inputs, return_outputs=True)
+                return outputs["log_ratios"].masked_fill(~outputs["valid"], 0.0).sum(1).mean()
+            if column.encoder_decoder:
+                return encoder_decoder_logps(model, inputs).mean()
+            return completion_logps(model, inputs, layout=self.layout, token_stats=False).logps.mean()
+
+    return OwnMean
+
+
+def gradient(column, folder, trainer=None, rows=8, **options):
+    """The gradient of a step of plain SGD, which is what the step takes off the weights."""
+    told = {"train_dataset": column.rows(rows)}
+    made = column.make(folder, trainer=trainer, told=told, learning_rate=1.0, **options)
+    start = flat(made)
+    made.train()
+    assert made.state.global_step == 1
+    return start - flat(made)
+
+
+ONE_BATCH = {"per_device_train_batch_size": 8}
+FOUR_BATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+
+
+def near(a, b):
+    return (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_an_override_keeps_its_scale(column, tmp_path):
+    plain, whole, parts = (
+        gradient(column, tmp_path / str(i), trainer, **options)
+        for i, (trainer, options) in enumerate(
+            [(None, ONE_BATCH), (tripled(column), ONE_BATCH), (tripled(column), FOUR_BATCHES)]
+        )
+    )
+    assert plain.norm() > 1e-3
+    assert near(whole, 3 * plain) and near(parts, 3 * plain)
+
+
+def test_a_mean_of_ones_own_is_the_same_however_a_step_is_divided(column, tmp_path):
+    whole = gradient(column, tmp_path / "whole", own_mean(column), **ONE_BATCH)
+    parts = gradient(column, tmp_path / "parts", own_mean(column), **FOUR_BATCHES)
+    assert whole.norm() > 1e-3 and near(parts, whole)
+
+
+def test_micro_batches_that_differ_in_size_are_one_large_batch(column, tmp_path):
+    """In groups or in completion tokens. f-DPG's are equal: prompts that do not fill a step are left out."""
+    if column.is_fdpg:
+        seen = []
+
+        class Watched(column.trainer):
+            def compute_loss(self, model, inputs, **kwargs):
+                seen.append(len(inputs["log_z"]))
+                return super().compute_loss(model, inputs, **kwargs)
+
+        options = {"max_steps": -1, "num_train_epochs": 1, **FOUR_BATCHES}
+        trainer = column.make(tmp_path, trainer=Watched, told={"train_dataset": column.rows(7)}, **options)
+        trainer.train()
+        assert trainer.state.global_step == 1 and seen == [1] * 4
+        return
+    sizes = []
+
+    class Watched(column.trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            sizes.append(len(inputs["valid"]) if column.is_contrastive else int(inputs["completion_mask"].sum()))
+            return super().compute_loss(model, inputs, **kwargs)
+
+    rows = 7 if column.is_contrastive else 8
+    whole = gradient(column, tmp_path / "whole", Watched, rows, **ONE_BATCH)
+    parts = gradient(column, tmp_path / "parts", Watched, rows, **FOUR_BATCHES)
+    assert len(sizes) == 5 and sum(sizes[1:]) == sizes[0] and len(set(sizes[1:])) > 1
+    assert near(parts, whole)
+
+
+def test_outside_training_the_loss_is_the_batchs_mean(column, tmp_path):
+    """The mean over its groups, or over its completion tokens, of the losses of each row alone."""
+    trainer = column.make(tmp_path)
+    if column.is_conditional:
+        trainer.begin_round(1)
+        examples = [trainer.rows[i] for i in range(8)]
+        batch, alone = trainer.data_collator(examples), [trainer.data_collator([e]) for e in examples]
+        weights = [float(part["completion_mask"].sum()) for part in alone]
+    elif column.is_contrastive:
+        with torch.no_grad():  # away from the reference, where all groups have one loss
+            for p in trainer.model.parameters():
+                p.mul_(1.1)
+        examples = [trainer.train_dataset[i] for i in range(8)]
+        batch, alone = trainer.data_collator(examples), [trainer.data_collator([e]) for e in examples]
+        weights = [1.0] * 8
+    else:
+        trainer.model.eval()
+        prompts = [row for row in column.rows(4).to_list() for _ in range(2)]
+        (batch,) = trainer.draw_groups(prompts, training=False)
+        more = ("proposal_logps", "target_log_scores", "log_z")
+        completions = iter(completions_of(batch, column))
+        alone = []
+        for i, ids in enumerate(trainer.prompt_ids_of(column.rows(4)["prompt"])):
+            group = {"prompt_ids": ids, "completion_ids": [next(completions) for _ in range(2)], "scores": [0.0] * 2}
+            alone.append(trainer.collate([group]) | {name: batch[name][i : i + 1] for name in more})
+        weights = [1.0] * 4
+    with torch.no_grad():
+        together = trainer.compute_loss(trainer.model.eval(), batch).item()
+        apart = [trainer.compute_loss(trainer.model, part).item() for part in alone]
+    mean = sum(w * loss for w, loss in zip(weights, apart, strict=True)) / sum(weights)
+    assert len(set(apart)) > 1 and together == pytest.approx(mean, rel=1e-4, abs=1e-6)
+
+
+def completions_of(batch, column):
+    if column.encoder_decoder:
+        return [[t for t in row if t != -100] for row in batch["labels"].tolist()]
+    pairs = zip(batch["input_ids"], batch["completion_mask"].bool(), strict=True)
+    return [ids[mask].tolist() for ids, mask in pairs]
+
+
+def test_gradient_checkpointing_changes_nothing(column, tmp_path):
+    found = []
+    for checkpointing in (False, True):
+        trainer = column.make(tmp_path / str(checkpointing), gradient_checkpointing=checkpointing)
+        trainer.train()
+        assert trainer.model.is_gradient_checkpointing == checkpointing
+        found.append((logged(trainer, "loss"), flat(trainer)))
+    (loss_a, weights_a), (loss_b, weights_b) = found
+    assert loss_a == pytest.approx(loss_b, rel=1e-5) and torch.allclose(weights_a, weights_b, atol=1e-6)
+
+
+def test_an_evaluation_on_cpu_keeps_the_memory_it_freed(column, run, monkeypatch):
+    told = []
+    monkeypatch.setattr(freed_memory, "_set_malloc_options", lambda options: told.append(options) or True)
+    run.trainer.evaluate(column.rows(4))
+    assert told == [freed_memory._KEEP, freed_memory._RESTORE]
