@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging as std_logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from trl import get_peft_config, get_quantization_config
 
 from contrastive_align import demo
-from contrastive_align.launch.arguments import Arguments, UsageError
+from contrastive_align.launch.arguments import Arguments, UsageError, parse
+from contrastive_align.launch.datasets import take
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
@@ -34,9 +36,9 @@ class Run:
         args: the parsed command line. Parts may append to ``args.notes`` until the trainer is built.
 
     Attributes:
+        train_rows, test_rows, data_name: what :meth:`load_data` returned.
         trainer: what :meth:`build_trainer` returned.
         summary: what :meth:`describe` returned; later parts add to it.
-        hub_dataset: the data set that the model card names; None for bundled data and for a prompt on the command line.
     """
 
     user_errors: tuple[type[Exception], ...] = ()
@@ -44,10 +46,13 @@ class Run:
 
     def __init__(self, args: Arguments) -> None:
         self.args = args
-        self.hub_dataset: str | None = None
+
+    def load_data(self) -> tuple[Any, Any, str]:
+        """Return the training rows, the evaluation rows or None, and the name of the data."""
+        raise NotImplementedError
 
     def build_trainer(self, checkpoint: str | bool | None) -> Any:
-        """Load the data and build the trainer. ``checkpoint`` is what the run will be resumed from."""
+        """Build the trainer. ``checkpoint`` is what the run will be resumed from."""
         raise NotImplementedError
 
     def describe(self) -> Summary:
@@ -82,6 +87,8 @@ class Run:
         checkpoint = checkpoint_of(args)
         with as_usage_error(*self.user_errors):
             set_seed(args.training.seed)
+            self.train_rows, self.test_rows, self.data_name = self.load_data()
+            check_eval_flags(args, self.test_rows)
             self.trainer = trainer = self.build_trainer(checkpoint)
         if args.script.ignore_bias_buffers:
             ignore_bias_buffers(trainer)
@@ -98,7 +105,7 @@ class Run:
             started = time.perf_counter()
             self.train(checkpoint)
         summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
-        save(args, trainer, summary, self.hub_dataset)
+        save(args, trainer, summary)
         self.after_saving()
         with as_usage_error(*self.user_errors):
             self.measure()
@@ -106,9 +113,26 @@ class Run:
             summary.write(folder)
         print_on_main(summary.closing())
         if args.training.push_to_hub:
-            trainer.push_to_hub(dataset_name=self.hub_dataset)
+            trainer.push_to_hub(dataset_name=args.dataset)
         trainer.end()
         return summary
+
+    def summarise(
+        self, method: dict[str, Any], reference: str, data: dict[str, Any], *, start: str = "", kind: Any = Summary
+    ) -> Any:
+        """Return a summary of this ``kind``: the given entries, the model and the versions."""
+        name = model_name(self.args, start)
+        return kind(
+            method=method,
+            model=model_entry(self.args, self.trainer, name, start=start or name),
+            reference=reference,
+            data=data,
+            versions={package: version(package) for package in [*SUPPORTED, "contrastive_align"]},
+        )
+
+    def options(self, *names: str) -> dict[str, Any]:
+        """Return these options of the training config."""
+        return {name: getattr(self.args.training, name) for name in names}
 
 
 class RemoveEarlierSummary(TrainerCallback):
@@ -121,6 +145,44 @@ class RemoveEarlierSummary(TrainerCallback):
         """Remove the file on the process that writes it."""
         if args.should_save:
             (Path(args.output_dir) / "summary.json").unlink(missing_ok=True)
+
+
+# Options of the bundled model and of the bundled data that no flag or YAML file sets, beside those of the method.
+DEMO_MODEL = {"model_name_or_path": demo.MODEL_PATH, "gradient_checkpointing": False}
+DEMO_DATA = {"lr_scheduler_type": "cosine", "save_strategy": "no"}
+
+
+def parse_run(
+    argv: Sequence[str] | None,
+    choose: Callable[[Arguments], dict[str, Any] | None],
+    *,
+    demo_model: dict[str, Any],
+    demo_data: dict[str, Any],
+    **options: Any,
+) -> Arguments:
+    """Parse a command line, and again with the defaults for what it leaves out.
+
+    Args:
+        argv: the command line; None is the process's own.
+        choose: given the first result, returns defaults, which go before those of the bundled model and data, or None
+            for no defaults at all.
+        demo_model, demo_data: the method's defaults where the bundled model, or the bundled data, are used.
+        **options: of :func:`~contrastive_align.launch.arguments.parse`.
+    """
+    args = parse(argv, **options)
+    check_model_flags(args)
+    chosen = choose(args)
+    if chosen is None:
+        return args
+    defaults = DEMO_MODEL | demo_model if args.bundled_model else {}
+    defaults |= DEMO_DATA | demo_data if args.bundled_data else {}
+    return parse(argv, defaults=defaults | chosen, **options)
+
+
+def load_demo(args: Arguments, load: Callable[[], Any] = demo.load_reward_dataset) -> tuple[Dataset, Dataset]:
+    """Load the bundled training and held-out rows."""
+    splits = load()
+    return take(splits["train"], args.script.max_train_samples), take(splits["test"], args.script.max_eval_samples)
 
 
 def check_model_flags(args: Arguments) -> None:
@@ -139,12 +201,8 @@ def check_model_flags(args: Arguments) -> None:
     if Path(name).is_file():
         raise UsageError(f"--model_name_or_path: '{name}' is a file, expected a folder or a hub id.")
     asks = getattr(args.script, "best", None) is not None  # --best checks its folder itself
-    if (
-        name
-        and not asks
-        and Path(name).is_dir()
-        and not any((Path(name) / f).is_file() for f in ("config.json", ADAPTER_CONFIG))
-    ):
+    has_model = any((Path(name) / file).is_file() for file in ("config.json", ADAPTER_CONFIG))
+    if name and not asks and Path(name).is_dir() and not has_model:
         raise UsageError(f"--model_name_or_path: '{name}' holds no model: neither config.json nor {ADAPTER_CONFIG}.")
     if args.training.output_dir and Path(args.training.output_dir).is_file():
         raise UsageError(f"--output_dir: '{args.training.output_dir}' is a file, expected a folder, or a new name.")
@@ -181,15 +239,9 @@ def as_usage_error(*more: type[Exception]) -> Iterator[None]:
 def model_arguments(args: Arguments) -> dict[str, Any]:
     """Return a trainer's keywords for the model, its quantisation and its adapter."""
     model, training = args.model, args.training
-    init = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
-    }
-    if model.model_name_or_path == demo.MODEL_PATH:
-        init.pop("revision")
-    training.model_init_kwargs = init
+    init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    init |= {} if model.model_name_or_path == demo.MODEL_PATH else {"revision": model.model_revision}
+    training.model_init_kwargs = init | (training.model_init_kwargs or {})
     if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
         # TRL unpacks a list of one name, and peft would read the bare name as a regular expression.
         model.lora_target_modules = [model.lora_target_modules]
@@ -208,7 +260,7 @@ def ignore_bias_buffers(trainer: Any) -> None:
     ]
 
 
-def model_name(args: Arguments, otherwise: str | None = None) -> str:
+def model_name(args: Arguments, otherwise: str = "") -> str:
     """Name the model for the tables: the bundled one in words, another as ``otherwise`` or by its id."""
     path = args.model.model_name_or_path
     return "the bundled demo model" if path == demo.MODEL_PATH else str(otherwise or path)
@@ -239,11 +291,11 @@ def model_entry(args: Arguments, trainer: Any, name: str, *, start: str) -> dict
     }
 
 
-def save(args: Arguments, trainer: Any, summary: Summary, dataset_name: str | None) -> None:
+def save(args: Arguments, trainer: Any, summary: Summary) -> None:
     """Write the model and its card, and add their places to the summary."""
     output_dir = args.training.output_dir
     trainer.save_model(output_dir)
-    trainer.create_model_card(model_name=Path(output_dir).name, dataset_name=dataset_name)
+    trainer.create_model_card(model_name=Path(output_dir).name, dataset_name=args.dataset)
     head = "Seq2SeqLM" if trainer.model.config.is_encoder_decoder else "CausalLM"
     auto = "peft.AutoPeftModelFor" if is_peft_model(trainer.model) else "transformers.AutoModelFor"
     summary.saved = {
@@ -261,11 +313,6 @@ def picture_saved(summary: Summary, path: Path) -> Iterator[None]:
         summary.saved["picture"] = str(path)
     except (ImportError, ValueError) as error:
         summary.saved["picture"] = f"none: {error}"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on."""
-    return {package: version(package) for package in [*SUPPORTED, "contrastive_align"]}
 
 
 def print_on_main(text: str) -> None:

@@ -15,14 +15,13 @@ from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig, get_dataset
 
 from contrastive_align.conditions import AttributeCondition, Condition
-from contrastive_align.data import BadRow, detect_spelling, distinct_prompts, read_group
+from contrastive_align.data import BadRow, detect_spelling, read_group
 from contrastive_align.data.formats import PROMPT_COLUMNS, ROW, UNREADABLE
-from contrastive_align.launch.arguments import RunArguments, UsageError
+from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError
 from contrastive_align.trl_seam import DatasetConfig
 
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-ONE_PROMPT = "one prompt"  # the name of the data that --prompt makes
 # Columns of groups and pairs, which are dropped where a dataset serves for its prompts alone.
 NOT_PROMPTS = ("completion", "completions", "scores", "responses", "rewards", "chosen", "rejected", "completion_ids")
 SCORES = ("score", "scores", "reward", "rewards")  # names of a column of scores, without --score_column
@@ -30,28 +29,26 @@ FEEDBACK = ("feedback", "feedbacks")
 Splits = DatasetDict | IterableDatasetDict
 
 
-def load_splits(
-    script: RunArguments, mixture: DatasetMixtureConfig, *, want_eval: bool, seed: int, on_bad_row: str | None
-) -> tuple[Any, Any]:
+def load_splits(args: Arguments, *, on_bad_row: str | None = None) -> tuple[Any, Any]:
     """Load the training and evaluation rows of ``dataset_name`` or ``datasets``.
 
     Evaluation rows are ``dataset_test_split``, or are split off with ``test_split_size``. Without either they are None,
-    unless ``want_eval``. ``on_bad_row`` is None where rows are prompts rather than groups.
+    unless evaluation is asked for. ``on_bad_row`` is None where rows are prompts rather than groups.
 
     Raises:
         UsageError: both sources or neither are given; a file or split does not exist.
     """
-    if bool(mixture.datasets) == bool(script.dataset_name):
-        found = (
-            "both 'datasets' and 'dataset_name' are" if mixture.datasets else "neither 'datasets' nor 'dataset_name' is"
-        )
-        raise UsageError(f"{found} given. Give one.")
+    script, mixture = args.script, args.datasets
+    if mixture.datasets and script.dataset_name:
+        raise UsageError("both 'datasets' and 'dataset_name' are given. Give one.")
+    if not mixture.datasets and not script.dataset_name:
+        raise UsageError("neither 'datasets' nor 'dataset_name' is given. Give one.")
     if mixture.datasets and script.dataset_streaming:
         raise UsageError("'dataset_streaming' belongs to 'dataset_name'; for 'datasets' set 'streaming'.")
     if mixture.streaming and not mixture.datasets:
         raise UsageError("'streaming' belongs to 'datasets'; for 'dataset_name' set 'dataset_streaming'.")
     if mixture.datasets:
-        splits = _load_mixture(script, mixture, want_eval)
+        splits = _load_mixture(script, mixture, args.wants_eval)
     else:
         splits = _load_named(script.dataset_name, script.dataset_config, script.dataset_streaming, on_bad_row)
     train_name, test_name = script.dataset_train_split, script.dataset_test_split
@@ -63,8 +60,8 @@ def load_splits(
     if test is None and mixture.test_split_size is not None:
         if not isinstance(train, Dataset):
             raise UsageError("--test_split_size needs the whole dataset, found a stream. Name a --dataset_test_split.")
-        train, test = train.train_test_split(test_size=mixture.test_split_size, seed=seed).values()
-    if test is None and want_eval:
+        train, test = train.train_test_split(test_size=mixture.test_split_size, seed=args.training.seed).values()
+    if test is None and args.wants_eval:
         raise UsageError(
             f"evaluation is asked for, but the dataset has no split '{test_name}' (it has {sorted(splits)}). Set "
             "--dataset_test_split, split some off with --test_split_size=0.1, or set --eval_strategy=no."
@@ -79,26 +76,23 @@ def take(dataset: Any, n: int | None) -> Any:
     return dataset.select(range(min(n, len(dataset)))) if isinstance(dataset, Dataset) else dataset.take(n)
 
 
-def load_prompts(
-    script: RunArguments, mixture: DatasetMixtureConfig, prompt: str | None, *, want_eval: bool, seed: int
-) -> tuple[Dataset, Dataset | None, str]:
+def load_prompts(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
     """Load training and evaluation rows with a column ``prompt``, and the name of the data.
 
     Raises:
         UsageError: more than one source, a missing file, no prompts, or a prompt that is neither text nor messages.
     """
-    named = script.dataset_name
-    if prompt is not None:
-        if named or mixture.datasets:
+    script, named = args.script, args.script.dataset_name
+    if script.prompt is not None:
+        if args.dataset:
             raise UsageError("both a prompt and a dataset are given. Give one.")
-        return from_rows([{"prompt": prompt}], "--prompt"), None, ONE_PROMPT
+        return from_rows([{"prompt": script.prompt}], "--prompt"), None, "one prompt"
     if named and Path(named).suffix.lower() == ".txt":
         if script.dataset_streaming:
             raise UsageError(f"dataset_streaming is given, and {named} is read as a whole. Leave it out.")
         return take(_read_lines(Path(named).expanduser()), script.max_train_samples), None, named
-    train, test = load_splits(script, mixture, want_eval=want_eval, seed=seed, on_bad_row=None)
-    name = named or ", ".join(part.path for part in mixture.datasets)
-    return from_rows(train, name), None if test is None else from_rows(test, name), name
+    train, test = load_splits(args)
+    return from_rows(train, args.dataset), None if test is None else from_rows(test, args.dataset), args.dataset
 
 
 def from_rows(rows: Any, name: str) -> Dataset:
@@ -122,10 +116,14 @@ def repeat(rows: Dataset, at_least: int) -> Dataset:
     return rows if times <= 1 else rows.select(list(range(len(rows))) * times)
 
 
-def prompts_to_measure(train: Dataset, test: Dataset | None, at_most: int) -> tuple[list[dict[str, Any]], str]:
-    """Return the first rows with different prompts, of ``test`` if given, and the word for such a prompt."""
-    rows = distinct_prompts(train if test is None else test, at_most)
-    return rows, "training prompt" if test is None else "held-out prompt"
+def only_prompts(script: RunArguments) -> bool:
+    """Return whether the data are one prompt, or a text file of them."""
+    return script.prompt is not None or str(script.dataset_name).lower().endswith(".txt")
+
+
+def rows_to_measure(train: Dataset, test: Dataset | None) -> tuple[Dataset, str]:
+    """Return the evaluation rows if there are any, else the training rows, and the word for them."""
+    return (train, "training") if test is None else (test, "held-out")
 
 
 def is_prompt(value: Any) -> bool:
@@ -136,17 +134,9 @@ def is_prompt(value: Any) -> bool:
     return bool(messages) and value[-1]["role"] != "assistant"
 
 
-def load_scored(
-    script: RunArguments,
-    mixture: DatasetMixtureConfig,
-    *,
-    condition: Condition,
-    want_eval: bool,
-    seed: int,
-    **columns: Any,
-) -> tuple[Dataset, Dataset | None]:
+def load_scored(args: Arguments, condition: Condition, **columns: Any) -> tuple[Dataset, Dataset | None]:
     """Load completions with scores or feedback; ``columns`` are the keywords of :func:`with_feedback`."""
-    train, test = load_splits(script, mixture, want_eval=want_eval, seed=seed, on_bad_row=None)
+    train, test = load_splits(args)
     if not isinstance(train, Dataset):
         raise UsageError("scored completions are sorted by their scores, so they cannot be a stream. Leave it out.")
     train = with_feedback(train, condition, **columns)
@@ -188,12 +178,12 @@ def with_feedback(
         )
     dataset = _called(dataset, score_column, score_name, SCORES)
     attributes = list(condition.attributes) if isinstance(condition, AttributeCondition) else []
-    if feedback_column is None and attributes and set(attributes) <= set(dataset.column_names):
+    missing = [name for name in attributes if name not in dataset.column_names]
+    if feedback_column is None and attributes and not missing:
         dataset = dataset.map(
             lambda row: {feedback_name: _objects({a: row[a] for a in attributes})}, load_from_cache_file=False
         )
     elif feedback_column is None and attributes and _first(dataset, FEEDBACK) is None:
-        missing = [a for a in attributes if a not in dataset.column_names]
         raise ValueError(
             f"The condition 'attributes' is of {attributes}, and the data has no column for {missing}, only "
             f"{sorted(dataset.column_names)}. Rename the columns, or name one that has JSON objects of them with "
@@ -220,8 +210,7 @@ def _as_builder(part: DatasetConfig) -> DatasetConfig:
     path = Path(part.path).expanduser()
     if path.suffix.lower() not in BUILDERS:
         return part
-    if not path.is_file():
-        raise UsageError(f"no file '{part.path}' (looked in {Path.cwd()}){_neighbour(path)}")
+    _check_file(part.path, path)
     return dataclasses.replace(part, path=BUILDERS[path.suffix.lower()], data_files=str(path))
 
 
@@ -232,9 +221,9 @@ def _load_named(name: str, config: str | None, streaming: bool, on_bad_row: str 
         raise UsageError(f"'dataset_config' is {config!r}, but '{name}' is a file and has none. Leave it out.")
     if builder:
         return _load_file(name, path, builder, streaming, on_bad_row)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _load_saved(path, streaming)
     if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _load_saved(path, streaming)
         return load_dataset(str(path), name=config, streaming=streaming)
     if path.is_file():
         raise UsageError(f"'{name}' ends in '{path.suffix}', expected one of {', '.join(BUILDERS)}, or a folder.")
@@ -250,8 +239,7 @@ def _load_named(name: str, config: str | None, streaming: bool, on_bad_row: str 
 
 
 def _load_file(name: str, path: Path, builder: str, streaming: bool, on_bad_row: str | None) -> Splits:
-    if not path.is_file():
-        raise UsageError(f"no file '{name}' (looked in {Path.cwd()}){_neighbour(path)}")
+    _check_file(name, path)
     if not path.stat().st_size:
         raise UsageError(f"'{name}' is empty, expected at least one row.")
     try:
@@ -271,6 +259,11 @@ def _load_saved(path: Path, streaming: bool) -> Splits:
     if streaming:
         return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
     return splits
+
+
+def _check_file(name: str, path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"no file '{name}' (looked in {Path.cwd()}){_neighbour(path)}")
 
 
 def _neighbour(path: Path) -> str:
@@ -323,8 +316,7 @@ def _json_rows(path: Path) -> list[Any]:
 
 
 def _read_lines(path: Path) -> Dataset:
-    if not path.is_file():
-        raise UsageError(f"no file '{path}' (looked in {Path.cwd()}).")
+    _check_file(str(path), path)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

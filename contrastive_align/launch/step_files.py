@@ -17,17 +17,18 @@ from contrastive_align.launch.datasets import is_prompt
 
 Row = dict[str, Any]
 
-# The columns that steps add: lists with one entry for each of K completions.
-LISTS = ("generations", "finished", "rewards", "analysis", "feedbacks", "scores")
 _PART = re.compile(r"\.(\d+)-of-(\d+)\.")  # gen.0-of-4.jsonl
 _NUMBER = int | float
-# The columns that training reads, with the type of their entries; null is allowed as well.
+# The columns that steps add: lists with one entry, or null, for each of K completions. Training reads typed entries.
 _ENTRIES = {
+    "generations": (object, ""),
     "finished": (bool, "true, false"),
     "rewards": (_NUMBER, "a number"),
+    "analysis": (object, ""),
     "feedbacks": (str, "text"),
     "scores": (_NUMBER, "a number"),
 }
+LISTS = tuple(_ENTRIES)
 
 
 def read_rows(path: str | Path, *, generations: bool) -> list[Row]:
@@ -41,17 +42,12 @@ def read_rows(path: str | Path, *, generations: bool) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file '{path}' (looked in {Path.cwd()}).")
-    rows = [_checked(line, f"{path}, line {n}", generations) for n, line in _lines(path)]
+    with path.open("rb") as file:  # as bytes: text mode would also split at a line separator within a string
+        lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    rows = [_checked(line, f"{path}, line {number}", generations) for number, line in lines]
     if not rows:
         raise ValueError(f"{path} has no rows, expected one JSON object a line, each with 'prompt'.")
     return rows
-
-
-def _lines(path: Path) -> Iterable[tuple[int, bytes]]:
-    with path.open("rb") as file:  # as bytes: text mode would also split at a line separator within a string
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
 
 
 def _checked(line: bytes, where: str, generations: bool) -> Row:
@@ -69,12 +65,12 @@ def _checked(line: bytes, where: str, generations: bool) -> Row:
     found = row.get("generations")
     if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
         raise BadRow(f"{where}: 'generations' is {str(found)[:80]!r}, expected a list of texts (the step 'sample').")
-    for name in LISTS:
-        if name in row and (not isinstance(row[name], list) or len(row[name]) != len(found)):
+    for name in filter(row.__contains__, LISTS):
+        if not isinstance(row[name], list) or len(row[name]) != len(found):
             size = len(row[name]) if isinstance(row[name], list) else f"no list, {row[name]!r}: not"
             raise BadRow(f"{where}: '{name}' has {size} entries for {len(found)} generations.")
-        kind, expected = _ENTRIES.get(name, (object, ""))
-        for i, entry in enumerate(row.get(name, ())):
+        kind, expected = _ENTRIES[name]
+        for i, entry in enumerate(row[name]):
             if entry is not None and (not isinstance(entry, kind) or (kind is _NUMBER and isinstance(entry, bool))):
                 raise BadRow(f"{where}: '{name}'[{i}] is {str(entry)[:80]!r}, expected {expected} or null.")
     return row
@@ -130,9 +126,8 @@ class Output:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(
-                error.errno, f"{self.path.parent} cannot be made: {error.strerror}. Give another --output."
-            ) from error
+            problem = f"{self.path.parent} cannot be made: {error.strerror}. Give another --output."
+            raise OSError(error.errno, problem) from error
         head = to_line({"settings": dict(settings)})
         lines = [] if overwrite or not self.partial.exists() else self._whole_lines()
         if len(lines) > 1 and lines[0] != head:  # without a row nothing can be mixed
@@ -147,8 +142,7 @@ class Output:
         if not self.done:
             self.partial.unlink(missing_ok=True)
 
-    def _whole_lines(self) -> list[bytes]:
-        """Leave out a last line that an interruption cut."""
+    def _whole_lines(self) -> list[bytes]:  # without a last line that an interruption cut
         return [line for line in self.partial.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
     def fill(self, rows: list[Row], work: Callable[[list[Row]], list[Row]], *, at_once: int) -> list[Row]:
@@ -223,14 +217,12 @@ def merge(pattern: str, output: str | Path, *, overwrite: bool) -> int:
             raise ValueError(f"{path} is no part: expected names such as gen.0-of-4.jsonl. Give a narrower pattern.")
         split, total = map(int, match.groups())
         if split in parts and total in totals:
-            raise ValueError(
-                f"part {split} of {total} is there twice: {parts[split]} and {path}. Give one pattern each."
-            )
+            found_twice = f"{parts[split]} and {path}"
+            raise ValueError(f"part {split} of {total} is there twice: {found_twice}. Give one pattern each.")
         totals[total], parts[split] = path, path
     if len(totals) > 1:
-        raise ValueError(
-            f"parts of {sorted(totals)} are mixed, such as {', '.join(map(str, totals.values()))}. Remove some."
-        )
+        examples = ", ".join(map(str, totals.values()))
+        raise ValueError(f"parts of {sorted(totals)} are mixed, such as {examples}. Remove some.")
     (total,) = totals
     if missing := sorted(set(range(total)) - set(parts)):
         raise ValueError(f"of {total} parts, {missing} are missing. Sample these: --split_number={missing[0]} ...")
@@ -248,8 +240,6 @@ def merge(pattern: str, output: str | Path, *, overwrite: bool) -> int:
                 )
             lines.append(to_line(row))
     if sizes != (expected := [len(part_rows(split, total, len(lines))) for split in range(total)]):
-        raise ValueError(
-            f"the parts have {sizes} rows, expected {expected}: one of them is not whole. Sample it again."
-        )
+        raise ValueError(f"the parts have {sizes} rows, expected {expected}: one is not whole. Sample it again.")
     write_rows(output, lines)
     return len(lines)
