@@ -74,16 +74,6 @@ class Arguments:
         named = (self.script.dataset_name, getattr(self.script, "prompt", None))
         return named == (None, None) and not self.datasets.datasets
 
-    @property
-    def bundled_model(self) -> bool:
-        """Whether no model is given, so that the bundled one is used."""
-        return self.model.model_name_or_path is None
-
-    @property
-    def wants_eval(self) -> bool:
-        """Whether the data must have an evaluation split."""
-        return self.training.eval_strategy != "no" or self.training.do_eval
-
 
 class UsageError(SystemExit):
     """A wrong command line; prints the message and exits with status 2."""

@@ -10,19 +10,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
-from datasets import Dataset
 from transformers import TrainerCallback, set_seed
 from trl import get_peft_config, get_quantization_config
 
 from contrastive_align import demo
 from contrastive_align.launch.arguments import Arguments, UsageError, parse
-from contrastive_align.launch.datasets import take
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
+from contrastive_align.trl_seam import ignore_bool_buffers
 from contrastive_align.versions import SUPPORTED
 
 
@@ -38,8 +36,12 @@ class Run:
     Attributes:
         train_rows, test_rows, data_name: what :meth:`load_data` returned.
         trainer: what :meth:`build_trainer` returned.
-        summary: what :meth:`describe` returned; later parts add to it.
+        summary: of this ``summary_class``, made before training; later parts add to it.
     """
+
+    summary_class: type[Summary] = Summary
+    start: str | None = None
+    """What training starts from, where it may be more than the model's name."""
 
     user_errors: tuple[type[Exception], ...] = ()
     """Errors that the user can correct, beside those of :func:`as_usage_error`."""
@@ -55,9 +57,24 @@ class Run:
         """Build the trainer. ``checkpoint`` is what the run will be resumed from."""
         raise NotImplementedError
 
-    def describe(self) -> Summary:
-        """Return the summary as far as it is known before training."""
+    def describe(self) -> tuple[str, dict[str, Any]]:
+        """Describe the method: its line in the table, and its options."""
         raise NotImplementedError
+
+    def describe_data(self) -> dict[str, dict[str, Any]]:
+        """Describe each split, with its ``line`` and ``notes`` in the table."""
+        raise NotImplementedError
+
+    def describe_reference(self) -> str:
+        """Describe the reference in the table."""
+        peft = is_peft_model(self.trainer.model)
+        return f"{self.model_name}, with the adapter off" if peft else f"{self.model_name}, a frozen copy"
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the table."""
+        name = self.args.model.model_name_or_path
+        return "the bundled demo model" if name == demo.MODEL_PATH else self.start or name
 
     def before_training(self) -> None:
         """Measure the model at the start."""
@@ -84,15 +101,23 @@ class Run:
         args, folder = self.args, self.args.training.output_dir
         if args.training.device.type == "cpu":
             keep_freed_memory()
-        checkpoint = checkpoint_of(args)
+        resume = args.training.resume_from_checkpoint
+        checkpoint = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
         with as_usage_error(*self.user_errors):
             set_seed(args.training.seed)
             self.train_rows, self.test_rows, self.data_name = self.load_data()
             check_eval_flags(args, self.test_rows)
             self.trainer = trainer = self.build_trainer(checkpoint)
         if args.script.ignore_bias_buffers:
-            ignore_bias_buffers(trainer)
-        self.summary = summary = self.describe()
+            ignore_bool_buffers(trainer)
+        line, options = self.describe()
+        self.summary = summary = self.summary_class(
+            method={"line": line, "trainer": type(trainer).__name__, **options},
+            model=self._describe_model(),
+            reference=self.describe_reference(),
+            data=self.describe_data(),
+            versions={package: version(package) for package in [*SUPPORTED, "contrastive_align"]},
+        )
         if (Path(folder) / "summary.json").is_file() and not checkpoint:
             args.notes.append(f"{folder} holds an earlier run, which this one replaces")
         print_on_main(summary.opening())
@@ -105,7 +130,7 @@ class Run:
             started = time.perf_counter()
             self.train(checkpoint)
         summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
-        save(args, trainer, summary)
+        self._save()
         self.after_saving()
         with as_usage_error(*self.user_errors):
             self.measure()
@@ -117,22 +142,39 @@ class Run:
         trainer.end()
         return summary
 
-    def summarise(
-        self, method: dict[str, Any], reference: str, data: dict[str, Any], *, start: str = "", kind: Any = Summary
-    ) -> Any:
-        """Return a summary of this ``kind``: the given entries, the model and the versions."""
-        name = model_name(self.args, start)
-        return kind(
-            method=method,
-            model=model_entry(self.args, self.trainer, name, start=start or name),
-            reference=reference,
-            data=data,
-            versions={package: version(package) for package in [*SUPPORTED, "contrastive_align"]},
-        )
-
     def options(self, *names: str) -> dict[str, Any]:
         """Return these options of the training config."""
         return {name: getattr(self.args.training, name) for name in names}
+
+    def _describe_model(self) -> dict[str, Any]:
+        model, arguments = self.trainer.model, self.args.model
+        parameters = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        bits = "4-bit " if arguments.load_in_4bit else "8-bit " if arguments.load_in_8bit else ""
+        size = f"{_millions(parameters)} parameters, {_millions(trained)} trained"
+        adapted = f", LoRA r={arguments.lora_r}" if is_peft_model(model) else ""
+        return {
+            "line": f"{self.model_name} ({size}{adapted}, {bits}{str(model.dtype).removeprefix('torch.')})",
+            "name_or_path": arguments.model_name_or_path,
+            "revision": arguments.model_revision,
+            "start": self.start or self.model_name,
+            "quantisation": bits.strip() or None,
+            "peft": is_peft_model(model),
+            "parameters": parameters,
+            "trained_parameters": trained,
+        }
+
+    def _save(self) -> None:
+        trainer, folder = self.trainer, self.args.training.output_dir
+        trainer.save_model(folder)
+        trainer.create_model_card(model_name=Path(folder).name, dataset_name=self.args.dataset)
+        head = "Seq2SeqLM" if trainer.model.config.is_encoder_decoder else "CausalLM"
+        auto = "peft.AutoPeftModelFor" if is_peft_model(trainer.model) else "transformers.AutoModelFor"
+        self.summary.saved = {
+            "saved": folder,
+            "summary": f"{folder}/summary.json",
+            "load with": f'{auto}{head}.from_pretrained("{folder}")',
+        }
 
 
 class RemoveEarlierSummary(TrainerCallback):
@@ -162,27 +204,17 @@ def parse_run(
 ) -> Arguments:
     """Parse a command line, and again with the defaults for what it leaves out.
 
-    Args:
-        argv: the command line; None is the process's own.
-        choose: given the first result, returns defaults, which go before those of the bundled model and data, or None
-            for no defaults at all.
-        demo_model, demo_data: the method's defaults where the bundled model, or the bundled data, are used.
-        **options: of :func:`~contrastive_align.launch.arguments.parse`.
+    These are ``demo_model`` where the bundled model is used, ``demo_data`` where the bundled data are, and what
+    ``choose`` returns of the first result, which overrides both; None stands for no defaults at all.
     """
     args = parse(argv, **options)
     check_model_flags(args)
     chosen = choose(args)
     if chosen is None:
         return args
-    defaults = DEMO_MODEL | demo_model if args.bundled_model else {}
+    defaults = DEMO_MODEL | demo_model if args.model.model_name_or_path is None else {}
     defaults |= DEMO_DATA | demo_data if args.bundled_data else {}
     return parse(argv, defaults=defaults | chosen, **options)
-
-
-def load_demo(args: Arguments, load: Callable[[], Any] = demo.load_reward_dataset) -> tuple[Dataset, Dataset]:
-    """Load the bundled training and held-out rows."""
-    splits = load()
-    return take(splits["train"], args.script.max_train_samples), take(splits["test"], args.script.max_eval_samples)
 
 
 def check_model_flags(args: Arguments) -> None:
@@ -215,12 +247,6 @@ def check_eval_flags(args: Arguments, test: Any) -> None:
         raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
 
 
-def checkpoint_of(args: Arguments) -> str | bool | None:
-    """Return what ``trainer.train`` takes for ``--resume_from_checkpoint``: a folder, True for the newest, or None."""
-    resume = args.training.resume_from_checkpoint
-    return {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
-
-
 @contextlib.contextmanager
 def as_usage_error(*more: type[Exception]) -> Iterator[None]:
     """Turn errors that the user can correct into a message and exit status 2.
@@ -250,58 +276,6 @@ def model_arguments(args: Arguments) -> dict[str, Any]:
         "args": training,
         "quantization_config": get_quantization_config(model),
         "peft_config": get_peft_config(model),
-    }
-
-
-def ignore_bias_buffers(trainer: Any) -> None:
-    """Exclude boolean buffers, which DDP cannot synchronise, as TRL's scripts do."""
-    trainer.model._ddp_params_and_buffers_to_ignore = [
-        name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
-    ]
-
-
-def model_name(args: Arguments, otherwise: str = "") -> str:
-    """Name the model for the tables: the bundled one in words, another as ``otherwise`` or by its id."""
-    path = args.model.model_name_or_path
-    return "the bundled demo model" if path == demo.MODEL_PATH else str(otherwise or path)
-
-
-def reference_line(trainer: Any, name: str) -> str:
-    """Describe the reference of a trainer whose reference is the model at the start."""
-    return f"{name}, with the adapter off" if is_peft_model(trainer.model) else f"{name}, a frozen copy"
-
-
-def model_entry(args: Arguments, trainer: Any, name: str, *, start: str) -> dict[str, Any]:
-    """Return the ``model`` of ``summary.json``."""
-    model = args.model
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    size = f"{_millions(parameters)} parameters, {_millions(trained)} trained"
-    bits = "4-bit " if model.load_in_4bit else "8-bit " if model.load_in_8bit else ""
-    adapted = f", LoRA r={model.lora_r}" if is_peft_model(trainer.model) else ""
-    return {
-        "line": f"{name} ({size}{adapted}, {bits}{str(trainer.model.dtype).removeprefix('torch.')})",
-        "name_or_path": model.model_name_or_path,
-        "revision": model.model_revision,
-        "start": start,
-        "quantisation": bits.strip() or None,
-        "peft": is_peft_model(trainer.model),
-        "parameters": parameters,
-        "trained_parameters": trained,
-    }
-
-
-def save(args: Arguments, trainer: Any, summary: Summary) -> None:
-    """Write the model and its card, and add their places to the summary."""
-    output_dir = args.training.output_dir
-    trainer.save_model(output_dir)
-    trainer.create_model_card(model_name=Path(output_dir).name, dataset_name=args.dataset)
-    head = "Seq2SeqLM" if trainer.model.config.is_encoder_decoder else "CausalLM"
-    auto = "peft.AutoPeftModelFor" if is_peft_model(trainer.model) else "transformers.AutoModelFor"
-    summary.saved = {
-        "saved": output_dir,
-        "summary": f"{output_dir}/summary.json",
-        "load with": f'{auto}{head}.from_pretrained("{output_dir}")',
     }
 
 

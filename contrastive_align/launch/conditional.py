@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +21,22 @@ from contrastive_align.conditions import Condition, resolve_condition
 from contrastive_align.judge.judge import JudgeError
 from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, option
 from contrastive_align.launch.ask import ask_best
-from contrastive_align.launch.common import (
-    Run,
-    as_usage_error,
-    load_demo,
-    model_arguments,
-    model_name,
-    parse_run,
-    print_on_main,
-    reference_line,
-)
+from contrastive_align.launch.common import Run, as_usage_error, model_arguments, parse_run, print_on_main
 from contrastive_align.launch.conditional_measure import Measurement, draw_picture, last_terms, rounds_of
-from contrastive_align.launch.datasets import from_rows, load_prompts, load_scored, only_prompts, with_feedback
+from contrastive_align.launch.datasets import load_demo, load_prompts, load_splits, only_prompts, with_feedback
 from contrastive_align.launch.feedback_flags import build_judge, build_sampler, check_models, check_reward, read_spec
 from contrastive_align.report import Summary
 from contrastive_align.targets import resolve_feature
 from contrastive_align.trainers import ConditionalConfig, ConditionalTrainer
 
 
-DEMO_PROMPTS, DEMO_SCORED = "the bundled demo prompts", "the bundled demo data"
+DEMO_SCORED = "the bundled demo data"
 DEMO_REWARD = "contrastive_align.demo:reward"
 DEMO_MODEL = {"max_completion_length": 40, "learning_rate": 4e-3}
 DEMO_DATA = {"per_device_train_batch_size": 64, "logging_steps": 20, "eval_prompts": 200}
 DEMO_ROUNDS = {"prompts_per_round": 128, "draws_per_round": 5120}
+# A run without these flags may replace its samples: its model, prompts and folder are the bundled ones.
+NOT_BUNDLED = {"model_name_or_path", "dataset_name", "datasets", "prompt", "reward", "judge", "output_dir", "pool_dir"}
 # Counts of a trainer's ``data_report`` -> what the user is told of them.
 NOTES = {
     "too_long": "prompts are too long and left out",
@@ -57,16 +51,10 @@ JUDGED_PROMPTS = 16  # the default of eval_prompts with a judge, which is slow o
 class ConditionalArguments(RunArguments):
     """Name the prompts, the feedback on completions, and the condition that feedback becomes.
 
-    Args:
-        condition: its kind, or a mapping with options: ``{kind: phrases, phrases: toxicity}``.
-        reward, eval_reward: see ``targets.features``; or a list of them, of which ``reward`` takes the sum weighted by
-            ``reward_weights``.
-        judge: a mapping of the arguments of :class:`~contrastive_align.judge.judge.Judge`; the key is in the
-            environment.
-        sampler: a mapping of the arguments of :class:`~contrastive_align.sampling.server.ServerSampler`: an
-            OpenAI-compatible server that samples the completions with the LoRA adapter of each round.
-        eval_prompts: from the evaluation split if there is one, with ``num_generations`` completions each under every
-            condition.
+    ``judge`` and ``sampler`` are mappings of the arguments of :class:`~contrastive_align.judge.judge.Judge` and
+    :class:`~contrastive_align.sampling.server.ServerSampler`; ``reward`` may be a list, summed by ``reward_weights``
+    (see ``targets.features``). Rewards are measured on ``eval_prompts`` of the evaluation split, or of the training
+    split without one, with ``num_generations`` completions each under every condition.
     """
 
     prompt: str | None = option(None, "One prompt, instead of a dataset.")
@@ -132,13 +120,10 @@ class ConditionalRun(Run):
         """Load prompts or, without a reward or judge, scored completions."""
         args, script, training = self.args, self.args.script, self.args.training
         self.condition = resolve_condition(script.condition or "quantile_tokens")
-        if args.bundled_data:
-            rows = load_demo(args)
-            if script.offline:
-                return *(with_feedback(part, self.condition, **script.columns) for part in rows), DEMO_SCORED
-            return *(from_rows(part, DEMO_PROMPTS) for part in rows), DEMO_PROMPTS
         if script.offline:
-            train, test, name = *load_scored(args, self.condition, **script.columns), args.dataset
+            rows, name = (load_demo(args), DEMO_SCORED) if args.bundled_data else (load_splits(args), args.dataset)
+            read = partial(with_feedback, condition=self.condition, **script.columns)
+            train, test = (None if part is None else read(part) for part in rows)
         else:
             train, test, name = load_prompts(args)
         if test is None and training.eval_strategy != "no":
@@ -150,57 +135,63 @@ class ConditionalRun(Run):
         return train, test, name
 
     def build_trainer(self, checkpoint: str | bool | None) -> ConditionalTrainer:
-        """Build the trainer, and check the pool of an earlier run."""
-        if _is_throwaway(self.args) and not checkpoint:
-            _clear_pool(self.args)
+        """Build the trainer, and refuse the samples of an earlier run, except those of the bundled run."""
+        if not NOT_BUNDLED & self.args.given and not checkpoint:
+            if PartialState().is_main_process:
+                shutil.rmtree(Path(self.args.training.output_dir) / "pool", ignore_errors=True)
+            PartialState().wait_for_everyone()
         trainer = _build_trainer(self.args, self.condition, self.train_rows, self.test_rows)
-        _check_pool(trainer, checkpoint)
+        if trainer.online and trainer.pool.rounds and not checkpoint:
+            raise UsageError(
+                f"{trainer.pool.folder} has the samples of an earlier run (rounds {trainer.pool.rounds}). Go on with "
+                "--resume_from_checkpoint=true, or start anew in another --output_dir or --pool_dir."
+            )
+        trainer.check_pool()  # as train() would, after the measurement
         return trainer
 
-    def describe(self) -> Summary:
-        """Name the condition, the feedback, the model and the data."""
-        trainer, training, script = self.trainer, self.args.training, self.args.script
-        feedback = trainer.feedback.feature.name if trainer.online and not trainer.judge else "the data's feedback"
-        feedback = "a judge" if trainer.judge else feedback
-        terms = f"KL {training.kl_coef:g} ({training.kl_direction}), entropy {training.entropy_coef:g}"
-        rounds = f"{training.num_train_epochs:g} passes over {trainer.rows.length} draws"
+    def describe(self) -> tuple[str, dict[str, Any]]:
+        """Name the condition, the feedback, the loss's terms and the extent of a round."""
+        trainer, training = self.trainer, self.args.training
+        kind, draws, epochs = trainer.condition.kind, trainer.rows.length, f"{training.num_train_epochs:g}"
+        feedback, rounds = "the data's feedback", f"{epochs} passes over {draws} draws"
         if trainer.online:
-            rounds = (
-                f"{training.num_train_epochs:g} rounds of {trainer.prompts_per_round} prompts x "
-                f"{training.num_generations} samples, {trainer.rows.length} draws each"
-            )
-        data = {"train": self._data_entry(self.train_rows, trainer.data_report)}
-        if self.test_rows is not None:
-            data["test"] = self._data_entry(self.test_rows, {})
-        return self.summarise(
-            {
-                "line": f"conditional training, {trainer.condition.kind} by {feedback}, {terms}; {rounds}",
-                "trainer": type(trainer).__name__,
-                "condition": trainer.condition.spec,
-                "reward": _plain(script.reward),
-                "judge": None if trainer.judge is None else trainer.judge.spec,
-                "online": trainer.online,
-                **self.options("kl_coef", "kl_direction", "entropy_coef"),
-                "rounds": training.num_train_epochs,
-                "prompts_per_round": trainer.prompts_per_round if trainer.online else None,
-                "num_generations": training.num_generations,
-                "draws_per_round": trainer.rows.length,
-                **self.options("drop_factor", "max_completion_length", "learning_rate", "seed"),
-            },
-            reference_line(trainer, model_name(self.args)) if trainer.has_reference else "none (kl_coef=0)",
-            data,
-        )
-
-    def _data_entry(self, rows: Dataset, report: dict[str, Any]) -> dict[str, Any]:
-        what = "prompts" if self.trainer.online else "rows with scores or feedback"
-        return {
-            "line": f"{self.data_name}: {len(rows)} {what}",
-            "notes": [f"{report[key]} {text}" for key, text in NOTES.items() if report.get(key)],
-            "name": self.data_name,
-            "rows": len(rows),
-            "conversational": not isinstance(rows[0]["prompt"], str),
-            **report,
+            feedback = "a judge" if trainer.judge else trainer.feedback.feature.name
+            sampled = f"{trainer.prompts_per_round} prompts x {training.num_generations} samples"
+            rounds = f"{epochs} rounds of {sampled}, {draws} draws each"
+        terms = f"KL {training.kl_coef:g} ({training.kl_direction}), entropy {training.entropy_coef:g}"
+        return f"conditional training, {kind} by {feedback}, {terms}; {rounds}", {
+            "condition": trainer.condition.spec,
+            "reward": _plain(self.args.script.reward),
+            "judge": None if trainer.judge is None else trainer.judge.spec,
+            "online": trainer.online,
+            **self.options("kl_coef", "kl_direction", "entropy_coef"),
+            "rounds": training.num_train_epochs,
+            "prompts_per_round": trainer.prompts_per_round if trainer.online else None,
+            "num_generations": training.num_generations,
+            "draws_per_round": draws,
+            **self.options("drop_factor", "max_completion_length", "learning_rate", "seed"),
         }
+
+    def describe_data(self) -> dict[str, dict[str, Any]]:
+        """Count the rows, and say what of the training data is left out."""
+        what = "prompts" if self.trainer.online else "rows with scores or feedback"
+        splits = [("train", self.train_rows, self.trainer.data_report), ("test", self.test_rows, {})]
+        return {
+            split: {
+                "line": f"{self.data_name}: {len(rows)} {what}",
+                "notes": [f"{report[key]} {text}" for key, text in NOTES.items() if report.get(key)],
+                "name": self.data_name,
+                "rows": len(rows),
+                "conversational": not isinstance(rows[0]["prompt"], str),
+                **report,
+            }
+            for split, rows, report in splits
+            if rows is not None
+        }
+
+    def describe_reference(self) -> str:
+        """Say where there is none."""
+        return super().describe_reference() if self.trainer.has_reference else "none (kl_coef=0)"
 
     def before_training(self) -> None:
         """Measure the rewards, or the likelihoods, of the start."""
@@ -214,10 +205,8 @@ class ConditionalRun(Run):
     def after_saving(self) -> None:
         """Add the rounds, and the command that asks for the best."""
         self.summary.training |= {**last_terms(self.trainer), "rounds": rounds_of(self.trainer)}
-        folder = self.args.training.output_dir
-        self.summary.saved["ask for the best"] = (
-            f'python run_conditional.py --model_name_or_path={folder} --best="a prompt"'
-        )
+        command = f'run_conditional.py --model_name_or_path={self.args.training.output_dir} --best="a prompt"'
+        self.summary.saved["ask for the best"] = f"python {command}"
 
     def measure(self) -> None:
         """Measure the trained model given each condition, and draw the picture."""
@@ -280,19 +269,6 @@ def _defaults(args: Arguments) -> dict[str, Any] | None:
     return defaults
 
 
-def _is_throwaway(args: Arguments) -> bool:
-    """Return whether the run has the bundled model, prompts and default folder, whose samples may be replaced."""
-    mine = {"model_name_or_path", "dataset_name", "datasets", "prompt", "reward", "judge", "output_dir", "pool_dir"}
-    return not mine & args.given
-
-
-def _clear_pool(args: Arguments) -> None:
-    state = PartialState()
-    if state.is_main_process:
-        shutil.rmtree(Path(args.training.output_dir) / "pool", ignore_errors=True)
-    state.wait_for_everyone()
-
-
 def _build_trainer(args: Arguments, condition: Condition, train: Dataset, test: Dataset | None) -> ConditionalTrainer:
     script, training = args.script, args.training
     judge = None if script.judge is None else build_judge(script.judge, condition, training.output_dir)
@@ -322,16 +298,6 @@ def _build_trainer(args: Arguments, condition: Condition, train: Dataset, test: 
     if script.eval_reward is not None:  # only rewards_given reads this feedback
         trainer.feedback = trainer.feedback_by(resolve_feature(script.eval_reward, **context))
     return trainer
-
-
-def _check_pool(trainer: ConditionalTrainer, checkpoint: str | bool | None) -> None:
-    """Refuse the pool of another run before anything is measured, as train() would later."""
-    if trainer.online and trainer.pool.rounds and not checkpoint:
-        raise UsageError(
-            f"{trainer.pool.folder} has the samples of an earlier run (rounds {trainer.pool.rounds}). Go on with "
-            "--resume_from_checkpoint=true, or start anew in another --output_dir or --pool_dir."
-        )
-    trainer.check_pool()
 
 
 def _plain(spec: Any) -> Any:

@@ -11,8 +11,8 @@ from datasets import Dataset
 from contrastive_align import demo
 from contrastive_align.data import DataReport, detect_spelling
 from contrastive_align.launch.arguments import Arguments, UsageError
-from contrastive_align.launch.common import Run, load_demo, model_arguments, model_name, parse_run
-from contrastive_align.launch.datasets import load_splits
+from contrastive_align.launch.common import Run, model_arguments, parse_run
+from contrastive_align.launch.datasets import load_demo, load_splits
 from contrastive_align.report import Change, Summary
 from contrastive_align.sampling import sample_completions
 from contrastive_align.trainers import ContrastiveTrainer
@@ -69,28 +69,34 @@ class ContrastiveRun(Run):
 
     def build_trainer(self, checkpoint: str | bool | None) -> ContrastiveTrainer:
         """Build the trainer of the groups."""
-        return ContrastiveTrainer(
-            train_dataset=self.train_rows, eval_dataset=self.test_rows, **model_arguments(self.args)
-        )
+        rows = {"train_dataset": self.train_rows, "eval_dataset": self.test_rows}
+        trainer = ContrastiveTrainer(**rows, **model_arguments(self.args))
+        self.start = trainer.start_description
+        return trainer
 
-    def describe(self) -> Summary:
-        """Name the losses, the model, the reference and the data."""
-        trainer, training = self.trainer, self.args.training
+    def describe(self) -> tuple[str, dict[str, Any]]:
+        """Name the losses, their weights and their options."""
+        training = self.args.training
         weights = training.loss_weights or [1.0] * len(training.loss_type)
         named = zip(training.loss_type, weights, strict=True)
         losses = " + ".join(f"{weight:g} {loss}" if len(weights) > 1 else loss for loss, weight in named)
-        return self.summarise(
-            {
-                "line": f"{losses}, beta={training.beta:g}, temperature_alpha={training.temperature_alpha:g}",
-                "trainer": type(trainer).__name__,
-                "loss_type": training.loss_type,
-                "loss_weights": weights,
-                **self.options("beta", "temperature_alpha", "learning_rate", "seed"),
-            },
-            _reference_line(trainer, model_name(self.args, trainer.start_description)),
-            {split: _data_entry(self.data_name, report) for split, report in trainer.data_reports.items()},
-            start=trainer.start_description,
-        )
+        line = f"{losses}, beta={training.beta:g}, temperature_alpha={training.temperature_alpha:g}"
+        options = self.options("beta", "temperature_alpha", "learning_rate", "seed")
+        return line, {"loss_type": training.loss_type, "loss_weights": weights, **options}
+
+    def describe_data(self) -> dict[str, dict[str, Any]]:
+        """Count groups and rows."""
+        return {split: _data_entry(self.data_name, report) for split, report in self.trainer.data_reports.items()}
+
+    def describe_reference(self) -> str:
+        """Say how the reference is kept."""
+        name, args = self.model_name, self.trainer.args
+        if args.sync_ref_model:
+            return f"{name} at the start, then following the policy (sync_ref_model)"
+        if is_peft_model(self.trainer.model):
+            copied = "ref" in self.trainer.model.peft_config
+            return f"{name}: a frozen copy of the adapter" if copied else f"{name}, with the new adapter off"
+        return f"{name}, its log-probs cached" if args.precompute_ref_log_probs else f"{name}, a frozen copy"
 
     def before_training(self) -> None:
         """Sample the bundled prompts for their mean reward."""
@@ -103,15 +109,6 @@ class ContrastiveRun(Run):
         if self.args.bundled_data:
             after = _demo_rewards(self.trainer, self.test_rows)
             self.summary.metrics = {"mean_reward": Change.paired(self.rewards_before, after), **self.summary.metrics}
-
-
-def _reference_line(trainer: ContrastiveTrainer, name: str) -> str:
-    if trainer.args.sync_ref_model:
-        return f"{name} at the start, then following the policy (sync_ref_model)"
-    if is_peft_model(trainer.model):
-        copied = "ref" in trainer.model.peft_config
-        return f"{name}: a frozen copy of the adapter" if copied else f"{name}, with the new adapter off"
-    return f"{name}, its log-probs cached" if trainer.args.precompute_ref_log_probs else f"{name}, a frozen copy"
 
 
 def _data_entry(name: str, report: DataReport) -> dict[str, Any]:

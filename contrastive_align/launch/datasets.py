@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, lo
 from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig, get_dataset
 
+from contrastive_align import demo
 from contrastive_align.conditions import AttributeCondition, Condition
 from contrastive_align.data import BadRow, detect_spelling, read_group
 from contrastive_align.data.formats import PROMPT_COLUMNS, ROW, UNREADABLE
@@ -39,6 +40,7 @@ def load_splits(args: Arguments, *, on_bad_row: str | None = None) -> tuple[Any,
         UsageError: both sources or neither are given; a file or split does not exist.
     """
     script, mixture = args.script, args.datasets
+    wants_eval = args.training.eval_strategy != "no" or args.training.do_eval
     if mixture.datasets and script.dataset_name:
         raise UsageError("both 'datasets' and 'dataset_name' are given. Give one.")
     if not mixture.datasets and not script.dataset_name:
@@ -48,7 +50,7 @@ def load_splits(args: Arguments, *, on_bad_row: str | None = None) -> tuple[Any,
     if mixture.streaming and not mixture.datasets:
         raise UsageError("'streaming' belongs to 'datasets'; for 'dataset_name' set 'dataset_streaming'.")
     if mixture.datasets:
-        splits = _load_mixture(script, mixture, args.wants_eval)
+        splits = _load_mixture(script, mixture, wants_eval)
     else:
         splits = _load_named(script.dataset_name, script.dataset_config, script.dataset_streaming, on_bad_row)
     train_name, test_name = script.dataset_train_split, script.dataset_test_split
@@ -61,7 +63,7 @@ def load_splits(args: Arguments, *, on_bad_row: str | None = None) -> tuple[Any,
         if not isinstance(train, Dataset):
             raise UsageError("--test_split_size needs the whole dataset, found a stream. Name a --dataset_test_split.")
         train, test = train.train_test_split(test_size=mixture.test_split_size, seed=args.training.seed).values()
-    if test is None and args.wants_eval:
+    if test is None and wants_eval:
         raise UsageError(
             f"evaluation is asked for, but the dataset has no split '{test_name}' (it has {sorted(splits)}). Set "
             "--dataset_test_split, split some off with --test_split_size=0.1, or set --eval_strategy=no."
@@ -74,6 +76,12 @@ def take(dataset: Any, n: int | None) -> Any:
     if dataset is None or n is None:
         return dataset
     return dataset.select(range(min(n, len(dataset)))) if isinstance(dataset, Dataset) else dataset.take(n)
+
+
+def load_demo(args: Arguments, load: Callable[[], DatasetDict] = demo.load_reward_dataset) -> tuple[Dataset, Dataset]:
+    """Load the bundled training and held-out rows."""
+    splits = load()
+    return take(splits["train"], args.script.max_train_samples), take(splits["test"], args.script.max_eval_samples)
 
 
 def load_prompts(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
@@ -91,8 +99,9 @@ def load_prompts(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
         if script.dataset_streaming:
             raise UsageError(f"dataset_streaming is given, and {named} is read as a whole. Leave it out.")
         return take(_read_lines(Path(named).expanduser()), script.max_train_samples), None, named
-    train, test = load_splits(args)
-    return from_rows(train, args.dataset), None if test is None else from_rows(test, args.dataset), args.dataset
+    name = args.dataset or "the bundled demo prompts"
+    train, test = load_demo(args) if args.bundled_data else load_splits(args)
+    return from_rows(train, name), None if test is None else from_rows(test, name), name
 
 
 def from_rows(rows: Any, name: str) -> Dataset:
@@ -134,15 +143,6 @@ def is_prompt(value: Any) -> bool:
     return bool(messages) and value[-1]["role"] != "assistant"
 
 
-def load_scored(args: Arguments, condition: Condition, **columns: Any) -> tuple[Dataset, Dataset | None]:
-    """Load completions with scores or feedback; ``columns`` are the keywords of :func:`with_feedback`."""
-    train, test = load_splits(args)
-    if not isinstance(train, Dataset):
-        raise UsageError("scored completions are sorted by their scores, so they cannot be a stream. Leave it out.")
-    train = with_feedback(train, condition, **columns)
-    return train, None if test is None else with_feedback(test, condition, **columns)
-
-
 def with_feedback(
     dataset: Dataset,
     condition: Condition,
@@ -162,6 +162,8 @@ def with_feedback(
     Raises:
         ValueError: a column does not exist, or there are no scores to negate.
     """
+    if not isinstance(dataset, Dataset):
+        raise UsageError("scored completions are sorted by their scores, so they cannot be a stream. Leave it out.")
     for option, name in (("score_column", score_column), ("feedback_column", feedback_column)):
         if name is not None and name not in dataset.column_names:
             raise ValueError(f"{option} is '{name}', and the data has the columns {sorted(dataset.column_names)}.")
@@ -176,7 +178,7 @@ def with_feedback(
             with_indices=True,
             load_from_cache_file=False,
         )
-    dataset = _called(dataset, score_column, score_name, SCORES)
+    dataset = _rename(dataset, score_column, score_name, SCORES)
     attributes = list(condition.attributes) if isinstance(condition, AttributeCondition) else []
     missing = [name for name in attributes if name not in dataset.column_names]
     if feedback_column is None and attributes and not missing:
@@ -189,8 +191,8 @@ def with_feedback(
             f"{sorted(dataset.column_names)}. Rename the columns, or name one that has JSON objects of them with "
             "feedback_column."
         )
-    dataset = _called(dataset, feedback_column or _first(dataset, FEEDBACK), feedback_name, FEEDBACK)
-    return _called(dataset, _first(dataset, PROMPT_COLUMNS), "prompt", PROMPT_COLUMNS)
+    dataset = _rename(dataset, feedback_column, feedback_name, FEEDBACK)
+    return _rename(dataset, None, "prompt", PROMPT_COLUMNS)
 
 
 def _load_mixture(script: RunArguments, mixture: DatasetMixtureConfig, want_eval: bool) -> Splits:
@@ -329,8 +331,9 @@ def _first(dataset: Dataset, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in dataset.column_names), None)
 
 
-def _called(dataset: Dataset, old: str | None, new: str, aliases: tuple[str, ...]) -> Dataset:
-    """Rename a column, and drop others whose names are aliases of it."""
+def _rename(dataset: Dataset, old: str | None, new: str, aliases: tuple[str, ...]) -> Dataset:
+    """Rename a column, by default the first alias that is there, and drop the other aliases."""
+    old = old or _first(dataset, aliases)
     if old is None:
         return dataset
     dataset = dataset.remove_columns([c for c in dataset.column_names if c in aliases and c != old])
@@ -338,11 +341,11 @@ def _called(dataset: Dataset, old: str | None, new: str, aliases: tuple[str, ...
 
 
 def _negative(value: Any, where: str) -> Any:
-    if isinstance(value, list):
-        return [_negative(x, where) for x in value]
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+    if value is None or isinstance(value, list):
+        return None if value is None else [_negative(x, where) for x in value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where} is {value!r}, expected a number to negate.")
-    return None if value is None else -value
+    return -value
 
 
 def _objects(values: Mapping[str, Any]) -> str | list[str]:

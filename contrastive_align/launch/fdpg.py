@@ -14,23 +14,14 @@ from transformers import AutoConfig
 
 from contrastive_align.data import distinct_prompts
 from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, load_yaml, option
-from contrastive_align.launch.common import (
-    Run,
-    load_demo,
-    model_arguments,
-    model_name,
-    parse_run,
-    picture_saved,
-    reference_line,
-)
-from contrastive_align.launch.datasets import from_rows, load_prompts, only_prompts, repeat, rows_to_measure
+from contrastive_align.launch.common import Run, model_arguments, parse_run, picture_saved
+from contrastive_align.launch.datasets import load_prompts, only_prompts, repeat, rows_to_measure
 from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for
 from contrastive_align.report import Summary, TargetSummary, plot_steps
 from contrastive_align.targets import InfeasibleMoment, Target, resolve_constraint, weighted_sum
 from contrastive_align.trainers import FDPGConfig, FDPGTrainer
 
 
-DEMO_NAME = "the bundled demo prompts"
 DEMO_FEATURES = [{"contains": "please", "moment": 0.5}]
 PICTURE = "moments_and_divergences.png"
 DEMO_MODEL = {"max_completion_length": 48, "learning_rate": 3e-4}
@@ -50,12 +41,9 @@ FEW_PROMPTS = {"max_steps": 100}  # a pass over one prompt is one step
 class FDPGArguments(RunArguments):
     """Name the prompts, the target, and the extent of the measurement.
 
-    Args:
-        features: constraints, each a feature with its moment (see ``targets.features`` for the kinds): a list in YAML,
-            its text on the command line.
-        reward_funcs: the target is base * exp(weighted sum / beta).
-        eval_samples: at least 50, or 0.
-        eval_prompts: from the evaluation split if there is one; lowered until each prompt has 50 samples.
+    ``features`` are constraints, each a feature (see ``targets.features``) with its moment: a list in YAML, its text on
+    the command line. The prompts to measure are of the evaluation split if there is one, and so few that each has 50
+    samples.
     """
 
     prompt: str | None = option(None, "One prompt, instead of a dataset.")
@@ -74,9 +62,8 @@ class FDPGArguments(RunArguments):
         if self.features and self.reward_funcs:
             raise ValueError("both features and reward_funcs are given. Give one: constraints, or rewards to raise.")
         if self.eval_samples < 0 or self.eval_prompts < 1:
-            raise ValueError(
-                f"eval_samples is {self.eval_samples} and eval_prompts {self.eval_prompts}, expected at least 0 and 1."
-            )
+            found = f"eval_samples is {self.eval_samples} and eval_prompts {self.eval_prompts}"
+            raise ValueError(f"{found}, expected at least 0 and 1.")
         if 0 < self.eval_samples < SAMPLES_PER_PROMPT:
             raise ValueError(
                 f"eval_samples is {self.eval_samples}, expected at least {SAMPLES_PER_PROMPT}, or 0 for none. "
@@ -98,13 +85,11 @@ class FDPGRun(Run):
     """The run of ``run_fdpg.py``."""
 
     user_errors = (InfeasibleMoment,)
+    summary_class = TargetSummary
 
     def load_data(self) -> tuple[Dataset, Dataset | None, str]:
         """Load the prompts."""
-        if not self.args.bundled_data:
-            return load_prompts(self.args)
-        train, test = load_demo(self.args)
-        return from_rows(train, DEMO_NAME), from_rows(test, DEMO_NAME), DEMO_NAME
+        return load_prompts(self.args)
 
     def build_trainer(self, checkpoint: str | bool | None) -> FDPGTrainer:
         """Build the target and the trainer, and choose the rows to measure."""
@@ -112,30 +97,27 @@ class FDPGRun(Run):
         self.measured_rows, self.measured_on = _rows_to_measure(self.args, self.train_rows, self.test_rows)
         return trainer
 
-    def describe(self) -> TargetSummary:
-        """Name the divergence, the target, the model and the prompts."""
-        trainer, training, target, source = self.trainer, self.args.training, self.trainer.target, self.data_name
-        a_step = training.generation_batch_size // training.num_generations
-        step = f"{a_step} prompts x {training.num_generations} samples a step"
-        parts = {"train": self.train_rows, "test": self.test_rows}
-        return self.summarise(
-            {
-                "line": f"f-DPG, {training.divergence}, towards {target}; {step}",
-                "trainer": type(trainer).__name__,
-                "divergence": training.divergence,
-                "target": target.state_dict(),
-                **self.options("baseline", "learning_rate", "num_generations"),
-                "prompts_per_generation": a_step,
-                **self.options("max_completion_length", "seed"),
-            },
-            reference_line(trainer, model_name(self.args)),
-            {
-                split: {"line": f"{source}: {len(rows)} prompts", "notes": [], "name": source, "rows": len(rows)}
-                for split, rows in parts.items()
-                if rows is not None
-            },
-            kind=TargetSummary,
-        )
+    def describe(self) -> tuple[str, dict[str, Any]]:
+        """Name the divergence, the target and the extent of a step."""
+        training, target = self.args.training, self.trainer.target
+        prompts = _prompts_per_step(training)
+        step = f"{prompts} prompts x {training.num_generations} samples a step"
+        return f"f-DPG, {training.divergence}, towards {target}; {step}", {
+            "divergence": training.divergence,
+            "target": target.state_dict(),
+            **self.options("baseline", "learning_rate", "num_generations"),
+            "prompts_per_generation": prompts,
+            **self.options("max_completion_length", "seed"),
+        }
+
+    def describe_data(self) -> dict[str, dict[str, Any]]:
+        """Count the prompts."""
+        name, splits = self.data_name, {"train": self.train_rows, "test": self.test_rows}
+        return {
+            split: {"line": f"{name}: {len(rows)} prompts", "notes": [], "name": name, "rows": len(rows)}
+            for split, rows in splits.items()
+            if rows is not None
+        }
 
     def after_saving(self) -> None:
         """Write ``target.json`` and the picture."""
@@ -154,18 +136,16 @@ class FDPGRun(Run):
         if not script.eval_samples:
             return
         started = time.perf_counter()
+        acceptance, seed = script.qrs_acceptance or None, self.args.training.seed
         columns, remarks = measure(
-            self.trainer,
-            self.measured_rows,
-            samples=script.eval_samples,
-            acceptance=script.qrs_acceptance or None,
-            seed=self.args.training.seed,
+            self.trainer, self.measured_rows, samples=script.eval_samples, acceptance=acceptance, seed=seed
         )
         summary.training["seconds_measuring"] = round(time.perf_counter() - started, 1)
         summary.distributions = columns
         summary.metrics = metrics_of(columns, target.names, target.moments.tolist(), len(self.measured_rows))
-        n = columns["tuned"]["samples"]
-        summary.metrics_on = f"{self.measured_on}, {n} samples of each distribution; pi is the column"
+        summary.metrics_on = (
+            f"{self.measured_on}, {columns['tuned']['samples']} samples of each distribution; pi is the column"
+        )
         summary.state = "\n".join(f"note: {remark}" for remark in remarks)
 
 
@@ -182,7 +162,7 @@ def _defaults(args: Arguments) -> dict[str, Any]:
     if "num_train_epochs" in args.given:
         defaults["max_steps"] = -1  # the epochs decide
     if not script.features and not script.reward_funcs:
-        if not (args.bundled_data and args.bundled_model):
+        if not args.bundled_data or args.model.model_name_or_path is not None:
             raise UsageError(
                 "nothing to train towards. Give --features='[{contains: please, moment: 0.5}]' (or a list in a YAML), "
                 "or --reward_funcs=file.py:function."
@@ -205,7 +185,7 @@ def _build_target(args: Arguments) -> Target:
 
 def _build_trainer(args: Arguments, train: Dataset, test: Dataset | None, target: Target) -> FDPGTrainer:
     training = args.training
-    a_step = training.generation_batch_size // training.num_generations
+    a_step = _prompts_per_step(training)
     if len(train) < a_step:
         args.notes.append(f"a step takes {a_step} prompts of {len(train)}: each is used more than once in it")
     model = model_arguments(args)
@@ -219,15 +199,16 @@ def _build_trainer(args: Arguments, train: Dataset, test: Dataset | None, target
     )
 
 
+def _prompts_per_step(training: FDPGConfig) -> int:
+    return training.generation_batch_size // training.num_generations
+
+
 def _is_encoder_decoder(args: Arguments) -> bool:
-    model, trust = args.model, args.training.trust_remote_code
-    config = AutoConfig.from_pretrained(
-        model.model_name_or_path, revision=model.model_revision, trust_remote_code=trust
-    )
-    return bool(config.is_encoder_decoder)
+    where = {"revision": args.model.model_revision, "trust_remote_code": args.training.trust_remote_code}
+    return bool(AutoConfig.from_pretrained(args.model.model_name_or_path, **where).is_encoder_decoder)
 
 
-def _rows_to_measure(args: Arguments, train: Dataset, test: Dataset | None) -> tuple[list[dict[str, Any]], str]:
+def _rows_to_measure(args: Arguments, train: Dataset, test: Dataset | None) -> tuple[list[Any], str]:
     samples, at_most = args.script.eval_samples, args.script.eval_prompts
     rows, where = rows_to_measure(train, test)
     rows = distinct_prompts(rows, at_most)

@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_align.losses import (
-    Estimate,
-    average_estimate,
-    estimate_divergence,
-    estimate_kl_base,
-    estimate_log_z,
-    estimate_moments,
-)
+from contrastive_align import losses
 from contrastive_align.report import Number, TargetChange
 from contrastive_align.sampling import (
     PolicyProposal,
@@ -118,7 +111,7 @@ class _Measured:
             **columns_of(drawn, 1),
         ).view(*shape, -1)
         self.scores = trainer.target.log_scores(self.base_logps, self.phi)
-        log_z = estimate_log_z(self.logps, self.scores)
+        log_z = losses.estimate_log_z(self.logps, self.scores)
         self.log_z, self.ess = log_z.value, float(log_z.ess.sum())
 
     def column(self, logps: Tensor) -> dict[str, Number]:
@@ -130,11 +123,11 @@ class _Measured:
         """Measure the target, with importance weights on the samples."""
         some = torch.isfinite(self.log_z)
         normalised = (self.scores - self.log_z.unsqueeze(1))[some]
-        distance = _number(estimate_kl_base(normalised, self.base_logps[some], proposal_logps=self.logps[some]))
+        distance = _number(losses.estimate_kl_base(normalised, self.base_logps[some], proposal_logps=self.logps[some]))
         return self._moments(self.scores) | dict.fromkeys(TO_TARGET.values(), Number(0.0)) | {TO_BASE: distance}
 
     def _moments(self, logps: Tensor) -> dict[str, Number]:
-        mean = average_estimate(estimate_moments(self.phi, logps, self.logps))
+        mean = losses.average_estimate(losses.estimate_moments(self.phi, logps, self.logps))
         return _moments(self.names, mean.value, mean.se)
 
 
@@ -168,7 +161,7 @@ def _quasi_rejection(
         generator=torch.Generator().manual_seed(proposal.seed),
     )
     p_beta = torch.minimum(scores - log_z.unsqueeze(1), math.log(beta) + logps)
-    p_beta = p_beta - estimate_log_z(logps, p_beta).value.unsqueeze(1)
+    p_beta = p_beta - losses.estimate_log_z(logps, p_beta).value.unsqueeze(1)
     divergences = _divergences(p_beta, scores, tuned.base_logps[some], proposal_logps=logps)
     rate, proposed = result.acceptance_rate, int(result.proposed.sum())
     acceptance = {"acceptance": Number(rate, math.sqrt(rate * (1 - rate) / proposed))}
@@ -190,8 +183,10 @@ def _moments(names: Sequence[str], values: Tensor, errors: Tensor) -> dict[str, 
 
 
 def _divergences(logps: Tensor, scores: Tensor, base_logps: Tensor, *, proposal_logps: Tensor) -> dict[str, Number]:
-    found = {label: estimate_divergence(name, logps, proposal_logps, scores) for name, label in TO_TARGET.items()}
-    found[TO_BASE] = estimate_kl_base(logps, base_logps, proposal_logps=proposal_logps)
+    found = {
+        label: losses.estimate_divergence(name, logps, proposal_logps, scores) for name, label in TO_TARGET.items()
+    }
+    found[TO_BASE] = losses.estimate_kl_base(logps, base_logps, proposal_logps=proposal_logps)
     return {label: _number(estimate) for label, estimate in found.items()}
 
 
@@ -232,6 +227,6 @@ class _Policy(PolicyProposal):
         return self._trainer.prompt_ids_of([prompt])[0]
 
 
-def _number(estimate: Estimate) -> Number:
-    mean = average_estimate(estimate)
+def _number(estimate: losses.Estimate) -> Number:
+    mean = losses.average_estimate(estimate)
     return Number(mean.value.item(), mean.se.item())

@@ -15,21 +15,11 @@ from contrastive_align.conditions.conditions import FILE, Condition
 from contrastive_align.data.formats import BadRow, Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.judge.judge import resolve_judge
+from contrastive_align.launch import step_files
 from contrastive_align.launch.arguments import UsageError, read_yaml
 from contrastive_align.launch.ask import load_trained, sample_trained
 from contrastive_align.launch.feedback_flags import read_spec
-from contrastive_align.launch.step_files import (
-    LISTS,
-    Output,
-    Row,
-    fingerprint,
-    merge,
-    part_name,
-    part_rows,
-    read_rows,
-    to_line,
-    write_rows,
-)
+from contrastive_align.launch.step_files import LISTS, Output, Row, fingerprint, read_rows
 from contrastive_align.models import load_tokenizer
 from contrastive_align.openai_client import CallError
 from contrastive_align.sampling.decode import seed_of
@@ -78,8 +68,10 @@ def main(argv: Sequence[str] | None = None) -> Any:
 def sample(args: Namespace) -> str:
     """Write ``generations`` and ``finished`` for the prompts of one part; return a line for the screen."""
     rows = read_rows(args.prompts, generations=False)
-    part = [_prompt_row(rows[i], i, args) for i in part_rows(args.split_number, args.total_splits, len(rows))]
-    path = part_name(args.output, args.split_number, args.total_splits)
+    part = [
+        _prompt_row(rows[i], i, args) for i in step_files.part_rows(args.split_number, args.total_splits, len(rows))
+    ]
+    path = step_files.part_name(args.output, args.split_number, args.total_splits)
     condition = None
     if args.condition is not None or (Path(args.model_name_or_path) / FILE).is_file():
         condition = Condition.load(args.model_name_or_path)
@@ -220,7 +212,7 @@ def _flat(rows: list[Row]) -> tuple[list, list]:
 
 
 def _merge(args: Namespace) -> str:
-    return f"{args.output}: {merge(args.inputs, args.output, overwrite=args.overwrite)} rows"
+    return f"{args.output}: {step_files.merge(args.inputs, args.output, overwrite=args.overwrite)} rows"
 
 
 def train(args: Namespace, rest: list[str]) -> Any:
@@ -229,7 +221,7 @@ def train(args: Namespace, rest: list[str]) -> Any:
 
     rows = convert(read_rows(args.input, generations=True), args.score_key, where=args.input)
     path = Path(args.output_dir) / CONVERTED
-    write_rows(path, map(to_line, rows))
+    step_files.write_rows(path, map(step_files.to_line, rows))
     return main([*rest, f"--dataset_name={path}", f"--output_dir={args.output_dir}"])
 
 

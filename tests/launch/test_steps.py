@@ -440,7 +440,8 @@ def commands(readme, script):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_the_commands_of_a_recipe_parse(recipe, monkeypatch):
-    from contrastive_align.launch.conditional import CLASSES, parse
+    from contrastive_align.launch.arguments import parse
+    from contrastive_align.launch.conditional import CLASSES
 
     monkeypatch.chdir(recipe.parent.parent)
     run = commands(recipe / "README.md", "run_conditional.py ")
