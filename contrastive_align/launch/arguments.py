@@ -103,12 +103,8 @@ def parse(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     classes = (script, training, ModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(
-        classes,
-        prog=prog,
-        usage=f"{prog} [config.yaml] [--flag=value ...]    (all flags: {prog} --help)",
-        allow_abbrev=False,
-    )
+    usage = f"{prog} [config.yaml] [--flag=value ...]"
+    parser = TrlParser(classes, prog=prog, usage=f"{usage}    (all flags: {prog} --help)", allow_abbrev=False)
     parser.error = lambda message: _usage_error(prog, message)  # argparse would print every flag there is
     actions = {action.dest: action for action in parser._actions}
     known = set(actions) - {"help"}
@@ -135,14 +131,13 @@ def parse(
     objects = {k: v for k, v in config.items() if _is_object(v, actions[k])}
     parser.set_defaults_with_config(**objects)
     tokens = [token for k, v in config.items() if k not in objects for token in _as_tokens(actions[k], v)]
+    options = {"look_for_args_file": False, "return_remaining_strings": True}
     try:
-        *parsed, unused = parser.parse_args_into_dataclasses(
-            tokens + flags, look_for_args_file=False, return_remaining_strings=True
-        )
+        *parsed, unused = parser.parse_args_into_dataclasses(tokens + flags, **options)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
     if unused:
-        raise UsageError(f"'{' '.join(unused)}' belongs to no flag. Usage: {prog} [config.yaml] [--flag=value ...]")
+        raise UsageError(f"'{' '.join(unused)}' belongs to no flag. Usage: {usage}")
     return Arguments(*parsed, given, notes)
 
 
@@ -244,18 +239,15 @@ def _from_mixer(mixer: Any, splits: Any, where: str) -> dict[str, Any]:
         raise UsageError(f"{where}: 'dataset_mixer' is {mixer!r}, expected {{name: fraction}}.")
     if not isinstance(splits, list) or not 1 <= len(splits) <= 2:
         raise UsageError(f"{where}: 'dataset_splits' is {splits!r}, expected [train split, test split].")
-    if any(not 0 < fraction <= 1 for fraction in mixer.values()):
-        raise UsageError(f"{where}: 'dataset_mixer' has fractions {list(mixer.values())}, expected numbers in (0, 1].")
-    keys: dict[str, Any] = {"dataset_train_split": splits[0]}
-    if len(splits) == 2:
-        keys["dataset_test_split"] = splits[1]
-    if len(mixer) == 1 and next(iter(mixer.values())) == 1:
+    fractions = list(mixer.values())
+    found = f"{where}: 'dataset_mixer' has fractions {fractions}"
+    if any(not 0 < fraction <= 1 for fraction in fractions):
+        raise UsageError(f"{found}, expected numbers in (0, 1].")
+    keys: dict[str, Any] = dict(zip(("dataset_train_split", "dataset_test_split"), splits, strict=False))
+    if fractions == [1]:
         return keys | {"dataset_name": next(iter(mixer))}
-    if any(abs(100 * fraction - round(100 * fraction)) > 1e-6 for fraction in mixer.values()):
-        raise UsageError(
-            f"{where}: 'dataset_mixer' has fractions {list(mixer.values())}, expected whole hundredths (0.25). Use "
-            "max_train_samples for a smaller part."
-        )
+    if any(abs(100 * fraction - round(100 * fraction)) > 1e-6 for fraction in fractions):
+        raise UsageError(f"{found}, expected whole hundredths (0.25). Use max_train_samples for a smaller part.")
     parts = [{"path": name, "split": f"{splits[0]}[:{round(100 * part)}%]"} for name, part in mixer.items()]
     return keys | {"datasets": parts}
 
@@ -314,9 +306,8 @@ def _is_object(value: Any, action: argparse.Action) -> bool:
 def _as_tokens(action: argparse.Action, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{action.dest}", *map(str, value)]
-    if value is False and "no" in (action.choices or ()):  # YAML reads a bare no as False
-        value = "no"
-    return [f"--{action.dest}={value}"]
+    means_no = value is False and "no" in (action.choices or ())  # YAML reads a bare no as False
+    return [f"--{action.dest}={'no' if means_no else value}"]
 
 
 def _accelerator_available() -> bool:

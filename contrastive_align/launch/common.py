@@ -95,8 +95,7 @@ class Run:
         The model is saved before it is measured, so that a failing measurement loses nothing.
 
         Raises:
-            UsageError: an error that the user can correct. The ``summary.json`` of an earlier run is still there if the
-                error was raised before the first step.
+            UsageError: an error that the user can correct.
         """
         args, folder = self.args, self.args.training.output_dir
         if args.training.device.type == "cpu":
@@ -106,7 +105,9 @@ class Run:
         with as_usage_error(*self.user_errors):
             set_seed(args.training.seed)
             self.train_rows, self.test_rows, self.data_name = self.load_data()
-            check_eval_flags(args, self.test_rows)
+            unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
+            if self.test_rows is None and unused:
+                raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
             self.trainer = trainer = self.build_trainer(checkpoint)
         if args.script.ignore_bias_buffers:
             ignore_bool_buffers(trainer)
@@ -178,10 +179,7 @@ class Run:
 
 
 class RemoveEarlierSummary(TrainerCallback):
-    """Remove the ``summary.json`` of an earlier run when training begins.
-
-    The trainer has accepted its data, target and checkpoint by then, so a refused start removes nothing.
-    """
+    """Remove the ``summary.json`` of an earlier run when training begins, so that a refused start removes nothing."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the file on the process that writes it."""
@@ -238,13 +236,6 @@ def check_model_flags(args: Arguments) -> None:
         raise UsageError(f"--model_name_or_path: '{name}' holds no model: neither config.json nor {ADAPTER_CONFIG}.")
     if args.training.output_dir and Path(args.training.output_dir).is_file():
         raise UsageError(f"--output_dir: '{args.training.output_dir}' is a file, expected a folder, or a new name.")
-
-
-def check_eval_flags(args: Arguments, test: Any) -> None:
-    """Refuse flags of an evaluation split that does not exist."""
-    unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
-    if test is None and unused:
-        raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
 
 
 @contextlib.contextmanager

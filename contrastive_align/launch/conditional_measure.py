@@ -61,10 +61,8 @@ class Measurement:
             return
         summary.metrics = {"mean_reward": changes[conditions[0]]}
         summary.metrics |= {f"{GIVEN}{name}": change for name, change in changes.items()}
-        summary.metrics_on = (
-            f"{self.rows_name}, {self.trainer.args.num_generations} samples each; before: the start, given nothing; "
-            "mean_reward: after, given the best"
-        )
+        how = f"{self.trainer.args.num_generations} samples each; before: the start, given nothing"
+        summary.metrics_on = f"{self.rows_name}, {how}; mean_reward: after, given the best"
         summary.state = in_words({name: found[name] for name in conditions}, changes[conditions[0]])
 
     def _likelihoods(self) -> dict[str, float]:
@@ -106,8 +104,7 @@ def whole_prompts(rows: Dataset, at_most: int) -> Dataset:
 
 def rounds_of(trainer: ConditionalTrainer) -> list[dict[str, Any]]:
     """Return the log entry of each round."""
-    found = {row["round/number"]: row for row in trainer.state.log_history if "round/number" in row}
-    return [found[number] for number in sorted(found)]
+    return list({row["round/number"]: row for row in trainer.state.log_history if "round/number" in row}.values())
 
 
 def last_terms(trainer: ConditionalTrainer) -> dict[str, float]:
@@ -119,11 +116,8 @@ def last_terms(trainer: ConditionalTrainer) -> dict[str, float]:
 def draw_picture(trainer: ConditionalTrainer, summary: Summary) -> None:
     """Draw the reward over the rounds and under each condition, beside ``summary.json``."""
     path = Path(trainer.args.output_dir) / PICTURE
-    given = {
-        name.removeprefix(GIVEN): (change.after, change.after_se)
-        for name, change in summary.metrics.items()
-        if name.startswith(GIVEN)
-    }
+    changes = {name.removeprefix(GIVEN): change for name, change in summary.metrics.items() if name.startswith(GIVEN)}
+    given = {name: (change.after, change.after_se) for name, change in changes.items()}
     start = summary.metrics.get("mean_reward")
     with picture_saved(summary, path):
         plot_rewards(rounds_of(trainer), given, path, start=None if start is None else start.before)

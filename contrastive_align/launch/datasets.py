@@ -34,10 +34,7 @@ def load_splits(args: Arguments, *, on_bad_row: str | None = None) -> tuple[Any,
     """Load the training and evaluation rows of ``dataset_name`` or ``datasets``.
 
     Evaluation rows are ``dataset_test_split``, or are split off with ``test_split_size``. Without either they are None,
-    unless evaluation is asked for. ``on_bad_row`` is None where rows are prompts rather than groups.
-
-    Raises:
-        UsageError: both sources or neither are given; a file or split does not exist.
+    or UsageError is raised if evaluation is asked for. ``on_bad_row`` is None where rows are no groups.
     """
     script, mixture = args.script, args.datasets
     wants_eval = args.training.eval_strategy != "no" or args.training.do_eval
@@ -85,11 +82,7 @@ def load_demo(args: Arguments, load: Callable[[], DatasetDict] = demo.load_rewar
 
 
 def load_prompts(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
-    """Load training and evaluation rows with a column ``prompt``, and the name of the data.
-
-    Raises:
-        UsageError: more than one source, a missing file, no prompts, or a prompt that is neither text nor messages.
-    """
+    """Load training and evaluation rows with a column ``prompt``, and the name of the data."""
     script, named = args.script, args.script.dataset_name
     if script.prompt is not None:
         if args.dataset:
@@ -153,14 +146,8 @@ def with_feedback(
 ) -> Dataset:
     """Rename the columns of scores, feedback and prompts to the names that the trainer reads.
 
-    Args:
-        score_column: numbers, higher is better; a list of K for a row of K completions.
-        negate_score: negate the scores, for data where lower is better (toxicity).
-        feedback_column: words, or JSON objects for the condition ``attributes``. Without it, that condition joins the
-            columns that have the names of its attributes.
-
-    Raises:
-        ValueError: a column does not exist, or there are no scores to negate.
+    ``negate_score`` is for scores of which lower is better (toxicity). Feedback is words, or JSON objects for the
+    condition ``attributes``; without a ``feedback_column``, the columns with the names of its attributes are joined.
     """
     if not isinstance(dataset, Dataset):
         raise UsageError("scored completions are sorted by their scores, so they cannot be a stream. Leave it out.")
@@ -188,8 +175,7 @@ def with_feedback(
     elif feedback_column is None and attributes and _first(dataset, FEEDBACK) is None:
         raise ValueError(
             f"The condition 'attributes' is of {attributes}, and the data has no column for {missing}, only "
-            f"{sorted(dataset.column_names)}. Rename the columns, or name one that has JSON objects of them with "
-            "feedback_column."
+            f"{sorted(dataset.column_names)}. Rename them, or name a column of JSON objects with feedback_column."
         )
     dataset = _rename(dataset, feedback_column, feedback_name, FEEDBACK)
     return _rename(dataset, None, "prompt", PROMPT_COLUMNS)
@@ -223,8 +209,11 @@ def _load_named(name: str, config: str | None, streaming: bool, on_bad_row: str 
         raise UsageError(f"'dataset_config' is {config!r}, but '{name}' is a file and has none. Leave it out.")
     if builder:
         return _load_file(name, path, builder, streaming, on_bad_row)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _load_saved(path, streaming)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # written by save_to_disk
+        saved = load_from_disk(str(path))
+        splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
+        streams = {split: rows.to_iterable_dataset() for split, rows in splits.items()} if streaming else {}
+        return IterableDatasetDict(streams) if streaming else splits
     if path.is_dir():
         return load_dataset(str(path), name=config, streaming=streaming)
     if path.is_file():
@@ -254,15 +243,6 @@ def _load_file(name: str, path: Path, builder: str, streaming: bool, on_bad_row:
         raise UsageError(f"'{name}' cannot be read as {builder}: {error}") from error
 
 
-def _load_saved(path: Path, streaming: bool) -> Splits:
-    """Load a folder written by ``save_to_disk``."""
-    saved = load_from_disk(str(path))
-    splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
-    if streaming:
-        return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
-    return splits
-
-
 def _check_file(name: str, path: Path) -> None:
     if not path.is_file():
         raise UsageError(f"no file '{name}' (looked in {Path.cwd()}){_neighbour(path)}")
@@ -284,9 +264,9 @@ def _read_json_lines(path: Path, error: Exception, on_bad_row: str | None) -> Sp
     for number, row in enumerate(found):
         try:
             if isinstance(row, Exception):
-                raise BadRow(f"{path.name}, row {number}: not JSON: {row}")
+                raise ValueError(f"not JSON: {row}")
             if not isinstance(row, dict):
-                raise BadRow(f"{path.name}, row {number}: {type(row).__name__}, expected an object with columns.")
+                raise ValueError(f"{type(row).__name__}, expected an object with columns.")
             if on_bad_row is not None:
                 read_group(row, number, detect_spelling(list(row), row), source=path.name)
         except ValueError as bad:
@@ -349,15 +329,14 @@ def _negative(value: Any, where: str) -> Any:
 
 
 def _objects(values: Mapping[str, Any]) -> str | list[str]:
-    """Encode the attributes of a completion as JSON, or of each of K completions where they are lists.
+    """Encode the attributes of a completion, or of each of K completions where they are lists, as JSON.
 
     >>> _objects({"helpful": 2}), _objects({"helpful": [2, 0]})
     ('{"helpful": 2}', ['{"helpful": 2}', '{"helpful": 0}'])
     """
-    lists = {name: value for name, value in values.items() if isinstance(value, list)}
-    if not lists:
+    sizes = {name: len(value) for name, value in values.items() if isinstance(value, list)}
+    if not sizes:
         return json.dumps(dict(values))
-    sizes = {name: len(value) for name, value in lists.items()}
-    if len(lists) < len(values) or len(set(sizes.values())) > 1:
+    if len(sizes) < len(values) or len(set(sizes.values())) > 1:
         raise ValueError(f"attributes of one row have {sizes} entries, expected as many of each of {list(values)}.")
-    return [json.dumps({name: value[k] for name, value in lists.items()}) for k in range(min(sizes.values()))]
+    return [json.dumps(dict(zip(values, each, strict=True))) for each in zip(*values.values(), strict=True)]

@@ -35,9 +35,8 @@ def read_rows(path: str | Path, *, generations: bool) -> list[Row]:
     """Read the rows of a file; each must have ``prompt`` and, if ``generations`` is True, ``generations``.
 
     Raises:
-        BadRow: a wrong row; the message names file and line.
-        FileNotFoundError: the file does not exist.
-        ValueError: the file has no rows.
+        BadRow: a wrong row, with file and line.
+        FileNotFoundError, ValueError: the file does not exist, or has no rows.
     """
     path = Path(path)
     if not path.is_file():
@@ -106,13 +105,8 @@ def check_free(path: Path, overwrite: bool) -> None:
 class Output:
     """A file that is written in chunks and continued after an interruption.
 
-    Finished rows are collected in ``<output>.partial``, whose first line holds the settings. The file itself appears
-    when all rows are finished.
-
-    Args:
-        path: where the output goes.
-        settings: the options that the rows depend on.
-        overwrite: replace an output that exists, finished or not.
+    Finished rows are collected in ``<output>.partial``, whose first line holds the settings: the options that the rows
+    depend on. The file itself appears when all rows are finished.
 
     Raises:
         FileExistsError: the output exists.
@@ -133,10 +127,8 @@ class Output:
         if len(lines) > 1 and lines[0] != head:  # without a row nothing can be mixed
             begun = json.loads(lines[0]).get("settings", {})
             other = [f"{k}={begun.get(k)!r}, now {v!r}" for k, v in settings.items() if begun.get(k) != v]
-            raise ValueError(
-                f"{self.partial} was begun under other settings ({'; '.join(other)}). Use the same, or --overwrite to "
-                "start anew."
-            )
+            begun_as = f"{self.partial} was begun under other settings ({'; '.join(other)})"
+            raise ValueError(f"{begun_as}. Use the same, or --overwrite to start anew.")
         self.begun = lines if len(lines) > 1 else [head]
         self.done = len(self.begun) - 1
         if not self.done:
@@ -146,11 +138,7 @@ class Output:
         return [line for line in self.partial.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
     def fill(self, rows: list[Row], work: Callable[[list[Row]], list[Row]], *, at_once: int) -> list[Row]:
-        """Append the results of ``work`` for the unfinished rows, ``at_once`` rows at a time; then name the file.
-
-        Returns:
-            All rows of the output.
-        """
+        """Append the results of ``work`` for the unfinished rows, ``at_once`` at a time; return all rows."""
         for start in range(self.done, len(rows), at_once):
             lines = [to_line(row) for row in work(rows[start : start + at_once])]
             if start == self.done:  # a run that fails at once leaves no file
@@ -171,9 +159,6 @@ class Output:
 
 def part_rows(split: int, total: int, rows: int) -> range:
     """Return the rows of part ``split`` (from 0) of ``total``: contiguous, of sizes that differ by at most one.
-
-    Raises:
-        ValueError: ``split`` is outside 0 to ``total`` - 1.
 
     >>> [list(part_rows(k, 3, 7)) for k in range(3)]
     [[0, 1, 2], [3, 4], [5, 6]]
@@ -196,14 +181,7 @@ def part_name(output: str | Path, split: int, total: int) -> Path:
 
 
 def merge(pattern: str, output: str | Path, *, overwrite: bool) -> int:
-    """Join the parts that match a pattern in the order of their numbers; return the number of rows.
-
-    Raises:
-        ValueError: a file that is not a part, a missing or duplicate part, parts of different divisions, or rows that
-            do not follow each other.
-        FileNotFoundError: no file matches the pattern.
-        FileExistsError: the output exists.
-    """
+    """Join the parts that match a pattern in the order of their numbers; return the number of rows."""
     output = Path(output)
     check_free(output, overwrite)
     found = [Path(path) for path in sorted(glob.glob(pattern)) if Path(path).resolve() != output.resolve()]
