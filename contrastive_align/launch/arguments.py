@@ -95,11 +95,8 @@ def parse(
     """Parse ``[config.yaml] [--flag=value ...]``.
 
     The YAML file comes first or with ``--config``. Flags override the YAML file, which overrides ``defaults``. Every
-    key and flag must be a field of ``script``, ``training`` or TRL's dataclasses. ``env:`` in the YAML file sets
-    environment variables, as in TRL.
-
-    Raises:
-        UsageError: an unknown key or flag (with the nearest known one), a value of the wrong type, a missing YAML.
+    key and flag must be a field of ``script``, ``training`` or TRL's dataclasses; anything else is a UsageError, with
+    the nearest known name. ``env:`` in the YAML file sets environment variables, as in TRL.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     classes = (script, training, ModelConfig, DatasetMixtureConfig)
@@ -169,9 +166,7 @@ def read_yaml(path: str) -> Any:
     if not Path(path).is_file():
         raise UsageError(f"no YAML file '{path}' (looked in {Path.cwd()}).")
     try:
-        return load_yaml(Path(path).read_text(encoding="utf-8"), path)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not YAML: {error}") from error
+        return load_yaml(Path(path).read_bytes(), path)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -187,7 +182,7 @@ def _read_config(path: str) -> dict[str, Any]:
     return config
 
 
-def load_yaml(text: str, what: str) -> Any:
+def load_yaml(text: str | bytes, what: str) -> Any:
     """Load YAML text in which no key is given twice; raise ValueError if ``what`` is not such YAML."""
     try:
         return yaml.load(text, Loader=_StrictLoader)

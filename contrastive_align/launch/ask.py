@@ -27,12 +27,7 @@ FLAGS = {
 
 
 def ask_best(args: Arguments) -> list[str]:
-    """Print the conditioned prompt and samples; return the samples.
-
-    Raises:
-        UsageError: a flag that has no effect with ``--best``.
-        ValueError, FileNotFoundError: the folder does not exist, or conditional training did not write it.
-    """
+    """Print the conditioned prompt and samples; return the samples."""
     if unused := sorted(args.given - FLAGS):
         raise UsageError(f"--{unused[0]} means nothing beside --best, which samples and trains nothing. Leave it out.")
     folder = args.model.model_name_or_path
@@ -86,11 +81,7 @@ def load_trained(folder: str, **kwargs: Any) -> tuple[Any, Any]:
 def sample_trained(
     model: Any, tokenizer: Any, prompt_ids: list[list[int]], tokens: list[str], **options: Any
 ) -> tuple[list[list[str]], list[list[bool]]]:
-    """Sample K completions of each prompt, without condition ``tokens``.
-
-    Returns:
-        The texts, and whether each completion reached its end token.
-    """
+    """Sample K completions of each prompt, without condition ``tokens``; return texts, and which are finished."""
     eos = eos_token_ids(model, tokenizer)
     drawn = draw(
         model,

@@ -17,6 +17,7 @@ from trl import get_peft_config, get_quantization_config
 
 from contrastive_align import demo
 from contrastive_align.launch.arguments import Arguments, UsageError, parse
+from contrastive_align.launch.datasets import load_prompts
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
@@ -28,18 +29,12 @@ class Run:
     """One run of a training command, from its parsed arguments to ``summary.json``.
 
     :meth:`execute` holds the order and everything that the commands do alike. A command gives the parts that depend on
-    its method by overriding the others.
-
-    Args:
-        args: the parsed command line. Parts may append to ``args.notes`` until the trainer is built.
-
-    Attributes:
-        train_rows, test_rows, data_name: what :meth:`load_data` returned.
-        trainer: what :meth:`build_trainer` returned.
-        summary: of this ``summary_class``, made before training; later parts add to it.
+    its method by overriding the others. These read ``train_rows``, ``test_rows`` and ``data_name``, later ``trainer``
+    and ``summary``; until the trainer is built, they may append to ``args.notes``.
     """
 
     summary_class: type[Summary] = Summary
+    rows_are = "prompts"
     start: str | None = None
     """What training starts from, where it may be more than the model's name."""
 
@@ -51,7 +46,7 @@ class Run:
 
     def load_data(self) -> tuple[Any, Any, str]:
         """Return the training rows, the evaluation rows or None, and the name of the data."""
-        raise NotImplementedError
+        return load_prompts(self.args)
 
     def build_trainer(self, checkpoint: str | bool | None) -> Any:
         """Build the trainer. ``checkpoint`` is what the run will be resumed from."""
@@ -63,7 +58,12 @@ class Run:
 
     def describe_data(self) -> dict[str, dict[str, Any]]:
         """Describe each split, with its ``line`` and ``notes`` in the table."""
-        raise NotImplementedError
+        name, splits = self.data_name, {"train": self.train_rows, "test": self.test_rows}
+        return {
+            split: {"line": f"{name}: {len(rows)} {self.rows_are}", "notes": [], "name": name, "rows": len(rows)}
+            for split, rows in splits.items()
+            if rows is not None
+        }
 
     def describe_reference(self) -> str:
         """Describe the reference in the table."""
@@ -93,9 +93,6 @@ class Run:
         """Build, describe, train, save, measure, write ``summary.json``; return it.
 
         The model is saved before it is measured, so that a failing measurement loses nothing.
-
-        Raises:
-            UsageError: an error that the user can correct.
         """
         args, folder = self.args, self.args.training.output_dir
         if args.training.device.type == "cpu":
@@ -190,20 +187,15 @@ class RemoveEarlierSummary(TrainerCallback):
 # Options of the bundled model and of the bundled data that no flag or YAML file sets, beside those of the method.
 DEMO_MODEL = {"model_name_or_path": demo.MODEL_PATH, "gradient_checkpointing": False}
 DEMO_DATA = {"lr_scheduler_type": "cosine", "save_strategy": "no"}
+Choose = Callable[[Arguments], dict[str, Any] | None]
 
 
 def parse_run(
-    argv: Sequence[str] | None,
-    choose: Callable[[Arguments], dict[str, Any] | None],
-    *,
-    demo_model: dict[str, Any],
-    demo_data: dict[str, Any],
-    **options: Any,
+    argv: Sequence[str] | None, choose: Choose, *, demo_model: dict, demo_data: dict, **options: Any
 ) -> Arguments:
-    """Parse a command line, and again with the defaults for what it leaves out.
+    """Parse a command line, and again with defaults: ``demo_model`` and ``demo_data`` where the bundled ones are used.
 
-    These are ``demo_model`` where the bundled model is used, ``demo_data`` where the bundled data are, and what
-    ``choose`` returns of the first result, which overrides both; None stands for no defaults at all.
+    What ``choose`` returns of the first result overrides both; None stands for no defaults at all.
     """
     args = parse(argv, **options)
     check_model_flags(args)
@@ -240,10 +232,7 @@ def check_model_flags(args: Arguments) -> None:
 
 @contextlib.contextmanager
 def as_usage_error(*more: type[Exception]) -> Iterator[None]:
-    """Turn errors that the user can correct into a message and exit status 2.
-
-    ``more`` are kinds of errors beside ValueError, OSError, ImportError and the AttributeError of a missing function.
-    """
+    """Turn errors that the user can correct, and ``more`` kinds of them, into a message and exit status 2."""
     try:
         yield
     except (ValueError, OSError, AttributeError, ImportError, *more) as error:

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers.trainer_utils import SaveStrategy
 
-from contrastive_align.conditions import Condition, resolve_condition
+from contrastive_align.conditions import resolve_condition
 from contrastive_align.judge.judge import JudgeError
 from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, option
 from contrastive_align.launch.ask import ask_best
@@ -140,13 +140,45 @@ class ConditionalRun(Run):
             if PartialState().is_main_process:
                 shutil.rmtree(Path(self.args.training.output_dir) / "pool", ignore_errors=True)
             PartialState().wait_for_everyone()
-        trainer = _build_trainer(self.args, self.condition, self.train_rows, self.test_rows)
+        trainer = self._build_trainer()
+        self.rows_are = "prompts" if trainer.online else "rows with scores or feedback"
         if trainer.online and trainer.pool.rounds and not checkpoint:
             raise UsageError(
                 f"{trainer.pool.folder} has the samples of an earlier run (rounds {trainer.pool.rounds}). Go on with "
                 "--resume_from_checkpoint=true, or start anew in another --output_dir or --pool_dir."
             )
         trainer.check_pool()  # as train() would, after the measurement
+        return trainer
+
+    def _build_trainer(self) -> ConditionalTrainer:
+        args, script, training, condition = self.args, self.args.script, self.args.training, self.condition
+        context = {"device": training.device, "trust_remote_code": training.trust_remote_code}
+        judge = rewards = None
+        if script.judge is not None:
+            judge = build_judge(script.judge, condition, training.output_dir)
+            judge.check()
+            if script.eval_prompts:
+                args.notes.append(
+                    f"measuring on {script.eval_prompts} prompts asks the judge about {training.num_generations} "
+                    "completions of each under every condition, beside those of the rounds; --eval_prompts=0 leaves it "
+                    "out"
+                )
+        if script.reward is not None:
+            check_reward(condition)
+            specs = script.reward if isinstance(script.reward, list) else [script.reward]
+            rewards = [resolve_feature(spec, **context) for spec in specs]
+            check_models(specs)
+        trainer = ConditionalTrainer(
+            train_dataset=self.train_rows,
+            eval_dataset=self.test_rows if training.eval_strategy != "no" else None,
+            reward_funcs=rewards,
+            judge=judge,
+            condition=condition,
+            sampler=None if script.sampler is None else build_sampler(script.sampler),
+            **model_arguments(args),
+        )
+        if script.eval_reward is not None:  # only rewards_given reads this feedback
+            trainer.feedback = trainer.feedback_by(resolve_feature(script.eval_reward, **context))
         return trainer
 
     def describe(self) -> tuple[str, dict[str, Any]]:
@@ -174,20 +206,12 @@ class ConditionalRun(Run):
 
     def describe_data(self) -> dict[str, dict[str, Any]]:
         """Count the rows, and say what of the training data is left out."""
-        what = "prompts" if self.trainer.online else "rows with scores or feedback"
-        splits = [("train", self.train_rows, self.trainer.data_report), ("test", self.test_rows, {})]
-        return {
-            split: {
-                "line": f"{self.data_name}: {len(rows)} {what}",
-                "notes": [f"{report[key]} {text}" for key, text in NOTES.items() if report.get(key)],
-                "name": self.data_name,
-                "rows": len(rows),
-                "conversational": not isinstance(rows[0]["prompt"], str),
-                **report,
-            }
-            for split, rows, report in splits
-            if rows is not None
-        }
+        found, report = super().describe_data(), self.trainer.data_report
+        for split, rows in zip(found, (self.train_rows, self.test_rows), strict=False):
+            found[split]["conversational"] = not isinstance(rows[0]["prompt"], str)
+        notes = [f"{report[key]} {text}" for key, text in NOTES.items() if report.get(key)]
+        found["train"] |= {"notes": notes, **report}
+        return found
 
     def describe_reference(self) -> str:
         """Say where there is none."""
@@ -267,37 +291,6 @@ def _defaults(args: Arguments) -> dict[str, Any] | None:
         if offline and name in args.given:
             raise UsageError(f"--{name} belongs to sampling, and these completions are there already. Leave it out.")
     return defaults
-
-
-def _build_trainer(args: Arguments, condition: Condition, train: Dataset, test: Dataset | None) -> ConditionalTrainer:
-    script, training = args.script, args.training
-    judge = None if script.judge is None else build_judge(script.judge, condition, training.output_dir)
-    if judge is not None:
-        judge.check()
-    context = {"device": training.device, "trust_remote_code": training.trust_remote_code}
-    rewards = None
-    if script.reward is not None:
-        check_reward(condition)
-        specs = script.reward if isinstance(script.reward, list) else [script.reward]
-        rewards = [resolve_feature(spec, **context) for spec in specs]
-        check_models(specs)
-    if judge is not None and script.eval_prompts:
-        args.notes.append(
-            f"measuring on {script.eval_prompts} prompts asks the judge about {training.num_generations} completions "
-            "of each under every condition, beside those of the rounds; --eval_prompts=0 leaves it out"
-        )
-    trainer = ConditionalTrainer(
-        train_dataset=train,
-        eval_dataset=test if training.eval_strategy != "no" else None,
-        reward_funcs=rewards,
-        judge=judge,
-        condition=condition,
-        sampler=None if script.sampler is None else build_sampler(script.sampler),
-        **model_arguments(args),
-    )
-    if script.eval_reward is not None:  # only rewards_given reads this feedback
-        trainer.feedback = trainer.feedback_by(resolve_feature(script.eval_reward, **context))
-    return trainer
 
 
 def _plain(spec: Any) -> Any:

@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from contrastive_align.data import distinct_prompts
 from contrastive_align.launch.common import picture_saved
-from contrastive_align.launch.datasets import rows_to_measure, take
+from contrastive_align.launch.datasets import take
 from contrastive_align.report import Change, Summary, plot_rewards
 from contrastive_align.trainers import ConditionalTrainer
 from contrastive_align.trainers.evaluation import UNCONDITIONED
@@ -34,7 +34,7 @@ class Measurement:
         self.rows = None
         if not at_most:
             return
-        rows, where = rows_to_measure(train, test)
+        rows, where = (train, "training") if test is None else (test, "held-out")
         if self.by_reward:
             self.rows = Dataset.from_list(distinct_prompts(rows, at_most))
             self.start = trainer.rewards_given(self.rows, conditions=[UNCONDITIONED])[UNCONDITIONED]

@@ -112,9 +112,8 @@ class ContrastiveRun(Run):
 
 
 def _data_entry(name: str, report: DataReport) -> dict[str, Any]:
-    if report.groups is None:
-        line = f"{name}, a stream ({report.spelling} columns)"
-    else:
+    line = f"{name}, a stream ({report.spelling} columns)"
+    if report.groups is not None:
         ks = ", ".join(f"{k}: {n}" for k, n in report.groups_by_k.items())
         line = f"{name}: {report.groups} groups of {report.rows} rows ({report.spelling} columns; groups by K {ks})"
     return {"line": line, "notes": report.notes(), "name": name, **report.as_dict()}
@@ -139,17 +138,15 @@ def _measure(summary: Summary, trainer: ContrastiveTrainer, test: Any) -> None:
     for name in ("logps/best", "logps/rest"):
         value, delta = means[name], means[f"{name}_delta"]
         summary.metrics[name] = Change(value.mean - delta.mean, value.mean, delta.se, round(value.n))
-    best, margin = means["logps/best_delta"], means.get("rewards/margins")
-    if margin is not None:  # before training policy and reference are equal
+    moved = [f"the best completion's likelihood {_direction(means['logps/best_delta'])}"]
+    if (margin := means.get("rewards/margins")) is not None:  # before training policy and reference are equal
         summary.metrics["rewards/margins"] = Change(0.0, margin.mean, margin.se, round(margin.n))
-    summary.state = f"In words: the best completion's likelihood {_direction(best.mean, best.se)}"
-    if margin is not None:
-        summary.state += f", its margin over the others {_direction(margin.mean, margin.se)}"
-    summary.state += "."
+        moved.append(f"its margin over the others {_direction(margin)}")
+    summary.state = f"In words: {', '.join(moved)}."
 
 
-def _direction(mean: float, se: float) -> str:
-    return "did not move" if abs(mean) <= 2 * se else "rose" if mean > 0 else "fell"
+def _direction(change: Any) -> str:
+    return "did not move" if abs(change.mean) <= 2 * change.se else "rose" if change.mean > 0 else "fell"
 
 
 def _demo_rewards(trainer: ContrastiveTrainer, test: Dataset) -> list[float]:

@@ -123,11 +123,6 @@ def only_prompts(script: RunArguments) -> bool:
     return script.prompt is not None or str(script.dataset_name).lower().endswith(".txt")
 
 
-def rows_to_measure(train: Dataset, test: Dataset | None) -> tuple[Dataset, str]:
-    """Return the evaluation rows if there are any, else the training rows, and the word for them."""
-    return (train, "training") if test is None else (test, "held-out")
-
-
 def is_prompt(value: Any) -> bool:
     """Return whether a value is text (also empty: generation starts from the BOS token) or messages to answer."""
     if isinstance(value, str):
@@ -160,11 +155,8 @@ def with_feedback(
     if negate_score:
         if score_column is None:
             raise ValueError("negate_score is given, and the data has no scores. Name them with score_column.")
-        dataset = dataset.map(
-            lambda row, i: {score_column: _negative(row[score_column], f"row {i}, '{score_column}'")},
-            with_indices=True,
-            load_from_cache_file=False,
-        )
+        negated = [_negative(x, f"row {i}, '{score_column}'") for i, x in enumerate(dataset[score_column])]
+        dataset = dataset.remove_columns(score_column).add_column(score_column, negated)
     dataset = _rename(dataset, score_column, score_name, SCORES)
     attributes = list(condition.attributes) if isinstance(condition, AttributeCondition) else []
     missing = [name for name in attributes if name not in dataset.column_names]

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from contrastive_align.data import distinct_prompts
 from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, load_yaml, option
 from contrastive_align.launch.common import Run, model_arguments, parse_run, picture_saved
-from contrastive_align.launch.datasets import load_prompts, only_prompts, repeat, rows_to_measure
+from contrastive_align.launch.datasets import only_prompts, repeat
 from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for
 from contrastive_align.report import Summary, TargetSummary, plot_steps
 from contrastive_align.targets import InfeasibleMoment, Target, resolve_constraint, weighted_sum
@@ -87,14 +87,17 @@ class FDPGRun(Run):
     user_errors = (InfeasibleMoment,)
     summary_class = TargetSummary
 
-    def load_data(self) -> tuple[Dataset, Dataset | None, str]:
-        """Load the prompts."""
-        return load_prompts(self.args)
-
     def build_trainer(self, checkpoint: str | bool | None) -> FDPGTrainer:
         """Build the target and the trainer, and choose the rows to measure."""
-        trainer = _build_trainer(self.args, self.train_rows, self.test_rows, _build_target(self.args))
-        self.measured_rows, self.measured_on = _rows_to_measure(self.args, self.train_rows, self.test_rows)
+        args, prompts, target = self.args, _prompts_per_step(self.args.training), _build_target(self.args)
+        rows, model = self.train_rows, model_arguments(args)
+        if len(rows) < prompts:
+            args.notes.append(f"a step takes {prompts} prompts of {len(rows)}: each is used more than once in it")
+        if model["peft_config"] is not None and "lora_task_type" not in args.given and _is_encoder_decoder(args):
+            model["peft_config"].task_type = "SEQ_2_SEQ_LM"  # AutoPeftModelForSeq2SeqLM requires it
+        evaluated = self.test_rows if args.training.eval_strategy != "no" else None
+        trainer = FDPGTrainer(train_dataset=repeat(rows, prompts), eval_dataset=evaluated, target=target, **model)
+        self.measured_rows, self.measured_on = _rows_to_measure(args, rows, self.test_rows)
         return trainer
 
     def describe(self) -> tuple[str, dict[str, Any]]:
@@ -108,15 +111,6 @@ class FDPGRun(Run):
             **self.options("baseline", "learning_rate", "num_generations"),
             "prompts_per_generation": prompts,
             **self.options("max_completion_length", "seed"),
-        }
-
-    def describe_data(self) -> dict[str, dict[str, Any]]:
-        """Count the prompts."""
-        name, splits = self.data_name, {"train": self.train_rows, "test": self.test_rows}
-        return {
-            split: {"line": f"{name}: {len(rows)} prompts", "notes": [], "name": name, "rows": len(rows)}
-            for split, rows in splits.items()
-            if rows is not None
         }
 
     def after_saving(self) -> None:
@@ -183,22 +177,6 @@ def _build_target(args: Arguments) -> Target:
     return Target.from_reward(reward, args.training.beta)
 
 
-def _build_trainer(args: Arguments, train: Dataset, test: Dataset | None, target: Target) -> FDPGTrainer:
-    training = args.training
-    a_step = _prompts_per_step(training)
-    if len(train) < a_step:
-        args.notes.append(f"a step takes {a_step} prompts of {len(train)}: each is used more than once in it")
-    model = model_arguments(args)
-    if model["peft_config"] is not None and "lora_task_type" not in args.given and _is_encoder_decoder(args):
-        model["peft_config"].task_type = "SEQ_2_SEQ_LM"  # AutoPeftModelForSeq2SeqLM requires it
-    return FDPGTrainer(
-        train_dataset=repeat(train, a_step),
-        eval_dataset=test if training.eval_strategy != "no" else None,
-        target=target,
-        **model,
-    )
-
-
 def _prompts_per_step(training: FDPGConfig) -> int:
     return training.generation_batch_size // training.num_generations
 
@@ -210,8 +188,7 @@ def _is_encoder_decoder(args: Arguments) -> bool:
 
 def _rows_to_measure(args: Arguments, train: Dataset, test: Dataset | None) -> tuple[list[Any], str]:
     samples, at_most = args.script.eval_samples, args.script.eval_prompts
-    rows, where = rows_to_measure(train, test)
-    rows = distinct_prompts(rows, at_most)
+    rows = distinct_prompts(train if test is None else test, at_most)
     chosen = rows[: prompts_enough_for(samples, at_most)]
     if samples and len(chosen) < len(rows):
         args.notes.append(
@@ -219,4 +196,5 @@ def _rows_to_measure(args: Arguments, train: Dataset, test: Dataset | None) -> t
             f"each: from fewer the divergences come out too small. --eval_samples={SAMPLES_PER_PROMPT * len(rows)} is "
             "enough for all"
         )
+    where = "training" if test is None else "held-out"
     return chosen, f"{len(chosen)} {where} prompt{'s' * (len(chosen) != 1)}"

@@ -55,8 +55,7 @@ def measure(
         columns["target"] = max(base, tuned, key=lambda measured: measured.ess).target_column()
         if acceptance is not None:
             try:
-                proposal = _Policy(trainer, model, seed + 2)
-                columns["tuned+QRS"] = _quasi_rejection(trainer, rows, proposal, tuned, per_prompt, acceptance, remarks)
+                columns["tuned+QRS"] = tuned.qrs_column(_Policy(trainer, model, seed + 2), acceptance, remarks)
             except ValueError as error:
                 remarks.append(f"no quasi-rejection sampling: {error}")
     return columns, remarks
@@ -99,7 +98,7 @@ class _Measured:
     """K samples for each of C prompts, with their log-probs (C, K) and features phi (C, K, J)."""
 
     def __init__(self, trainer: FDPGTrainer, rows: Sequence[dict], proposal: PolicyProposal, per_prompt: int) -> None:
-        self.names = trainer.target.names
+        self.rows, self.target, self.per_prompt = rows, trainer.target, per_prompt
         self.samples = proposal.sample([row["prompt"] for row in rows], per_prompt)
         shape = (len(rows), per_prompt)
         self.logps, self.base_logps = self.samples.logps.view(shape), self.samples.base_logps.view(shape)
@@ -126,46 +125,37 @@ class _Measured:
         distance = _number(losses.estimate_kl_base(normalised, self.base_logps[some], proposal_logps=self.logps[some]))
         return self._moments(self.scores) | dict.fromkeys(TO_TARGET.values(), Number(0.0)) | {TO_BASE: distance}
 
+    def qrs_column(self, proposal: PolicyProposal, acceptance: float, remarks: list[str]) -> dict[str, Number]:
+        """Measure the target with quasi-rejection sampling from this policy; add to the remarks."""
+        some = torch.isfinite(self.log_z)  # with Z = 0 nothing would be accepted
+        if not some.all():
+            missed = f"{int((~some).sum())} of {len(some)} prompts"
+            remarks.append(f"{missed} have no sample with mass under the target: no QRS there")
+        rows = [row for row, kept in zip(self.rows, some.tolist(), strict=True) if kept]
+        if not rows:
+            raise ValueError("no prompt has a sample with mass under the target.")
+        log_z, logps, scores = self.log_z[some], self.logps[some], self.scores[some]
+        beta = choose_beta(scores, logps, acceptance=acceptance, log_z=log_z).beta
+        sampler = QuasiRejectionSampler(
+            self.target, proposal, beta, log_z=log_z, batch_size=max(1, math.ceil(self.per_prompt / acceptance / 2))
+        )
+        result = sampler.sample(
+            [row["prompt"] for row in rows],
+            self.per_prompt,
+            budget=math.ceil(BUDGET * self.per_prompt / acceptance),
+            columns=columns_of(rows, 1),
+            generator=torch.Generator().manual_seed(proposal.seed),
+        )
+        p_beta = torch.minimum(scores - log_z.unsqueeze(1), math.log(beta) + logps)
+        p_beta = p_beta - losses.estimate_log_z(logps, p_beta).value.unsqueeze(1)
+        divergences = _divergences(p_beta, scores, self.base_logps[some], proposal_logps=logps)
+        rate, proposed = result.acceptance_rate, int(result.proposed.sum())
+        accepted = {"acceptance": Number(rate, math.sqrt(rate * (1 - rate) / proposed))}
+        return _means_over_prompts(result, self.target.names) | divergences | _texts(result.samples) | accepted
+
     def _moments(self, logps: Tensor) -> dict[str, Number]:
         mean = losses.average_estimate(losses.estimate_moments(self.phi, logps, self.logps))
-        return _moments(self.names, mean.value, mean.se)
-
-
-def _quasi_rejection(
-    trainer: FDPGTrainer,
-    rows: Sequence[dict[str, Any]],
-    proposal: PolicyProposal,
-    tuned: _Measured,
-    per_prompt: int,
-    acceptance: float,
-    remarks: list[str],
-) -> dict[str, Number]:
-    some = torch.isfinite(tuned.log_z)  # with Z = 0 nothing would be accepted
-    if not some.all():
-        remarks.append(
-            f"{int((~some).sum())} of {len(rows)} prompts have no sample with mass under the target: no QRS there"
-        )
-    rows = [row for row, kept in zip(rows, some.tolist(), strict=True) if kept]
-    if not rows:
-        raise ValueError("no prompt has a sample with mass under the target.")
-    log_z, logps, scores = tuned.log_z[some], tuned.logps[some], tuned.scores[some]
-    beta = choose_beta(scores, logps, acceptance=acceptance, log_z=log_z).beta
-    sampler = QuasiRejectionSampler(
-        trainer.target, proposal, beta, log_z=log_z, batch_size=max(1, math.ceil(per_prompt / acceptance / 2))
-    )
-    result = sampler.sample(
-        [row["prompt"] for row in rows],
-        per_prompt,
-        budget=math.ceil(BUDGET * per_prompt / acceptance),
-        columns=columns_of(rows, 1),
-        generator=torch.Generator().manual_seed(proposal.seed),
-    )
-    p_beta = torch.minimum(scores - log_z.unsqueeze(1), math.log(beta) + logps)
-    p_beta = p_beta - losses.estimate_log_z(logps, p_beta).value.unsqueeze(1)
-    divergences = _divergences(p_beta, scores, tuned.base_logps[some], proposal_logps=logps)
-    rate, proposed = result.acceptance_rate, int(result.proposed.sum())
-    acceptance = {"acceptance": Number(rate, math.sqrt(rate * (1 - rate) / proposed))}
-    return _means_over_prompts(result, tuned.names) | divergences | _texts(result.samples) | acceptance
+        return _moments(self.target.names, mean.value, mean.se)
 
 
 def _means_over_prompts(result: QRSResult, names: Sequence[str]) -> dict[str, Number]:

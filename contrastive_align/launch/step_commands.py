@@ -40,11 +40,7 @@ Complete = Callable[..., tuple[list[list[str]], list[list[bool]]]]  # see ask.sa
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Run one step and print its result in one line.
-
-    Raises:
-        UsageError: an error that the user can correct; the exit status is 2.
-    """
+    """Run one step and print its result in one line; raise UsageError for an error that the user can correct."""
     args, rest = build_parser().parse_known_args(argv)
     if rest and args.step != "train":
         raise UsageError(
@@ -60,9 +56,6 @@ def main(argv: Sequence[str] | None = None) -> Any:
         raise UsageError(str(error)) from error
     print(said, flush=True)
     return said
-
-
-# ------------------------------------------------------------------------------------------------------------ sample
 
 
 def sample(args: Namespace) -> str:
@@ -154,9 +147,6 @@ def _complete_by_server(args: Namespace, tokens: list[str]) -> tuple[Any, Comple
     return tokenizer, complete
 
 
-# --------------------------------------------------------------------------------------------------- score and judge
-
-
 def score(args: Namespace) -> str:
     """Write ``rewards``; return a line for the screen."""
     rows = read_rows(args.input, generations=True)
@@ -208,9 +198,6 @@ def _flat(rows: list[Row]) -> tuple[list, list]:
     return [prompt for prompt, _ in pairs], spoken
 
 
-# --------------------------------------------------------------------------------------------------- merge and train
-
-
 def _merge(args: Namespace) -> str:
     return f"{args.output}: {step_files.merge(args.inputs, args.output, overwrite=args.overwrite)} rows"
 
@@ -226,13 +213,7 @@ def train(args: Namespace, rest: list[str]) -> Any:
 
 
 def convert(rows: list[Row], score_key: str | None, *, where: str) -> list[Row]:
-    """Rename the columns of the steps to those that the trainer reads.
-
-    These are ``prompt`` and ``completions``, and ``scores``, ``feedbacks`` and ``finished`` where the rows have them.
-
-    Raises:
-        ValueError: neither rewards nor scores nor feedbacks; rewards and scores, and ``score_key`` is None.
-        BadRow: a row lacks a column that other rows have.
+    """Rename the columns of the steps to those that the trainer reads; refuse rows without, or with unlike, columns.
 
     >>> convert([{"prompt": "Hi", "generations": ["a", "b"], "rewards": [1.0, 0.0]}], None, where="scored.jsonl")
     [{'prompt': 'Hi', 'completions': ['a', 'b'], 'scores': [1.0, 0.0]}]
@@ -251,9 +232,6 @@ def convert(rows: list[Row], score_key: str | None, *, where: str) -> list[Row]:
         if missing := [name for name in wanted if name not in row]:
             raise BadRow(f"{where}, row {number}: no '{missing[0]}', which other rows have.")
     return [{"prompt": row["prompt"], **{new: row[old] for old, new in wanted.items()}} for row in rows]
-
-
-# ------------------------------------------------------------------------------------------------- the command line
 
 
 class _Parser(argparse.ArgumentParser):

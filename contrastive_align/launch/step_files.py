@@ -32,12 +32,7 @@ LISTS = tuple(_ENTRIES)
 
 
 def read_rows(path: str | Path, *, generations: bool) -> list[Row]:
-    """Read the rows of a file; each must have ``prompt`` and, if ``generations`` is True, ``generations``.
-
-    Raises:
-        BadRow: a wrong row, with file and line.
-        FileNotFoundError, ValueError: the file does not exist, or has no rows.
-    """
+    """Read the rows of a file; each must have ``prompt`` and, if ``generations`` is True, ``generations``."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file '{path}' (looked in {Path.cwd()}).")
@@ -106,11 +101,7 @@ class Output:
     """A file that is written in chunks and continued after an interruption.
 
     Finished rows are collected in ``<output>.partial``, whose first line holds the settings: the options that the rows
-    depend on. The file itself appears when all rows are finished.
-
-    Raises:
-        FileExistsError: the output exists.
-        ValueError: an unfinished output was begun under other settings.
+    depend on and may not differ when it is continued. The file itself appears when all rows are finished.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -187,16 +178,15 @@ def merge(pattern: str, output: str | Path, *, overwrite: bool) -> int:
     found = [Path(path) for path in sorted(glob.glob(pattern)) if Path(path).resolve() != output.resolve()]
     if not found:
         raise FileNotFoundError(f"no file matches '{pattern}' (looked in {Path.cwd()}).")
-    parts: dict[int, Path] = {}
-    totals: dict[int, Path] = {}
+    parts, totals = {}, {}  # by number and by division
     for path in found:
         match = _PART.search(path.name)
         if match is None:
             raise ValueError(f"{path} is no part: expected names such as gen.0-of-4.jsonl. Give a narrower pattern.")
         split, total = map(int, match.groups())
         if split in parts and total in totals:
-            found_twice = f"{parts[split]} and {path}"
-            raise ValueError(f"part {split} of {total} is there twice: {found_twice}. Give one pattern each.")
+            both = f"{parts[split]} and {path}"
+            raise ValueError(f"part {split} of {total} is there twice: {both}. Give one pattern each.")
         totals[total], parts[split] = path, path
     if len(totals) > 1:
         examples = ", ".join(map(str, totals.values()))
@@ -207,15 +197,13 @@ def merge(pattern: str, output: str | Path, *, overwrite: bool) -> int:
     if wrong := sorted(set(parts) - set(range(total))):
         raise ValueError(f"{parts[wrong[0]]}: part {wrong[0]} of {total}, which are numbered 0 to {total - 1}.")
     lines, sizes = [], []
-    for split in range(total):
-        rows = read_rows(parts[split], generations=True) if parts[split].stat().st_size else []
+    for path in (parts[split] for split in range(total)):
+        rows = read_rows(path, generations=True) if path.stat().st_size else []
         sizes.append(len(rows))
         for row in rows:
-            if row.get("prompt_index") != len(lines):
-                raise BadRow(
-                    f"{parts[split]}: found prompt_index {row.get('prompt_index')!r} where {len(lines)} follows. A "
-                    "part may come from other prompts or another division: sample it again."
-                )
+            if (index := row.get("prompt_index")) != len(lines):
+                problem = f"{path}: found prompt_index {index!r} where {len(lines)} follows"
+                raise BadRow(f"{problem}. It is of other prompts or another division: sample it again.")
             lines.append(to_line(row))
     if sizes != (expected := [len(part_rows(split, total, len(lines))) for split in range(total)]):
         raise ValueError(f"the parts have {sizes} rows, expected {expected}: one is not whole. Sample it again.")
