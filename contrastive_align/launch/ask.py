@@ -20,10 +20,8 @@ from contrastive_align.sampling.decode import draw, seed_of
 
 
 # The flags that --best accepts.
-FLAGS = {
-    "best", "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "num_generations",
-    "max_completion_length", "temperature", "top_p", "seed", "use_cpu", "log_level",
-}  # fmt: skip
+FLAGS = {"best", "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "use_cpu", "log_level"}
+FLAGS |= {"num_generations", "max_completion_length", "temperature", "top_p", "seed"}
 
 
 def ask_best(args: Arguments) -> list[str]:

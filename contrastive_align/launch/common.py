@@ -35,11 +35,9 @@ class Run:
 
     summary_class: type[Summary] = Summary
     rows_are = "prompts"
-    start: str | None = None
-    """What training starts from, where it may be more than the model's name."""
+    start: str | None = None  # what training starts from, where it may be more than the model's name
 
-    user_errors: tuple[type[Exception], ...] = ()
-    """Errors that the user can correct, beside those of :func:`as_usage_error`."""
+    user_errors: tuple[type[Exception], ...] = ()  # that the user can correct, beside those of as_usage_error
 
     def __init__(self, args: Arguments) -> None:
         self.args = args
@@ -149,10 +147,11 @@ class Run:
         parameters = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         bits = "4-bit " if arguments.load_in_4bit else "8-bit " if arguments.load_in_8bit else ""
-        size = f"{_millions(parameters)} parameters, {_millions(trained)} trained"
+        shown = [f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M" for n in (parameters, trained)]
+        precision = f"{bits}{str(model.dtype).removeprefix('torch.')}"
         adapted = f", LoRA r={arguments.lora_r}" if is_peft_model(model) else ""
         return {
-            "line": f"{self.model_name} ({size}{adapted}, {bits}{str(model.dtype).removeprefix('torch.')})",
+            "line": f"{self.model_name} ({shown[0]} parameters, {shown[1]} trained{adapted}, {precision})",
             "name_or_path": arguments.model_name_or_path,
             "revision": arguments.model_revision,
             "start": self.start or self.model_name,
@@ -273,7 +272,3 @@ def print_on_main(text: str) -> None:
     """Print on the main process."""
     if PartialState().is_main_process:
         print(f"\n{text}" if "\n" in text else text, flush=True)
-
-
-def _millions(n: int) -> str:
-    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"

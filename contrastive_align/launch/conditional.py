@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ from contrastive_align.launch.arguments import Arguments, RunArguments, UsageErr
 from contrastive_align.launch.ask import ask_best
 from contrastive_align.launch.common import Run, as_usage_error, model_arguments, parse_run, print_on_main
 from contrastive_align.launch.conditional_measure import Measurement, draw_picture, last_terms, rounds_of
-from contrastive_align.launch.datasets import load_demo, load_prompts, load_splits, only_prompts, with_feedback
+from contrastive_align.launch.datasets import load_prompts, load_scored, only_prompts
 from contrastive_align.launch.feedback_flags import build_judge, build_sampler, check_models, check_reward, read_spec
 from contrastive_align.report import Summary
 from contrastive_align.targets import resolve_feature
 from contrastive_align.trainers import ConditionalConfig, ConditionalTrainer
 
 
-DEMO_SCORED = "the bundled demo data"
 DEMO_REWARD = "contrastive_align.demo:reward"
 DEMO_MODEL = {"max_completion_length": 40, "learning_rate": 4e-3}
 DEMO_DATA = {"per_device_train_batch_size": 64, "logging_steps": 20, "eval_prompts": 200}
@@ -121,9 +119,7 @@ class ConditionalRun(Run):
         args, script, training = self.args, self.args.script, self.args.training
         self.condition = resolve_condition(script.condition or "quantile_tokens")
         if script.offline:
-            rows, name = (load_demo(args), DEMO_SCORED) if args.bundled_data else (load_splits(args), args.dataset)
-            read = partial(with_feedback, condition=self.condition, **script.columns)
-            train, test = (None if part is None else read(part) for part in rows)
+            train, test, name = load_scored(args, self.condition, **script.columns)
         else:
             train, test, name = load_prompts(args)
         if test is None and training.eval_strategy != "no":
@@ -158,11 +154,9 @@ class ConditionalRun(Run):
             judge = build_judge(script.judge, condition, training.output_dir)
             judge.check()
             if script.eval_prompts:
-                args.notes.append(
-                    f"measuring on {script.eval_prompts} prompts asks the judge about {training.num_generations} "
-                    "completions of each under every condition, beside those of the rounds; --eval_prompts=0 leaves it "
-                    "out"
-                )
+                asked = f"asks the judge about {training.num_generations} completions of each under every condition"
+                more = f"measuring on {script.eval_prompts} prompts {asked}, beside those of the rounds"
+                args.notes.append(f"{more}; --eval_prompts=0 leaves it out")
         if script.reward is not None:
             check_reward(condition)
             specs = script.reward if isinstance(script.reward, list) else [script.reward]
@@ -277,9 +271,7 @@ def _defaults(args: Arguments) -> dict[str, Any] | None:
         if script.condition is None:  # two to six completions per prompt are too few for quantiles
             defaults["condition"] = {"kind": "quantile_tokens", "per_prompt": False}
     elif args.bundled_data:
-        defaults |= DEMO_ROUNDS
-        if script.judge is None:
-            defaults["reward"] = DEMO_REWARD
+        defaults |= DEMO_ROUNDS | ({"reward": DEMO_REWARD} if script.judge is None else {})
     if script.judge is not None:
         defaults["eval_prompts"] = JUDGED_PROMPTS
     if offline and only_prompts(script):

@@ -18,7 +18,6 @@ from contrastive_align.trainers import ConditionalTrainer
 from contrastive_align.trainers.evaluation import UNCONDITIONED
 
 
-PICTURE = "rewards.png"
 GIVEN = "reward_given/"
 
 
@@ -115,7 +114,7 @@ def last_terms(trainer: ConditionalTrainer) -> dict[str, float]:
 
 def draw_picture(trainer: ConditionalTrainer, summary: Summary) -> None:
     """Draw the reward over the rounds and under each condition, beside ``summary.json``."""
-    path = Path(trainer.args.output_dir) / PICTURE
+    path = Path(trainer.args.output_dir) / "rewards.png"
     changes = {name.removeprefix(GIVEN): change for name, change in summary.metrics.items() if name.startswith(GIVEN)}
     given = {name: (change.after, change.after_se) for name, change in changes.items()}
     start = summary.metrics.get("mean_reward")

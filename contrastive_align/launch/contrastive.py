@@ -12,21 +12,16 @@ from contrastive_align import demo
 from contrastive_align.data import DataReport, detect_spelling
 from contrastive_align.launch.arguments import Arguments, UsageError
 from contrastive_align.launch.common import Run, model_arguments, parse_run
-from contrastive_align.launch.datasets import load_demo, load_splits
+from contrastive_align.launch.datasets import DEMO_NAME, load_demo, load_splits
 from contrastive_align.report import Change, Summary
 from contrastive_align.sampling import sample_completions
 from contrastive_align.trainers import ContrastiveTrainer
 from contrastive_align.trl_seam import unwrap_model_for_generation
 
 
-DEMO_NAME = "the bundled demo data"
 DEMO_MODEL = {"max_length": 512, "learning_rate": 3e-4}
-DEMO_DATA = {
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 32,
-    "logging_steps": 10,
-}
+DEMO_BATCHES = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32}
+DEMO_DATA = {**DEMO_BATCHES, "num_train_epochs": 1, "logging_steps": 10}
 DEMO_SAMPLES = {"per_prompt": 4, "max_new_tokens": 48}
 MEASURED_TRAIN_GROUPS = 256
 
@@ -51,13 +46,11 @@ class ContrastiveRun(Run):
 
     def load_data(self) -> tuple[Any, Any, str]:
         """Load the groups, which must be pairs for ``run_preference.py``."""
-        args, training = self.args, self.args.training
+        args, name = self.args, self.args.dataset or DEMO_NAME
         if args.bundled_data:
-            load = demo.load_preference_dataset if self.preference else demo.load_reward_dataset
-            train, test, name = *load_demo(args, load), DEMO_NAME
+            train, test = load_demo(args, preference=self.preference)
         else:
-            train, test = load_splits(args, on_bad_row=training.on_bad_row)
-            name = args.dataset
+            train, test = load_splits(args, on_bad_row=args.training.on_bad_row)
         if self.preference:
             first = next(iter(train))
             if detect_spelling(list(first), first) != "preference":

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "c
 NOT_PROMPTS = ("completion", "completions", "scores", "responses", "rewards", "chosen", "rejected", "completion_ids")
 SCORES = ("score", "scores", "reward", "rewards")  # names of a column of scores, without --score_column
 FEEDBACK = ("feedback", "feedbacks")
+DEMO_NAME = "the bundled demo data"
 Splits = DatasetDict | IterableDatasetDict
 
 
@@ -61,10 +62,9 @@ def load_splits(args: Arguments, *, on_bad_row: str | None = None) -> tuple[Any,
             raise UsageError("--test_split_size needs the whole dataset, found a stream. Name a --dataset_test_split.")
         train, test = train.train_test_split(test_size=mixture.test_split_size, seed=args.training.seed).values()
     if test is None and wants_eval:
-        raise UsageError(
-            f"evaluation is asked for, but the dataset has no split '{test_name}' (it has {sorted(splits)}). Set "
-            "--dataset_test_split, split some off with --test_split_size=0.1, or set --eval_strategy=no."
-        )
+        found = f"evaluation is asked for, but the dataset has no split '{test_name}' (it has {sorted(splits)})"
+        fix = "Set --dataset_test_split, split some off with --test_split_size=0.1, or set --eval_strategy=no."
+        raise UsageError(f"{found}. {fix}")
     return take(train, script.max_train_samples), take(test, script.max_eval_samples)
 
 
@@ -75,9 +75,9 @@ def take(dataset: Any, n: int | None) -> Any:
     return dataset.select(range(min(n, len(dataset)))) if isinstance(dataset, Dataset) else dataset.take(n)
 
 
-def load_demo(args: Arguments, load: Callable[[], DatasetDict] = demo.load_reward_dataset) -> tuple[Dataset, Dataset]:
+def load_demo(args: Arguments, *, preference: bool = False) -> tuple[Dataset, Dataset]:
     """Load the bundled training and held-out rows."""
-    splits = load()
+    splits = demo.load_preference_dataset() if preference else demo.load_reward_dataset()
     return take(splits["train"], args.script.max_train_samples), take(splits["test"], args.script.max_eval_samples)
 
 
@@ -95,6 +95,13 @@ def load_prompts(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
     name = args.dataset or "the bundled demo prompts"
     train, test = load_demo(args) if args.bundled_data else load_splits(args)
     return from_rows(train, name), None if test is None else from_rows(test, name), name
+
+
+def load_scored(args: Arguments, condition: Condition, **columns: Any) -> tuple[Dataset, Dataset | None, str]:
+    """Load completions with scores or feedback as :func:`with_feedback` names them, and the name of the data."""
+    train, test = load_demo(args) if args.bundled_data else load_splits(args)
+    train = with_feedback(train, condition, **columns)
+    return train, None if test is None else with_feedback(test, condition, **columns), args.dataset or DEMO_NAME
 
 
 def from_rows(rows: Any, name: str) -> Dataset:

@@ -25,15 +25,8 @@ from contrastive_align.trainers import FDPGConfig, FDPGTrainer
 DEMO_FEATURES = [{"contains": "please", "moment": 0.5}]
 PICTURE = "moments_and_divergences.png"
 DEMO_MODEL = {"max_completion_length": 48, "learning_rate": 3e-4}
-DEMO_DATA = {
-    "max_steps": 60,
-    "per_device_train_batch_size": 256,
-    "num_generations": 16,
-    "logging_steps": 1,
-    "fit_samples": 65536,
-    "eval_samples": 15_000,
-    "eval_prompts": 200,
-}
+DEMO_STEPS = {"max_steps": 60, "per_device_train_batch_size": 256, "num_generations": 16, "logging_steps": 1}
+DEMO_DATA = {**DEMO_STEPS, "fit_samples": 65536, "eval_samples": 15_000, "eval_prompts": 200}
 FEW_PROMPTS = {"max_steps": 100}  # a pass over one prompt is one step
 
 
@@ -191,10 +184,8 @@ def _rows_to_measure(args: Arguments, train: Dataset, test: Dataset | None) -> t
     rows = distinct_prompts(train if test is None else test, at_most)
     chosen = rows[: prompts_enough_for(samples, at_most)]
     if samples and len(chosen) < len(rows):
-        args.notes.append(
-            f"eval_samples={samples} is measured on {len(chosen)} of {len(rows)} prompts, {SAMPLES_PER_PROMPT} samples "
-            f"each: from fewer the divergences come out too small. --eval_samples={SAMPLES_PER_PROMPT * len(rows)} is "
-            "enough for all"
-        )
+        part = f"{len(chosen)} of {len(rows)} prompts, {SAMPLES_PER_PROMPT} samples each"
+        why = f"from fewer the divergences come out too small. --eval_samples={SAMPLES_PER_PROMPT * len(rows)}"
+        args.notes.append(f"eval_samples={samples} is measured on {part}: {why} is enough for all")
     where = "training" if test is None else "held-out"
     return chosen, f"{len(chosen)} {where} prompt{'s' * (len(chosen) != 1)}"

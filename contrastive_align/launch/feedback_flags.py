@@ -49,10 +49,8 @@ def build_sampler(spec: Any) -> ServerSampler:
     """Build the sampler of a server from ``{base_url: address, model: name}`` and the class's other options."""
     known = list(inspect.signature(ServerSampler).parameters)
     if not isinstance(spec, Mapping) or not {"base_url", "model"} <= set(spec) <= set(known):
-        raise ValueError(
-            f"sampler is {spec!r}, expected a mapping with base_url and model: '{{base_url: http://localhost:8000/v1, "
-            f"model: name}}'; it takes {', '.join(known)}."
-        )
+        expected = "a mapping with base_url and model: '{base_url: http://localhost:8000/v1, model: name}'"
+        raise ValueError(f"sampler is {spec!r}, expected {expected}; it takes {', '.join(known)}.")
     return ServerSampler(**spec)
 
 

@@ -39,10 +39,9 @@ def measure(
 ) -> tuple[Distributions, list[str]]:
     """Return the columns of the table and remarks, from ``samples`` per distribution spread evenly over the rows.
 
-    ``base`` and ``tuned`` are measured on samples of the base and of the policy. ``target`` is importance-weighted from
-    whichever of these has the larger effective sample size. The moments of ``tuned+QRS`` come from what
-    :class:`QuasiRejectionSampler` accepts of further samples, with a beta for the wanted ``acceptance`` rate; its
-    divergences are importance-weighted from the policy's samples. Standard errors are over prompts.
+    ``base`` and ``tuned`` are measured on their own samples, ``target`` with importance weights on those of larger
+    effective sample size. The moments of ``tuned+QRS`` come from what quasi-rejection sampling accepts of further
+    samples at this ``acceptance`` rate, its divergences from weighted samples. Standard errors are over prompts.
     """
     per_prompt = math.ceil(samples / len(rows))
     remarks: list[str] = []

@@ -139,10 +139,10 @@ class Output:
         lines = self._whole_lines()[1:] if self.partial.exists() else []  # a part may be empty
         found = [json.loads(line) for line in lines]
         if [row["prompt"] for row in found] != [row["prompt"] for row in rows]:
-            raise ValueError(
-                f"{self.partial} has {len(found)} rows that are not those of the {len(rows)} prompts in their order: "
-                "two runs may have written it at once. Start anew with --overwrite."
+            problem = (
+                f"{self.partial} has {len(found)} rows that are not those of the {len(rows)} prompts in their order"
             )
+            raise ValueError(f"{problem}: two runs may have written it at once. Start anew with --overwrite.")
         write_rows(self.path, lines)
         self.partial.unlink(missing_ok=True)
         return found
