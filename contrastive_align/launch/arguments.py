@@ -34,17 +34,17 @@ GONE = {
 }
 
 
+def option(default: Any, help: str) -> Any:
+    """Define a field of an arguments class with its line of ``--help``."""
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass
 class RunArguments(ScriptArguments):
-    """Add limits on the number of rows to TRL's script arguments.
+    """Add limits on the number of rows to TRL's script arguments."""
 
-    Args:
-        max_train_samples: take only the first rows of the training split.
-        max_eval_samples: take only the first rows of the evaluation split.
-    """
-
-    max_train_samples: int | None = field(default=None, metadata={"help": "Only the first N training rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Only the first N evaluation rows."})
+    max_train_samples: int | None = option(None, "Only the first N training rows.")
+    max_eval_samples: int | None = option(None, "Only the first N evaluation rows.")
 
     def __post_init__(self):
         for name in ("max_train_samples", "max_eval_samples"):
@@ -62,6 +62,17 @@ class Arguments:
     datasets: DatasetMixtureConfig
     given: set[str]
     notes: list[str]
+
+    @property
+    def dataset(self) -> str | None:
+        """The name of the data set or mixture; None for one prompt and for the bundled data."""
+        return self.script.dataset_name or ", ".join(part.path for part in self.datasets.datasets) or None
+
+    @property
+    def bundled_data(self) -> bool:
+        """Whether neither a data set nor a prompt is given, so that the bundled data are used."""
+        named = (self.script.dataset_name, getattr(self.script, "prompt", None))
+        return named == (None, None) and not self.datasets.datasets
 
 
 class UsageError(SystemExit):
@@ -84,28 +95,20 @@ def parse(
     """Parse ``[config.yaml] [--flag=value ...]``.
 
     The YAML file comes first or with ``--config``. Flags override the YAML file, which overrides ``defaults``. Every
-    key and flag must be a field of ``script``, ``training`` or TRL's dataclasses. ``env:`` in the YAML file sets
-    environment variables, as in TRL.
-
-    Raises:
-        UsageError: an unknown key or flag (with the nearest known one), a value of the wrong type, a missing YAML.
+    key and flag must be a field of ``script``, ``training`` or TRL's dataclasses; anything else is a UsageError, with
+    the nearest known name. ``env:`` in the YAML file sets environment variables, as in TRL.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     classes = (script, training, ModelConfig, DatasetMixtureConfig)
-    parser = TrlParser(
-        classes,
-        prog=prog,
-        usage=f"{prog} [config.yaml] [--flag=value ...]    (all flags: {prog} --help)",
-        allow_abbrev=False,
-    )
+    usage = f"{prog} [config.yaml] [--flag=value ...]"
+    parser = TrlParser(classes, prog=prog, usage=f"{usage}    (all flags: {prog} --help)", allow_abbrev=False)
     parser.error = lambda message: _usage_error(prog, message)  # argparse would print every flag there is
     actions = {action.dest: action for action in parser._actions}
     known = set(actions) - {"help"}
 
     config_path, flags = _split_config(argv)
-    config = _read_yaml(config_path) if config_path else {}
     notes: list[str] = []
-    config = _modernise(config, notes, where=config_path or "")
+    config = _modernise(_read_config(config_path), notes, where=config_path) if config_path else {}
     for key in config:
         if key not in known:
             raise UsageError(f"{config_path}: unknown key '{key}'{_nearest(str(key), known)}")
@@ -113,12 +116,10 @@ def parse(
     flags = _modernise_flags(flags, notes, known)
     given = set(config) | {_flag_name(f, known) for f in flags if f.startswith("--")}
 
-    for key, value in (defaults or {}).items():
-        if key not in given:
-            config[key] = value
+    config |= {key: value for key, value in (defaults or {}).items() if key not in given}
     if not _accelerator_available():
-        chosen = {"use_cpu": True, "bf16": False} if not {"bf16", "fp16"} & given else {"use_cpu": True}
-        chosen = {key: value for key, value in chosen.items() if key not in given}
+        chosen = {} if "use_cpu" in given else {"use_cpu": True}
+        chosen |= {} if {"bf16", "fp16"} & given else {"bf16": False}
         if chosen:
             config |= chosen
             notes.append("no accelerator found: " + ", ".join(f"{k}={v}" for k, v in chosen.items()))
@@ -127,14 +128,13 @@ def parse(
     objects = {k: v for k, v in config.items() if _is_object(v, actions[k])}
     parser.set_defaults_with_config(**objects)
     tokens = [token for k, v in config.items() if k not in objects for token in _as_tokens(actions[k], v)]
+    options = {"look_for_args_file": False, "return_remaining_strings": True}
     try:
-        *parsed, unused = parser.parse_args_into_dataclasses(
-            tokens + flags, look_for_args_file=False, return_remaining_strings=True
-        )
+        *parsed, unused = parser.parse_args_into_dataclasses(tokens + flags, **options)
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
     if unused:
-        raise UsageError(f"'{' '.join(unused)}' belongs to no flag. Usage: {prog} [config.yaml] [--flag=value ...]")
+        raise UsageError(f"'{' '.join(unused)}' belongs to no flag. Usage: {usage}")
     return Arguments(*parsed, given, notes)
 
 
@@ -143,22 +143,17 @@ def _usage_error(prog: str, message: str):
 
 
 def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
-    configs, rest, i = [], [], 0
-    while i < len(argv):
-        token = argv[i]
-        previous = argv[i - 1] if i else ""
-        if token == "--config":
-            if i + 1 == len(argv):
-                raise UsageError("--config needs the path of a YAML file.")
-            configs.append(argv[i + 1])
-            i += 1
-        elif token.startswith("--config="):
+    if argv[-1:] == ["--config"]:
+        raise UsageError("--config needs the path of a YAML file.")
+    configs, rest = [], []
+    for previous, token in zip(["", *argv], argv, strict=False):
+        is_value = previous.startswith("--") and "=" not in previous
+        if token.startswith("--config="):
             configs.append(token.split("=", 1)[1])
-        elif token.endswith((".yaml", ".yml")) and not (previous.startswith("--") and "=" not in previous):
+        elif previous == "--config" or (token.endswith((".yaml", ".yml")) and not is_value):
             configs.append(token)
-        else:
+        elif token != "--config":
             rest.append(token)
-        i += 1
     if len(configs) > 1:
         raise UsageError(f"{len(configs)} YAML files are given ({', '.join(configs)}), expected at most one.")
     if rest and not rest[0].startswith("-"):
@@ -166,15 +161,18 @@ def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
     return (configs[0] if configs else None), rest
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> Any:
+    """Read a YAML file; raise UsageError if it does not exist or is not YAML."""
     if not Path(path).is_file():
         raise UsageError(f"no YAML file '{path}' (looked in {Path.cwd()}).")
     try:
-        config = load_yaml(Path(path).read_text(encoding="utf-8"), path)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not YAML: {error}") from error
+        return load_yaml(Path(path).read_bytes(), path)
     except ValueError as error:
         raise UsageError(str(error)) from error
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    config = read_yaml(path)
     if not isinstance(config, dict):
         raise UsageError(f"{path} holds a {type(config).__name__}, expected 'key: value' lines.")
     env = config.pop("env", None) or {}
@@ -184,12 +182,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return config
 
 
-def load_yaml(text: str, what: str) -> Any:
-    """Load YAML text in which no key is given twice.
-
-    Raises:
-        ValueError: ``what`` is not YAML.
-    """
+def load_yaml(text: str | bytes, what: str) -> Any:
+    """Load YAML text in which no key is given twice; raise ValueError if ``what`` is not such YAML."""
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
@@ -215,12 +209,11 @@ def _modernise(config: dict[str, Any], notes: list[str], where: str) -> dict[str
         notes.append(f"'{old}' is gone: {GONE[old]}")
         del config[old]
     for old, new in RENAMED.items():
-        if old not in config:
-            continue
-        if new in config:
+        if old in config and new in config:
             raise UsageError(f"{where}: both '{old}' and '{new}' are given, which mean the same. Keep '{new}'.")
-        notes.append(f"'{old}' is now '{new}'")
-        config[new] = config.pop(old)
+        if old in config:
+            notes.append(f"'{old}' is now '{new}'")
+            config[new] = config.pop(old)
     if "use_flash_attention_2" in config:
         if config.pop("use_flash_attention_2"):
             config.setdefault("attn_implementation", "flash_attention_2")
@@ -241,21 +234,17 @@ def _from_mixer(mixer: Any, splits: Any, where: str) -> dict[str, Any]:
         raise UsageError(f"{where}: 'dataset_mixer' is {mixer!r}, expected {{name: fraction}}.")
     if not isinstance(splits, list) or not 1 <= len(splits) <= 2:
         raise UsageError(f"{where}: 'dataset_splits' is {splits!r}, expected [train split, test split].")
-    if any(not 0 < fraction <= 1 for fraction in mixer.values()):
-        raise UsageError(f"{where}: 'dataset_mixer' has fractions {list(mixer.values())}, expected numbers in (0, 1].")
-    keys: dict[str, Any] = {"dataset_train_split": splits[0]}
-    if len(splits) == 2:
-        keys["dataset_test_split"] = splits[1]
-    if len(mixer) == 1 and next(iter(mixer.values())) == 1:
+    fractions = list(mixer.values())
+    found = f"{where}: 'dataset_mixer' has fractions {fractions}"
+    if any(not 0 < fraction <= 1 for fraction in fractions):
+        raise UsageError(f"{found}, expected numbers in (0, 1].")
+    keys: dict[str, Any] = dict(zip(("dataset_train_split", "dataset_test_split"), splits, strict=False))
+    if fractions == [1]:
         return keys | {"dataset_name": next(iter(mixer))}
-    if any(abs(100 * fraction - round(100 * fraction)) > 1e-6 for fraction in mixer.values()):
-        raise UsageError(
-            f"{where}: 'dataset_mixer' has fractions {list(mixer.values())}, expected whole hundredths (0.25). Use "
-            "max_train_samples for a smaller part."
-        )
-    percent = {name: f"{splits[0]}[:{round(100 * fraction)}%]" for name, fraction in mixer.items()}
-    keys["datasets"] = [{"path": name, "split": split} for name, split in percent.items()]
-    return keys
+    if any(abs(100 * fraction - round(100 * fraction)) > 1e-6 for fraction in fractions):
+        raise UsageError(f"{found}, expected whole hundredths (0.25). Use max_train_samples for a smaller part.")
+    parts = [{"path": name, "split": f"{splits[0]}[:{round(100 * part)}%]"} for name, part in mixer.items()]
+    return keys | {"datasets": parts}
 
 
 def _modernise_flags(flags: list[str], notes: list[str], known: set[str]) -> list[str]:
@@ -312,9 +301,8 @@ def _is_object(value: Any, action: argparse.Action) -> bool:
 def _as_tokens(action: argparse.Action, value: Any) -> list[str]:
     if isinstance(value, list):
         return [f"--{action.dest}", *map(str, value)]
-    if value is False and "no" in (action.choices or ()):  # YAML reads a bare no as False
-        value = "no"
-    return [f"--{action.dest}={value}"]
+    means_no = value is False and "no" in (action.choices or ())  # YAML reads a bare no as False
+    return [f"--{action.dest}={'no' if means_no else value}"]
 
 
 def _accelerator_available() -> bool:

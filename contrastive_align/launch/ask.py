@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM
 
 from contrastive_align.conditions import Condition
@@ -16,61 +15,48 @@ from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.arguments import Arguments, UsageError
 from contrastive_align.launch.common import print_on_main
 from contrastive_align.models import load_tokenizer
-from contrastive_align.models.loading import adapter_config_path, base_of
+from contrastive_align.models.loading import adapter_config_path, base_of, eos_token_ids
 from contrastive_align.sampling.decode import draw, seed_of
 
 
 # The flags that --best accepts.
-FLAGS = {
-    "best", "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "num_generations",
-    "max_completion_length", "temperature", "top_p", "seed", "use_cpu", "log_level",
-}  # fmt: skip
+FLAGS = {"best", "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "use_cpu", "log_level"}
+FLAGS |= {"num_generations", "max_completion_length", "temperature", "top_p", "seed"}
 
 
 def ask_best(args: Arguments) -> list[str]:
-    """Print the conditioned prompt and samples; return the samples.
-
-    Raises:
-        UsageError: a flag that has no effect with ``--best``.
-        ValueError, FileNotFoundError: the folder does not exist, or conditional training did not write it.
-    """
+    """Print the conditioned prompt and samples; return the samples."""
     if unused := sorted(args.given - FLAGS):
         raise UsageError(f"--{unused[0]} means nothing beside --best, which samples and trains nothing. Leave it out.")
     folder = args.model.model_name_or_path
     if folder is None:
         raise UsageError("--best needs the folder of a trained model: --model_name_or_path=output_dir.")
     condition, training = Condition.load(folder), args.training
-    run = _summary(folder)
+    summary = Path(folder) / "summary.json"  # a checkpoint has none
+    run = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
     text: Text = args.script.best
     if run.get("data", {}).get("train", {}).get("conversational"):
         text = [{"role": "user", "content": text}]
-    asked = condition.apply_best(text)
     model, tokenizer = load_trained(
         folder,
         dtype=args.model.dtype,
         attn_implementation=args.model.attn_implementation,
         trust_remote_code=training.trust_remote_code,
     )
-    model = model.to(training.device).eval()
-    ids = tokenise_prompt(asked, tokenizer)
+    ids = tokenise_prompt(condition.apply_best(text), tokenizer)
     print_on_main(f"asked    {tokenizer.decode(ids)!r}")
-    at_most = run.get("method", {}).get("max_completion_length", training.max_completion_length)
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    with torch.no_grad():
-        drawn = draw(
-            model,
-            [ids],
-            per_prompt=training.num_generations if "num_generations" in args.given else 1,
-            max_new_tokens=training.max_completion_length if "max_completion_length" in args.given else at_most,
-            eos_token_ids=list(dict.fromkeys([tokenizer.eos_token_id, *ends])),
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            seeds=[seed_of(training.seed, "best", 0)],
-            temperature=training.temperature,
-            top_p=training.top_p,
-            suppress_ids=tokenizer.convert_tokens_to_ids(condition.tokens),
-        )
-    found = [tokenizer.decode(row, skip_special_tokens=True) for row in drawn.completion_ids[0]]
+    trained_at = run.get("method", {}).get("max_completion_length", training.max_completion_length)
+    (found,), _ = sample_trained(
+        model.to(training.device).eval(),
+        tokenizer,
+        [ids],
+        condition.tokens,
+        per_prompt=training.num_generations if "num_generations" in args.given else 1,
+        max_new_tokens=training.max_completion_length if "max_completion_length" in args.given else trained_at,
+        seeds=[seed_of(training.seed, "best", 0)],
+        temperature=training.temperature,
+        top_p=training.top_p,
+    )
     for completion in found:
         print_on_main(f"sampled  {completion!r}")
     return found
@@ -90,7 +76,18 @@ def load_trained(folder: str, **kwargs: Any) -> tuple[Any, Any]:
     return load_with_condition_tokens(base, folder)
 
 
-def _summary(folder: str) -> dict[str, Any]:
-    """Read the summary of the run; {} for a model without one, such as a checkpoint."""
-    path = Path(folder) / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def sample_trained(
+    model: Any, tokenizer: Any, prompt_ids: list[list[int]], tokens: list[str], **options: Any
+) -> tuple[list[list[str]], list[list[bool]]]:
+    """Sample K completions of each prompt, without condition ``tokens``; return texts, and which are finished."""
+    eos = eos_token_ids(model, tokenizer)
+    drawn = draw(
+        model,
+        prompt_ids,
+        eos_token_ids=eos,
+        pad_token_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        suppress_ids=tokenizer.convert_tokens_to_ids(tokens),
+        **options,
+    )
+    texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in drawn.completion_ids]
+    return texts, (~drawn.truncated).tolist()

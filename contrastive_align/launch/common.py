@@ -5,22 +5,23 @@ from __future__ import annotations
 import contextlib
 import logging as std_logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from transformers import TrainerCallback, set_seed
 from trl import get_peft_config, get_quantization_config
 
 from contrastive_align import demo
-from contrastive_align.launch.arguments import Arguments, UsageError
+from contrastive_align.launch.arguments import Arguments, UsageError, parse
+from contrastive_align.launch.datasets import load_prompts
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
+from contrastive_align.trl_seam import ignore_bool_buffers
 from contrastive_align.versions import SUPPORTED
 
 
@@ -28,31 +29,50 @@ class Run:
     """One run of a training command, from its parsed arguments to ``summary.json``.
 
     :meth:`execute` holds the order and everything that the commands do alike. A command gives the parts that depend on
-    its method by overriding the others.
-
-    Args:
-        args: the parsed command line. Parts may append to ``args.notes`` until the trainer is built.
-
-    Attributes:
-        trainer: what :meth:`build_trainer` returned.
-        summary: what :meth:`describe` returned; later parts add to it.
-        hub_dataset: the data set that the model card names; None for bundled data and for a prompt on the command line.
+    its method by overriding the others. These read ``train_rows``, ``test_rows`` and ``data_name``, later ``trainer``
+    and ``summary``; until the trainer is built, they may append to ``args.notes``.
     """
 
-    user_errors: tuple[type[Exception], ...] = ()
-    """Errors that the user can correct, beside those of :func:`as_usage_error`."""
+    summary_class: type[Summary] = Summary
+    rows_are = "prompts"
+    start: str | None = None  # what training starts from, where it may be more than the model's name
+
+    user_errors: tuple[type[Exception], ...] = ()  # that the user can correct, beside those of as_usage_error
 
     def __init__(self, args: Arguments) -> None:
         self.args = args
-        self.hub_dataset: str | None = None
+
+    def load_data(self) -> tuple[Any, Any, str]:
+        """Return the training rows, the evaluation rows or None, and the name of the data."""
+        return load_prompts(self.args)
 
     def build_trainer(self, checkpoint: str | bool | None) -> Any:
-        """Load the data and build the trainer. ``checkpoint`` is what the run will be resumed from."""
+        """Build the trainer. ``checkpoint`` is what the run will be resumed from."""
         raise NotImplementedError
 
-    def describe(self) -> Summary:
-        """Return the summary as far as it is known before training."""
+    def describe(self) -> tuple[str, dict[str, Any]]:
+        """Describe the method: its line in the table, and its options."""
         raise NotImplementedError
+
+    def describe_data(self) -> dict[str, dict[str, Any]]:
+        """Describe each split, with its ``line`` and ``notes`` in the table."""
+        name, splits = self.data_name, {"train": self.train_rows, "test": self.test_rows}
+        return {
+            split: {"line": f"{name}: {len(rows)} {self.rows_are}", "notes": [], "name": name, "rows": len(rows)}
+            for split, rows in splits.items()
+            if rows is not None
+        }
+
+    def describe_reference(self) -> str:
+        """Describe the reference in the table."""
+        peft = is_peft_model(self.trainer.model)
+        return f"{self.model_name}, with the adapter off" if peft else f"{self.model_name}, a frozen copy"
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in the table."""
+        name = self.args.model.model_name_or_path
+        return "the bundled demo model" if name == demo.MODEL_PATH else self.start or name
 
     def before_training(self) -> None:
         """Measure the model at the start."""
@@ -71,21 +91,29 @@ class Run:
         """Build, describe, train, save, measure, write ``summary.json``; return it.
 
         The model is saved before it is measured, so that a failing measurement loses nothing.
-
-        Raises:
-            UsageError: an error that the user can correct. The ``summary.json`` of an earlier run is still there if the
-                error was raised before the first step.
         """
         args, folder = self.args, self.args.training.output_dir
         if args.training.device.type == "cpu":
             keep_freed_memory()
-        checkpoint = checkpoint_of(args)
+        resume = args.training.resume_from_checkpoint
+        checkpoint = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
         with as_usage_error(*self.user_errors):
             set_seed(args.training.seed)
+            self.train_rows, self.test_rows, self.data_name = self.load_data()
+            unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
+            if self.test_rows is None and unused:
+                raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
             self.trainer = trainer = self.build_trainer(checkpoint)
         if args.script.ignore_bias_buffers:
-            ignore_bias_buffers(trainer)
-        self.summary = summary = self.describe()
+            ignore_bool_buffers(trainer)
+        line, options = self.describe()
+        self.summary = summary = self.summary_class(
+            method={"line": line, "trainer": type(trainer).__name__, **options},
+            model=self._describe_model(),
+            reference=self.describe_reference(),
+            data=self.describe_data(),
+            versions={package: version(package) for package in [*SUPPORTED, "contrastive_align"]},
+        )
         if (Path(folder) / "summary.json").is_file() and not checkpoint:
             args.notes.append(f"{folder} holds an earlier run, which this one replaces")
         print_on_main(summary.opening())
@@ -98,7 +126,7 @@ class Run:
             started = time.perf_counter()
             self.train(checkpoint)
         summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
-        save(args, trainer, summary, self.hub_dataset)
+        self._save()
         self.after_saving()
         with as_usage_error(*self.user_errors):
             self.measure()
@@ -106,21 +134,76 @@ class Run:
             summary.write(folder)
         print_on_main(summary.closing())
         if args.training.push_to_hub:
-            trainer.push_to_hub(dataset_name=self.hub_dataset)
+            trainer.push_to_hub(dataset_name=args.dataset)
         trainer.end()
         return summary
 
+    def options(self, *names: str) -> dict[str, Any]:
+        """Return these options of the training config."""
+        return {name: getattr(self.args.training, name) for name in names}
+
+    def _describe_model(self) -> dict[str, Any]:
+        model, arguments = self.trainer.model, self.args.model
+        parameters = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        bits = "4-bit " if arguments.load_in_4bit else "8-bit " if arguments.load_in_8bit else ""
+        shown = [f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M" for n in (parameters, trained)]
+        precision = f"{bits}{str(model.dtype).removeprefix('torch.')}"
+        adapted = f", LoRA r={arguments.lora_r}" if is_peft_model(model) else ""
+        return {
+            "line": f"{self.model_name} ({shown[0]} parameters, {shown[1]} trained{adapted}, {precision})",
+            "name_or_path": arguments.model_name_or_path,
+            "revision": arguments.model_revision,
+            "start": self.start or self.model_name,
+            "quantisation": bits.strip() or None,
+            "peft": is_peft_model(model),
+            "parameters": parameters,
+            "trained_parameters": trained,
+        }
+
+    def _save(self) -> None:
+        trainer, folder = self.trainer, self.args.training.output_dir
+        trainer.save_model(folder)
+        trainer.create_model_card(model_name=Path(folder).name, dataset_name=self.args.dataset)
+        head = "Seq2SeqLM" if trainer.model.config.is_encoder_decoder else "CausalLM"
+        auto = "peft.AutoPeftModelFor" if is_peft_model(trainer.model) else "transformers.AutoModelFor"
+        self.summary.saved = {
+            "saved": folder,
+            "summary": f"{folder}/summary.json",
+            "load with": f'{auto}{head}.from_pretrained("{folder}")',
+        }
+
 
 class RemoveEarlierSummary(TrainerCallback):
-    """Remove the ``summary.json`` of an earlier run when training begins.
-
-    The trainer has accepted its data, target and checkpoint by then, so a refused start removes nothing.
-    """
+    """Remove the ``summary.json`` of an earlier run when training begins, so that a refused start removes nothing."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the file on the process that writes it."""
         if args.should_save:
             (Path(args.output_dir) / "summary.json").unlink(missing_ok=True)
+
+
+# Options of the bundled model and of the bundled data that no flag or YAML file sets, beside those of the method.
+DEMO_MODEL = {"model_name_or_path": demo.MODEL_PATH, "gradient_checkpointing": False}
+DEMO_DATA = {"lr_scheduler_type": "cosine", "save_strategy": "no"}
+Choose = Callable[[Arguments], dict[str, Any] | None]
+
+
+def parse_run(
+    argv: Sequence[str] | None, choose: Choose, *, demo_model: dict, demo_data: dict, **options: Any
+) -> Arguments:
+    """Parse a command line, and again with defaults: ``demo_model`` and ``demo_data`` where the bundled ones are used.
+
+    What ``choose`` returns of the first result overrides both; None stands for no defaults at all.
+    """
+    args = parse(argv, **options)
+    check_model_flags(args)
+    chosen = choose(args)
+    if chosen is None:
+        return args
+    defaults = DEMO_MODEL | demo_model if args.model.model_name_or_path is None else {}
+    defaults |= DEMO_DATA | demo_data if args.bundled_data else {}
+    return parse(argv, defaults=defaults | chosen, **options)
 
 
 def check_model_flags(args: Arguments) -> None:
@@ -139,36 +222,16 @@ def check_model_flags(args: Arguments) -> None:
     if Path(name).is_file():
         raise UsageError(f"--model_name_or_path: '{name}' is a file, expected a folder or a hub id.")
     asks = getattr(args.script, "best", None) is not None  # --best checks its folder itself
-    if (
-        name
-        and not asks
-        and Path(name).is_dir()
-        and not any((Path(name) / f).is_file() for f in ("config.json", ADAPTER_CONFIG))
-    ):
+    has_model = any((Path(name) / file).is_file() for file in ("config.json", ADAPTER_CONFIG))
+    if name and not asks and Path(name).is_dir() and not has_model:
         raise UsageError(f"--model_name_or_path: '{name}' holds no model: neither config.json nor {ADAPTER_CONFIG}.")
     if args.training.output_dir and Path(args.training.output_dir).is_file():
         raise UsageError(f"--output_dir: '{args.training.output_dir}' is a file, expected a folder, or a new name.")
 
 
-def check_eval_flags(args: Arguments, test: Any) -> None:
-    """Refuse flags of an evaluation split that does not exist."""
-    unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
-    if test is None and unused:
-        raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
-
-
-def checkpoint_of(args: Arguments) -> str | bool | None:
-    """Return what ``trainer.train`` takes for ``--resume_from_checkpoint``: a folder, True for the newest, or None."""
-    resume = args.training.resume_from_checkpoint
-    return {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
-
-
 @contextlib.contextmanager
 def as_usage_error(*more: type[Exception]) -> Iterator[None]:
-    """Turn errors that the user can correct into a message and exit status 2.
-
-    ``more`` are kinds of errors beside ValueError, OSError, ImportError and the AttributeError of a missing function.
-    """
+    """Turn errors that the user can correct, and ``more`` kinds of them, into a message and exit status 2."""
     try:
         yield
     except (ValueError, OSError, AttributeError, ImportError, *more) as error:
@@ -181,15 +244,9 @@ def as_usage_error(*more: type[Exception]) -> Iterator[None]:
 def model_arguments(args: Arguments) -> dict[str, Any]:
     """Return a trainer's keywords for the model, its quantisation and its adapter."""
     model, training = args.model, args.training
-    init = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
-    }
-    if model.model_name_or_path == demo.MODEL_PATH:
-        init.pop("revision")
-    training.model_init_kwargs = init
+    init = {"attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    init |= {} if model.model_name_or_path == demo.MODEL_PATH else {"revision": model.model_revision}
+    training.model_init_kwargs = init | (training.model_init_kwargs or {})
     if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
         # TRL unpacks a list of one name, and peft would read the bare name as a regular expression.
         model.lora_target_modules = [model.lora_target_modules]
@@ -198,58 +255,6 @@ def model_arguments(args: Arguments) -> dict[str, Any]:
         "args": training,
         "quantization_config": get_quantization_config(model),
         "peft_config": get_peft_config(model),
-    }
-
-
-def ignore_bias_buffers(trainer: Any) -> None:
-    """Exclude boolean buffers, which DDP cannot synchronise, as TRL's scripts do."""
-    trainer.model._ddp_params_and_buffers_to_ignore = [
-        name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
-    ]
-
-
-def model_name(args: Arguments, otherwise: str | None = None) -> str:
-    """Name the model for the tables: the bundled one in words, another as ``otherwise`` or by its id."""
-    path = args.model.model_name_or_path
-    return "the bundled demo model" if path == demo.MODEL_PATH else str(otherwise or path)
-
-
-def reference_line(trainer: Any, name: str) -> str:
-    """Describe the reference of a trainer whose reference is the model at the start."""
-    return f"{name}, with the adapter off" if is_peft_model(trainer.model) else f"{name}, a frozen copy"
-
-
-def model_entry(args: Arguments, trainer: Any, name: str, *, start: str) -> dict[str, Any]:
-    """Return the ``model`` of ``summary.json``."""
-    model = args.model
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    size = f"{_millions(parameters)} parameters, {_millions(trained)} trained"
-    bits = "4-bit " if model.load_in_4bit else "8-bit " if model.load_in_8bit else ""
-    adapted = f", LoRA r={model.lora_r}" if is_peft_model(trainer.model) else ""
-    return {
-        "line": f"{name} ({size}{adapted}, {bits}{str(trainer.model.dtype).removeprefix('torch.')})",
-        "name_or_path": model.model_name_or_path,
-        "revision": model.model_revision,
-        "start": start,
-        "quantisation": bits.strip() or None,
-        "peft": is_peft_model(trainer.model),
-        "parameters": parameters,
-        "trained_parameters": trained,
-    }
-
-
-def save(args: Arguments, trainer: Any, summary: Summary, dataset_name: str | None) -> None:
-    """Write the model and its card, and add their places to the summary."""
-    output_dir = args.training.output_dir
-    trainer.save_model(output_dir)
-    trainer.create_model_card(model_name=Path(output_dir).name, dataset_name=dataset_name)
-    head = "Seq2SeqLM" if trainer.model.config.is_encoder_decoder else "CausalLM"
-    auto = "peft.AutoPeftModelFor" if is_peft_model(trainer.model) else "transformers.AutoModelFor"
-    summary.saved = {
-        "saved": output_dir,
-        "summary": f"{output_dir}/summary.json",
-        "load with": f'{auto}{head}.from_pretrained("{output_dir}")',
     }
 
 
@@ -263,16 +268,7 @@ def picture_saved(summary: Summary, path: Path) -> Iterator[None]:
         summary.saved["picture"] = f"none: {error}"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result depends on."""
-    return {package: version(package) for package in [*SUPPORTED, "contrastive_align"]}
-
-
 def print_on_main(text: str) -> None:
     """Print on the main process."""
     if PartialState().is_main_process:
         print(f"\n{text}" if "\n" in text else text, flush=True)
-
-
-def _millions(n: int) -> str:
-    return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M"

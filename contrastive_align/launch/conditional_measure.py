@@ -1,29 +1,24 @@
-"""Describe a conditional run and measure what its model gives under each condition, for ``summary.json``."""
+"""Measure what a conditional run's model gives under each condition, for ``summary.json``."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from contrastive_align.launch.arguments import Arguments
-from contrastive_align.launch.common import model_entry, model_name, picture_saved, reference_line, versions
-from contrastive_align.launch.datasets import prompts_to_measure, take
+from contrastive_align.data import distinct_prompts
+from contrastive_align.launch.common import picture_saved
+from contrastive_align.launch.datasets import take
 from contrastive_align.report import Change, Summary, plot_rewards
 from contrastive_align.trainers import ConditionalTrainer
 from contrastive_align.trainers.evaluation import UNCONDITIONED
 
 
-PICTURE = "rewards.png"
 GIVEN = "reward_given/"
-
-
-# ------------------------------------------------------------------------------------------------- what is measured
 
 
 class Measurement:
@@ -35,18 +30,18 @@ class Measurement:
     def __init__(self, trainer: ConditionalTrainer, train: Dataset, test: Dataset | None, at_most: int) -> None:
         self.trainer = trainer
         self.by_reward = trainer.feedback is not None
-        rows, where = prompts_to_measure(train, test, at_most)
-        self.rows, self.rows_name = Dataset.from_list(rows) if rows else None, f"{len(rows)} {where}s"
-        if self.rows is None:
+        self.rows = None
+        if not at_most:
             return
+        rows, where = (train, "training") if test is None else (test, "held-out")
         if self.by_reward:
+            self.rows = Dataset.from_list(distinct_prompts(rows, at_most))
             self.start = trainer.rewards_given(self.rows, conditions=[UNCONDITIONED])[UNCONDITIONED]
         else:
-            rows, where = (train, "training") if test is None else (test, "held-out")
             by_prompt = getattr(trainer.condition, "per_prompt", False)
             self.rows = whole_prompts(rows, at_most) if by_prompt else take(rows, at_most)
-            self.rows_name = f"{len(self.rows)} {where} rows"
             self.likelihoods = self._likelihoods()
+        self.rows_name = f"{len(self.rows)} {where} {'prompts' if self.by_reward else 'rows'}"
 
     def after(self, summary: Summary) -> None:
         """Measure the trained model and fill in the summary's metrics."""
@@ -65,10 +60,8 @@ class Measurement:
             return
         summary.metrics = {"mean_reward": changes[conditions[0]]}
         summary.metrics |= {f"{GIVEN}{name}": change for name, change in changes.items()}
-        summary.metrics_on = (
-            f"{self.rows_name}, {self.trainer.args.num_generations} samples each; before: the start, given nothing; "
-            "mean_reward: after, given the best"
-        )
+        how = f"{self.trainer.args.num_generations} samples each; before: the start, given nothing"
+        summary.metrics_on = f"{self.rows_name}, {how}; mean_reward: after, given the best"
         summary.state = in_words({name: found[name] for name in conditions}, changes[conditions[0]])
 
     def _likelihoods(self) -> dict[str, float]:
@@ -110,8 +103,7 @@ def whole_prompts(rows: Dataset, at_most: int) -> Dataset:
 
 def rounds_of(trainer: ConditionalTrainer) -> list[dict[str, Any]]:
     """Return the log entry of each round."""
-    found = {row["round/number"]: row for row in trainer.state.log_history if "round/number" in row}
-    return [found[number] for number in sorted(found)]
+    return list({row["round/number"]: row for row in trainer.state.log_history if "round/number" in row}.values())
 
 
 def last_terms(trainer: ConditionalTrainer) -> dict[str, float]:
@@ -122,89 +114,9 @@ def last_terms(trainer: ConditionalTrainer) -> dict[str, float]:
 
 def draw_picture(trainer: ConditionalTrainer, summary: Summary) -> None:
     """Draw the reward over the rounds and under each condition, beside ``summary.json``."""
-    path = Path(trainer.args.output_dir) / PICTURE
-    given = {
-        name.removeprefix(GIVEN): (change.after, change.after_se)
-        for name, change in summary.metrics.items()
-        if name.startswith(GIVEN)
-    }
+    path = Path(trainer.args.output_dir) / "rewards.png"
+    changes = {name.removeprefix(GIVEN): change for name, change in summary.metrics.items() if name.startswith(GIVEN)}
+    given = {name: (change.after, change.after_se) for name, change in changes.items()}
     start = summary.metrics.get("mean_reward")
     with picture_saved(summary, path):
         plot_rewards(rounds_of(trainer), given, path, start=None if start is None else start.before)
-
-
-# ----------------------------------------------------------------------------------------------------- what is told
-
-
-def describe(
-    args: Arguments, trainer: ConditionalTrainer, data_name: str, train: Dataset, test: Dataset | None
-) -> Summary:
-    """Return the summary as far as it is known before training."""
-    script, training = args.script, args.training
-    name = model_name(args)
-    feedback = (
-        "a judge" if trainer.judge else trainer.feedback.feature.name if trainer.online else "the data's feedback"
-    )
-    terms = f"KL {training.kl_coef:g} ({training.kl_direction}), entropy {training.entropy_coef:g}"
-    rounds = f"{training.num_train_epochs:g} passes over {trainer.rows.length} draws"
-    if trainer.online:
-        rounds = (
-            f"{training.num_train_epochs:g} rounds of {trainer.prompts_per_round} prompts x "
-            f"{training.num_generations} samples, {trainer.rows.length} draws each"
-        )
-    parts = {"train": train} if test is None else {"train": train, "test": test}
-    what = "prompts" if trainer.online else "rows with scores or feedback"
-    return Summary(
-        method={
-            "line": f"conditional training, {trainer.condition.kind} by {feedback}, {terms}; {rounds}",
-            "trainer": type(trainer).__name__,
-            "condition": trainer.condition.spec,
-            "reward": _plain(script.reward),
-            "judge": None if trainer.judge is None else trainer.judge.spec,
-            "online": trainer.online,
-            "kl_coef": training.kl_coef,
-            "kl_direction": training.kl_direction,
-            "entropy_coef": training.entropy_coef,
-            "rounds": training.num_train_epochs,
-            "prompts_per_round": trainer.prompts_per_round if trainer.online else None,
-            "num_generations": training.num_generations,
-            "draws_per_round": trainer.rows.length,
-            "drop_factor": training.drop_factor,
-            "max_completion_length": training.max_completion_length,
-            "learning_rate": training.learning_rate,
-            "seed": training.seed,
-        },
-        model=model_entry(args, trainer, name, start=name),
-        reference=reference_line(trainer, name) if trainer.has_reference else "none (kl_coef=0)",
-        data={
-            split: {
-                "line": f"{data_name}: {len(part)} {what}",
-                "notes": _notes(trainer.data_report) if split == "train" else [],
-                "name": data_name,
-                "rows": len(part),
-                "conversational": not isinstance(part[0]["prompt"], str),
-                **(trainer.data_report if split == "train" else {}),
-            }
-            for split, part in parts.items()
-        },
-        versions=versions(),
-    )
-
-
-def _notes(report: dict[str, Any]) -> list[str]:
-    words = {
-        "too_long": "prompts are too long and left out",
-        "dropped": "rows are dropped",
-        "cut": "completions are cut and train no EOS",
-        "left_out": "completions have no score or feedback and are left out",
-    }
-    return [f"{report[key]} {text}" for key, text in words.items() if report.get(key)]
-
-
-def _plain(spec: Any) -> Any:
-    """Convert a spec to values that JSON can hold."""
-    if isinstance(spec, dict):
-        return {str(key): _plain(value) for key, value in spec.items()}
-    if isinstance(spec, Sequence) and not isinstance(spec, str):
-        return [_plain(value) for value in spec]
-    return spec if isinstance(spec, (str, int, bool, type(None))) or math.isfinite(spec) else str(spec)

@@ -10,34 +10,18 @@ from datasets import Dataset
 
 from contrastive_align import demo
 from contrastive_align.data import DataReport, detect_spelling
-from contrastive_align.launch.arguments import Arguments, UsageError, parse
-from contrastive_align.launch.common import (
-    Run,
-    check_eval_flags,
-    check_model_flags,
-    model_arguments,
-    model_entry,
-    model_name,
-    versions,
-)
-from contrastive_align.launch.datasets import load_splits, take
+from contrastive_align.launch.arguments import Arguments, UsageError
+from contrastive_align.launch.common import Run, model_arguments, parse_run
+from contrastive_align.launch.datasets import DEMO_NAME, load_demo, load_splits
 from contrastive_align.report import Change, Summary
 from contrastive_align.sampling import sample_completions
 from contrastive_align.trainers import ContrastiveTrainer
 from contrastive_align.trl_seam import unwrap_model_for_generation
 
 
-DEMO_NAME = "the bundled demo data"
-# Options for the bundled model and the bundled data that no flag or YAML file sets.
-DEMO_MODEL = {"max_length": 512, "learning_rate": 3e-4, "gradient_checkpointing": False}
-DEMO_DATA = {
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 32,
-    "lr_scheduler_type": "cosine",
-    "logging_steps": 10,
-    "save_strategy": "no",
-}
+DEMO_MODEL = {"max_length": 512, "learning_rate": 3e-4}
+DEMO_BATCHES = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32}
+DEMO_DATA = {**DEMO_BATCHES, "num_train_epochs": 1, "logging_steps": 10}
 DEMO_SAMPLES = {"per_prompt": 4, "max_new_tokens": 48}
 MEASURED_TRAIN_GROUPS = 256
 
@@ -48,118 +32,84 @@ def main(argv: Sequence[str] | None = None, *, preference: bool = False) -> Summ
     return ContrastiveRun(_parse(argv, prog, preference), preference).execute()
 
 
+def _parse(argv: Sequence[str] | None, prog: str, preference: bool) -> Arguments:
+    output = {"output_dir": "runs/preference" if preference else "runs/reward"}
+    return parse_run(argv, lambda args: output, demo_model=DEMO_MODEL, demo_data=DEMO_DATA, prog=prog)
+
+
 class ContrastiveRun(Run):
     """The run of ``run_reward.py`` and ``run_preference.py``."""
 
     def __init__(self, args: Arguments, preference: bool) -> None:
         super().__init__(args)
         self.preference = preference
-        self.bundled = args.script.dataset_name is None and not args.datasets.datasets
-        self.rewards_before: list[float] = []
+
+    def load_data(self) -> tuple[Any, Any, str]:
+        """Load the groups, which must be pairs for ``run_preference.py``."""
+        args, name = self.args, self.args.dataset or DEMO_NAME
+        if args.bundled_data:
+            train, test = load_demo(args, preference=self.preference)
+        else:
+            train, test = load_splits(args, on_bad_row=args.training.on_bad_row)
+        if self.preference:
+            first = next(iter(train))
+            if detect_spelling(list(first), first) != "preference":
+                raise UsageError(
+                    f"{name} has scored completions (columns {sorted(first)}), expected 'chosen' and 'rejected'. Use "
+                    "run_reward.py, which takes any number of them."
+                )
+        return train, test, name
 
     def build_trainer(self, checkpoint: str | bool | None) -> ContrastiveTrainer:
-        """Load the groups and build the trainer."""
-        train, self.test, self.data_name = _load_data(self.args, self.preference)
-        self.hub_dataset = None if self.bundled else self.data_name
-        return ContrastiveTrainer(train_dataset=train, eval_dataset=self.test, **model_arguments(self.args))
+        """Build the trainer of the groups."""
+        rows = {"train_dataset": self.train_rows, "eval_dataset": self.test_rows}
+        trainer = ContrastiveTrainer(**rows, **model_arguments(self.args))
+        self.start = trainer.start_description
+        return trainer
 
-    def describe(self) -> Summary:
-        """Name the losses, the model, the reference and the data."""
-        args, trainer, training = self.args, self.trainer, self.args.training
+    def describe(self) -> tuple[str, dict[str, Any]]:
+        """Name the losses, their weights and their options."""
+        training = self.args.training
         weights = training.loss_weights or [1.0] * len(training.loss_type)
         named = zip(training.loss_type, weights, strict=True)
         losses = " + ".join(f"{weight:g} {loss}" if len(weights) > 1 else loss for loss, weight in named)
-        name = model_name(args, trainer.start_description)
-        return Summary(
-            method={
-                "line": f"{losses}, beta={training.beta:g}, temperature_alpha={training.temperature_alpha:g}",
-                "trainer": type(trainer).__name__,
-                "loss_type": training.loss_type,
-                "loss_weights": weights,
-                "beta": training.beta,
-                "temperature_alpha": training.temperature_alpha,
-                "learning_rate": training.learning_rate,
-                "seed": training.seed,
-            },
-            model=model_entry(args, trainer, name, start=trainer.start_description),
-            reference=_reference_line(trainer, name),
-            data={split: _data_entry(self.data_name, report) for split, report in trainer.data_reports.items()},
-            versions=versions(),
-        )
+        line = f"{losses}, beta={training.beta:g}, temperature_alpha={training.temperature_alpha:g}"
+        options = self.options("beta", "temperature_alpha", "learning_rate", "seed")
+        return line, {"loss_type": training.loss_type, "loss_weights": weights, **options}
+
+    def describe_data(self) -> dict[str, dict[str, Any]]:
+        """Count groups and rows."""
+        return {split: _data_entry(self.data_name, report) for split, report in self.trainer.data_reports.items()}
+
+    def describe_reference(self) -> str:
+        """Say how the reference is kept."""
+        name, args = self.model_name, self.trainer.args
+        if args.sync_ref_model:
+            return f"{name} at the start, then following the policy (sync_ref_model)"
+        if is_peft_model(self.trainer.model):
+            copied = "ref" in self.trainer.model.peft_config
+            return f"{name}: a frozen copy of the adapter" if copied else f"{name}, with the new adapter off"
+        return f"{name}, its log-probs cached" if args.precompute_ref_log_probs else f"{name}, a frozen copy"
 
     def before_training(self) -> None:
         """Sample the bundled prompts for their mean reward."""
-        if self.bundled:
-            self.rewards_before = _demo_rewards(self.trainer, self.test)
+        if self.args.bundled_data:
+            self.rewards_before = _demo_rewards(self.trainer, self.test_rows)
 
     def measure(self) -> None:
         """Compare log-probs, and on bundled data rewards, before and after."""
-        _measure(self.summary, self.trainer, self.test)
-        if self.bundled:
-            after = _demo_rewards(self.trainer, self.test)
+        _measure(self.summary, self.trainer, self.test_rows)
+        if self.args.bundled_data:
+            after = _demo_rewards(self.trainer, self.test_rows)
             self.summary.metrics = {"mean_reward": Change.paired(self.rewards_before, after), **self.summary.metrics}
 
 
-def _parse(argv: Sequence[str] | None, prog: str, preference: bool) -> Arguments:
-    args = parse(argv, prog=prog)
-    check_model_flags(args)
-    defaults: dict[str, Any] = {"output_dir": "runs/preference" if preference else "runs/reward"}
-    if args.model.model_name_or_path is None:
-        defaults |= {"model_name_or_path": demo.MODEL_PATH, **DEMO_MODEL}
-    if args.script.dataset_name is None and not args.datasets.datasets:
-        defaults |= DEMO_DATA
-    return parse(argv, prog=prog, defaults=defaults)
-
-
-def _load_data(args: Arguments, preference: bool) -> tuple[Any, Any, str]:
-    if args.script.dataset_name is None and not args.datasets.datasets:
-        splits = demo.load_preference_dataset() if preference else demo.load_reward_dataset()
-        train, test, name = take(splits["train"], args.script.max_train_samples), splits["test"], DEMO_NAME
-        test = take(test, args.script.max_eval_samples)
-    else:
-        train, test = load_splits(
-            args.script,
-            args.datasets,
-            want_eval=args.training.eval_strategy != "no" or args.training.do_eval,
-            seed=args.training.seed,
-            on_bad_row=args.training.on_bad_row,
-        )
-        name = args.script.dataset_name or ", ".join(d.path for d in args.datasets.datasets)
-    check_eval_flags(args, test)
-    if preference:
-        first = next(iter(train))
-        spelling = detect_spelling(list(first), first)
-        if spelling != "preference":
-            raise UsageError(
-                f"{name} has scored completions (columns {sorted(first)}), expected 'chosen' and 'rejected'. Use "
-                "run_reward.py, which takes any number of them."
-            )
-    return train, test, name
-
-
-# ----------------------------------------------------------------------------------------------------- what is told
-
-
-def _reference_line(trainer: ContrastiveTrainer, name: str) -> str:
-    if trainer.args.sync_ref_model:
-        return f"{name} at the start, then following the policy (sync_ref_model)"
-    if is_peft_model(trainer.model):
-        if "ref" in trainer.model.peft_config:
-            return f"{name}: a frozen copy of the adapter"
-        return f"{name}, with the new adapter off"
-    return f"{name}, its log-probs cached" if trainer.args.precompute_ref_log_probs else f"{name}, a frozen copy"
-
-
 def _data_entry(name: str, report: DataReport) -> dict[str, Any]:
-    if report.groups is None:
-        line = f"{name}, a stream ({report.spelling} columns)"
-    else:
+    line = f"{name}, a stream ({report.spelling} columns)"
+    if report.groups is not None:
         ks = ", ".join(f"{k}: {n}" for k, n in report.groups_by_k.items())
         line = f"{name}: {report.groups} groups of {report.rows} rows ({report.spelling} columns; groups by K {ks})"
     return {"line": line, "notes": report.notes(), "name": name, **report.as_dict()}
-
-
-# ------------------------------------------------------------------------------------------------- what is measured
 
 
 def _measure(summary: Summary, trainer: ContrastiveTrainer, test: Any) -> None:
@@ -181,17 +131,15 @@ def _measure(summary: Summary, trainer: ContrastiveTrainer, test: Any) -> None:
     for name in ("logps/best", "logps/rest"):
         value, delta = means[name], means[f"{name}_delta"]
         summary.metrics[name] = Change(value.mean - delta.mean, value.mean, delta.se, round(value.n))
-    best, margin = means["logps/best_delta"], means.get("rewards/margins")
-    if margin is not None:  # before training policy and reference are equal
+    moved = [f"the best completion's likelihood {_direction(means['logps/best_delta'])}"]
+    if (margin := means.get("rewards/margins")) is not None:  # before training policy and reference are equal
         summary.metrics["rewards/margins"] = Change(0.0, margin.mean, margin.se, round(margin.n))
-    summary.state = f"In words: the best completion's likelihood {_direction(best.mean, best.se)}"
-    if margin is not None:
-        summary.state += f", its margin over the others {_direction(margin.mean, margin.se)}"
-    summary.state += "."
+        moved.append(f"its margin over the others {_direction(margin)}")
+    summary.state = f"In words: {', '.join(moved)}."
 
 
-def _direction(mean: float, se: float) -> str:
-    return "did not move" if abs(mean) <= 2 * se else "rose" if mean > 0 else "fell"
+def _direction(change: Any) -> str:
+    return "did not move" if abs(change.mean) <= 2 * change.se else "rose" if change.mean > 0 else "fell"
 
 
 def _demo_rewards(trainer: ContrastiveTrainer, test: Dataset) -> list[float]:

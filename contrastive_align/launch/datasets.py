@@ -14,44 +14,41 @@ from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, lo
 from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig, get_dataset
 
+from contrastive_align import demo
 from contrastive_align.conditions import AttributeCondition, Condition
-from contrastive_align.data import BadRow, detect_spelling, distinct_prompts, read_group
+from contrastive_align.data import BadRow, detect_spelling, read_group
 from contrastive_align.data.formats import PROMPT_COLUMNS, ROW, UNREADABLE
-from contrastive_align.launch.arguments import RunArguments, UsageError
+from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError
 from contrastive_align.trl_seam import DatasetConfig
 
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-ONE_PROMPT = "one prompt"  # the name of the data that --prompt makes
 # Columns of groups and pairs, which are dropped where a dataset serves for its prompts alone.
 NOT_PROMPTS = ("completion", "completions", "scores", "responses", "rewards", "chosen", "rejected", "completion_ids")
 SCORES = ("score", "scores", "reward", "rewards")  # names of a column of scores, without --score_column
 FEEDBACK = ("feedback", "feedbacks")
+DEMO_NAME = "the bundled demo data"
 Splits = DatasetDict | IterableDatasetDict
 
 
-def load_splits(
-    script: RunArguments, mixture: DatasetMixtureConfig, *, want_eval: bool, seed: int, on_bad_row: str | None
-) -> tuple[Any, Any]:
+def load_splits(args: Arguments, *, on_bad_row: str | None = None) -> tuple[Any, Any]:
     """Load the training and evaluation rows of ``dataset_name`` or ``datasets``.
 
     Evaluation rows are ``dataset_test_split``, or are split off with ``test_split_size``. Without either they are None,
-    unless ``want_eval``. ``on_bad_row`` is None where rows are prompts rather than groups.
-
-    Raises:
-        UsageError: both sources or neither are given; a file or split does not exist.
+    or UsageError is raised if evaluation is asked for. ``on_bad_row`` is None where rows are no groups.
     """
-    if bool(mixture.datasets) == bool(script.dataset_name):
-        found = (
-            "both 'datasets' and 'dataset_name' are" if mixture.datasets else "neither 'datasets' nor 'dataset_name' is"
-        )
-        raise UsageError(f"{found} given. Give one.")
+    script, mixture = args.script, args.datasets
+    wants_eval = args.training.eval_strategy != "no" or args.training.do_eval
+    if mixture.datasets and script.dataset_name:
+        raise UsageError("both 'datasets' and 'dataset_name' are given. Give one.")
+    if not mixture.datasets and not script.dataset_name:
+        raise UsageError("neither 'datasets' nor 'dataset_name' is given. Give one.")
     if mixture.datasets and script.dataset_streaming:
         raise UsageError("'dataset_streaming' belongs to 'dataset_name'; for 'datasets' set 'streaming'.")
     if mixture.streaming and not mixture.datasets:
         raise UsageError("'streaming' belongs to 'datasets'; for 'dataset_name' set 'dataset_streaming'.")
     if mixture.datasets:
-        splits = _load_mixture(script, mixture, want_eval)
+        splits = _load_mixture(script, mixture, wants_eval)
     else:
         splits = _load_named(script.dataset_name, script.dataset_config, script.dataset_streaming, on_bad_row)
     train_name, test_name = script.dataset_train_split, script.dataset_test_split
@@ -63,12 +60,11 @@ def load_splits(
     if test is None and mixture.test_split_size is not None:
         if not isinstance(train, Dataset):
             raise UsageError("--test_split_size needs the whole dataset, found a stream. Name a --dataset_test_split.")
-        train, test = train.train_test_split(test_size=mixture.test_split_size, seed=seed).values()
-    if test is None and want_eval:
-        raise UsageError(
-            f"evaluation is asked for, but the dataset has no split '{test_name}' (it has {sorted(splits)}). Set "
-            "--dataset_test_split, split some off with --test_split_size=0.1, or set --eval_strategy=no."
-        )
+        train, test = train.train_test_split(test_size=mixture.test_split_size, seed=args.training.seed).values()
+    if test is None and wants_eval:
+        found = f"evaluation is asked for, but the dataset has no split '{test_name}' (it has {sorted(splits)})"
+        fix = "Set --dataset_test_split, split some off with --test_split_size=0.1, or set --eval_strategy=no."
+        raise UsageError(f"{found}. {fix}")
     return take(train, script.max_train_samples), take(test, script.max_eval_samples)
 
 
@@ -79,26 +75,33 @@ def take(dataset: Any, n: int | None) -> Any:
     return dataset.select(range(min(n, len(dataset)))) if isinstance(dataset, Dataset) else dataset.take(n)
 
 
-def load_prompts(
-    script: RunArguments, mixture: DatasetMixtureConfig, prompt: str | None, *, want_eval: bool, seed: int
-) -> tuple[Dataset, Dataset | None, str]:
-    """Load training and evaluation rows with a column ``prompt``, and the name of the data.
+def load_demo(args: Arguments, *, preference: bool = False) -> tuple[Dataset, Dataset]:
+    """Load the bundled training and held-out rows."""
+    splits = demo.load_preference_dataset() if preference else demo.load_reward_dataset()
+    return take(splits["train"], args.script.max_train_samples), take(splits["test"], args.script.max_eval_samples)
 
-    Raises:
-        UsageError: more than one source, a missing file, no prompts, or a prompt that is neither text nor messages.
-    """
-    named = script.dataset_name
-    if prompt is not None:
-        if named or mixture.datasets:
+
+def load_prompts(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
+    """Load training and evaluation rows with a column ``prompt``, and the name of the data."""
+    script, named = args.script, args.script.dataset_name
+    if script.prompt is not None:
+        if args.dataset:
             raise UsageError("both a prompt and a dataset are given. Give one.")
-        return from_rows([{"prompt": prompt}], "--prompt"), None, ONE_PROMPT
+        return from_rows([{"prompt": script.prompt}], "--prompt"), None, "one prompt"
     if named and Path(named).suffix.lower() == ".txt":
         if script.dataset_streaming:
             raise UsageError(f"dataset_streaming is given, and {named} is read as a whole. Leave it out.")
         return take(_read_lines(Path(named).expanduser()), script.max_train_samples), None, named
-    train, test = load_splits(script, mixture, want_eval=want_eval, seed=seed, on_bad_row=None)
-    name = named or ", ".join(part.path for part in mixture.datasets)
+    name = args.dataset or "the bundled demo prompts"
+    train, test = load_demo(args) if args.bundled_data else load_splits(args)
     return from_rows(train, name), None if test is None else from_rows(test, name), name
+
+
+def load_scored(args: Arguments, condition: Condition, **columns: Any) -> tuple[Dataset, Dataset | None, str]:
+    """Load completions with scores or feedback as :func:`with_feedback` names them, and the name of the data."""
+    train, test = load_demo(args) if args.bundled_data else load_splits(args)
+    train = with_feedback(train, condition, **columns)
+    return train, None if test is None else with_feedback(test, condition, **columns), args.dataset or DEMO_NAME
 
 
 def from_rows(rows: Any, name: str) -> Dataset:
@@ -122,10 +125,9 @@ def repeat(rows: Dataset, at_least: int) -> Dataset:
     return rows if times <= 1 else rows.select(list(range(len(rows))) * times)
 
 
-def prompts_to_measure(train: Dataset, test: Dataset | None, at_most: int) -> tuple[list[dict[str, Any]], str]:
-    """Return the first rows with different prompts, of ``test`` if given, and the word for such a prompt."""
-    rows = distinct_prompts(train if test is None else test, at_most)
-    return rows, "training prompt" if test is None else "held-out prompt"
+def only_prompts(script: RunArguments) -> bool:
+    """Return whether the data are one prompt, or a text file of them."""
+    return script.prompt is not None or str(script.dataset_name).lower().endswith(".txt")
 
 
 def is_prompt(value: Any) -> bool:
@@ -134,23 +136,6 @@ def is_prompt(value: Any) -> bool:
         return True
     messages = isinstance(value, list) and value and all(isinstance(m, dict) and m.get("role") for m in value)
     return bool(messages) and value[-1]["role"] != "assistant"
-
-
-def load_scored(
-    script: RunArguments,
-    mixture: DatasetMixtureConfig,
-    *,
-    condition: Condition,
-    want_eval: bool,
-    seed: int,
-    **columns: Any,
-) -> tuple[Dataset, Dataset | None]:
-    """Load completions with scores or feedback; ``columns`` are the keywords of :func:`with_feedback`."""
-    train, test = load_splits(script, mixture, want_eval=want_eval, seed=seed, on_bad_row=None)
-    if not isinstance(train, Dataset):
-        raise UsageError("scored completions are sorted by their scores, so they cannot be a stream. Leave it out.")
-    train = with_feedback(train, condition, **columns)
-    return train, None if test is None else with_feedback(test, condition, **columns)
 
 
 def with_feedback(
@@ -163,15 +148,11 @@ def with_feedback(
 ) -> Dataset:
     """Rename the columns of scores, feedback and prompts to the names that the trainer reads.
 
-    Args:
-        score_column: numbers, higher is better; a list of K for a row of K completions.
-        negate_score: negate the scores, for data where lower is better (toxicity).
-        feedback_column: words, or JSON objects for the condition ``attributes``. Without it, that condition joins the
-            columns that have the names of its attributes.
-
-    Raises:
-        ValueError: a column does not exist, or there are no scores to negate.
+    ``negate_score`` is for scores of which lower is better (toxicity). Feedback is words, or JSON objects for the
+    condition ``attributes``; without a ``feedback_column``, the columns with the names of its attributes are joined.
     """
+    if not isinstance(dataset, Dataset):
+        raise UsageError("scored completions are sorted by their scores, so they cannot be a stream. Leave it out.")
     for option, name in (("score_column", score_column), ("feedback_column", feedback_column)):
         if name is not None and name not in dataset.column_names:
             raise ValueError(f"{option} is '{name}', and the data has the columns {sorted(dataset.column_names)}.")
@@ -181,26 +162,22 @@ def with_feedback(
     if negate_score:
         if score_column is None:
             raise ValueError("negate_score is given, and the data has no scores. Name them with score_column.")
-        dataset = dataset.map(
-            lambda row, i: {score_column: _negative(row[score_column], f"row {i}, '{score_column}'")},
-            with_indices=True,
-            load_from_cache_file=False,
-        )
-    dataset = _called(dataset, score_column, score_name, SCORES)
+        negated = [_negative(x, f"row {i}, '{score_column}'") for i, x in enumerate(dataset[score_column])]
+        dataset = dataset.remove_columns(score_column).add_column(score_column, negated)
+    dataset = _rename(dataset, score_column, score_name, SCORES)
     attributes = list(condition.attributes) if isinstance(condition, AttributeCondition) else []
-    if feedback_column is None and attributes and set(attributes) <= set(dataset.column_names):
+    missing = [name for name in attributes if name not in dataset.column_names]
+    if feedback_column is None and attributes and not missing:
         dataset = dataset.map(
             lambda row: {feedback_name: _objects({a: row[a] for a in attributes})}, load_from_cache_file=False
         )
     elif feedback_column is None and attributes and _first(dataset, FEEDBACK) is None:
-        missing = [a for a in attributes if a not in dataset.column_names]
         raise ValueError(
             f"The condition 'attributes' is of {attributes}, and the data has no column for {missing}, only "
-            f"{sorted(dataset.column_names)}. Rename the columns, or name one that has JSON objects of them with "
-            "feedback_column."
+            f"{sorted(dataset.column_names)}. Rename them, or name a column of JSON objects with feedback_column."
         )
-    dataset = _called(dataset, feedback_column or _first(dataset, FEEDBACK), feedback_name, FEEDBACK)
-    return _called(dataset, _first(dataset, PROMPT_COLUMNS), "prompt", PROMPT_COLUMNS)
+    dataset = _rename(dataset, feedback_column, feedback_name, FEEDBACK)
+    return _rename(dataset, None, "prompt", PROMPT_COLUMNS)
 
 
 def _load_mixture(script: RunArguments, mixture: DatasetMixtureConfig, want_eval: bool) -> Splits:
@@ -220,8 +197,7 @@ def _as_builder(part: DatasetConfig) -> DatasetConfig:
     path = Path(part.path).expanduser()
     if path.suffix.lower() not in BUILDERS:
         return part
-    if not path.is_file():
-        raise UsageError(f"no file '{part.path}' (looked in {Path.cwd()}){_neighbour(path)}")
+    _check_file(part.path, path)
     return dataclasses.replace(part, path=BUILDERS[path.suffix.lower()], data_files=str(path))
 
 
@@ -232,9 +208,12 @@ def _load_named(name: str, config: str | None, streaming: bool, on_bad_row: str 
         raise UsageError(f"'dataset_config' is {config!r}, but '{name}' is a file and has none. Leave it out.")
     if builder:
         return _load_file(name, path, builder, streaming, on_bad_row)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # written by save_to_disk
+        saved = load_from_disk(str(path))
+        splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
+        streams = {split: rows.to_iterable_dataset() for split, rows in splits.items()} if streaming else {}
+        return IterableDatasetDict(streams) if streaming else splits
     if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _load_saved(path, streaming)
         return load_dataset(str(path), name=config, streaming=streaming)
     if path.is_file():
         raise UsageError(f"'{name}' ends in '{path.suffix}', expected one of {', '.join(BUILDERS)}, or a folder.")
@@ -250,8 +229,7 @@ def _load_named(name: str, config: str | None, streaming: bool, on_bad_row: str 
 
 
 def _load_file(name: str, path: Path, builder: str, streaming: bool, on_bad_row: str | None) -> Splits:
-    if not path.is_file():
-        raise UsageError(f"no file '{name}' (looked in {Path.cwd()}){_neighbour(path)}")
+    _check_file(name, path)
     if not path.stat().st_size:
         raise UsageError(f"'{name}' is empty, expected at least one row.")
     try:
@@ -264,13 +242,9 @@ def _load_file(name: str, path: Path, builder: str, streaming: bool, on_bad_row:
         raise UsageError(f"'{name}' cannot be read as {builder}: {error}") from error
 
 
-def _load_saved(path: Path, streaming: bool) -> Splits:
-    """Load a folder written by ``save_to_disk``."""
-    saved = load_from_disk(str(path))
-    splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
-    if streaming:
-        return IterableDatasetDict({split: rows.to_iterable_dataset() for split, rows in splits.items()})
-    return splits
+def _check_file(name: str, path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"no file '{name}' (looked in {Path.cwd()}){_neighbour(path)}")
 
 
 def _neighbour(path: Path) -> str:
@@ -289,9 +263,9 @@ def _read_json_lines(path: Path, error: Exception, on_bad_row: str | None) -> Sp
     for number, row in enumerate(found):
         try:
             if isinstance(row, Exception):
-                raise BadRow(f"{path.name}, row {number}: not JSON: {row}")
+                raise ValueError(f"not JSON: {row}")
             if not isinstance(row, dict):
-                raise BadRow(f"{path.name}, row {number}: {type(row).__name__}, expected an object with columns.")
+                raise ValueError(f"{type(row).__name__}, expected an object with columns.")
             if on_bad_row is not None:
                 read_group(row, number, detect_spelling(list(row), row), source=path.name)
         except ValueError as bad:
@@ -323,8 +297,7 @@ def _json_rows(path: Path) -> list[Any]:
 
 
 def _read_lines(path: Path) -> Dataset:
-    if not path.is_file():
-        raise UsageError(f"no file '{path}' (looked in {Path.cwd()}).")
+    _check_file(str(path), path)
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -337,8 +310,9 @@ def _first(dataset: Dataset, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in dataset.column_names), None)
 
 
-def _called(dataset: Dataset, old: str | None, new: str, aliases: tuple[str, ...]) -> Dataset:
-    """Rename a column, and drop others whose names are aliases of it."""
+def _rename(dataset: Dataset, old: str | None, new: str, aliases: tuple[str, ...]) -> Dataset:
+    """Rename a column, by default the first alias that is there, and drop the other aliases."""
+    old = old or _first(dataset, aliases)
     if old is None:
         return dataset
     dataset = dataset.remove_columns([c for c in dataset.column_names if c in aliases and c != old])
@@ -346,23 +320,22 @@ def _called(dataset: Dataset, old: str | None, new: str, aliases: tuple[str, ...
 
 
 def _negative(value: Any, where: str) -> Any:
-    if isinstance(value, list):
-        return [_negative(x, where) for x in value]
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+    if value is None or isinstance(value, list):
+        return None if value is None else [_negative(x, where) for x in value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{where} is {value!r}, expected a number to negate.")
-    return None if value is None else -value
+    return -value
 
 
 def _objects(values: Mapping[str, Any]) -> str | list[str]:
-    """Encode the attributes of a completion as JSON, or of each of K completions where they are lists.
+    """Encode the attributes of a completion, or of each of K completions where they are lists, as JSON.
 
     >>> _objects({"helpful": 2}), _objects({"helpful": [2, 0]})
     ('{"helpful": 2}', ['{"helpful": 2}', '{"helpful": 0}'])
     """
-    lists = {name: value for name, value in values.items() if isinstance(value, list)}
-    if not lists:
+    sizes = {name: len(value) for name, value in values.items() if isinstance(value, list)}
+    if not sizes:
         return json.dumps(dict(values))
-    sizes = {name: len(value) for name, value in lists.items()}
-    if len(lists) < len(values) or len(set(sizes.values())) > 1:
+    if len(sizes) < len(values) or len(set(sizes.values())) > 1:
         raise ValueError(f"attributes of one row have {sizes} entries, expected as many of each of {list(values)}.")
-    return [json.dumps({name: value[k] for name, value in lists.items()}) for k in range(min(sizes.values()))]
+    return [json.dumps(dict(zip(values, each, strict=True))) for each in zip(*values.values(), strict=True)]

@@ -29,17 +29,10 @@ def read_spec(name: str, value: Any) -> Any:
 
 
 def build_judge(spec: Any, condition: Condition, output_dir: str) -> Judge:
-    """Build the judge, which by default gives the answers that the condition needs.
-
-    Its answers are stored in ``<output_dir>/judge``.
-
-    Raises:
-        ValueError: the judge gives other answers than the condition needs, or :func:`resolve_judge` refuses the spec.
-    """
+    """Build the judge, which gives the answers that the condition needs and stores them in ``<output_dir>/judge``."""
     if not isinstance(spec, Mapping):
         raise ValueError(f"judge is {spec!r}, expected a mapping: {{model: name, base_url: address}}.")
-    in_words = "text"
-    wanted: Any = list(condition.categories) if isinstance(condition, CategoryCondition) else in_words
+    wanted: Any = list(condition.categories) if isinstance(condition, CategoryCondition) else "text"
     answers = spec.get("answers", wanted)
     if isinstance(condition, AttributeCondition):
         raise ValueError(
@@ -48,19 +41,16 @@ def build_judge(spec: Any, condition: Condition, output_dir: str) -> Judge:
         )
     if isinstance(condition, (CategoryCondition, TextCondition)) and answers != wanted:
         raise ValueError(f"The judge answers {answers!r} and the condition {condition.kind} needs {wanted!r}.")
-    prompt = "feedback" if answers == in_words else "helpful_categories"
-    cache = str(Path(output_dir) / "judge")
-    return resolve_judge({"prompt": prompt, "answers": answers, "cache": cache, **spec})
+    prompt = "feedback" if answers == "text" else "helpful_categories"
+    return resolve_judge({"prompt": prompt, "answers": answers, "cache": str(Path(output_dir) / "judge"), **spec})
 
 
 def build_sampler(spec: Any) -> ServerSampler:
     """Build the sampler of a server from ``{base_url: address, model: name}`` and the class's other options."""
-    known = [name for name in inspect.signature(ServerSampler).parameters]
+    known = list(inspect.signature(ServerSampler).parameters)
     if not isinstance(spec, Mapping) or not {"base_url", "model"} <= set(spec) <= set(known):
-        raise ValueError(
-            f"sampler is {spec!r}, expected a mapping with base_url and model: '{{base_url: http://localhost:8000/v1, "
-            f"model: name}}'; it takes {', '.join(known)}."
-        )
+        expected = "a mapping with base_url and model: '{base_url: http://localhost:8000/v1, model: name}'"
+        raise ValueError(f"sampler is {spec!r}, expected {expected}; it takes {', '.join(known)}.")
     return ServerSampler(**spec)
 
 
@@ -90,8 +80,7 @@ def check_models(spec: Any) -> None:
                         raise OSError("it has no config.json.")
             except OSError as error:
                 raise OSError(f"No {kind.replace('_', ' ')} {name!r}: {error}") from error
-        for part in [spec.get("not"), *spec.get("product", ()), *(part for _, part in spec.get("sum", ()))]:
-            check_models(part)
-    elif isinstance(spec, list | tuple):
+        spec = [spec.get("not"), *spec.get("product", ()), *(part for _, part in spec.get("sum", ()))]
+    if isinstance(spec, list | tuple):
         for part in spec:
             check_models(part)

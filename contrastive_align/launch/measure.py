@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_align.losses import (
-    Estimate,
-    average_estimate,
-    estimate_divergence,
-    estimate_kl_base,
-    estimate_log_z,
-    estimate_moments,
-)
+from contrastive_align import losses
 from contrastive_align.report import Number, TargetChange
 from contrastive_align.sampling import (
     PolicyProposal,
@@ -46,24 +39,22 @@ def measure(
 ) -> tuple[Distributions, list[str]]:
     """Return the columns of the table and remarks, from ``samples`` per distribution spread evenly over the rows.
 
-    ``base`` and ``tuned`` are measured on samples of the base and of the policy. ``target`` is importance-weighted from
-    whichever of these has the larger effective sample size. The moments of ``tuned+QRS`` come from what
-    :class:`QuasiRejectionSampler` accepts of further samples, with a beta for the wanted ``acceptance`` rate; its
-    divergences are importance-weighted from the policy's samples. Standard errors are over prompts.
+    ``base`` and ``tuned`` are measured on their own samples, ``target`` with importance weights on those of larger
+    effective sample size. The moments of ``tuned+QRS`` come from what quasi-rejection sampling accepts of further
+    samples at this ``acceptance`` rate, its divergences from weighted samples. Standard errors are over prompts.
     """
     per_prompt = math.ceil(samples / len(rows))
     remarks: list[str] = []
     with trainer.sampling_from(reference=True) as model:
-        base = _Measured(trainer, rows, _proposal(trainer, model, seed, of_base=True), per_prompt)
+        base = _Measured(trainer, rows, _Policy(trainer, model, seed, of_base=True), per_prompt)
     columns = {"base": base.column(base.logps), "target": {}}
     with trainer.sampling_from() as model:
-        tuned = _Measured(trainer, rows, _proposal(trainer, model, seed + 1), per_prompt)
+        tuned = _Measured(trainer, rows, _Policy(trainer, model, seed + 1), per_prompt)
         columns["tuned"] = tuned.column(tuned.logps)
         columns["target"] = max(base, tuned, key=lambda measured: measured.ess).target_column()
         if acceptance is not None:
             try:
-                proposal = _proposal(trainer, model, seed + 2)
-                columns["tuned+QRS"] = _quasi_rejection(trainer, rows, proposal, tuned, per_prompt, acceptance, remarks)
+                columns["tuned+QRS"] = tuned.qrs_column(_Policy(trainer, model, seed + 2), acceptance, remarks)
             except ValueError as error:
                 remarks.append(f"no quasi-rejection sampling: {error}")
     return columns, remarks
@@ -84,12 +75,9 @@ def metrics_of(columns: Distributions, names: Sequence[str], moments: Sequence[f
     wanted = {f"moment/{name}": moment for name, moment in zip(names, moments, strict=True)}
     metrics = {}
     for row in [*wanted, *METRICS]:
-        before, after = base.get(row), tuned.get(row)
-        if before is None or after is None:
-            continue
-        goal = wanted.get(row, math.nan)
+        before, after, goal = base[row], tuned[row], wanted.get(row, math.nan)
         if math.isnan(goal):  # a reward has no wanted moment: its goal is the value under the target
-            goal = target[row].value if row in target else 0.0
+            goal = target[row].value
         metrics[METRICS.get(row, row)] = TargetChange(
             before=before.value,
             after=after.value,
@@ -109,78 +97,64 @@ class _Measured:
     """K samples for each of C prompts, with their log-probs (C, K) and features phi (C, K, J)."""
 
     def __init__(self, trainer: FDPGTrainer, rows: Sequence[dict], proposal: PolicyProposal, per_prompt: int) -> None:
-        self.names = trainer.target.names
+        self.rows, self.target, self.per_prompt = rows, trainer.target, per_prompt
         self.samples = proposal.sample([row["prompt"] for row in rows], per_prompt)
         shape = (len(rows), per_prompt)
         self.logps, self.base_logps = self.samples.logps.view(shape), self.samples.base_logps.view(shape)
-        phi = _features(trainer, rows, self.samples)
-        self.phi = phi.view(*shape, -1)
+        drawn = [rows[i] for i in self.samples.prompt_index.tolist()]
+        self.phi = trainer.target.features(
+            [row["prompt"] for row in drawn],
+            self.samples.completions,
+            completion_ids=self.samples.completion_ids,
+            **columns_of(drawn, 1),
+        ).view(*shape, -1)
         self.scores = trainer.target.log_scores(self.base_logps, self.phi)
-        log_z = estimate_log_z(self.logps, self.scores)
+        log_z = losses.estimate_log_z(self.logps, self.scores)
         self.log_z, self.ess = log_z.value, float(log_z.ess.sum())
 
     def column(self, logps: Tensor) -> dict[str, Number]:
         """Measure the distribution with these log-probs, with importance weights on the samples."""
-        column = self._moments(logps)
-        for divergence, label in TO_TARGET.items():
-            column[label] = _number(estimate_divergence(divergence, logps, self.logps, self.scores))
-        column[TO_BASE] = _number(estimate_kl_base(logps, self.base_logps, proposal_logps=self.logps))
-        return column | _texts(self.samples)
+        divergences = _divergences(logps, self.scores, self.base_logps, proposal_logps=self.logps)
+        return self._moments(logps) | divergences | _texts(self.samples)
 
     def target_column(self) -> dict[str, Number]:
         """Measure the target, with importance weights on the samples."""
-        normalised = (self.scores - self.log_z.unsqueeze(1))[torch.isfinite(self.log_z)]
-        at = torch.isfinite(self.log_z)
-        distance = estimate_kl_base(normalised, self.base_logps[at], proposal_logps=self.logps[at])
-        return (
-            self._moments(self.scores) | dict.fromkeys(TO_TARGET.values(), Number(0.0)) | {TO_BASE: _number(distance)}
+        some = torch.isfinite(self.log_z)
+        normalised = (self.scores - self.log_z.unsqueeze(1))[some]
+        distance = _number(losses.estimate_kl_base(normalised, self.base_logps[some], proposal_logps=self.logps[some]))
+        return self._moments(self.scores) | dict.fromkeys(TO_TARGET.values(), Number(0.0)) | {TO_BASE: distance}
+
+    def qrs_column(self, proposal: PolicyProposal, acceptance: float, remarks: list[str]) -> dict[str, Number]:
+        """Measure the target with quasi-rejection sampling from this policy; add to the remarks."""
+        some = torch.isfinite(self.log_z)  # with Z = 0 nothing would be accepted
+        if not some.all():
+            missed = f"{int((~some).sum())} of {len(some)} prompts"
+            remarks.append(f"{missed} have no sample with mass under the target: no QRS there")
+        rows = [row for row, kept in zip(self.rows, some.tolist(), strict=True) if kept]
+        if not rows:
+            raise ValueError("no prompt has a sample with mass under the target.")
+        log_z, logps, scores = self.log_z[some], self.logps[some], self.scores[some]
+        beta = choose_beta(scores, logps, acceptance=acceptance, log_z=log_z).beta
+        sampler = QuasiRejectionSampler(
+            self.target, proposal, beta, log_z=log_z, batch_size=max(1, math.ceil(self.per_prompt / acceptance / 2))
         )
+        result = sampler.sample(
+            [row["prompt"] for row in rows],
+            self.per_prompt,
+            budget=math.ceil(BUDGET * self.per_prompt / acceptance),
+            columns=columns_of(rows, 1),
+            generator=torch.Generator().manual_seed(proposal.seed),
+        )
+        p_beta = torch.minimum(scores - log_z.unsqueeze(1), math.log(beta) + logps)
+        p_beta = p_beta - losses.estimate_log_z(logps, p_beta).value.unsqueeze(1)
+        divergences = _divergences(p_beta, scores, self.base_logps[some], proposal_logps=logps)
+        rate, proposed = result.acceptance_rate, int(result.proposed.sum())
+        accepted = {"acceptance": Number(rate, math.sqrt(rate * (1 - rate) / proposed))}
+        return _means_over_prompts(result, self.target.names) | divergences | _texts(result.samples) | accepted
 
     def _moments(self, logps: Tensor) -> dict[str, Number]:
-        mean = average_estimate(estimate_moments(self.phi, logps, self.logps))
-        return {
-            f"moment/{n}": Number(v, s)
-            for n, v, s in zip(self.names, mean.value.tolist(), mean.se.tolist(), strict=True)
-        }
-
-
-def _quasi_rejection(
-    trainer: FDPGTrainer,
-    rows: Sequence[dict[str, Any]],
-    proposal: PolicyProposal,
-    tuned: _Measured,
-    per_prompt: int,
-    acceptance: float,
-    remarks: list[str],
-) -> dict[str, Number]:
-    some = torch.isfinite(tuned.log_z)  # with Z = 0 nothing would be accepted
-    if not some.all():
-        remarks.append(
-            f"{int((~some).sum())} of {len(rows)} prompts have no sample with mass under the target: no QRS there"
-        )
-    rows = [row for row, kept in zip(rows, some.tolist(), strict=True) if kept]
-    if not rows:
-        raise ValueError("no prompt has a sample with mass under the target.")
-    log_z, logps, scores = tuned.log_z[some], tuned.logps[some], tuned.scores[some]
-    beta = choose_beta(scores, logps, acceptance=acceptance, log_z=log_z).beta
-    sampler = QuasiRejectionSampler(
-        trainer.target, proposal, beta, log_z=log_z, batch_size=max(1, math.ceil(per_prompt / acceptance / 2))
-    )
-    result = sampler.sample(
-        [row["prompt"] for row in rows],
-        per_prompt,
-        budget=math.ceil(BUDGET * per_prompt / acceptance),
-        columns=columns_of(rows, 1),
-        generator=torch.Generator().manual_seed(proposal.seed),
-    )
-    column = _means_over_prompts(result, tuned.names)
-    p_beta = torch.minimum(scores - log_z.unsqueeze(1), math.log(beta) + logps)
-    p_beta = p_beta - estimate_log_z(logps, p_beta).value.unsqueeze(1)
-    for divergence, label in TO_TARGET.items():
-        column[label] = _number(estimate_divergence(divergence, p_beta, logps, scores))
-    column[TO_BASE] = _number(estimate_kl_base(p_beta, tuned.base_logps[some], proposal_logps=logps))
-    rate, proposed = result.acceptance_rate, int(result.proposed.sum())
-    return column | _texts(result.samples) | {"acceptance": Number(rate, math.sqrt(rate * (1 - rate) / proposed))}
+        mean = losses.average_estimate(losses.estimate_moments(self.phi, logps, self.logps))
+        return _moments(self.target.names, mean.value, mean.se)
 
 
 def _means_over_prompts(result: QRSResult, names: Sequence[str]) -> dict[str, Number]:
@@ -188,12 +162,21 @@ def _means_over_prompts(result: QRSResult, names: Sequence[str]) -> dict[str, Nu
     counts = torch.bincount(index, minlength=len(result.proposed)).double()
     sums = torch.zeros(len(counts), len(names), dtype=torch.float64).index_add_(0, index, result.phi.double())
     means = (sums / counts.unsqueeze(1))[counts > 0]
-    if len(means) == 1:
-        se = result.phi.double().std(0) / math.sqrt(len(index))
-    else:
-        se = means.std(0) / math.sqrt(len(means))
-    values = zip(names, means.mean(0).tolist(), se.tolist(), strict=True)
-    return {f"moment/{name}": Number(mean, error) for name, mean, error in values}
+    independent = result.phi.double() if len(means) == 1 else means
+    return _moments(names, means.mean(0), independent.std(0) / math.sqrt(len(independent)))
+
+
+def _moments(names: Sequence[str], values: Tensor, errors: Tensor) -> dict[str, Number]:
+    found = zip(names, values.tolist(), errors.tolist(), strict=True)
+    return {f"moment/{name}": Number(value, error) for name, value, error in found}
+
+
+def _divergences(logps: Tensor, scores: Tensor, base_logps: Tensor, *, proposal_logps: Tensor) -> dict[str, Number]:
+    found = {
+        label: losses.estimate_divergence(name, logps, proposal_logps, scores) for name, label in TO_TARGET.items()
+    }
+    found[TO_BASE] = losses.estimate_kl_base(logps, base_logps, proposal_logps=proposal_logps)
+    return {label: _number(estimate) for label, estimate in found.items()}
 
 
 def _texts(samples: Samples) -> dict[str, Number]:
@@ -212,39 +195,27 @@ class Count(Number):
         return str(self.value)
 
 
-class _AsTrained(PolicyProposal):
-    """Tokenise prompts as the trainer does."""
+class _Policy(PolicyProposal):
+    """The policy or its base, with prompts tokenised as the trainer does."""
 
-    def __init__(self, trainer: FDPGTrainer, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, trainer: FDPGTrainer, model: Any, seed: int, *, of_base: bool = False) -> None:
+        base = trainer.reference
+        if of_base:  # a frozen copy is its own base; with an adapter the base is the model with its adapter off
+            base = None if base is not None else model
+        super().__init__(
+            model,
+            trainer.processing_class,
+            base=base,
+            max_new_tokens=trainer.max_completion_length,
+            eos_token_ids=trainer.eos_token_ids,
+            seed=seed,
+        )
         self._trainer = trainer
 
     def _encode(self, prompt: Any) -> list[int]:
-        return self._trainer._prompt_ids([prompt])[0]
+        return self._trainer.prompt_ids_of([prompt])[0]
 
 
-def _proposal(trainer: FDPGTrainer, model: Any, seed: int, *, of_base: bool = False) -> PolicyProposal:
-    base = trainer.reference
-    if of_base:  # a frozen copy is its own base; with an adapter the base is the model with its adapter off
-        base = None if base is not None else model
-    return _AsTrained(
-        trainer,
-        model,
-        trainer.processing_class,
-        base=base,
-        max_new_tokens=trainer.max_completion_length,
-        eos_token_ids=trainer.eos_token_ids,
-        seed=seed,
-    )
-
-
-def _features(trainer: FDPGTrainer, rows: Sequence[dict[str, Any]], samples: Samples) -> Tensor:
-    index = samples.prompt_index.tolist()
-    columns = {name: [values[i] for i in index] for name, values in columns_of(rows, 1).items()}
-    prompts = [rows[i]["prompt"] for i in index]
-    return trainer.target.features(prompts, samples.completions, completion_ids=samples.completion_ids, **columns)
-
-
-def _number(estimate: Estimate) -> Number:
-    mean = average_estimate(estimate)
+def _number(estimate: losses.Estimate) -> Number:
+    mean = losses.average_estimate(estimate)
     return Number(mean.value.item(), mean.se.item())

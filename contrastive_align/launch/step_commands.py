@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,14 @@ from contrastive_align.conditions.conditions import FILE, Condition
 from contrastive_align.data.formats import BadRow, Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.judge.judge import resolve_judge
-from contrastive_align.launch.arguments import UsageError, load_yaml
-from contrastive_align.launch.ask import load_trained
+from contrastive_align.launch import step_files
+from contrastive_align.launch.arguments import UsageError, read_yaml
+from contrastive_align.launch.ask import load_trained, sample_trained
 from contrastive_align.launch.feedback_flags import read_spec
-from contrastive_align.launch.step_files import (
-    LISTS,
-    Output,
-    Row,
-    fingerprint,
-    merge,
-    part_name,
-    part_rows,
-    read_rows,
-    to_line,
-    write_rows,
-)
+from contrastive_align.launch.step_files import LISTS, Output, Row, fingerprint, read_rows
 from contrastive_align.models import load_tokenizer
-from contrastive_align.models.loading import eos_token_ids
 from contrastive_align.openai_client import CallError
-from contrastive_align.sampling.decode import draw, seed_of
+from contrastive_align.sampling.decode import seed_of
 from contrastive_align.sampling.server import PLAIN, ServerSampler
 from contrastive_align.targets.evaluate import call_feature
 from contrastive_align.targets.features import resolve_feature
@@ -46,16 +36,11 @@ ROWS_AT_ONCE = 64  # of scoring, written together
 _NOT_SETTINGS = ("step", "run", "prompts", "output", "overwrite", "server", "rows_at_once", "concurrency")
 _NOT_COLUMNS = (*LISTS, "prompt", "condition")
 
-Generations = list[tuple[list[str], list[bool]]]  # per prompt: K texts, and whether each reached its end token
-Sampler = Callable[[list[Text], list[int]], Generations]
+Complete = Callable[..., tuple[list[list[str]], list[list[bool]]]]  # see ask.sample_trained
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Run one step and print its result in one line.
-
-    Raises:
-        UsageError: an error that the user can correct; the exit status is 2.
-    """
+    """Run one step and print its result in one line; raise UsageError for an error that the user can correct."""
     args, rest = build_parser().parse_known_args(argv)
     if rest and args.step != "train":
         raise UsageError(
@@ -73,14 +58,13 @@ def main(argv: Sequence[str] | None = None) -> Any:
     return said
 
 
-# ------------------------------------------------------------------------------------------------------------ sample
-
-
 def sample(args: Namespace) -> str:
     """Write ``generations`` and ``finished`` for the prompts of one part; return a line for the screen."""
     rows = read_rows(args.prompts, generations=False)
-    part = [_prompt_row(rows[i], i, args) for i in part_rows(args.split_number, args.total_splits, len(rows))]
-    path = part_name(args.output, args.split_number, args.total_splits)
+    part = [
+        _prompt_row(rows[i], i, args) for i in step_files.part_rows(args.split_number, args.total_splits, len(rows))
+    ]
+    path = step_files.part_name(args.output, args.split_number, args.total_splits)
     condition = None
     if args.condition is not None or (Path(args.model_name_or_path) / FILE).is_file():
         condition = Condition.load(args.model_name_or_path)
@@ -88,18 +72,27 @@ def sample(args: Namespace) -> str:
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in _NOT_SETTINGS}
     settings |= {"prompts": fingerprint(args.prompts), "server": bool(args.server)}
     output = Output(path, settings, overwrite=args.overwrite)
-    tokens = [] if condition is None else condition.tokens
     if len(part) > output.done:
-        generate = (_server_sampler if args.server else _local_sampler)(args, tokens)
+        tokens = [] if condition is None else condition.tokens
+        tokenizer, complete = (_complete_by_server if args.server else _complete_here)(args, tokens)
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def work(some: list[Row]) -> list[Row]:
-        prompts = [row["prompt"] for row in some]
-        texts = [text_for(prompt) for prompt in prompts]
-        seen = [p if text is None else condition.apply(p, text) for p, text in zip(prompts, texts, strict=True)]
-        seeds = [seed_of(args.seed, "sample", row["prompt_index"]) for row in some]
+        rows, ids = [], []
+        for row in some:
+            prompt, text = row["prompt"], text_for(row["prompt"])
+            rows.append(row if text is None else row | {"condition": text})
+            asked = prompt if text is None else condition.apply(prompt, text)
+            ids.append(tokenise_prompt(asked, tokenizer) or [start])
+        texts, finished = complete(
+            ids,
+            seeds=[seed_of(args.seed, "sample", row["prompt_index"]) for row in some],
+            per_prompt=args.num_generations,
+            temperature=args.temperature,
+            top_p=args.top_p,
+        )
         return [
-            row | ({} if text is None else {"condition": text}) | {"generations": found, "finished": finished}
-            for row, text, (found, finished) in zip(some, texts, generate(seen, seeds), strict=True)
+            row | {"generations": own, "finished": ended} for row, own, ended in zip(rows, texts, finished, strict=True)
         ]
 
     at_once = max(1, BATCHES_AT_ONCE * args.rows_at_once // args.num_generations)
@@ -130,39 +123,15 @@ def _condition_text(condition: Condition | None, wanted: str | None) -> Callable
     return lambda prompt: askable[wanted]
 
 
-def _encoder(tokenizer: Any) -> Callable[[Text], list[int]]:
-    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return lambda prompt: tokenise_prompt(prompt, tokenizer) or [start]
-
-
-def _local_sampler(args: Namespace, tokens: list[str]) -> Sampler:
+def _complete_here(args: Namespace, tokens: list[str]) -> tuple[Any, Complete]:
     model, tokenizer = load_trained(args.model_name_or_path, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
-    encode, eos = _encoder(tokenizer), eos_token_ids(model, tokenizer)
-
-    def generate(prompts: list[Text], seeds: list[int]) -> Generations:
-        drawn = draw(
-            model,
-            [encode(prompt) for prompt in prompts],
-            per_prompt=args.num_generations,
-            max_new_tokens=args.max_completion_length,
-            eos_token_ids=eos,
-            pad_token_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            seeds=seeds,
-            rows_at_once=args.rows_at_once,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            suppress_ids=tokenizer.convert_tokens_to_ids(tokens),
-        )
-        texts = [[tokenizer.decode(ids, skip_special_tokens=True) for ids in group] for group in drawn.completion_ids]
-        return list(zip(texts, (~drawn.truncated).tolist(), strict=True))
-
-    return generate
+    size = {"max_new_tokens": args.max_completion_length, "rows_at_once": args.rows_at_once}
+    return tokenizer, partial(sample_trained, model, tokenizer, tokens=tokens, **size)
 
 
-def _server_sampler(args: Namespace, tokens: list[str]) -> Sampler:
+def _complete_by_server(args: Namespace, tokens: list[str]) -> tuple[Any, Complete]:
     tokenizer: Any = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
-    encode = _encoder(tokenizer)
     suppressed = {str(i): -100 for i in tokenizer.convert_tokens_to_ids(tokens)}
     server = ServerSampler(
         args.server,
@@ -171,21 +140,11 @@ def _server_sampler(args: Namespace, tokens: list[str]) -> Sampler:
         extra_body=PLAIN | ({"logit_bias": suppressed} if suppressed else {}),
     )
 
-    def generate(prompts: list[Text], seeds: list[int]) -> Generations:
-        found = server(
-            [encode(prompt) for prompt in prompts],
-            per_prompt=args.num_generations,
-            max_tokens=args.max_completion_length,
-            seeds=seeds,
-            temperature=args.temperature,
-            top_p=args.top_p,
-        )
-        return [([c.text for c in group], [c.finished for c in group]) for group in found]
+    def complete(ids: list[list[int]], **options: Any) -> tuple[list[list[str]], list[list[bool]]]:
+        found = server(ids, max_tokens=args.max_completion_length, **options)
+        return [[c.text for c in group] for group in found], [[c.finished for c in group] for group in found]
 
-    return generate
-
-
-# --------------------------------------------------------------------------------------------------- score and judge
+    return tokenizer, complete
 
 
 def score(args: Namespace) -> str:
@@ -215,18 +174,17 @@ def score(args: Namespace) -> str:
 def judge(args: Namespace) -> str:
     """Write ``feedbacks``, ``scores`` and ``analysis``, null without a verdict; return a line for the screen."""
     rows = read_rows(args.input, generations=True)
-    asked = resolve_judge(_read_yaml(args.judge))
+    asked = resolve_judge(read_yaml(args.judge))
     settings = {"input": fingerprint(args.input), "judge": {**asked.spec, "cache": None}}
     output = Output(args.output, settings, overwrite=args.overwrite)
 
     def work(some: list[Row]) -> list[Row]:
-        verdicts = iter(asked(*_flat(some)))
-        found = []
-        for row in some:
-            own = [next(verdicts) for _ in row["generations"]]
-            added = {"feedbacks": "text", "scores": "score", "analysis": "analysis"}
-            found.append(row | {k: [None if v is None else getattr(v, name) for v in own] for k, name in added.items()})
-        return found
+        verdicts = asked(*_flat(some))
+        added = {"feedbacks": "text", "scores": "score", "analysis": "analysis"}
+        for key, name in added.items():
+            values = iter([None if verdict is None else getattr(verdict, name) for verdict in verdicts])
+            some = [row | {key: [next(values) for _ in row["generations"]]} for row in some]
+        return some
 
     scores = [s for row in output.fill(rows, work, at_once=len(rows)) for s in row["scores"]]
     known = sum(s is not None for s in scores)
@@ -240,17 +198,8 @@ def _flat(rows: list[Row]) -> tuple[list, list]:
     return [prompt for prompt, _ in pairs], spoken
 
 
-def _read_yaml(path: str) -> object:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no YAML file '{path}' (looked in {Path.cwd()}).")
-    return load_yaml(Path(path).read_text(encoding="utf-8"), path)
-
-
-# --------------------------------------------------------------------------------------------------- merge and train
-
-
 def _merge(args: Namespace) -> str:
-    return f"{args.output}: {merge(args.inputs, args.output, overwrite=args.overwrite)} rows"
+    return f"{args.output}: {step_files.merge(args.inputs, args.output, overwrite=args.overwrite)} rows"
 
 
 def train(args: Namespace, rest: list[str]) -> Any:
@@ -259,18 +208,12 @@ def train(args: Namespace, rest: list[str]) -> Any:
 
     rows = convert(read_rows(args.input, generations=True), args.score_key, where=args.input)
     path = Path(args.output_dir) / CONVERTED
-    write_rows(path, map(to_line, rows))
+    step_files.write_rows(path, map(step_files.to_line, rows))
     return main([*rest, f"--dataset_name={path}", f"--output_dir={args.output_dir}"])
 
 
 def convert(rows: list[Row], score_key: str | None, *, where: str) -> list[Row]:
-    """Rename the columns of the steps to those that the trainer reads.
-
-    These are ``prompt`` and ``completions``, and ``scores``, ``feedbacks`` and ``finished`` where the rows have them.
-
-    Raises:
-        ValueError: neither rewards nor scores nor feedbacks; rewards and scores, and ``score_key`` is None.
-        BadRow: a row lacks a column that other rows have.
+    """Rename the columns of the steps to those that the trainer reads; refuse rows without, or with unlike, columns.
 
     >>> convert([{"prompt": "Hi", "generations": ["a", "b"], "rewards": [1.0, 0.0]}], None, where="scored.jsonl")
     [{'prompt': 'Hi', 'completions': ['a', 'b'], 'scores': [1.0, 0.0]}]
@@ -278,9 +221,7 @@ def convert(rows: list[Row], score_key: str | None, *, where: str) -> list[Row]:
     there = {name for row in rows for name in ("rewards", "scores", "feedbacks", "finished") if name in row}
     numbers = sorted(there & {"rewards", "scores"}) if score_key is None else [score_key]
     if len(numbers) > 1:
-        raise ValueError(
-            f"{where} has both 'rewards' and 'scores'. Choose: --score_key=rewards, or --score_key=scores."
-        )
+        raise ValueError(f"{where} has both 'rewards' and 'scores'. Choose: --score_key=rewards or --score_key=scores.")
     if score_key is not None and score_key not in there:
         raise ValueError(f"{where} has no '{score_key}'. Its rows have {sorted(there)}.")
     if not numbers and "feedbacks" not in there:
@@ -291,9 +232,6 @@ def convert(rows: list[Row], score_key: str | None, *, where: str) -> list[Row]:
         if missing := [name for name in wanted if name not in row]:
             raise BadRow(f"{where}, row {number}: no '{missing[0]}', which other rows have.")
     return [{"prompt": row["prompt"], **{new: row[old] for old, new in wanted.items()}} for row in rows]
-
-
-# ------------------------------------------------------------------------------------------------- the command line
 
 
 class _Parser(argparse.ArgumentParser):
@@ -315,26 +253,26 @@ def build_parser() -> argparse.ArgumentParser:
     p = step("sample", sample, "Prompts -> K completions each.")
     p.add_argument("--model_name_or_path", required=True, help="A model id, or the folder of a model or adapter.")
     p.add_argument("--prompts", required=True, help="JSONL with 'prompt': a text, or messages.")
-    p.add_argument("--num_generations", type=_at_least(int, 1), default=8, help="K.")
+    p.add_argument("--num_generations", type=_at_least(1), default=8, help="K.")
     p.add_argument("--condition", help="'best', or another that the trained model knows; by default none.")
-    p.add_argument("--split_number", type=_at_least(int, 0), default=0, help="This part, from 0.")
-    p.add_argument("--total_splits", type=_at_least(int, 1), default=1, help="Parts the prompts are divided into.")
-    p.add_argument("--max_completion_length", type=_at_least(int, 1), default=256, help="In tokens.")
+    p.add_argument("--split_number", type=_at_least(0), default=0, help="This part, from 0.")
+    p.add_argument("--total_splits", type=_at_least(1), default=1, help="Parts the prompts are divided into.")
+    p.add_argument("--max_completion_length", type=_at_least(1), default=256, help="In tokens.")
     p.add_argument("--temperature", type=float, default=1.0, help="Of sampling.")
     p.add_argument("--top_p", type=float, default=1.0, help="Of sampling.")
     p.add_argument("--seed", type=int, default=42, help="With the prompt's number, it decides what is drawn.")
-    p.add_argument("--rows_at_once", type=_at_least(int, 1), default=256, help="Completions decoded together.")
+    p.add_argument("--rows_at_once", type=_at_least(1), default=256, help="Completions decoded together.")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="The weights' precision.")
     p.add_argument("--server", help="Sample there: an OpenAI-compatible address, such as http://localhost:8000/v1.")
     p.add_argument("--server_model", help="The model's name there, if another than model_name_or_path.")
-    p.add_argument("--concurrency", type=_at_least(int, 1), default=32, help="Requests in flight.")
-    _trust(p)
+    p.add_argument("--concurrency", type=_at_least(1), default=32, help="Requests in flight.")
+    p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
     _output(p, "gen.jsonl; a part goes to gen.0-of-4.jsonl")
 
     p = step("score", score, "Completions -> 'rewards', from a reward function or a reward model.")
     p.add_argument("--input", required=True, help="JSONL with 'prompt' and 'generations'.")
     p.add_argument("--reward", required=True, help="file.py:function, a reward-model id, or a feature as YAML text.")
-    _trust(p)
+    p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
     _output(p, "scored.jsonl")
 
     p = step("judge", judge, "Completions -> 'feedbacks', 'scores' and 'analysis', from a language model.")
@@ -358,16 +296,11 @@ def _output(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
 
 
-def _trust(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{int(text)}, expected at least {least}")
+        return int(text)
 
-
-def _at_least(kind: type, least: int) -> Any:
-    def read(text: str) -> Any:
-        value = kind(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value}, expected at least {least}")
-        return value
-
-    read.__name__ = kind.__name__  # what argparse calls it
+    read.__name__ = "int"  # what argparse calls it
     return read

@@ -17,41 +17,31 @@ from contrastive_align.launch.datasets import is_prompt
 
 Row = dict[str, Any]
 
-# The columns that steps add: lists with one entry for each of K completions.
-LISTS = ("generations", "finished", "rewards", "analysis", "feedbacks", "scores")
 _PART = re.compile(r"\.(\d+)-of-(\d+)\.")  # gen.0-of-4.jsonl
 _NUMBER = int | float
-# The columns that training reads, with the type of their entries; null is allowed as well.
+# The columns that steps add: lists with one entry, or null, for each of K completions. Training reads typed entries.
 _ENTRIES = {
+    "generations": (object, ""),
     "finished": (bool, "true, false"),
     "rewards": (_NUMBER, "a number"),
+    "analysis": (object, ""),
     "feedbacks": (str, "text"),
     "scores": (_NUMBER, "a number"),
 }
+LISTS = tuple(_ENTRIES)
 
 
 def read_rows(path: str | Path, *, generations: bool) -> list[Row]:
-    """Read the rows of a file; each must have ``prompt`` and, if ``generations`` is True, ``generations``.
-
-    Raises:
-        BadRow: a wrong row; the message names file and line.
-        FileNotFoundError: the file does not exist.
-        ValueError: the file has no rows.
-    """
+    """Read the rows of a file; each must have ``prompt`` and, if ``generations`` is True, ``generations``."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file '{path}' (looked in {Path.cwd()}).")
-    rows = [_checked(line, f"{path}, line {n}", generations) for n, line in _lines(path)]
+    with path.open("rb") as file:  # as bytes: text mode would also split at a line separator within a string
+        lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    rows = [_checked(line, f"{path}, line {number}", generations) for number, line in lines]
     if not rows:
         raise ValueError(f"{path} has no rows, expected one JSON object a line, each with 'prompt'.")
     return rows
-
-
-def _lines(path: Path) -> Iterable[tuple[int, bytes]]:
-    with path.open("rb") as file:  # as bytes: text mode would also split at a line separator within a string
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
 
 
 def _checked(line: bytes, where: str, generations: bool) -> Row:
@@ -69,12 +59,12 @@ def _checked(line: bytes, where: str, generations: bool) -> Row:
     found = row.get("generations")
     if not isinstance(found, list) or not found or not all(isinstance(text, str) for text in found):
         raise BadRow(f"{where}: 'generations' is {str(found)[:80]!r}, expected a list of texts (the step 'sample').")
-    for name in LISTS:
-        if name in row and (not isinstance(row[name], list) or len(row[name]) != len(found)):
+    for name in filter(row.__contains__, LISTS):
+        if not isinstance(row[name], list) or len(row[name]) != len(found):
             size = len(row[name]) if isinstance(row[name], list) else f"no list, {row[name]!r}: not"
             raise BadRow(f"{where}: '{name}' has {size} entries for {len(found)} generations.")
-        kind, expected = _ENTRIES.get(name, (object, ""))
-        for i, entry in enumerate(row.get(name, ())):
+        kind, expected = _ENTRIES[name]
+        for i, entry in enumerate(row[name]):
             if entry is not None and (not isinstance(entry, kind) or (kind is _NUMBER and isinstance(entry, bool))):
                 raise BadRow(f"{where}: '{name}'[{i}] is {str(entry)[:80]!r}, expected {expected} or null.")
     return row
@@ -110,17 +100,8 @@ def check_free(path: Path, overwrite: bool) -> None:
 class Output:
     """A file that is written in chunks and continued after an interruption.
 
-    Finished rows are collected in ``<output>.partial``, whose first line holds the settings. The file itself appears
-    when all rows are finished.
-
-    Args:
-        path: where the output goes.
-        settings: the options that the rows depend on.
-        overwrite: replace an output that exists, finished or not.
-
-    Raises:
-        FileExistsError: the output exists.
-        ValueError: an unfinished output was begun under other settings.
+    Finished rows are collected in ``<output>.partial``, whose first line holds the settings: the options that the rows
+    depend on and may not differ when it is continued. The file itself appears when all rows are finished.
     """
 
     def __init__(self, path: str | Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -130,33 +111,25 @@ class Output:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OSError(
-                error.errno, f"{self.path.parent} cannot be made: {error.strerror}. Give another --output."
-            ) from error
+            problem = f"{self.path.parent} cannot be made: {error.strerror}. Give another --output."
+            raise OSError(error.errno, problem) from error
         head = to_line({"settings": dict(settings)})
         lines = [] if overwrite or not self.partial.exists() else self._whole_lines()
         if len(lines) > 1 and lines[0] != head:  # without a row nothing can be mixed
             begun = json.loads(lines[0]).get("settings", {})
             other = [f"{k}={begun.get(k)!r}, now {v!r}" for k, v in settings.items() if begun.get(k) != v]
-            raise ValueError(
-                f"{self.partial} was begun under other settings ({'; '.join(other)}). Use the same, or --overwrite to "
-                "start anew."
-            )
+            begun_as = f"{self.partial} was begun under other settings ({'; '.join(other)})"
+            raise ValueError(f"{begun_as}. Use the same, or --overwrite to start anew.")
         self.begun = lines if len(lines) > 1 else [head]
         self.done = len(self.begun) - 1
         if not self.done:
             self.partial.unlink(missing_ok=True)
 
-    def _whole_lines(self) -> list[bytes]:
-        """Leave out a last line that an interruption cut."""
+    def _whole_lines(self) -> list[bytes]:  # without a last line that an interruption cut
         return [line for line in self.partial.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
     def fill(self, rows: list[Row], work: Callable[[list[Row]], list[Row]], *, at_once: int) -> list[Row]:
-        """Append the results of ``work`` for the unfinished rows, ``at_once`` rows at a time; then name the file.
-
-        Returns:
-            All rows of the output.
-        """
+        """Append the results of ``work`` for the unfinished rows, ``at_once`` at a time; return all rows."""
         for start in range(self.done, len(rows), at_once):
             lines = [to_line(row) for row in work(rows[start : start + at_once])]
             if start == self.done:  # a run that fails at once leaves no file
@@ -166,10 +139,10 @@ class Output:
         lines = self._whole_lines()[1:] if self.partial.exists() else []  # a part may be empty
         found = [json.loads(line) for line in lines]
         if [row["prompt"] for row in found] != [row["prompt"] for row in rows]:
-            raise ValueError(
-                f"{self.partial} has {len(found)} rows that are not those of the {len(rows)} prompts in their order: "
-                "two runs may have written it at once. Start anew with --overwrite."
+            problem = (
+                f"{self.partial} has {len(found)} rows that are not those of the {len(rows)} prompts in their order"
             )
+            raise ValueError(f"{problem}: two runs may have written it at once. Start anew with --overwrite.")
         write_rows(self.path, lines)
         self.partial.unlink(missing_ok=True)
         return found
@@ -177,9 +150,6 @@ class Output:
 
 def part_rows(split: int, total: int, rows: int) -> range:
     """Return the rows of part ``split`` (from 0) of ``total``: contiguous, of sizes that differ by at most one.
-
-    Raises:
-        ValueError: ``split`` is outside 0 to ``total`` - 1.
 
     >>> [list(part_rows(k, 3, 7)) for k in range(3)]
     [[0, 1, 2], [3, 4], [5, 6]]
@@ -202,54 +172,40 @@ def part_name(output: str | Path, split: int, total: int) -> Path:
 
 
 def merge(pattern: str, output: str | Path, *, overwrite: bool) -> int:
-    """Join the parts that match a pattern in the order of their numbers; return the number of rows.
-
-    Raises:
-        ValueError: a file that is not a part, a missing or duplicate part, parts of different divisions, or rows that
-            do not follow each other.
-        FileNotFoundError: no file matches the pattern.
-        FileExistsError: the output exists.
-    """
+    """Join the parts that match a pattern in the order of their numbers; return the number of rows."""
     output = Path(output)
     check_free(output, overwrite)
     found = [Path(path) for path in sorted(glob.glob(pattern)) if Path(path).resolve() != output.resolve()]
     if not found:
         raise FileNotFoundError(f"no file matches '{pattern}' (looked in {Path.cwd()}).")
-    parts: dict[int, Path] = {}
-    totals: dict[int, Path] = {}
+    parts, totals = {}, {}  # by number and by division
     for path in found:
         match = _PART.search(path.name)
         if match is None:
             raise ValueError(f"{path} is no part: expected names such as gen.0-of-4.jsonl. Give a narrower pattern.")
         split, total = map(int, match.groups())
         if split in parts and total in totals:
-            raise ValueError(
-                f"part {split} of {total} is there twice: {parts[split]} and {path}. Give one pattern each."
-            )
+            both = f"{parts[split]} and {path}"
+            raise ValueError(f"part {split} of {total} is there twice: {both}. Give one pattern each.")
         totals[total], parts[split] = path, path
     if len(totals) > 1:
-        raise ValueError(
-            f"parts of {sorted(totals)} are mixed, such as {', '.join(map(str, totals.values()))}. Remove some."
-        )
+        examples = ", ".join(map(str, totals.values()))
+        raise ValueError(f"parts of {sorted(totals)} are mixed, such as {examples}. Remove some.")
     (total,) = totals
     if missing := sorted(set(range(total)) - set(parts)):
         raise ValueError(f"of {total} parts, {missing} are missing. Sample these: --split_number={missing[0]} ...")
     if wrong := sorted(set(parts) - set(range(total))):
         raise ValueError(f"{parts[wrong[0]]}: part {wrong[0]} of {total}, which are numbered 0 to {total - 1}.")
     lines, sizes = [], []
-    for split in range(total):
-        rows = read_rows(parts[split], generations=True) if parts[split].stat().st_size else []
+    for path in (parts[split] for split in range(total)):
+        rows = read_rows(path, generations=True) if path.stat().st_size else []
         sizes.append(len(rows))
         for row in rows:
-            if row.get("prompt_index") != len(lines):
-                raise BadRow(
-                    f"{parts[split]}: found prompt_index {row.get('prompt_index')!r} where {len(lines)} follows. A "
-                    "part may come from other prompts or another division: sample it again."
-                )
+            if (index := row.get("prompt_index")) != len(lines):
+                problem = f"{path}: found prompt_index {index!r} where {len(lines)} follows"
+                raise BadRow(f"{problem}. It is of other prompts or another division: sample it again.")
             lines.append(to_line(row))
     if sizes != (expected := [len(part_rows(split, total, len(lines))) for split in range(total)]):
-        raise ValueError(
-            f"the parts have {sizes} rows, expected {expected}: one of them is not whole. Sample it again."
-        )
+        raise ValueError(f"the parts have {sizes} rows, expected {expected}: one is not whole. Sample it again.")
     write_rows(output, lines)
     return len(lines)

@@ -2,16 +2,17 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import AutoTokenizer
-from trl import DatasetMixtureConfig
+from trl import DatasetMixtureConfig, ModelConfig
 from trl.scripts.utils import DatasetConfig
 
 from contrastive_align import demo
 from contrastive_align.data import BadRow, prepare_groups
-from contrastive_align.launch.arguments import RunArguments, UsageError
+from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError
 from contrastive_align.launch.datasets import load_splits
 
 
@@ -38,13 +39,10 @@ def write(name: str, rows: list, *, encoding: str = "utf-8") -> str:
 def load(
     name: str | None = None, mixture: dict | None = None, *, want_eval=False, seed=0, on_bad_row="raise", **script
 ):
-    return load_splits(
-        RunArguments(dataset_name=name, **script),
-        DatasetMixtureConfig(**(mixture or {})),
-        want_eval=want_eval,
-        seed=seed,
-        on_bad_row=on_bad_row,
-    )
+    training = SimpleNamespace(eval_strategy="epoch" if want_eval else "no", do_eval=False, seed=seed)
+    mixture = DatasetMixtureConfig(**(mixture or {}))
+    args = Arguments(RunArguments(dataset_name=name, **script), training, ModelConfig(), mixture, set(), [])
+    return load_splits(args, on_bad_row=on_bad_row)
 
 
 def refused(capsys, act, *parts: str) -> None:

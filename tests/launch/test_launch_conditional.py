@@ -1,6 +1,7 @@
 """run_conditional.py from the command line to summary.json, the pictures and --best."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -160,13 +161,22 @@ def test_ctrl_c_speaks_of_samples_where_there_are_some(online, tmp_path, capsys)
     assert (str(tmp_path) in said and "there and from" in said) == online
 
 
-def test_nothing_to_go_on_with_is_said(tmp_path, capsys):
-    flags = [*SMALL[:-2], "--num_train_epochs=1", "--eval_prompts=0", f"--output_dir={tmp_path}"]
+def test_nothing_to_go_on_with_is_said(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("contrastive_align"), "propagate", True)
+    flags = [
+        *SMALL[:-2],
+        "--num_train_epochs=1",
+        "--eval_prompts=0",
+        f"--output_dir={tmp_path}",
+        "--save_strategy=epoch",
+    ]
     (tmp_path / "checkpoint-1").mkdir()  # was not written to its end
     main([*flags, "--resume_from_checkpoint=true"])
-    assert f"note: {tmp_path} has nothing to go on with" in capsys.readouterr().out
+    said = f"{tmp_path} holds no checkpoint that is whole: training begins anew."
+    assert said in caplog.messages
+    caplog.clear()
     main([*flags, "--resume_from_checkpoint=true"])
-    assert "nothing to go on with" not in capsys.readouterr().out
+    assert said not in caplog.messages
 
 
 def test_scored_completions_where_less_is_better(tmp_path):

@@ -11,12 +11,11 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
-from trl import DatasetMixtureConfig
 
 from contrastive_align import demo
-from contrastive_align.launch.arguments import RunArguments, UsageError
+from contrastive_align.launch.arguments import UsageError, parse
 from contrastive_align.launch.datasets import load_prompts, repeat
-from contrastive_align.launch.fdpg import main
+from contrastive_align.launch.fdpg import FDPGArguments, main
 from contrastive_align.report import Number, distribution_rows, plot_steps
 
 
@@ -195,9 +194,7 @@ def test_prompts(tmp_path):
     def load(rows):
         file = tmp_path / "rows.jsonl"
         file.write_text("\n".join(map(json.dumps, rows)))
-        return load_prompts(
-            RunArguments(dataset_name=str(file)), DatasetMixtureConfig(), None, want_eval=False, seed=0
-        )[0]
+        return load_prompts(parse([f"--dataset_name={file}"], prog="test", script=FDPGArguments))[0]
 
     rows = load([{"prompt": "a", "completions": ["b", "c"], "scores": [1, 0], "topic": "x"}])
     assert rows.column_names == ["prompt", "topic"]

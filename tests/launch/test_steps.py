@@ -20,7 +20,7 @@ from contrastive_align.conditions.tokens import add_condition_tokens
 from contrastive_align.demo import MODEL_PATH
 from contrastive_align.demo.task import all_prompts
 from contrastive_align.judge.judge import resolve_judge
-from contrastive_align.launch import step_commands
+from contrastive_align.launch import ask, step_commands
 from contrastive_align.launch.arguments import UsageError
 from contrastive_align.launch.step_commands import convert, main
 from contrastive_align.launch.step_files import part_rows
@@ -146,17 +146,17 @@ def test_an_output_is_not_overwritten_unless_told(prompts, tmp_path):
 
 def stopped(monkeypatch, prompts, after):
     """A run that ends, as by a kill, before its call number ``after`` of draw."""
-    draw, calls = step_commands.draw, itertools.count()
+    draw, calls = ask.draw, itertools.count()
 
     def dies(*args, **kwargs):
         if next(calls) == after:
             raise KeyboardInterrupt
         return draw(*args, **kwargs)
 
-    monkeypatch.setattr(step_commands, "draw", dies)
+    monkeypatch.setattr(ask, "draw", dies)
     with pytest.raises(KeyboardInterrupt):
         sample(prompts, "gen.jsonl", "--rows_at_once=1")
-    monkeypatch.setattr(step_commands, "draw", draw)
+    monkeypatch.setattr(ask, "draw", draw)
 
 
 def test_a_run_that_was_stopped_is_gone_on_with(prompts, tmp_path, monkeypatch):
@@ -165,8 +165,8 @@ def test_a_run_that_was_stopped_is_gone_on_with(prompts, tmp_path, monkeypatch):
     partial = tmp_path / "gen.jsonl.partial"
     assert not (tmp_path / "gen.jsonl").exists() and len(partial.read_text().splitlines()) == 1 + 3
     partial.write_bytes(partial.read_bytes()[:-9])  # and the last line was cut in the middle
-    drawn, draw = [], step_commands.draw
-    monkeypatch.setattr(step_commands, "draw", lambda m, ids, **k: drawn.extend(ids) or draw(m, ids, **k))
+    drawn, draw = [], ask.draw
+    monkeypatch.setattr(ask, "draw", lambda m, ids, **k: drawn.extend(ids) or draw(m, ids, **k))
     sample(prompts)
     assert len(drawn) == 7 - 2 and not partial.exists()
     assert (tmp_path / "gen.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -257,13 +257,13 @@ def conditioned(tmp_path_factory):
 
 
 def test_a_trained_model_is_asked_under_its_conditions(prompts, tmp_path, conditioned, monkeypatch):
-    seen, draw = [], step_commands.draw
+    seen, draw = [], ask.draw
 
     def watched(model, ids, **options):
         seen.append((ids[0][:2], options["suppress_ids"]))
         return draw(model, ids, **options)
 
-    monkeypatch.setattr(step_commands, "draw", watched)
+    monkeypatch.setattr(ask, "draw", watched)
     for wanted in (None, "best", "<quantile_4>"):
         flags = [] if wanted is None else [f"--condition={wanted}"]
         sample(prompts, f"{wanted}.jsonl", *flags, model=conditioned)
@@ -440,7 +440,8 @@ def commands(readme, script):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_the_commands_of_a_recipe_parse(recipe, monkeypatch):
-    from contrastive_align.launch.conditional import CLASSES, parse
+    from contrastive_align.launch.arguments import parse
+    from contrastive_align.launch.conditional import CLASSES
 
     monkeypatch.chdir(recipe.parent.parent)
     run = commands(recipe / "README.md", "run_conditional.py ")
