@@ -140,9 +140,7 @@ def estimate_kl_base(
 
     .. math:: \overline{w \log (\pi / a)}\, / \,\overline{w}, \qquad w = \pi / q
 
-    Args:
-        base_logps: (B, K) nats, log a(y|x).
-        proposal_logps: default: the policy's own, w = 1.
+    ``base_logps`` are log a(y|x), (B, K) nats. Without ``proposal_logps`` the policy is the proposal, w = 1.
 
     >>> estimate_kl_base(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]])).value
     tensor([0.5000])
@@ -229,11 +227,7 @@ class RunningLogZ:
         self._sums: dict[str, tuple[float, int]] = {}
 
     def add(self, groups: Iterable[tuple[str, Tensor]]) -> None:
-        """Add samples.
-
-        Args:
-            groups: pairs of a prompt's key and the (K,) nats log P - log q of its samples.
-        """
+        """Add samples: pairs of a prompt's key and the (K,) nats log P - log q of its samples."""
         for key, log_weights in groups:
             log_sum, n = self._sums.get(key, (-math.inf, 0))
             both = torch.cat([log_weights.double().cpu(), torch.tensor([log_sum], dtype=torch.float64)])

@@ -28,6 +28,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import numbers
 import re
@@ -39,7 +40,7 @@ from typing import Any
 
 import torch
 
-from contrastive_align.targets.classifiers import classifier, loaded_reward_model, reward_model
+from contrastive_align.targets.classifiers import SCORER_OPTIONS, classifier, loaded_reward_model, reward_model
 from contrastive_align.targets.evaluate import Feature, FeatureError, call_feature, completion_text, shorten
 
 
@@ -141,7 +142,8 @@ def _from_mapping(spec: Mapping[str, Any], context: dict[str, Any]) -> Feature:
     build = KINDS[kind]
     options = {key: value for key, value in spec.items() if key not in (kind, "name")}
     accepted = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    accepted = [key for key in accepted if key != "context"]
+    accepted = dict.fromkeys([*(SCORER_OPTIONS if kind in MODEL_KINDS else ()), *accepted])
+    accepted.pop("context", None)
     unknown = [key for key in options if key not in accepted]
     if unknown:
         moment = " A moment belongs to a constraint, around the feature." if "moment" in unknown else ""
@@ -323,13 +325,9 @@ def _load_file(path: str) -> Any:
 
 def _product(value: Any, *, context: dict[str, Any]) -> Feature:
     parts = [resolve_feature(part, **context) for part in _parts("product", value, "a list of features")]
-
-    def function(prompts: Sequence, completions: Sequence, **columns: Any) -> list[float | None]:
-        values = [call_feature(part, prompts, completions, columns, none_allowed=True) for part in parts]
-        return [None if None in row else math.prod(row) for row in zip(*values, strict=True)]
-
-    boolean = all(part.boolean for part in parts)
-    return Feature(function, "*".join(part.name for part in parts), boolean=boolean or None)
+    boolean = all(part.boolean for part in parts) or None
+    product = _combine(parts, lambda row: None if None in row else math.prod(row))
+    return Feature(product, "*".join(part.name for part in parts), boolean=boolean)
 
 
 def _sum(value: Any, *, context: dict[str, Any]) -> Feature:
@@ -342,14 +340,22 @@ def _sum(value: Any, *, context: dict[str, Any]) -> Feature:
     weights = [float(weight) for weight, _ in pairs]
     parts = [resolve_feature(part, **context) for _, part in pairs]
 
+    def add(row: Sequence[float | None]) -> float | None:
+        terms = [w * v for w, v in zip(weights, row, strict=True) if v is not None]
+        return math.fsum(terms) if terms else None
+
+    name = "+".join(f"{w:g}*{part.name}" for w, part in zip(weights, parts, strict=True))
+    return Feature(_combine(parts, add), name)
+
+
+def _combine(parts: list[Feature], merge: Callable[[Sequence[float | None]], float | None]) -> Callable:
+    """Return the reward function that merges the values of the parts on each completion."""
+
     def function(prompts: Sequence, completions: Sequence, **columns: Any) -> list[float | None]:
         values = [call_feature(part, prompts, completions, columns, none_allowed=True) for part in parts]
-        rows = [
-            [w * v for w, v in zip(weights, row, strict=True) if v is not None] for row in zip(*values, strict=True)
-        ]
-        return [math.fsum(row) if row else None for row in rows]
+        return [merge(row) for row in zip(*values, strict=True)]
 
-    return Feature(function, "+".join(f"{w:g}*{part.name}" for w, part in zip(weights, parts, strict=True)))
+    return function
 
 
 def _not(value: Any, *, context: dict[str, Any]) -> Feature:
@@ -371,15 +377,12 @@ def _parts(kind: str, value: Any, form: str) -> list[Any]:
     return list(value)
 
 
-def _plain(spec: Any) -> Any:
+def _plain(spec: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the spec as JSON can hold it, or None where it contains a Python function."""
-    if isinstance(spec, Mapping):
-        values = {key: _plain(value) for key, value in spec.items()}
-        return None if any(value is None and spec[key] is not None for key, value in values.items()) else values
-    if isinstance(spec, (list, tuple)):
-        values = [_plain(value) for value in spec]
-        return None if any(new is None and old is not None for new, old in zip(values, spec, strict=True)) else values
-    return spec if isinstance(spec, (str, int, float, bool, type(None))) else None
+    try:
+        return json.loads(json.dumps(dict(spec)))
+    except TypeError:
+        return None
 
 
 KINDS: dict[str, Callable[..., Feature]] = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from contrastive_align.targets.reachable import EDGE, InfeasibleMoment, Reach
 
@@ -175,12 +176,7 @@ def fit_lambdas(
 
 
 def _newton(
-    reach: Reach,
-    basis: Tensor,
-    log_prior: Tensor,
-    tolerance: float,
-    max_iterations: int,
-    progress: Callable[[int, dict[str, Any]], None] | None,
+    reach: Reach, basis: Tensor, log_prior: Tensor, tolerance: float, max_iterations: int, progress: Callable | None
 ) -> tuple[Tensor, int]:
     """Return theta (R,), lambda in the basis of the varying directions, and the number of steps, or raise."""
     x = reach.x @ basis
@@ -257,12 +253,7 @@ def _largest(residual: Tensor) -> float:
 
 
 def _check_arguments(
-    phi: Tensor,
-    moments: Tensor | Sequence[float],
-    log_weights: Tensor | None,
-    log_b: Tensor | None,
-    valid: Tensor | None,
-    names: Sequence[str] | None,
+    phi: Tensor, moments, log_weights: Tensor | None, log_b: Tensor | None, valid: Tensor | None, names
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
     """Check the arguments; return them in float64 on the CPU, log-weights normalised per prompt, unused features 0."""
     if phi.ndim != 3 or not phi.size(0) or not phi.size(1):
@@ -279,16 +270,12 @@ def _check_arguments(
     names = [f"feature {j}" for j in range(len(mu))] if names is None else list(names)
     if len(names) != len(mu):
         raise ValueError(f"names has {len(names)} entries for {len(mu)} features, expected one each.")
-    masks = []
     for name, given in (("log_weights", log_weights), ("log_b", log_b), ("valid", valid)):
-        mask = torch.zeros(phi.shape[:2], dtype=torch.float64) if given is None else given.detach().cpu()
-        if mask.shape != phi.shape[:2]:
-            raise ValueError(f"{name} has the shape {tuple(mask.shape)}, expected {tuple(phi.shape[:2])} as phi.")
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
-        masks.append(mask.double())
-    log_w = torch.where(masks[2] == 0, masks[0], -torch.inf)
-    log_b = torch.where(masks[2] == 0, masks[1], -torch.inf)
+        if given is not None and given.shape != phi.shape[:2]:
+            raise ValueError(f"{name} has the shape {tuple(given.shape)}, expected {tuple(phi.shape[:2])} as phi.")
+    valid = torch.ones(phi.shape[:2], dtype=torch.bool) if valid is None else valid.cpu()
+    logs = (torch.zeros(phi.shape[:2]) if given is None else given.detach().cpu() for given in (log_weights, log_b))
+    log_w, log_b = (torch.where(valid, log.double(), -torch.inf) for log in logs)
     bad = ~(log_w < torch.inf) | ~(log_b < torch.inf)  # NaN or +inf
     if bad.any():
         prompt, sample = bad.nonzero()[0].tolist()
@@ -350,16 +337,10 @@ def group_by_prompt(
     if not counts.all():
         missing = (counts == 0).nonzero().flatten().tolist()
         raise ValueError(f"{len(missing)} of {len(counts)} prompts have no sample, the first being {missing[:5]}.")
-    order = torch.argsort(index, stable=True)
-    place = torch.empty_like(index)
-    place[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
-    shape = (len(counts), int(counts.max()))
-    grouped = phi.new_zeros(*shape, phi.size(-1))
-    grouped[index, place] = phi
-    valid = torch.zeros(shape, dtype=torch.bool)
-    valid[index, place] = True
-    weights = None
-    if log_weights is not None:
-        weights = phi.new_full(shape, -torch.inf)
-        weights[index, place] = log_weights
-    return grouped, weights, valid
+    order, sizes = torch.argsort(index, stable=True), counts.tolist()
+
+    def grid(values: Tensor, fill: float) -> Tensor:
+        return pad_sequence(values[order].split(sizes), batch_first=True, padding_value=fill)
+
+    weights = None if log_weights is None else grid(log_weights, -torch.inf)
+    return grid(phi, 0.0), weights, grid(torch.ones(len(phi), dtype=torch.bool), False)

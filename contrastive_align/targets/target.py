@@ -7,7 +7,7 @@ import logging
 import math
 import numbers
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -244,11 +244,7 @@ class Target:
         log_weights: Tensor | None = None,
         prompt_index: Tensor | None = None,
         valid: Tensor | None = None,
-        min_ess: float = 20.0,
-        correct_bias: bool = False,
-        tolerance: float = 1e-10,
-        max_iterations: int = 200,
-        progress: Callable[[int, dict[str, Any]], None] | None = None,
+        **options: Any,
     ) -> Fit:
         """Find the lambdas from samples, keep them, and return them with their error bars.
 
@@ -258,7 +254,7 @@ class Target:
             log_weights: (n,) or (C, M) nats, log base - log proposal, for samples of a proposal.
             prompt_index: (n,) the number of each sample's prompt, 0 to C - 1. Default: one prompt.
             valid: (C, M) bool, with (C, M, J).
-            min_ess, correct_bias, tolerance, max_iterations, progress: see ``fit_lambdas``.
+            **options: ``min_ess``, ``correct_bias``, ``tolerance``, ... of ``fit_lambdas``.
 
         Raises:
             InfeasibleMoment: no lambda reaches a moment on these samples, or none satisfies a pointwise constraint.
@@ -273,18 +269,15 @@ class Target:
         pointwise = decide_pointwise(phi[sampled], [c.pointwise for c in self.constraints])
         check_some_satisfy(phi[sampled], pointwise, self.names)
         free = [j for j, always in enumerate(pointwise) if not always]
+        names = [self.names[j] for j in free]
         fit = fit_lambdas(
             phi[..., free],
             self.moments[free],
             log_weights=log_weights,
             log_b=log_b(phi, pointwise, self.names),
             valid=valid,
-            names=[self.names[j] for j in free],
-            min_ess=min_ess,
-            correct_bias=correct_bias,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
-            progress=progress,
+            names=names,
+            **options,
         )
         if fit.skipped:
             logger.warning(
@@ -300,8 +293,8 @@ class Target:
             "prompts": len(phi),
             "skipped_prompts": len(fit.skipped),
             "iterations": fit.iterations,
-            "lambda_se": dict(zip([self.names[j] for j in free], fit.lambda_se.tolist(), strict=True)),
-            "moment_se": dict(zip([self.names[j] for j in free], fit.moment_se.tolist(), strict=True)),
+            "lambda_se": dict(zip(names, fit.lambda_se.tolist(), strict=True)),
+            "moment_se": dict(zip(names, fit.moment_se.tolist(), strict=True)),
         }
         return fit
 
@@ -315,8 +308,6 @@ class Target:
             *row, j = bad.nonzero()[0].tolist()
             raise ValueError(f"phi{row} of '{self.names[j]}' is {phi[bad][0].item()}, expected a finite number.")
         return phi.double()
-
-    # --------------------------------------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
         """Return the constraints, lambdas and the record of the fit as plain Python, ready for JSON."""
@@ -388,9 +379,6 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no saved target, expected what target.save(path) writes: {error}") from error
     return state
-
-
-# ------------------------------------------------------------------------- pointwise constraints: b(x) = phi(x), 0 or 1
 
 
 def decide_pointwise(phi: Tensor, flags: Sequence[bool | None]) -> list[bool]:
