@@ -151,7 +151,7 @@ def tokenise_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase, **template
         )["input_ids"]
     else:
         raise ValueError(
-            f"The dataset holds conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat template. "
+            f"The prompts are conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat template. "
             "Set tokenizer.chat_template, or give prompts and completions as plain text."
         )
     return _one_bos(ids, tokenizer.bos_token_id)

@@ -183,14 +183,7 @@ def choose_beta(
 class _Ratios:
     """The checked samples, (C, M) in float64 on the CPU, from which the estimate at any beta is computed."""
 
-    def __init__(
-        self,
-        target_log_scores: Tensor,
-        proposal_logps: Tensor,
-        log_weights: Tensor | None,
-        log_z: float | Tensor | None,
-        features: Tensor | None,
-    ) -> None:
+    def __init__(self, target_log_scores: Tensor, proposal_logps: Tensor, log_weights, log_z, features) -> None:
         shape = tuple(target_log_scores.shape)
         if len(shape) not in (1, 2) or 0 in shape:
             raise ValueError(f"target_log_scores has the shape {shape}, expected (samples,) or (prompts, samples).")
@@ -246,41 +239,37 @@ class _Ratios:
         kept = (log_z_beta - self.log_z).exp()
         excess = (self.log_r - log_beta).clamp(min=0)
         sign = torch.sign(r - accept)
-        a, b, tvd = self._mean(sign * r), self._mean(sign * accept), self._mean((r - accept).abs()) / 2
+        gap = (r - accept).abs() / 2
+        a, b, tvd = self._mean(sign * r), self._mean(sign * accept), self._mean(gap)
         kl = self._mean(r * excess)
         p_beta = self.w * accept
         moments = (p_beta.unsqueeze(-1) * self.features).sum(1)
-        # Each second argument is the influence of each sample on the first.
-        acceptance, acceptance_se = self._over_prompts(rate, rate.unsqueeze(-1) * (accept - 1))
-        tvd, tvd_se = self._over_prompts(
-            tvd,
-            (r - accept).abs() / 2 - _as_column(tvd) - _as_column(a) * (r - 1) / 2 + _as_column(b) * (accept - 1) / 2,
-        )
-        bound, bound_se = self._over_prompts(-torch.expm1(log_z_beta - self.log_z), _as_column(kept) * (accept - r))
-        kl, kl_se = self._over_prompts(kl + log_z_beta - self.log_z, r * (excess - _as_column(kl)) + accept - r)
-        log_z, log_z_se = self._over_prompts(self.log_z, r - 1)
-        log_z_beta, log_z_beta_se = self._over_prompts(log_z_beta, accept - 1)
+        # The value for each prompt, and the influence of each sample on it.
+        measured = {
+            "acceptance_rate": (rate, _as_column(rate) * (accept - 1)),
+            "tvd": (tvd, gap - _as_column(tvd) - _as_column(a) * (r - 1) / 2 + _as_column(b) * (accept - 1) / 2),
+            "tvd_bound": (-torch.expm1(log_z_beta - self.log_z), _as_column(kept) * (accept - r)),
+            "kl": (kl + log_z_beta - self.log_z, r * (excess - _as_column(kl)) + accept - r),
+            "log_z": (self.log_z, r - 1),
+            "log_z_beta": (log_z_beta, accept - 1),
+        }
+        found = {}
+        for name, (values, influence) in measured.items():
+            found[name], found[f"{name}_se"] = self._over_prompts(values, influence)
         each = [
             self._over_prompts(moments[:, j], accept * (self.features[..., j] - _as_column(moments[:, j])))
             for j in range(moments.size(1))
         ]
         c, share = len(rate), len(rate) / self.prompts
+        for name in ("acceptance_rate", "acceptance_rate_se"):
+            found[name] *= share
+        for name in ("tvd_bound", "kl"):
+            found[name] = max(found[name], 0.0)
         return QRSEstimate(
             beta=math.exp(min(log_beta, LARGEST_LOG)),
-            acceptance_rate=acceptance * share,
-            acceptance_rate_se=acceptance_se * share,
-            tvd=tvd,
-            tvd_se=tvd_se,
-            tvd_bound=max(bound, 0.0),
-            tvd_bound_se=bound_se,
-            kl=max(kl, 0.0),
-            kl_se=kl_se,
+            **found,
             moments=[mean for mean, _ in each],
             moments_se=[se for _, se in each],
-            log_z=log_z,
-            log_z_se=log_z_se,
-            log_z_beta=log_z_beta,
-            log_z_beta_se=log_z_beta_se,
             ess=c**2 / float((p_beta**2).sum()),
             ess_target=c**2 / float(((self.w * r) ** 2).sum()),
             clipped=float((self.w * (excess > 0)).sum(-1).mean()) * share,

@@ -12,6 +12,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.sampling.decode import draw, score
 from contrastive_align.sampling.samples import Samples
 
@@ -63,8 +64,9 @@ class PolicyProposal:
 
         ``completion_ids`` are the tokens drawn, even if their text would be encoded in another way.
         """
-        plain = [self._encode(prompt) for prompt in prompts]
-        seen = [self._encode(_join(self.prefix, prompt)) for prompt in prompts] if self.prefix else plain
+        plain = seen = [tokenise_prompt(prompt, self.tokenizer) for prompt in prompts]
+        if self.prefix:
+            seen = [tokenise_prompt(_join(self.prefix, prompt), self.tokenizer) for prompt in prompts]
         seeds = np.random.SeedSequence([self.seed, self.calls]).generate_state(len(prompts), np.uint64)
         drawn = draw(
             self.model,
@@ -106,29 +108,10 @@ class PolicyProposal:
         return self.base is None and not self.prefix and not is_peft_model(self.model)
 
     def _score_base(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> torch.Tensor:
+        options = {"pad_token_id": self.pad_token_id, "rows_at_once": self.rows_at_once}
         adapter_off = self.base is None and is_peft_model(self.model)
         with _without_adapter(self.model) if adapter_off else nullcontext():
-            model = self.model if self.base is None else self.base
-            return score(
-                model, prompt_ids, completion_ids, pad_token_id=self.pad_token_id, rows_at_once=self.rows_at_once
-            )
-
-    def _encode(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer(text=prompt)["input_ids"]
-        elif not self.tokenizer.chat_template:
-            raise ValueError(
-                "The prompt is a conversation, but the tokenizer has no chat template. Set tokenizer.chat_template, or "
-                "give plain text."
-            )
-        else:
-            ids = self.tokenizer.apply_chat_template(
-                prompt, tokenize=True, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:  # both the text and the tokenizer add it
-            ids = ids[1:]
-        return ids
+            return score(self.model if self.base is None else self.base, prompt_ids, completion_ids, **options)
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from contrastive_align.sampling.estimates import QRSEstimate, qrs_estimates
 from contrastive_align.sampling.samples import Proposal, Samples
@@ -64,13 +65,10 @@ class QRSResult:
 
         Stopping when enough are accepted favours lucky batches a little; separate samples avoid this bias.
         """
-        c = len(self.proposed)
-        place = _count_before(torch.ones_like(self.proposed_index, dtype=torch.bool), self.proposed_index)
+        order, sizes = torch.argsort(self.proposed_index, stable=True), self.proposed.tolist()
 
         def grid(values: Tensor, fill: float) -> Tensor:
-            full = values.new_full((c, int(self.proposed.max()), *values.shape[1:]), fill)
-            full[self.proposed_index, place] = values
-            return full
+            return pad_sequence(values[order].split(sizes), batch_first=True, padding_value=fill)
 
         return qrs_estimates(
             grid(self.target_log_scores, -torch.inf),
@@ -189,9 +187,7 @@ class QuasiRejectionSampler:
         found = torch.bincount(batch.prompt_index, minlength=len(active)).tolist()
         if found != [m] * len(active):
             raise ValueError(f"The proposal returned {found} samples for {len(active)} prompts, expected {m} for each.")
-        return Samples(
-            active[batch.prompt_index], batch.completion_ids, batch.completions, batch.logps, batch.base_logps
-        )
+        return replace(batch, prompt_index=active[batch.prompt_index])
 
 
 def _count_before(hit: Tensor, index: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""Completions with their log-probs, the interface of a proposal, and distinct-n."""
+"""Completions with their log-probs, and the interface of a proposal."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -75,18 +74,6 @@ class Samples:
             torch.cat([part.logps for part in parts]) if parts else [],
             torch.cat([part.base_logps for part in parts]) if parts else [],
         )
-
-
-def distinct_n(token_lists: Sequence[Sequence[int]], n: int) -> float:
-    """Return the number of different n-grams over the number of all n-grams; NaN where there are none.
-
-    A measure of diversity: distinct-n, arXiv:1510.03055. An n-gram lies within one completion.
-
-    >>> distinct_n([[1, 2, 1, 2], [1, 2]], 2)
-    0.5
-    """
-    grams = [tuple(ids[i : i + n]) for ids in token_lists for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else math.nan
 
 
 class Proposal(Protocol):
