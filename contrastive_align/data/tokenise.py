@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def tokenise_group(
             "one, for instance tokenizer.eos_token = '</s>'."
         )
     prompt_ids, full_ids = _encode(group, tokenizer)
-    start = min(_common_prefix(prompt_ids, ids) for ids in full_ids)
+    tokens_at = zip(prompt_ids, *full_ids, strict=False)
+    start = next((i for i, tokens in enumerate(tokens_at) if len(set(tokens)) > 1), min(map(len, [prompt_ids, *full_ids])))
     completion_ids = [_one_eos(ids[start:], tokenizer.eos_token_id, group.is_conversational) for ids in full_ids]
     for i, ids in enumerate(completion_ids):
         if not [t for t in ids if t != tokenizer.eos_token_id]:
@@ -122,23 +124,17 @@ def _fit(ids: TokenisedGroup, max_length: int | None, max_prompt_length: int | N
 def _encode(group: Group, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
     prompt_ids = tokenise_prompt(group.prompt, tokenizer, **group.template_kwargs)
     if group.is_conversational:
-        render = tokenizer.apply_chat_template
-        full_ids = [
-            render(group.prompt + completion, tokenize=True, return_dict=True, **group.template_kwargs)["input_ids"]
-            for completion in group.completions
-        ]
+        render = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=True, **group.template_kwargs)
+        full_ids = [render(group.prompt + completion)["input_ids"] for completion in group.completions]
     else:
         eos = tokenizer.eos_token
-        full_ids = [
-            tokenizer(text=group.prompt + c + ("" if c.endswith(eos) else eos))["input_ids"] for c in group.completions
-        ]
+        texts = [group.prompt + c + ("" if c.endswith(eos) else eos) for c in group.completions]
+        full_ids = [tokenizer(text=text)["input_ids"] for text in texts]
     return prompt_ids, [_one_bos(ids, tokenizer.bos_token_id) for ids in full_ids]
 
 
 def tokenise_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[int]:
-    """Token ids of a prompt alone: text as the tokenizer reads it; messages by its chat template, up to the answer.
-
-    BOS at most once, at the front.
+    """Token ids of a prompt: text as the tokenizer reads it, messages by its chat template; BOS at most once, in front.
 
     Raises:
         ValueError: messages, and a tokenizer without a chat template.
@@ -173,13 +169,6 @@ def _without_eos(ids: list[int], eos: int) -> list[int]:
     while ids and ids[-1] == eos:
         ids = ids[:-1]
     return ids
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-# ------------------------------------------------------------------------------------------------- a whole dataset
 
 
 @dataclass
@@ -251,8 +240,6 @@ def prepare_groups(
         ValueError: no known spelling, or no group left.
     """
     dataset = dataset.with_format(None)  # plain lists and numbers, whatever tensors it would give
-    if isinstance(dataset, Dataset) and not len(dataset):
-        raise ValueError(f"The {name} dataset has no rows, expected at least one group.")
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError(f"The {name} dataset has no rows, expected at least one group.")
@@ -290,7 +277,6 @@ def prepare_groups(
     return (mapped if len(good) == len(mapped) else mapped.select(good)).remove_columns(_COUNTED), report
 
 
-_COUNTED = ["row", "problem", "cut_completions", "cut_prompt_tokens", "moved_boundary"]
 # Told, not guessed from the first rows: these may all be dropped ones, whose lists are empty.
 _FEATURES = Features(
     prompt_ids=List(Value("int64")),
@@ -302,6 +288,7 @@ _FEATURES = Features(
     cut_prompt_tokens=Value("int64"),
     moved_boundary=Value("int64"),
 )
+_COUNTED = [name for name in _FEATURES if name not in TOKEN_COLUMNS]
 
 
 @dataclass
@@ -318,18 +305,28 @@ class _RowReader:
 
     def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         number = row.get(formats.ROW, number)
-        where = f"{self.name}, row {number}: "
         try:
-            if self.spelling == TOKENS:
-                scores, ids = self._read_tokens(row, where)
-            else:
-                group = self._read_text(row, number)
-                scores, ids = group.scores, self._tokenise(group, where)
+            scores, ids = self._read(row, number, f"{self.name}, row {number}: ")
         except BadRow as error:
             if self.on_bad_row == "raise" and not isinstance(error, NoRoom):
                 raise
             return {**asdict(TokenisedGroup([], [[]])), "scores": [0.0], "row": number, "problem": str(error)}
         return {**asdict(ids), "scores": scores, "row": number, "problem": ""}
+
+    def _read(self, row: Mapping[str, Any], number: int, where: str) -> tuple[list[float], TokenisedGroup]:
+        limits = self.max_length, self.max_prompt_length
+        if self.spelling == TOKENS:
+            scores = self._check_tokens(row, where)
+        else:
+            group = self._read_text(row, number)
+        try:
+            if self.spelling == TOKENS:
+                ids = TokenisedGroup(row["prompt_ids"], row["completion_ids"])
+                return scores, _fit(ids, *limits, self.tokenizer.bos_token_id)
+            ids = tokenise_group(group, self.tokenizer, max_length=limits[0], max_prompt_length=limits[1])
+            return group.scores, ids
+        except BadRow as error:
+            raise type(error)(where + str(error)) from error
 
     def _read_text(self, row: Mapping[str, Any], number: int) -> Group:
         group = read_group(row, number, self.spelling, source=self.name)
@@ -339,26 +336,13 @@ class _RowReader:
             group.completions = [[{"role": "assistant", "content": text}] for text in group.completions]
         return group
 
-    def _tokenise(self, group: Group, where: str) -> TokenisedGroup:
-        try:
-            return tokenise_group(
-                group, self.tokenizer, max_length=self.max_length, max_prompt_length=self.max_prompt_length
-            )
-        except BadRow as error:
-            raise type(error)(where + str(error)) from error
-
-    def _read_tokens(self, row: Mapping[str, Any], where: str) -> tuple[list[float], TokenisedGroup]:
+    def _check_tokens(self, row: Mapping[str, Any], where: str) -> list[float]:
         prompt, completions = row["prompt_ids"], row["completion_ids"]
         for column, ok in (("prompt_ids", prompt), ("completion_ids", completions and all(completions))):
             if not ok:
                 raise BadRow(f"{where}'{column}' is empty, expected token ids. Drop the row (on_bad_row='drop').")
         columns = Columns("prompt_ids", "completion_ids", "scores")
-        scores = check_scores(row["scores"] or [], len(completions), where.removesuffix(": "), columns)
-        try:
-            ids = TokenisedGroup(prompt, completions)
-            return scores, _fit(ids, self.max_length, self.max_prompt_length, self.tokenizer.bos_token_id)
-        except NoRoom as error:
-            raise NoRoom(where + str(error)) from error
+        return check_scores(row["scores"] or [], len(completions), where.removesuffix(": "), columns)
 
 
 def _is_good(row: Mapping[str, Any]) -> bool:
@@ -372,7 +356,6 @@ def _count(dataset: Dataset, spelling: str) -> DataReport:
     flat = [i for i, s in enumerate(scores) if len(set(s)) == 1]
     return DataReport(
         spelling=spelling,
-        rows=len(dataset),
         groups=len(dataset),
         groups_by_k=dict(sorted(Counter(len(s) for s in scores).items())),
         no_signal=len(flat),

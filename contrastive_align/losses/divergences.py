@@ -245,10 +245,9 @@ def fdpg(
 
     .. math:: b_i = \frac{\sum_{j \ne i} w_j f'(t_j)}{\sum_{j \ne i} w_j}, \qquad w = \pi / q
 
-    an estimate of E_pi[f'], which is -1 for ``kl``, the baseline of arXiv:2206.00761. Divided by the
-    sum of the weights it takes off every constant in f' exactly; divided by K - 1 it would be as unbiased, but take off
-    a random share of it, and off-policy have many times the variance. A sample without another gets 0. ``js``, ``tv``
-    and the two chi2 have slopes around 0 near the target: there it gains nothing and costs variance when K is small.
+    an estimate of E_pi[f'], which is -1 for ``kl``, the baseline of arXiv:2206.00761. Dividing by the sum of the
+    weights takes off every constant in f' exactly. A sample without another gets 0. ``js``, ``tv`` and the two chi2
+    have slopes around 0 near the target: there it gains nothing and costs variance when K is small.
 
     Args:
         policy_logps: (B, K) nats, log pi(y|x) summed over the completion's tokens. The only input with a gradient.

@@ -1,16 +1,10 @@
 r"""Estimates from samples: log Z, divergences and moments, each with its standard error and effective sample size.
 
-Every function takes K samples y_1 .. y_K of a proposal q for each of B prompts, and returns one estimate per prompt:
-
-=====================  ============  ===================================================================================
-argument               shape         meaning
-=====================  ============  ===================================================================================
-``policy_logps``       (B, K) nats   log pi(y|x), summed over the completion's tokens
-``proposal_logps``     (B, K) nats   log q(y|x) of what the completions were sampled from; the policy's own when online
-``target_log_scores``  (B, K) nats   log P(y|x), not normalised, p = P / Z; -inf where a constraint is violated
-``log_z``              (B,) nats     log Z if known better than from these samples; taken as exact
-``valid``              (B, K) bool   False marks an entry that is not there; default: all True
-=====================  ============  ===================================================================================
+Every function takes K samples y_1 .. y_K of a proposal q for each of B prompts, and returns one estimate per prompt.
+Log-probs are (B, K) nats, summed over the completion's tokens: ``policy_logps`` of the policy pi, ``proposal_logps`` of
+q, which is the policy when online, and ``target_log_scores`` of P, not normalised, p = P / Z, -inf where a constraint
+is violated. ``log_z`` (B,) is log Z if known better than from these samples, and taken as exact. ``valid`` (B, K) is
+False where there is no sample.
 
 Samples of one distribution without prompts are one row: (1, n). Nothing here has a gradient. Standard errors are the
 delta method's: they include the noise of Z and of self-normalisation where these come from the same samples. They hold

@@ -52,9 +52,6 @@ class Start:
 
 def adapter_config_path(model_id: str, revision: str | None = None) -> str | None:
     """Return the path of the ``adapter_config.json`` of a folder or hub id, or None if it has none."""
-    if os.path.isdir(model_id):
-        path = os.path.join(model_id, ADAPTER_CONFIG)
-        return path if os.path.isfile(path) else None
     return find_adapter_config_file(model_id, revision=revision)
 
 
@@ -76,9 +73,8 @@ def resolve_start(
       keeps a frozen copy of it as the reference.
 
     Args:
-        model_id: a folder, or a hub id whose revision is in ``model_init_kwargs``.
+        model_id: a folder, or a hub id whose revision is in ``model_init_kwargs``, which are as in TRL's configs.
         output_dir: the folder of the run.
-        model_init_kwargs: as in TRL's configs.
         quantization_config: of the base.
         trust_remote_code: whether code from the hub may run.
         allow_pickled_adapter: whether adapter weights may be a pickle, which can run code when it is read.
@@ -123,21 +119,12 @@ def resolve_start(
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             _merge(model_id, revision, base_id, config.revision, merged, tokenizer_source, kwargs)
-    return Start(
-        str(merged.resolve()),
-        f"{base_id} + adapter {model_id}{revision_note}, merged into {merged}",
-        str(merged.resolve()),
-    )
+    description = f"{base_id} + adapter {model_id}{revision_note}, merged into {merged}"
+    return Start(str(merged.resolve()), description, str(merged.resolve()))
 
 
 def _merge(
-    adapter: str,
-    adapter_revision: str | None,
-    base_id: str,
-    base_revision: str | None,
-    merged: Path,
-    tokenizer_source: str,
-    model_init_kwargs: dict[str, Any],
+    adapter: str, adapter_revision, base_id: str, base_revision, merged: Path, tokenizer_source: str, model_init_kwargs
 ) -> None:
     dtype = model_init_kwargs.get("dtype", "float32")
     note = {
@@ -225,14 +212,9 @@ def _file_of(model_id: str, name: str, revision: str | None) -> str | None:
 
 
 def check_output_dir(output_dir: str | os.PathLike, *, adapter: bool) -> None:
-    """Raise if ``output_dir`` holds weights of the other kind, since loading it would mix the two.
+    """Raise ValueError if ``output_dir`` is a file or holds weights of the other kind (whole model or adapter).
 
-    Args:
-        output_dir: the folder of the run, which need not exist.
-        adapter: whether the run saves an adapter.
-
-    Raises:
-        ValueError: ``output_dir`` is a file, or holds a whole model where an adapter is to be saved, or vice versa.
+    Loading such a folder would mix the two.
     """
     folder = Path(output_dir)
     if folder.is_file():
@@ -251,10 +233,6 @@ def check_output_dir(output_dir: str | os.PathLike, *, adapter: bool) -> None:
 
 def base_of(base: str | None, adapter: str) -> str:
     """Return the base that an adapter's config names, or the merged base beside the adapter if the run was moved.
-
-    Args:
-        base: ``base_model_name_or_path`` of the adapter's config.
-        adapter: the adapter's folder or hub id.
 
     Raises:
         ValueError: the config names no base.
@@ -280,9 +258,8 @@ def _check_exists(model_id: str) -> None:
 
 
 def _check_adapter_weights(model_id: str, revision: str | None, allow_pickle: bool) -> None:
-    if _file_of(model_id, ADAPTER_WEIGHTS, revision):
-        return
-    if allow_pickle and _file_of(model_id, PICKLED_WEIGHTS, revision):
+    readable = (ADAPTER_WEIGHTS, PICKLED_WEIGHTS) if allow_pickle else (ADAPTER_WEIGHTS,)
+    if any(_file_of(model_id, name, revision) for name in readable):
         return
     if os.path.isdir(model_id) and not os.path.isfile(os.path.join(model_id, PICKLED_WEIGHTS)):
         raise FileNotFoundError(
@@ -354,11 +331,8 @@ def give_rows(model: PreTrainedModel, rows: int, *, fresh: list[int], old: int, 
     Each dimension of a new row is normal, with the mean and standard deviation of the old rows.
 
     Args:
-        model: a causal language model, which is changed.
-        rows: how many it has at least afterwards.
         fresh: ids of rows to draw in addition to those that the model lacked.
         old: how many rows, from the first, belong to known tokens.
-        seed: of the draw.
     """
     embedding = model.get_input_embeddings()
     had = embedding.weight.size(0)
@@ -372,11 +346,8 @@ def give_rows(model: PreTrainedModel, rows: int, *, fresh: list[int], old: int, 
     known = min(old, had, fresh[0])  # new tokens come after all the old ones
     generator = torch.Generator().manual_seed(seed)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = [embedding.weight]
-    if head is not None:
-        weights += [] if head.weight is embedding.weight else [head.weight]
-        weights += [] if getattr(head, "bias", None) is None else [head.bias]
-    for weight in weights:
+    of_head = [] if head is None else [head.weight, getattr(head, "bias", None)]
+    for weight in [embedding.weight, *(w for w in of_head if w is not None and w is not embedding.weight)]:
         weight[fresh] = _rows_like(weight[:known], len(fresh), generator).to(weight)
 
 

@@ -92,7 +92,7 @@ def completion_logps(
 def completion_objective(
     model: nn.Module,
     batch: dict[str, Tensor],
-    objective: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float | None], Any],
+    objective: Callable[..., Any],
     *,
     layout: str = "padded",
     **forward_kwargs: Any,
@@ -100,24 +100,17 @@ def completion_objective(
     """Call ``objective`` on the completion tokens' hidden states inside the model's forward pass.
 
     The tokens come completion after completion, in the order of the batch's rows, under both layouts and for any
-    prompts. So two batches with the same completions give the same tokens in the same order, even where the policy sees
-    a conditioned prompt and the reference the unconditioned one.
+    prompts: batches with the same completions give the same tokens, even if only the policy's prompts are conditioned.
 
     Args:
-        model: a causal language model that went through :func:`add_head`.
-        batch: what :class:`~contrastive_align.data.GroupCollator` returns.
+        model, batch, layout, forward_kwargs: as in :func:`completion_logps`, which names the errors, too.
         objective: ``objective(hidden, labels, weight, bias, scale, softcap)``, called once, with the last hidden states
             (n, H) that predict the n completion tokens ``labels`` (n,), and the head: its weight (V, H), its bias (V,)
             or None, the factor of its logits, and their softcap or None. For example
             :func:`~contrastive_align.models.token_loss.token_loss`, or ``lambda hidden, *_: hidden`` for a reference.
-        layout: as in :func:`completion_logps`.
-        forward_kwargs: passed to the model.
 
     Returns:
         What ``objective`` returns.
-
-    Raises:
-        RuntimeError: a packed row did not reach the shared-prompt attention.
     """
     inputs = _model_inputs(batch, layout)
     result = model(**inputs, use_cache=False, fused_lm_head=True, token_objective=objective, **forward_kwargs)

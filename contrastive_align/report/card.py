@@ -60,29 +60,22 @@ def how_to_ask(kind: str, best: str, *, adapter: bool, tokens: bool, base: str) 
         base: the id of the model under the adapter.
     """
     if adapter and tokens:
-        load = [
-            "from transformers import AutoModelForCausalLM",
-            "from contrastive_align.conditions.tokens import load_with_condition_tokens",
-            "",
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
-            "model, tokenizer = load_with_condition_tokens(base, folder)",
-        ]
+        load = f"""from transformers import AutoModelForCausalLM
+from contrastive_align.conditions.tokens import load_with_condition_tokens
+
+base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})
+model, tokenizer = load_with_condition_tokens(base, folder)"""
     else:
         auto = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
-        load = [
-            f"from {'peft' if adapter else 'transformers'} import {auto}",
-            "from transformers import AutoTokenizer",
-            "",
-        ]
-        load += [f"model = {auto}.from_pretrained(folder)", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
-    code = "\n".join(
-        [
-            'folder = "."  # of this model',
-            "from contrastive_align.conditions import Condition",
-            *load,
-            'prompt = Condition.load(folder).apply_best("Why is the sky blue?")  # or a list of messages',
-        ]
-    )
+        load = f"""from {"peft" if adapter else "transformers"} import {auto}
+from transformers import AutoTokenizer
+
+model = {auto}.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)"""
+    code = f"""folder = "."  # of this model
+from contrastive_align.conditions import Condition
+{load}
+prompt = Condition.load(folder).apply_best("Why is the sky blue?")  # or a list of messages"""
     return (
         "## Asking for the best\n\n"
         f"This model was trained on completions of every quality, each under a condition (`{kind}`, in "

@@ -115,10 +115,8 @@ class Summary:
         return self._closing(rows if self.metrics else None)
 
     def _closing(self, rows: Sequence[Sequence[str]] | None) -> str:
-        lines = [f"measured on {self.metrics_on}", table(rows, numbers=True)] if rows else []
-        if self.state:
-            lines.append(self.state)
-        return "\n".join([*lines, table(list(self.saved.items()))])
+        measured = [f"measured on {self.metrics_on}", table(rows, numbers=True)] if rows else []
+        return "\n".join([*measured, *filter(None, [self.state]), table(list(self.saved.items()))])
 
 
 @dataclass
@@ -156,10 +154,7 @@ def distribution_rows(distributions: Mapping[str, Mapping[str, Number]]) -> list
     """
     columns = [name for name in COLUMNS if name in distributions]
     names = list(dict.fromkeys(name for column in columns for name in distributions[column]))
-    cells = [
-        (name, *(str(distributions[c][name]) if name in distributions[c] else "" for c in columns)) for name in names
-    ]
-    return [("", *columns), *cells]
+    return [("", *columns), *((name, *(str(distributions[c].get(name, "")) for c in columns)) for name in names)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def qrs_estimates(
     >>> round(estimate.acceptance_rate, 4), round(estimate.tvd_bound, 4)
     (0.7, 0.3)
     """
-    ratios = _Ratios(target_log_scores, proposal_logps, log_weights, log_z, features)
+    ratios = _Ratios(target_log_scores, proposal_logps, log_weights=log_weights, log_z=log_z, features=features)
     for beta in betas:
         if not 0 < beta < math.inf:
             raise ValueError(
@@ -128,9 +129,7 @@ def choose_beta(
     *,
     acceptance: float | None = None,
     tvd: float | None = None,
-    log_weights: Tensor | None = None,
-    features: Tensor | None = None,
-    log_z: float | Tensor | None = None,
+    **samples: Any,
 ) -> QRSEstimate:
     """Find the beta for a wished acceptance rate, or the least beta for a wished distance, by bisection on log beta.
 
@@ -139,7 +138,7 @@ def choose_beta(
     Args:
         acceptance: the wished acceptance rate, above 0.
         tvd: the wished total variation distance of p and p_beta, above 0.
-        target_log_scores, proposal_logps, log_weights, features, log_z: see :func:`qrs_estimates`.
+        target_log_scores, proposal_logps, **samples: see :func:`qrs_estimates`.
 
     Returns:
         The estimate at that beta, which is its ``.beta``.
@@ -156,7 +155,7 @@ def choose_beta(
     wish = acceptance if tvd is None else tvd
     if not 0 < wish <= 1:
         raise ValueError(f"The wish {wish} is not between 0 and 1.")
-    ratios = _Ratios(target_log_scores, proposal_logps, log_weights, log_z, features)
+    ratios = _Ratios(target_log_scores, proposal_logps, **samples)
     finite = ratios.log_r[ratios.log_r > -torch.inf]
     # Below the least ratio nothing changes any more; above the largest p_beta = p, and acceptance only shrinks.
     low, high = float(finite.min()), float(finite.max())
@@ -183,7 +182,9 @@ def choose_beta(
 class _Ratios:
     """The checked samples, (C, M) in float64 on the CPU, from which the estimate at any beta is computed."""
 
-    def __init__(self, target_log_scores: Tensor, proposal_logps: Tensor, log_weights, log_z, features) -> None:
+    def __init__(
+        self, target_log_scores: Tensor, proposal_logps: Tensor, *, log_weights=None, log_z=None, features=None
+    ) -> None:
         shape = tuple(target_log_scores.shape)
         if len(shape) not in (1, 2) or 0 in shape:
             raise ValueError(f"target_log_scores has the shape {shape}, expected (samples,) or (prompts, samples).")

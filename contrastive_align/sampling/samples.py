@@ -35,8 +35,7 @@ class Samples:
         object.__setattr__(self, "prompt_index", torch.as_tensor(self.prompt_index, dtype=torch.int64).cpu())
         for name in ("logps", "base_logps"):
             object.__setattr__(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float64).detach().cpu())
-        parts = ("prompt_index", "completion_ids", "completions", "logps", "base_logps")
-        sizes = {name: len(getattr(self, name)) for name in parts}
+        sizes = {name: len(part) for name, part in vars(self).items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(
                 f"The parts of Samples have the lengths {sizes}, expected one entry each for every sample."
@@ -55,14 +54,8 @@ class Samples:
     def select(self, rows: Tensor) -> Samples:
         """Return the samples of some rows: a bool mask (n,), or row numbers in the wanted order."""
         rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
-        numbers = rows.tolist()
-        return Samples(
-            self.prompt_index[rows],
-            [self.completion_ids[i] for i in numbers],
-            [self.completions[i] for i in numbers],
-            self.logps[rows],
-            self.base_logps[rows],
-        )
+        parts = vars(self).values()
+        return Samples(*(p[rows] if isinstance(p, Tensor) else [p[i] for i in rows.tolist()] for p in parts))
 
     @staticmethod
     def join(parts: Sequence[Samples]) -> Samples:

@@ -162,16 +162,10 @@ def _from_mapping(spec: Mapping[str, Any], context: dict[str, Any]) -> Feature:
     return replace(feature, spec=_plain(spec), name=name)
 
 
-# ---------------------------------------------------------------------------------------------------------------- texts
-
-
 def contains(value: Any, *, case_sensitive: bool = False, count: bool = False) -> Feature:
     """Build the feature that is 1 where the completion contains a text, or any of a list, also inside a word, else 0.
 
-    Args:
-        value: the text or texts.
-        case_sensitive: whether "Please" differs from "please".
-        count: give the number of occurrences instead of 0 or 1.
+    With ``case_sensitive``, "Please" differs from "please"; with ``count``, the number of occurrences is the value.
 
     >>> contains("please")(prompts=[""] * 2, completions=["Please wait.", "Wait."])
     [1.0, 0.0]
@@ -183,8 +177,7 @@ def contains(value: Any, *, case_sensitive: bool = False, count: bool = False) -
 def words(value: Any, *, case_sensitive: bool = False, count: bool = False) -> Feature:
     """Build the feature that is 1 where the completion has any of the words (or phrases) as whole words, else 0.
 
-    Args:
-        value: a list of words, or the path of a text file with one on each line.
+    ``value`` is a list of words, or the path of a text file with one on each line.
 
     >>> words(["art", "arts"])(prompts=[""] * 2, completions=["The arts.", "A party."])
     [1.0, 0.0]
@@ -218,11 +211,9 @@ def matches(value: Any, *, count: bool = False) -> Feature:
 
 
 def length(value: Any, *, min: float | None = None, max: float | None = None) -> Feature:
-    """Build the feature of the completion's length; tokens need the column ``completion_ids``.
+    """Build the feature of the completion's length in ``"words"``, ``"characters"`` or ``"tokens"``.
 
-    Args:
-        value: ``"words"``, ``"characters"`` or ``"tokens"``.
-        min, max: with either, 1 where min <= length <= max and else 0.
+    With ``min`` or ``max`` it is 1 where min <= length <= max and else 0. Tokens need the column ``completion_ids``.
 
     >>> length("words", max=2)(prompts=[""] * 2, completions=["Two words.", "Now three words."])
     [1.0, 0.0]
@@ -276,16 +267,13 @@ def _longest_first(texts: list[str]) -> list[str]:
     return sorted(texts, key=len, reverse=True)  # so that counting does not take the "art" of "arts"
 
 
-# ------------------------------------------------------------------------------------------------------------ functions
-
-
 def _function(value: Any) -> Feature:
     if callable(value):
         return resolve_feature(value)
     place, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
     if not place or not name:
         raise ValueError(f"function: found {shorten(value)}, expected 'file.py:function' or 'package.module:function'.")
-    module = _load_file(place) if place.endswith(".py") else _import(place)
+    module = _import(place)
     if not callable(getattr(module, name, None)):
         there = [key for key, item in vars(module).items() if inspect.isfunction(item) and not key.startswith("_")]
         raise AttributeError(f"{place} has no function {name!r}. It has: {', '.join(there) or 'none'}.")
@@ -293,34 +281,29 @@ def _function(value: Any) -> Feature:
 
 
 def _import(place: str) -> Any:
+    file = Path(place).expanduser().resolve() if place.endswith(".py") else None
+    if file and not file.is_file():
+        raise FileNotFoundError(f"No file {place!r} (looked for {file}), expected 'file.py:function'.")
     try:
-        return importlib.import_module(place)
+        return _load_file(file) if file else importlib.import_module(place)
     except Exception as error:
+        hint = "" if file else ". For a file write 'file.py:function'."
         raise ValueError(
-            f"{place} could not be imported, which raised {type(error).__name__}: {error}. For a file write "
-            "'file.py:function'."
+            f"{file or place} could not be imported, which raised {type(error).__name__}: {error}{hint}"
         ) from error
 
 
-def _load_file(path: str) -> Any:
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        raise FileNotFoundError(f"No file {path!r} (looked for {file}), expected 'file.py:function'.")
+def _load_file(file: Path) -> Any:
     name = f"features_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class up by its module
     try:
         spec.loader.exec_module(module)
-    except BaseException as error:
+    except BaseException:
         del sys.modules[name]
-        if not isinstance(error, Exception):
-            raise
-        raise ValueError(f"{file} could not be imported, which raised {type(error).__name__}: {error}") from error
+        raise
     return module
-
-
-# ------------------------------------------------------------------------------------------------------- combinations
 
 
 def _product(value: Any, *, context: dict[str, Any]) -> Feature:

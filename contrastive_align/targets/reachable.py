@@ -38,6 +38,8 @@ class Reach:
 
     def __init__(self, phi: Tensor, moments: Tensor, support: Tensor, names: Sequence[str]) -> None:
         self.moments, self.support, self.names = moments, support, names
+        self._samples = f"{int(support.sum())} samples"
+        self._over_prompts = f" (mean over {len(support)} prompts)" if len(support) > 1 else ""
         outside = ~support.unsqueeze(-1)
         self.low = phi.masked_fill(outside, torch.inf).amin(1).mean(0)
         self.high = phi.masked_fill(outside, -torch.inf).amax(1).mean(0)
@@ -61,7 +63,7 @@ class Reach:
                 )
             raise InfeasibleMoment(
                 f"The moment {wanted:g} of '{self.names[j]}' is {'on the edge of' if inside else 'outside'} what the "
-                f"{self._samples()} reach: {low:g} to {high:g}{self._over_prompts()}.{hint}"
+                f"{self._samples} reach: {low:g} to {high:g}{self._over_prompts}.{hint}"
             )
 
     def _constant(self, j: int, phi: Tensor, value: float, wanted: float) -> str:
@@ -70,7 +72,7 @@ class Reach:
             found = f"does not vary among the samples of any one prompt (mean {value:g} over {len(phi)} prompts)"
             fix = "Draw several samples for each prompt, or use a feature that depends on the completion."
         else:
-            found = f"is the constant {value:g} on all {self._samples()}"
+            found = f"is the constant {value:g} on all {self._samples}"
             fix = "Check the feature on a few completions, or drop the constraint."
         return f"'{self.names[j]}' {found}, so that no lambda moves it to the moment {wanted:g}. {fix}"
 
@@ -93,7 +95,7 @@ class Reach:
         ranges = "; ".join(self.describe(j) for j in range(len(self.names)))
         raise InfeasibleMoment(
             f"The moments cannot be reached together: {' '.join(terms).removeprefix('+')} should be {wanted:.6g}, and "
-            f"reaches at most {reached:.6g} on the {self._samples()}{self._over_prompts()}, where a finite lambda "
+            f"reaches at most {reached:.6g} on the {self._samples}{self._over_prompts}, where a finite lambda "
             f"needs more. Each alone: {ranges}. Draw more samples, drop a constraint or make it pointwise (moment=1.0)."
         )
 
@@ -119,9 +121,3 @@ class Reach:
     def describe(self, j: int) -> str:
         """Return one wanted moment and its range, for messages."""
         return f"'{self.names[j]}' wanted {self.moments[j]:g}, range {self.low[j]:g} to {self.high[j]:g}"
-
-    def _samples(self) -> str:
-        return f"{int(self.support.sum())} samples"
-
-    def _over_prompts(self) -> str:
-        return f" (mean over {len(self.support)} prompts)" if len(self.support) > 1 else ""

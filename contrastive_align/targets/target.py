@@ -23,8 +23,6 @@ from contrastive_align.targets.reachable import InfeasibleMoment
 
 logger = logging.getLogger(__name__)
 
-CONSTRAINT_KEYS = ("moment", "pointwise")
-
 
 @dataclass(frozen=True)
 class Constraint:
@@ -89,7 +87,7 @@ def resolve_constraint(spec: Any, **resolve_kwargs: Any) -> Constraint:
             f"Found {shorten(spec)}, expected a constraint: a feature with its moment, such as "
             "{contains: please, moment: 0.5}."
         )
-    rest = {key: value for key, value in spec.items() if key not in CONSTRAINT_KEYS}
+    rest = {key: value for key, value in spec.items() if key not in ("moment", "pointwise")}
     feature = rest["feature"] if set(rest) == {"feature"} else rest
     return Constraint(resolve_feature(feature, **resolve_kwargs), spec["moment"], spec.get("pointwise"))
 
@@ -126,13 +124,7 @@ class Target:
         if all(self._pointwise):
             self._lambdas = torch.zeros(len(self.names), dtype=torch.float64)
 
-    def _start(
-        self,
-        features: list[Feature],
-        pointwise: list[bool | None],
-        constraints: tuple[Constraint, ...] = (),
-        reward_beta: float | None = None,
-    ) -> None:
+    def _start(self, features: list[Feature], pointwise: list[bool | None], constraints=(), reward_beta=None) -> None:
         self.constraints, self.reward_beta = constraints, reward_beta
         self.last_fit: Fit | None = None
         self._features, self._pointwise = tuple(features), pointwise
