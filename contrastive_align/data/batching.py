@@ -31,9 +31,8 @@ class TokenBatchSampler(Sampler[list[int]]):
     Args:
         lengths: tokens of every group; where ``rows`` is given, of its longest row.
         rows: rows of every group, if rows are padded to the longest of their batch.
-        max_tokens: what a batch may hold: the sum of ``lengths``, or with ``rows`` their sum x the longest. A group
-            above it is a batch of its own.
-        max_groups: how many groups a batch may hold.
+        max_tokens, max_groups: what a batch may hold: the sum of ``lengths``, or with ``rows`` their sum x the longest;
+            and groups. A group above it is a batch of its own.
 
     >>> sampler = TokenBatchSampler([50, 9, 20, 10, 52, 21], max_tokens=60, max_groups=4)
     >>> len(sampler), sorted(sorted(sampler.lengths[i] for i in batch) for batch in sampler)

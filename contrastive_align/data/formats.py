@@ -30,18 +30,11 @@ class BadRow(ValueError):
 
 @dataclass
 class Group:
-    """One prompt, K completions, one score each.
+    """One prompt, K completions, one score each; ``template_kwargs`` are the row's arguments for the chat template."""
 
-    Args:
-        prompt: plain text, or a list of messages (then the completions are lists of messages too).
-        completions: K >= 2 completions.
-        scores: K finite numbers; higher is better.
-        template_kwargs: the row's arguments for the chat template (``tools`` and ``chat_template_kwargs``).
-    """
-
-    prompt: Text
-    completions: list[Text]
-    scores: list[float]
+    prompt: Text  # plain text, or a list of messages (then the completions are lists of messages too)
+    completions: list[Text]  # K >= 2
+    scores: list[float]  # K finite numbers; higher is better
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -112,8 +105,7 @@ def read_group(row: Mapping[str, Any], number: int, spelling: str, *, source: st
     """Read one row of a dataset into a checked :class:`Group`.
 
     Args:
-        row: the row.
-        number: its number in the dataset, from 0, for errors; a column ``__row__`` takes precedence.
+        number: the row's number in the dataset, from 0, for errors; a column ``__row__`` takes precedence.
         spelling: see :func:`detect_spelling`.
         source: the file or split, for errors.
 

@@ -33,22 +33,13 @@ class NoRoom(BadRow):
 
 @dataclass
 class TokenisedGroup:
-    """Token ids of one group.
+    """Token ids of one group."""
 
-    Args:
-        prompt_ids: the tokens all completions share, BOS included where the tokenizer has one.
-        completion_ids: K lists; each ends with one EOS unless it was cut.
-        cut_completions: how many of the K were cut to fit ``max_length``.
-        cut_prompt_tokens: how many tokens the prompt lost at its start.
-        moved_boundary: how many of the prompt's last tokens differ once a completion follows; they are scored as
-            part of the completions.
-    """
-
-    prompt_ids: list[int]
-    completion_ids: list[list[int]]
-    cut_completions: int = 0
-    cut_prompt_tokens: int = 0
-    moved_boundary: int = 0
+    prompt_ids: list[int]  # the tokens all completions share, BOS included where the tokenizer has one
+    completion_ids: list[list[int]]  # K lists; each ends with one EOS unless it was cut
+    cut_completions: int = 0  # how many of the K were cut to fit max_length
+    cut_prompt_tokens: int = 0  # how many tokens the prompt lost at its start
+    moved_boundary: int = 0  # the prompt's last tokens that differ once a completion follows, and are scored with it
 
 
 def tokenise_group(
@@ -78,7 +69,9 @@ def tokenise_group(
         )
     prompt_ids, full_ids = _encode(group, tokenizer)
     tokens_at = zip(prompt_ids, *full_ids, strict=False)
-    start = next((i for i, tokens in enumerate(tokens_at) if len(set(tokens)) > 1), min(map(len, [prompt_ids, *full_ids])))
+    start = next(
+        (i for i, tokens in enumerate(tokens_at) if len(set(tokens)) > 1), min(map(len, [prompt_ids, *full_ids]))
+    )
     completion_ids = [_one_eos(ids[start:], tokenizer.eos_token_id, group.is_conversational) for ids in full_ids]
     for i, ids in enumerate(completion_ids):
         if not [t for t in ids if t != tokenizer.eos_token_id]:
@@ -195,20 +188,15 @@ class DataReport:
 
     def lost(self) -> list[str]:
         """What was dropped or cut, a line each, with the first rows."""
-        lines = []
-        if self.dropped:
-            first = "; ".join(self.dropped_because.values())
-            lines.append(f"{self.dropped} of {self.rows} rows dropped. The first: {first}")
-        if self.cut_completions:
-            lines.append(f"{self.cut_completions} completions cut to fit max_length (they train no EOS).")
-        if self.cut_prompts:
-            lines.append(f"{self.cut_prompts} prompts cut to max_prompt_length (their end is kept).")
-        if self.moved_boundaries:
-            lines.append(
-                f"in {self.moved_boundaries} groups the prompt's last token merges with the completion's first; the "
-                "completions are scored from there on."
-            )
-        return lines
+        first = "; ".join(self.dropped_because.values())
+        lines = {
+            f"{self.dropped} of {self.rows} rows dropped. The first: {first}": self.dropped,
+            f"{self.cut_completions} completions cut to fit max_length (they train no EOS).": self.cut_completions,
+            f"{self.cut_prompts} prompts cut to max_prompt_length (their end is kept).": self.cut_prompts,
+            f"in {self.moved_boundaries} groups the prompt's last token merges with the completion's first; the "
+            "completions are scored from there on.": self.moved_boundaries,
+        }
+        return [line for line, count in lines.items() if count]
 
     def notes(self) -> list[str]:
         """What was lost, and what weighs nothing."""
@@ -251,18 +239,12 @@ def prepare_groups(
         )
     spelling = TOKENS if all(c in columns for c in TOKEN_COLUMNS) else detect_spelling(columns, first_row)
     reader = _RowReader(spelling, tokenizer, max_length, max_prompt_length, on_bad_row, name)
+    options = {"with_indices": True, "remove_columns": columns, "features": _FEATURES}
     if isinstance(dataset, IterableDataset):
-        dataset = dataset.map(reader, with_indices=True, remove_columns=columns, features=_FEATURES)
-        return dataset.filter(_is_good), DataReport(spelling)
+        return dataset.map(reader, **options).filter(_is_good), DataReport(spelling)
 
-    mapped = dataset.map(
-        reader,
-        with_indices=True,
-        remove_columns=columns,
-        features=_FEATURES,
-        num_proc=num_proc,
-        desc=f"Reading and tokenising the {name} groups",
-    )
+    desc = f"Reading and tokenising the {name} groups"
+    mapped = dataset.map(reader, **options, num_proc=num_proc, desc=desc)
     problems = mapped["problem"]
     good = [i for i, problem in enumerate(problems) if not problem]
     report = _count(mapped.select(good), spelling)

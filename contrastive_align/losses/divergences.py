@@ -140,12 +140,11 @@ def alpha_of(name: str) -> float | None:
     >>> alpha_of("alpha:-0.5"), alpha_of("js")
     (-0.5, None)
     """
-    rest = name.strip().lower().removeprefix("alpha")
-    # A separator is required: "alpha-2" could be read both ways.
-    if rest == name.strip().lower() or rest[:1] not in (":", "=", "_", " "):
-        return None
+    match = re.fullmatch(
+        "alpha[:=_ ](.*)", name.strip().lower()
+    )  # without a separator "alpha-2" could be read both ways
     try:
-        a = float(rest[1:])
+        a = float(match[1]) if match else math.nan
     except ValueError:
         return None
     return a if math.isfinite(a) else None

@@ -37,17 +37,11 @@ MERGE_TOLERANCE_16_BIT = 0.1
 
 @dataclass
 class Start:
-    """The model a run starts from, which is also its reference.
+    """The model a run starts from, which is also its reference."""
 
-    Args:
-        model: a model id or folder without an adapter; or, on a 4-bit or 8-bit base, a model with its adapter.
-        description: one line with model, revision and adapter, and whether the adapter was merged.
-        tokenizer_source: the model id or folder of its tokenizer.
-    """
-
-    model: str | PeftModel
-    description: str
-    tokenizer_source: str
+    model: str | PeftModel  # an id or folder without an adapter; on a 4-bit or 8-bit base, a model with its adapter
+    description: str  # one line with model, revision and adapter, and whether the adapter was merged
+    tokenizer_source: str  # model id or folder
 
 
 def adapter_config_path(model_id: str, revision: str | None = None) -> str | None:

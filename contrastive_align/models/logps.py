@@ -20,20 +20,14 @@ from contrastive_align.models.shared_prompt import pack
 class CompletionLogps:
     """Log-probs of a batch of groups.
 
-    Args:
-        logps: (B, K) nats, summed over the completion's tokens, EOS included; 0 where ``valid`` is False.
-        lengths: (B, K) the numbers of summed tokens.
-        tokens: name -> one value per completion token, completion after completion (``entropy``, ``mean_logits``,
-            ``is_top1``).
-        owner: the index, among the N completions, of the one that each of these tokens belongs to.
-        aux_loss: the router loss of a mixture-of-experts model, if it was asked for.
+    ``tokens`` holds ``entropy``, ``mean_logits`` and ``is_top1`` of every completion token, completion after completion.
     """
 
-    logps: Tensor
-    lengths: Tensor
+    logps: Tensor  # (B, K) nats, summed over the completion's tokens, EOS included; 0 where valid is False
+    lengths: Tensor  # (B, K) the numbers of summed tokens
     tokens: dict[str, Tensor]
-    owner: Tensor
-    aux_loss: Tensor | None
+    owner: Tensor  # the index, among the N completions, of the one that each of these tokens belongs to
+    aux_loss: Tensor | None  # the router loss of a mixture-of-experts model, if it was asked for
 
 
 @dataclass
@@ -154,10 +148,9 @@ def add_head(model: PreTrainedModel) -> None:
     Changes ``model.forward``. To be called after TRL's ``add_fused_lm_head``, whose forward takes the calls that this
     one does not: other arguments, router losses, and, without a ``token_objective``, other devices than a CPU.
 
-    Args:
-        model: a causal language model. Its forward also takes ``token_stats=False``, which leaves out all but the
-            log-probs where that saves time, and ``token_objective=fn``, with which it returns
-            ``fn(hidden, labels, weight, bias, scale, softcap)`` on any device: see :func:`completion_objective`.
+    The forward also takes ``token_stats=False``, which leaves out all but the log-probs where that saves time, and
+    ``token_objective=fn``, with which it returns ``fn(hidden, labels, weight, bias, scale, softcap)`` on any device:
+    see :func:`completion_objective`.
     """
     before = model.forward
     config = model.config.get_text_config()

@@ -68,10 +68,7 @@ class SharedPrompt:
 
 
 def pack(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], SharedPrompt]:
-    """Pack a padded batch of groups into one row of n tokens.
-
-    Args:
-        batch: what :class:`~contrastive_align.data.GroupCollator` returns.
+    """Pack a padded batch of :class:`~contrastive_align.data.GroupCollator` into one row of n tokens.
 
     Returns:
         ``input_ids``, ``position_ids`` and ``shift_labels``, each (1, n), and the row's layout. The labels are -100 on

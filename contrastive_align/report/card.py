@@ -26,12 +26,8 @@ def objective_section(objective: Mapping[str, Any]) -> str:
 def add_section(output_dir: str | Path, section: str, *, instead_of: str | None = None) -> None:
     """Add a section of Markdown to the ``README.md`` of a folder, before the section on the training procedure.
 
-    Without a ``README.md`` nothing is written: the main process alone writes the card.
-
-    Args:
-        output_dir: the folder of the card.
-        section: Markdown that begins with its heading.
-        instead_of: the heading of a section to replace, if the card has it.
+    Without a ``README.md`` nothing is written: the main process alone writes the card. ``instead_of`` is the heading of
+    a section to replace, if the card has it.
     """
     path = Path(output_dir) / "README.md"
     if not path.is_file():
@@ -55,9 +51,8 @@ def how_to_ask(kind: str, best: str, *, adapter: bool, tokens: bool, base: str) 
     Args:
         kind: of the condition, as in ``condition.json``.
         best: the text that stands for the best label.
-        adapter: whether the folder holds an adapter.
+        adapter, base: whether the folder holds an adapter, and the id of the model under it.
         tokens: whether the condition has tokens of its own.
-        base: the id of the model under the adapter.
     """
     if adapter and tokens:
         load = f"""from transformers import AutoModelForCausalLM

@@ -43,11 +43,7 @@ def plot_steps(
 ) -> Path:
     """Plot a run towards a target over its steps: moments on the left, divergences on the right.
 
-    A dotted line shows the wanted moment, or for a reward, which has none, its moment under the target.
-
-    Args:
-        log_history: ``trainer.state.log_history``.
-        wanted: feature -> wanted moment, or None for a reward.
+    A dotted line shows the ``wanted`` moment of a feature; for a reward, whose entry is None, that under the target.
 
     Raises:
         ValueError: nothing was logged.
@@ -88,9 +84,6 @@ def plot_tradeoff(estimates: Sequence[QRSEstimate], path: str | os.PathLike, *, 
 
     Betas at which no sample shows a difference between p_beta and p are left out: their divergence is not known.
 
-    Args:
-        estimates: of ``qrs_estimates``, for any number of betas.
-
     Raises:
         ValueError: no estimates.
     """
@@ -128,10 +121,9 @@ def plot_round(
     Of more than 12 labels the first 6 and the last 6 are shown, and the title says so.
 
     Args:
-        label: (N,) the label of each sample, -1 for none.
+        label: (N,) the label of each sample, -1 for none, whose names are ``names``.
         score: (N,) rewards, NaN for none.
         length: (N,) tokens.
-        names: of the labels.
 
     """
     present = [i for i in np.unique(label) if i >= 0]
@@ -169,13 +161,9 @@ def plot_rewards(
 ) -> Path:
     """Plot conditional training: reward over the rounds on the left, reward given each condition on the right.
 
-    Left: the mean reward of each round's new samples, and of the pool under each condition. Right: the reward of the
-    trained model given each condition, with standard errors.
-
-    Args:
-        rounds: the logs of the trainer at the beginning of each round.
-        given: condition -> mean reward and its standard error.
-        start: mean reward before training, drawn as a dotted line.
+    Left: the mean reward of each round's new samples, and of the pool under each condition, from the trainer's logs at
+    the beginning of each round. Right: the reward of the trained model given each condition, with standard errors, and
+    that before training, ``start``, as a dotted line.
 
     Raises:
         ValueError: no round has a reward.

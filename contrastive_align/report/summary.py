@@ -18,18 +18,11 @@ COLUMNS = ("base", "target", "tuned", "tuned+QRS")
 
 @dataclass
 class Change:
-    """A number before and after training.
-
-    Args:
-        before, after: means over the same ``n`` groups or prompts.
-        se: standard error of after - before, paired over the ``n``.
-        n: the number of groups or prompts.
-        before_se, after_se: standard errors of the two means, if measured.
-    """
+    """A number before and after training: means over the same ``n`` groups or prompts, with their standard errors."""
 
     before: float
     after: float
-    se: float
+    se: float  # of after - before, paired over the n
     n: int
     before_se: float | None = None
     after_se: float | None = None
@@ -47,18 +40,12 @@ class Change:
 
 @dataclass
 class TargetChange(Change):
-    """A number under base, tuned model, target and QRS.
+    """A number under base, tuned model, target and QRS; ``n`` counts the samples of each distribution."""
 
-    Args:
-        target: the wanted value; for the divergence from the base, that of the target itself.
-        qrs, qrs_se: the same number and its standard error with quasi-rejection sampling; None without.
-        n: the samples of each distribution; ``se`` is taken over ``prompts``.
-    """
-
-    target: float | None = None
-    qrs: float | None = None
+    target: float | None = None  # the wanted value; for the divergence from the base, that of the target itself
+    qrs: float | None = None  # the number with quasi-rejection sampling
     qrs_se: float | None = None
-    prompts: int | None = None
+    prompts: int | None = None  # over which se is taken
 
 
 @dataclass(frozen=True)

@@ -35,16 +35,13 @@ CACHE_ROOM = 64  # tokens by which a full KV cache grows
 class Drawn:
     """K completions of each of C prompts.
 
-    Args:
-        completion_ids: C x K lists of token ids, EOS included where it was drawn.
-        logps: (C, K) float64 nats, summed over the completion's tokens, EOS included, under the distribution drawn
-            from, after ``suppress_ids``, ``temperature`` and ``top_p``.
-        truncated: (C, K) bool: max_new_tokens came before EOS.
+    The log-probs are summed over the completion's tokens, EOS included, under the distribution that was drawn from,
+    after ``suppress_ids``, ``temperature`` and ``top_p``.
     """
 
-    completion_ids: list[list[list[int]]]
-    logps: Tensor
-    truncated: Tensor
+    completion_ids: list[list[list[int]]]  # C x K lists of token ids, EOS included where it was drawn
+    logps: Tensor  # (C, K) float64 nats
+    truncated: Tensor  # (C, K) bool: max_new_tokens came before EOS
 
 
 @torch.no_grad()
@@ -74,11 +71,10 @@ def draw(
     Args:
         model: a transformers model, with or without PEFT. A causal model continues the prompt; an encoder-decoder model
             reads it in the encoder. Without a KV cache, every step computes the whole row again. Dropout is off.
-        prompt_ids: C prompts, not empty.
+        prompt_ids, seeds: C prompts, not empty, with a seed each.
         per_prompt: K samples of each prompt.
         eos_token_ids: tokens that end a completion; may be empty.
         pad_token_id: any token of the vocabulary.
-        seeds: one for each prompt.
         rows_at_once: the most samples that are decoded together.
         temperature: T > 0; each token from :math:`\pi(v)^{1/T}`, normalised.
         top_p: in (0, 1]; each token from the smallest set of tokens, the likeliest first, whose probability reaches it
@@ -291,11 +287,8 @@ def _sample_tokens(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exponential_noise(shape: tuple[int, int], generators: Sequence[torch.Generator], runs: Sequence[bool]) -> Tensor:
-    """Return Exponential(1) noise in float32, never 0, each row from its generator; rows that ended get any number.
-
-    The smallest clocks win, so they are made from 63 random bits: the steps of 2^-24 of uniform numbers in float32
-    would hardly ever draw tokens with a smaller probability.
-    """
+    """Return Exponential(1) noise in float32, never 0, each row from its generator; rows that ended get any number."""
+    # The smallest clocks win: from float32's steps of 2^-24, tokens with a smaller probability would hardly be drawn.
     bits = torch.empty(shape, dtype=torch.int64, device=generators[0].device)
     for row, generator, run in zip(bits, generators, runs, strict=True):
         if run:

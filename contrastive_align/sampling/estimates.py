@@ -28,45 +28,31 @@ class QRSEstimate:
     """Quasi-rejection sampling at one beta, with standard errors.
 
     With several prompts, rates, divergences and moments are means over prompts. Divergences and moments leave out the
-    ``skipped`` prompts, for which all scores were -inf; their acceptance rate counts as 0. For an
-    enumerated space, standard errors and effective sample sizes have no meaning.
-
-    Args:
-        beta: the given beta.
-        acceptance_rate: Z_beta / beta.
-        tvd: total variation distance of p and p_beta, between 0 and 1.
-        tvd_bound: 1 - Z_beta / Z, an upper bound of tvd.
-        kl: KL(p||p_beta), nats.
-        moments: E under p_beta of each feature; empty without features.
-        log_z, log_z_beta: nats, means over prompts, in the scale that beta is in.
-        ess: effective sample size of ``moments``: of the weights min(P, beta q) / q.
-        ess_target: effective sample size of log_z, the divergences and the bound: of the weights P / q.
-        clipped: the share of q with P > beta q, where p_beta differs from p. At 0 no sample showed a difference, and
-            the divergences are given as 0 although they are not known.
-        n: samples that had any weight.
-        skipped: how many prompts were left out.
+    ``skipped`` prompts, for which all scores were -inf; their acceptance rate counts as 0. For an enumerated space,
+    standard errors and effective sample sizes have no meaning. Where ``clipped`` is 0, no sample showed a difference,
+    and the divergences are given as 0 although they are not known.
     """
 
     beta: float
-    acceptance_rate: float
+    acceptance_rate: float  # Z_beta / beta
     acceptance_rate_se: float
-    tvd: float
+    tvd: float  # total variation distance of p and p_beta, between 0 and 1
     tvd_se: float
-    tvd_bound: float
+    tvd_bound: float  # 1 - Z_beta / Z, an upper bound of tvd
     tvd_bound_se: float
-    kl: float
+    kl: float  # KL(p||p_beta), nats
     kl_se: float
-    moments: list[float]
+    moments: list[float]  # E under p_beta of each feature; empty without features
     moments_se: list[float]
-    log_z: float
+    log_z: float  # nats, a mean over prompts, in the scale that beta is in
     log_z_se: float
     log_z_beta: float
     log_z_beta_se: float
-    ess: float
-    ess_target: float
-    clipped: float
-    n: int
-    skipped: int
+    ess: float  # effective sample size of moments: of the weights min(P, beta q) / q
+    ess_target: float  # effective sample size of log_z, the divergences and the bound: of the weights P / q
+    clipped: float  # the share of q with P > beta q, where p_beta differs from p
+    n: int  # samples that had any weight
+    skipped: int  # prompts left out
 
 
 def qrs_estimates(

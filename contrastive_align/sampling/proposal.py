@@ -83,19 +83,11 @@ class PolicyProposal:
         self.truncated += int(drawn.truncated.sum())
         ids = [row for rows in drawn.completion_ids for row in rows]
         index = torch.arange(len(prompts)).repeat_interleave(n)
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        chats = [not isinstance(prompts[i], str) for i in index.tolist()]
+        texts = zip(self.tokenizer.batch_decode(ids, skip_special_tokens=True), index.tolist(), strict=True)
+        completions = [t if isinstance(prompts[i], str) else [{"role": "assistant", "content": t}] for t, i in texts]
         logps = drawn.logps.flatten()
-        return Samples(
-            prompt_index=index,
-            completion_ids=ids,
-            completions=[
-                [{"role": "assistant", "content": text}] if chat else text
-                for text, chat in zip(texts, chats, strict=True)
-            ],
-            logps=logps,
-            base_logps=logps if self._is_base else self._score_base([plain[i] for i in index.tolist()], ids),
-        )
+        base_logps = logps if self._is_base else self._score_base([plain[i] for i in index.tolist()], ids)
+        return Samples(index, ids, completions, logps, base_logps)
 
     def state_dict(self) -> dict[str, int]:
         return {"calls": self.calls, "drawn": self.drawn, "truncated": self.truncated}

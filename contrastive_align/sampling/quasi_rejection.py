@@ -28,27 +28,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QRSResult:
-    """Accepted samples and all proposals, for C prompts, N proposals in all and J features.
+    """Accepted samples and all proposals, for C prompts, N proposals in all and J features."""
 
-    Args:
-        samples: up to n for each prompt, prompt by prompt, in the order of their acceptance.
-        phi: (len(samples), J) their features.
-        proposed: (C,) proposals made for each prompt.
-        accepted: (C,) how many of them were accepted, including those above n in the last batch.
-        exhausted: (C,) bool: the budget ended before n were accepted.
-        proposed_index, target_log_scores, proposal_logps: (N,) the prompt and the scores of all proposals.
-        proposed_phi: (N, J) their features.
-    """
-
-    samples: Samples
-    phi: Tensor
-    proposed: Tensor
-    accepted: Tensor
-    exhausted: Tensor
-    proposed_index: Tensor
-    target_log_scores: Tensor
-    proposal_logps: Tensor
-    proposed_phi: Tensor
+    samples: Samples  # up to n for each prompt, prompt by prompt, in the order of their acceptance
+    phi: Tensor  # (len(samples), J) their features
+    proposed: Tensor  # (C,) proposals made for each prompt
+    accepted: Tensor  # (C,) how many of them were accepted, including those above n in the last batch
+    exhausted: Tensor  # (C,) bool: the budget ended before n were accepted
+    proposed_index: Tensor  # (N,) the prompt of each proposal
+    target_log_scores: Tensor  # (N,) nats
+    proposal_logps: Tensor  # (N,) nats
+    proposed_phi: Tensor  # (N, J) features of all proposals
 
     @property
     def acceptance_rate(self) -> float:
@@ -126,10 +116,7 @@ class QuasiRejectionSampler:
         """Propose for all prompts that lack samples, until each has ``n`` or its ``budget`` is spent.
 
         Args:
-            prompts: C prompts.
-            n: samples wanted for each prompt.
-            budget: the most proposals for each prompt.
-            columns: lists of C, the dataset's columns that features read.
+            columns: lists of C for C prompts, the dataset's columns that features read.
             generator: of the accept decisions, on the CPU; the proposal has its own. Default: torch's global one.
 
         Raises:

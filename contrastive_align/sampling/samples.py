@@ -14,22 +14,15 @@ from torch import Tensor
 class Samples:
     """n completions of some prompts, in the order in which they were drawn.
 
-    Args:
-        prompt_index: (n,) int64, the place of each sample's prompt in the list of prompts.
-        completion_ids: n lists of token ids.
-        completions: n texts, or lists of messages.
-        logps: (n,) float64 nats, log q(x|c) under the proposal, summed over the completion's tokens.
-        base_logps: (n,) float64 nats, log a(x|c) under the base, -inf where its probability is 0.
-
     Raises:
         ValueError: parts of different lengths, or a log-prob that is NaN or that no sample can have.
     """
 
-    prompt_index: Tensor
-    completion_ids: Sequence[Sequence[int]]
-    completions: Sequence[Any]
-    logps: Tensor
-    base_logps: Tensor
+    prompt_index: Tensor  # (n,) int64, the place of each sample's prompt in the list of prompts
+    completion_ids: Sequence[Sequence[int]]  # n lists of token ids
+    completions: Sequence[Any]  # n texts, or lists of messages
+    logps: Tensor  # (n,) float64 nats, log q(x|c) under the proposal, summed over the completion's tokens
+    base_logps: Tensor  # (n,) float64 nats, log a(x|c) under the base, -inf where its probability is 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_index", torch.as_tensor(self.prompt_index, dtype=torch.int64).cpu())

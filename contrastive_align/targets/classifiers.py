@@ -65,31 +65,23 @@ class SequenceScorer:
     The value is the only logit (``label`` None), the probability of ``label``, or with ``threshold`` 1 where that
     probability reaches it and else 0. The model is loaded at the first call.
 
-    Args:
-        model: an id, a folder, or a loaded model.
-        tokenizer: of the model. Default: the one saved with the model.
-        label: a label of the model's config, or its number.
-        threshold: between 0 and 1.
-        reads: ``"both"``: prompt and completion, joined as TRL joins them for a reward model (a dialogue through
-            the chat template); ``"completion"``: the completion's text alone.
-        special_tokens: whether the tokenizer adds its special tokens to plain text. TRL does not for reward models.
-        device: default: the current CUDA device if there is one, else the CPU.
-        max_length: tokens; longer texts lose their beginning, and a warning counts them once. Default: the model's.
-        trust_remote_code: whether the model's repository may run code of its own.
+    With ``reads="both"`` it reads prompt and completion, joined as TRL joins them for a reward model (a dialogue through
+    the chat template); with ``"completion"`` the completion's text alone. Texts of more than ``max_length`` tokens lose
+    their beginning, and a warning counts them once.
     """
 
-    model: str | torch.nn.Module
+    model: str | torch.nn.Module  # an id, a folder, or a loaded model
     _: KW_ONLY
-    tokenizer: Any = None
+    tokenizer: Any = None  # default: the one saved with the model
     revision: str | None = None
-    label: str | int | None = None
-    threshold: float | None = None
+    label: str | int | None = None  # a label of the model's config, or its number
+    threshold: float | None = None  # between 0 and 1
     reads: str = "both"
-    special_tokens: bool = False
-    device: str | torch.device | None = None
+    special_tokens: bool = False  # whether the tokenizer adds its own to plain text; TRL does not for reward models
+    device: str | torch.device | None = None  # default: the current CUDA device if there is one, else the CPU
     batch_size: int = 32
-    max_length: int | None = None
-    trust_remote_code: bool = False
+    max_length: int | None = None  # default: the model's
+    trust_remote_code: bool = False  # whether the model's repository may run code of its own
 
     def __post_init__(self) -> None:
         if self.reads not in READS:

@@ -29,19 +29,12 @@ class FeatureError(ValueError):
 
 @dataclass(frozen=True)
 class Feature:
-    """A named reward function, ``feature(prompts=, completions=, **columns) -> list[float]``, as TRL calls them.
+    """A named reward function, ``feature(prompts=, completions=, **columns) -> list[float]``, as TRL calls them."""
 
-    Args:
-        function: the reward function itself; it may be ``async``.
-        name: its name in errors, metrics and saved targets.
-        spec: the text or mapping that it was built from (see ``resolve_feature``); None for a Python function.
-        boolean: True if all values are 0 or 1, False if they need not be, None if unknown.
-    """
-
-    function: Callable[..., Any]
-    name: str
-    spec: Any = None
-    boolean: bool | None = None
+    function: Callable[..., Any]  # the reward function itself; it may be async
+    name: str  # in errors, metrics and saved targets
+    spec: Any = None  # the text or mapping that it was built from (see resolve_feature); None for a Python function
+    boolean: bool | None = None  # True if all values are 0 or 1, False if they need not be, None if unknown
 
     def __call__(self, /, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Any:
         answer = self.function(prompts=prompts, completions=completions, **columns)

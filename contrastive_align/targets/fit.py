@@ -25,40 +25,24 @@ class Fit:
     """The result of :func:`fit_lambdas` for J features and C prompts, in float64.
 
     Standard errors are those of samples; for an enumerated space they have no meaning. They hold for the given prompts
-    and leave out the spread between prompts.
-
-    Args:
-        lambdas: (J,) nats per unit of the feature.
-        moments: (J,) the wanted moments.
-        achieved: (J,) mean_c E_p[phi | c] on the samples, less its estimated bias if that was corrected.
-        base_moments: (J,) the same at lambda = 0.
-        moment_se: (J,) of ``achieved`` at these lambdas, by the delta method for ratios.
-        lambda_se: (J,) H^-1 V H^-1, with V the covariance of ``achieved`` and H that of phi under p.
-        log_z: (C,) nats, log E_a[b exp(lambda . phi)] for each prompt; -inf where no sample satisfied a pointwise
-            constraint, NaN where the prompt has no sample.
-        log_z_se: (C,).
-        ess: effective sample size of ``achieved``: C^2 / sum_c (1 / ess_c), which for one prompt is ess_c.
-        ess_per_prompt: (C,) 1 / sum of the squared normalised weights.
-        iterations: Newton steps.
-        converged: always True; a fit that does not converge raises.
-        samples: how many had any weight.
-        skipped: the prompts left out, whose samples all had no weight.
+    and leave out the spread between prompts. ``log_z`` is log E_a[b exp(lambda . phi)] for each prompt: -inf where no
+    sample satisfied a pointwise constraint, NaN where the prompt has no sample.
     """
 
-    lambdas: Tensor
-    moments: Tensor
-    achieved: Tensor
-    base_moments: Tensor
-    moment_se: Tensor
-    lambda_se: Tensor
-    log_z: Tensor
-    log_z_se: Tensor
-    ess: float
-    ess_per_prompt: Tensor
-    iterations: int
-    converged: bool
-    samples: int
-    skipped: list[int] = field(default_factory=list)
+    lambdas: Tensor  # (J,) nats per unit of the feature
+    moments: Tensor  # (J,) wanted
+    achieved: Tensor  # (J,) mean_c E_p[phi | c] on the samples, less its estimated bias if that was corrected
+    base_moments: Tensor  # (J,) the same at lambda = 0
+    moment_se: Tensor  # (J,) of achieved at these lambdas, by the delta method for ratios
+    lambda_se: Tensor  # (J,) H^-1 V H^-1, with V the covariance of achieved and H that of phi under p
+    log_z: Tensor  # (C,) nats
+    log_z_se: Tensor  # (C,)
+    ess: float  # effective sample size of achieved: C^2 / sum_c (1 / ess_c), which for one prompt is ess_c
+    ess_per_prompt: Tensor  # (C,) 1 / sum of the squared normalised weights
+    iterations: int  # Newton steps
+    converged: bool  # always True; a fit that does not converge raises
+    samples: int  # how many had any weight
+    skipped: list[int] = field(default_factory=list)  # the prompts whose samples all had no weight
 
     @property
     def residual(self) -> Tensor:

@@ -151,14 +151,11 @@ class Target:
             ValueError: a feature without a spec is not in ``functions``.
         """
         state = _read(path)
-        made = []
-        for row in state["constraints"]:
-            found = (functions or {}).get(row["name"], row["spec"])
-            if found is None:
-                raise ValueError(
-                    f"{path}: '{row['name']}' was a function of Python, expected it in functions={{name: f}}."
-                )
-            made.append(replace(resolve_feature(found), name=row["name"]))
+        specs = {row["name"]: (functions or {}).get(row["name"], row["spec"]) for row in state["constraints"]}
+        missing = next((name for name, spec in specs.items() if spec is None), None)
+        if missing is not None:
+            raise ValueError(f"{path}: '{missing}' was a function of Python, expected it in functions={{name: f}}.")
+        made = [replace(resolve_feature(spec), name=name) for name, spec in specs.items()]
         if state["reward_beta"] is not None:
             return cls.from_reward(made[0], state["reward_beta"])
         rows = zip(made, state["constraints"], strict=True)
@@ -258,7 +255,8 @@ class Target:
         sampled = torch.ones(phi.shape[:2], dtype=torch.bool) if valid is None else valid
         sampled = sampled if log_weights is None else sampled & (log_weights != -torch.inf)
         phi = self._checked(torch.where(sampled.unsqueeze(-1), phi, 1.0))
-        pointwise = decide_pointwise(phi[sampled], [c.pointwise for c in self.constraints])
+        boolean = ((phi[sampled] == 0) | (phi[sampled] == 1)).all(0).tolist()
+        pointwise = [boolean[j] if c.pointwise is None else c.pointwise for j, c in enumerate(self.constraints)]
         check_some_satisfy(phi[sampled], pointwise, self.names)
         free = [j for j, always in enumerate(pointwise) if not always]
         names = [self.names[j] for j in free]
@@ -303,12 +301,12 @@ class Target:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the constraints, lambdas and the record of the fit as plain Python, ready for JSON."""
-        rows = []
-        for j, feature in enumerate(self._features):
-            moment = self.constraints[j].moment if self.constraints else None
-            value = None if self._lambdas is None else self._lambdas[j].item()
-            here = {"name": feature.name, "spec": feature.spec, "moment": moment}
-            rows.append({**here, "pointwise": self._pointwise[j], "lambda": value})
+        moments = [c.moment for c in self.constraints] or [None]
+        lambdas = [None] * len(self.names) if self._lambdas is None else self._lambdas.tolist()
+        rows = [
+            {"name": feature.name, "spec": feature.spec, "moment": moment, "pointwise": pointwise, "lambda": value}
+            for feature, moment, pointwise, value in zip(self._features, moments, self._pointwise, lambdas, strict=True)
+        ]
         return {"constraints": rows, "reward_beta": self.reward_beta, "fit": dict(self._record)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -371,12 +369,6 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no saved target, expected what target.save(path) writes: {error}") from error
     return state
-
-
-def decide_pointwise(phi: Tensor, flags: Sequence[bool | None]) -> list[bool]:
-    """Return the J flags, with None decided by whether the feature is boolean on the samples phi (n, J)."""
-    boolean = ((phi == 0) | (phi == 1)).all(0).tolist()
-    return [boolean[j] if flag is None else flag for j, flag in enumerate(flags)]
 
 
 def log_b(phi: Tensor, pointwise: Sequence[bool | None], names: Sequence[str]) -> Tensor:

@@ -35,11 +35,9 @@ def score_tokens(
     .. math:: \log \mathrm{softmax}\big( \mathrm{softcap} \tanh(\mathrm{scale}\, (W h + b) / \mathrm{softcap}) \big)_y
 
     Args:
-        hidden: (n, H) the hidden states that predict ``labels``.
-        weight: (V, H) of the head, and ``bias`` (V,) or None.
-        labels: (n,) token ids.
-        scale: the factor of the logits.
-        softcap: the model's ``final_logit_softcapping``, or None.
+        hidden: (n, H) the hidden states that predict ``labels``, (n,) token ids.
+        weight, bias: (V, H) and (V,) or None, of the head.
+        scale, softcap: the factor of the logits, and the model's ``final_logit_softcapping`` or None.
         token_stats: whether to compute more than the log-probs.
 
     Returns:
