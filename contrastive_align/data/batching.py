@@ -73,7 +73,7 @@ class TokenBatchSampler(Sampler[list[int]]):
 
     @property
     def last_is_repeated(self) -> bool:
-        """Whether this epoch's last batch of this rank repeats another rank's, to keep it company."""
+        """Whether this epoch's last batch of this rank repeats another rank's."""
         return self.rank >= self.ranks - self._plan()[1]
 
     @property

@@ -68,10 +68,9 @@ WHAT_IS_UNDERSTOOD = (
 
 
 def detect_spelling(columns: list[str], first_row: Mapping[str, Any] | None = None) -> str:
-    """Detect how a dataset with these columns spells its groups; explicit scores go before preferences.
+    """Detect how a dataset spells its groups: ``"canonical"``, ``"ultrafeedback"``, ``"lettered"`` or ``"preference"``.
 
-    Returns:
-        ``"canonical"``, ``"ultrafeedback"``, ``"lettered"`` or ``"preference"``.
+    Explicit scores go before preferences.
 
     Raises:
         ValueError: no spelling fits; names the columns found and the spellings understood.

@@ -342,10 +342,8 @@ def _leave_one_out(baseline: str, slope, log_t: Tensor, log_ratio: Tensor, valid
 
 def _as_column(baseline: float | Tensor | None, shape: torch.Size) -> Tensor | float:
     """Return a baseline from outside in a shape that broadcasts to (B, K)."""
-    if baseline is None:
-        return 0.0
     if not isinstance(baseline, Tensor) or baseline.dim() == 0:
-        return float(baseline)
+        return float(baseline or 0.0)
     if baseline.shape not in (shape, shape[:1]):
         raise ValueError(
             f"baseline is {tuple(baseline.shape)}, expected a number, (B,) = {tuple(shape[:1])} or "

@@ -239,9 +239,11 @@ class RunningLogZ:
         return torch.tensor([self[key] for key in keys], dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the log-sums and counts, for a checkpoint."""
         return {key: list(pair) for key, pair in self._sums.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
         self._sums = {key: (float(log_sum), int(n)) for key, (log_sum, n) in state.items()}
 
 

@@ -54,8 +54,7 @@ def choose_layout(
 
     Args:
         model: a causal language model with :func:`~contrastive_align.models.logps.add_head`, or a PEFT model of one.
-        wanted: one of ``LAYOUTS``.
-        obstacle: why the shared layout cannot be tried, or None.
+        wanted, obstacle: one of ``LAYOUTS``, and why the shared layout cannot be tried, or None.
         sharded: whether the weights may be incomplete here (FSDP, ZeRO-3); a small model of the same class is then
             tried instead.
         autocast: whether the model computes in 16 bits whatever the dtype of its weights.

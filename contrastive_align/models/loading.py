@@ -320,13 +320,9 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[
 
 @torch.no_grad()
 def give_rows(model: PreTrainedModel, rows: int, *, fresh: list[int], old: int, seed: int) -> None:
-    """Resize embedding and head to at least ``rows`` rows, and draw new rows like the old ones.
+    """Resize embedding and head to at least ``rows`` rows; draw new rows, and those numbered ``fresh``, like old ones.
 
-    Each dimension of a new row is normal, with the mean and standard deviation of the old rows.
-
-    Args:
-        fresh: ids of rows to draw in addition to those that the model lacked.
-        old: how many rows, from the first, belong to known tokens.
+    Each dimension of a new row is normal, with the mean and standard deviation of the first ``old`` rows.
     """
     embedding = model.get_input_embeddings()
     had = embedding.weight.size(0)
@@ -355,10 +351,8 @@ def _rows_like(rows: Tensor, n: int, generator: torch.Generator) -> Tensor:
 def verify_saved(folder: str | os.PathLike, *, may_be_sharded: bool = False) -> None:
     """Read back every weight file of a saved model or adapter, and raise if one is missing or not finite.
 
-    Args:
-        folder: of the saved model or adapter.
-        may_be_sharded: warn, rather than raise, if there are no weight files: DeepSpeed and FSDP may write checkpoints
-            in formats of their own.
+    With ``may_be_sharded`` warn, rather than raise, if there are no weight files: DeepSpeed and FSDP may write
+    checkpoints in formats of their own.
 
     Raises:
         ValueError: no weights, a file missing, or an empty, NaN or infinite tensor (ZeRO-3 can save empty adapters).

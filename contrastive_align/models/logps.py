@@ -20,7 +20,7 @@ from contrastive_align.models.shared_prompt import pack
 class CompletionLogps:
     """Log-probs of a batch of groups.
 
-    ``tokens`` holds ``entropy``, ``mean_logits`` and ``is_top1`` of every completion token, completion after completion.
+    ``tokens`` holds ``entropy``, ``mean_logits`` and ``is_top1`` of all completion tokens, completion after completion.
     """
 
     logps: Tensor  # (B, K) nats, summed over the completion's tokens, EOS included; 0 where valid is False

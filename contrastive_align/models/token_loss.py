@@ -58,9 +58,8 @@ def token_loss(
     are in autocast's dtype. Differentiable once, in ``hidden``, ``weight`` and ``bias``.
 
     Args:
-        hidden: (n, H) the policy's last hidden states at the positions that predict ``labels``.
+        hidden: (n, H) the policy's last hidden states at the positions that predict ``labels``, (n,) token ids.
         weight, bias: (V, H) and (V,) or None, of the policy's head.
-        labels: (n,) token ids.
         reference: hidden states (n, H_ref), weight (V_ref, H_ref) and bias of the reference, V_ref <= V, used without a
             gradient; None if ``kl_coef`` is 0 and the KL need not be measured.
         scale, ref_scale: the factors of the logits of policy and reference.

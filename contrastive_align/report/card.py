@@ -48,11 +48,8 @@ def _place(card: str, heading: str) -> int:
 def how_to_ask(kind: str, best: str, *, adapter: bool, tokens: bool, base: str) -> str:
     """Write the section on how to ask a conditional model for its best completions.
 
-    Args:
-        kind: of the condition, as in ``condition.json``.
-        best: the text that stands for the best label.
-        adapter, base: whether the folder holds an adapter, and the id of the model under it.
-        tokens: whether the condition has tokens of its own.
+    ``kind`` is that of ``condition.json``, ``best`` the text that stands for the best label, ``tokens`` whether the
+    condition has tokens of its own. With an ``adapter``, ``base`` is the id of the model under it.
     """
     if adapter and tokens:
         load = f"""from transformers import AutoModelForCausalLM

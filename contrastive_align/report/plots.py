@@ -124,7 +124,6 @@ def plot_round(
         label: (N,) the label of each sample, -1 for none, whose names are ``names``.
         score: (N,) rewards, NaN for none.
         length: (N,) tokens.
-
     """
     present = [i for i in np.unique(label) if i >= 0]
     if (between := len(present) - MOST_ROWS) > 0:

@@ -73,8 +73,7 @@ def draw(
             reads it in the encoder. Without a KV cache, every step computes the whole row again. Dropout is off.
         prompt_ids, seeds: C prompts, not empty, with a seed each.
         per_prompt: K samples of each prompt.
-        eos_token_ids: tokens that end a completion; may be empty.
-        pad_token_id: any token of the vocabulary.
+        eos_token_ids, pad_token_id: tokens that end a completion, perhaps none; and any token of the vocabulary.
         rows_at_once: the most samples that are decoded together.
         temperature: T > 0; each token from :math:`\pi(v)^{1/T}`, normalised.
         top_p: in (0, 1]; each token from the smallest set of tokens, the likeliest first, whose probability reaches it

@@ -119,15 +119,13 @@ def choose_beta(
 ) -> QRSEstimate:
     """Find the beta for a wished acceptance rate, or the least beta for a wished distance, by bisection on log beta.
 
-    Both fall as beta grows, so the answer is unique. It is as accurate as the samples: see its standard errors.
+    Both fall as beta grows, so the answer is unique. It is as accurate as the samples: see its standard errors. The
+    beta is the ``.beta`` of the estimate returned.
 
     Args:
         acceptance: the wished acceptance rate, above 0.
         tvd: the wished total variation distance of p and p_beta, above 0.
         target_log_scores, proposal_logps, **samples: see :func:`qrs_estimates`.
-
-    Returns:
-        The estimate at that beta, which is its ``.beta``.
 
     Raises:
         ValueError: both wishes or none, or an acceptance rate above that of a vanishing beta.

@@ -25,14 +25,12 @@ class PolicyProposal:
     ``state_dict`` holds. ``drawn`` and ``truncated`` count the samples and those that ``max_new_tokens`` cut.
 
     Args:
-        model: see :func:`~contrastive_align.sampling.decode.draw`; left unchanged, on its device.
-        tokenizer: of the model and of its base.
-        base: another model of the same vocabulary.
+        model, rows_at_once: see :func:`~contrastive_align.sampling.decode.draw`; the model is left on its device.
+        base: another model of the same vocabulary and tokenizer.
         max_new_tokens: longer completions are cut there, without EOS; the log-prob is that of the tokens kept.
         seed: of the noise; different in each process if each has its own prompts.
         prefix: put before each prompt: text, or messages for conversational prompts.
         eos_token_ids: tokens that end a completion. Default: the tokenizer's EOS.
-        rows_at_once: the most samples that are decoded together.
     """
 
     def __init__(

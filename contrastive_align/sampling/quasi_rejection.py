@@ -77,8 +77,7 @@ class QuasiRejectionSampler:
     independently, so that the accepted samples are independent samples of p_beta. QRS, arXiv:2112.05702.
 
     Args:
-        target: gives ``features`` and ``log_scores``; the proposal reports the log-probs of its base.
-        proposal: see :class:`~contrastive_align.sampling.samples.Proposal`.
+        target: gives ``features`` and ``log_scores``; the ``proposal`` reports the log-probs of its base.
         beta: above 0. In the scale of P / q, unnormalised, or of p / q with ``log_z``.
         log_z: nats, log Z of the target, a number or one for each prompt of :meth:`sample`.
         batch_size: proposals for each prompt at a time.

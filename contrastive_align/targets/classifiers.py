@@ -16,7 +16,6 @@ from contrastive_align.targets.evaluate import Feature, FeatureError, Text, comp
 
 logger = logging.getLogger(__name__)
 
-READS = ("both", "completion")
 SCORER_OPTIONS = ("revision", "reads", "batch_size", "max_length", "device", "trust_remote_code")  # of both kinds
 NO_LIMIT = 10**6  # tokenizers without a limit say something like 1e30
 
@@ -65,9 +64,9 @@ class SequenceScorer:
     The value is the only logit (``label`` None), the probability of ``label``, or with ``threshold`` 1 where that
     probability reaches it and else 0. The model is loaded at the first call.
 
-    With ``reads="both"`` it reads prompt and completion, joined as TRL joins them for a reward model (a dialogue through
-    the chat template); with ``"completion"`` the completion's text alone. Texts of more than ``max_length`` tokens lose
-    their beginning, and a warning counts them once.
+    ``reads="both"``: prompt and completion, joined as TRL joins them for a reward model (a dialogue through the chat
+    template); ``"completion"``: the completion's text alone. Texts of more than ``max_length`` tokens lose their
+    beginning, and a warning counts them once.
     """
 
     model: str | torch.nn.Module  # an id, a folder, or a loaded model
@@ -84,7 +83,7 @@ class SequenceScorer:
     trust_remote_code: bool = False  # whether the model's repository may run code of its own
 
     def __post_init__(self) -> None:
-        if self.reads not in READS:
+        if self.reads not in ("both", "completion"):
             raise ValueError(f"reads is {self.reads!r}, expected 'both' (prompt and completion) or 'completion'.")
         if self.threshold is not None and not (isinstance(self.threshold, (int, float)) and 0 < self.threshold < 1):
             raise ValueError(f"threshold is {self.threshold!r}, expected a probability between 0 and 1.")

@@ -80,9 +80,8 @@ def evaluate_features(
 ) -> Tensor:
     """Return phi, (n, J) float64: the value of each of J features on each of n completions.
 
-    Args:
-        prompts, completions: n of each, plain text or lists of messages.
-        **columns: lists of n (``completion_ids``, columns of the dataset), and other arguments that features read.
+    Prompts and completions are plain text or lists of messages; ``columns`` are lists of n (``completion_ids``, columns
+    of the dataset), and other arguments that features read.
 
     Raises:
         FeatureError: see :func:`evaluate_feature`.

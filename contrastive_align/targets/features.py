@@ -99,10 +99,9 @@ def weighted_sum(
     its own name.
 
     Args:
-        functions: a reward function or a list of J; each a spec that :func:`resolve_feature` reads.
+        functions: a reward function or a list of J; each a spec that :func:`resolve_feature` reads, with its options.
         weights: (J,) numbers. Default: 1 each.
         name: of the sum. Default: made from the weights and the names of its parts.
-        **resolve_kwargs: ``device`` and other options of :func:`resolve_feature`.
 
     Raises:
         ValueError: another number of weights than functions, or what ``resolve_feature`` refuses.

@@ -285,10 +285,8 @@ def group_by_prompt(
 
     All are on the CPU, phi and log_weights in float64.
 
-    Args:
-        phi: (n, J), or already grouped (C, M, J).
-        log_weights, valid: (n,) and None, or (C, M).
-        prompt_index: (n,) the number of each sample's prompt, 0 to C - 1, in any order. Default: one prompt.
+    ``phi`` is (n, J), with ``log_weights`` (n,) and ``prompt_index`` (n,), each sample's prompt from 0 to C - 1
+    (default: one prompt); or it is grouped already.
 
     Raises:
         ValueError: shapes do not fit each other, or a prompt has no sample.

@@ -22,15 +22,9 @@ class Reach:
     The moments that can be reached are the mean over prompts of the convex hulls of each prompt's samples; lambda is
     finite inside of it and nowhere else.
 
-    Args:
-        phi: (C, M, J) features.
-        moments: (J,) wanted.
-        support: (C, M) bool: the samples that have any weight.
-        names: J.
-
-    Attributes:
-        low, high: (J,) the range of each moment, a mean over prompts.
-        x: (C, M, J) (phi - moments) / (high - low), whose wanted mean is 0.
+    Made from features phi (C, M, J), wanted moments (J,) and the samples that have any weight, ``support`` (C, M).
+    ``low`` and ``high`` (J,) are the range of each moment, a mean over prompts; ``x`` (C, M, J) is
+    (phi - moments) / (high - low), whose wanted mean is 0.
 
     Raises:
         InfeasibleMoment: a constant feature, or a moment outside or on the edge of its own range.

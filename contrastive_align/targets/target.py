@@ -144,8 +144,7 @@ class Target:
     def from_saved(cls, path: str | os.PathLike, functions: Mapping[str, Any] | None = None) -> Target:
         """Build the target that :meth:`save` wrote, with its features built again from their specs.
 
-        Args:
-            functions: name -> feature, for Python functions, which have no spec.
+        ``functions`` maps the names of Python functions, which have no spec, to these.
 
         Raises:
             ValueError: a feature without a spec is not in ``functions``.
