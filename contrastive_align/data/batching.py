@@ -31,9 +31,8 @@ class TokenBatchSampler(Sampler[list[int]]):
     Args:
         lengths: tokens of every group; where ``rows`` is given, of its longest row.
         rows: rows of every group, if rows are padded to the longest of their batch.
-        max_tokens: what a batch may hold: the sum of ``lengths``, or with ``rows`` their sum x the longest. A group
-            above it is a batch of its own.
-        max_groups: how many groups a batch may hold.
+        max_tokens, max_groups: what a batch may hold: the sum of ``lengths``, or with ``rows`` their sum x the longest;
+            and groups. A group above it is a batch of its own.
 
     >>> sampler = TokenBatchSampler([50, 9, 20, 10, 52, 21], max_tokens=60, max_groups=4)
     >>> len(sampler), sorted(sorted(sampler.lengths[i] for i in batch) for batch in sampler)
@@ -60,7 +59,7 @@ class TokenBatchSampler(Sampler[list[int]]):
         self.epoch = 0
         self._planned: tuple[int, list[list[int]], int] | None = None
         # Room for jitter in most epochs, and for a sort without any in all of them.
-        noises = [self._noise(self._random(epoch)) for epoch in range(EPOCHS_TRIED)]
+        noises = [self._draw(epoch)[1] for epoch in range(EPOCHS_TRIED)]
         self._batches = max(len(self._fill(noise, jitter)) for noise in noises for jitter in (JITTER, 0.0))
 
     def set_epoch(self, epoch: int) -> None:
@@ -74,7 +73,7 @@ class TokenBatchSampler(Sampler[list[int]]):
 
     @property
     def last_is_repeated(self) -> bool:
-        """Whether this epoch's last batch of this rank repeats another rank's, to keep it company."""
+        """Whether this epoch's last batch of this rank repeats another rank's."""
         return self.rank >= self.ranks - self._plan()[1]
 
     @property
@@ -94,11 +93,11 @@ class TokenBatchSampler(Sampler[list[int]]):
     def _plan(self) -> tuple[list[list[int]], int]:
         """This epoch's batches of all ranks in turn, and how many of the last are repeated."""
         if self._planned is None or self._planned[0] != self.epoch:
-            self._planned = (self.epoch, *self._make(self._random(self.epoch)))
+            self._planned = (self.epoch, *self._make())
         return self._planned[1:]
 
-    def _make(self, rng: random.Random) -> tuple[list[list[int]], int]:
-        noise, jitter = self._noise(rng), JITTER
+    def _make(self) -> tuple[list[list[int]], int]:
+        (rng, noise), jitter = self._draw(self.epoch), JITTER
         while len(batches := self._fill(noise, jitter)) > self._batches:
             jitter = jitter / 2 if jitter > JITTER / 8 else 0.0
         batches = _halve(batches, self._batches)
@@ -110,11 +109,9 @@ class TokenBatchSampler(Sampler[list[int]]):
         repeated = -len(batches) % self.ranks
         return batches + batches[-1:] * repeated, repeated
 
-    def _random(self, epoch: int) -> random.Random:
-        return random.Random(f"{self.seed}, epoch {epoch}")
-
-    def _noise(self, rng: random.Random) -> list[float]:
-        return [rng.uniform(-1, 1) for _ in self.lengths]
+    def _draw(self, epoch: int) -> tuple[random.Random, list[float]]:
+        rng = random.Random(f"{self.seed}, epoch {epoch}")
+        return rng, [rng.uniform(-1, 1) for _ in self.lengths]
 
     def _fill(self, noise: list[float], jitter: float) -> list[list[int]]:
         """Groups from long to short, filled into one batch after the other.
@@ -150,11 +147,7 @@ def _halve(batches: list[list[int]], wanted: int) -> list[list[int]]:
 def group_sizes(
     dataset: Dataset, *, padded: bool, pad_to_multiple_of: int | None = None
 ) -> tuple[list[int], list[int] | None]:
-    """``lengths`` and ``rows`` for :class:`TokenBatchSampler`, of a dataset with ``prompt_ids`` and ``completion_ids``.
-
-    What a layout computes: padded, a row of prompt and completion for each completion; shared, the prompt once and the
-    completions behind it.
-    """
+    """Return ``lengths`` and ``rows`` for :class:`TokenBatchSampler`, by what the padded or shared layout computes."""
     lengths: list[int] = []
     rows: list[int] = []
     for batch in dataset.select_columns(["prompt_ids", "completion_ids"]).with_format("arrow").iter(1000):

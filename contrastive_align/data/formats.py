@@ -30,18 +30,11 @@ class BadRow(ValueError):
 
 @dataclass
 class Group:
-    """One prompt, K completions, one score each.
+    """One prompt, K completions, one score each; ``template_kwargs`` are the row's arguments for the chat template."""
 
-    Args:
-        prompt: plain text, or a list of messages (then the completions are lists of messages too).
-        completions: K >= 2 completions.
-        scores: K finite numbers; higher is better.
-        template_kwargs: the row's arguments for the chat template (``tools`` and ``chat_template_kwargs``).
-    """
-
-    prompt: Text
-    completions: list[Text]
-    scores: list[float]
+    prompt: Text  # plain text, or a list of messages (then the completions are lists of messages too)
+    completions: list[Text]  # K >= 2
+    scores: list[float]  # K finite numbers; higher is better
     template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -50,11 +43,7 @@ class Group:
 
 
 def distinct_prompts(rows: Iterable[Mapping[str, Any]], at_most: int | None = None) -> list[Mapping[str, Any]]:
-    """Return the first row of each different prompt, in order.
-
-    Args:
-        rows: rows with a column ``prompt``, such as a dataset.
-        at_most: stop at this many prompts. Default: all.
+    """Return the first row of each different ``prompt``, in order, and stop at ``at_most`` of them.
 
     >>> distinct_prompts([{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}, {"prompt": "a", "n": 3}])
     [{'prompt': 'a', 'n': 1}, {'prompt': 'b', 'n': 2}]
@@ -66,8 +55,6 @@ def distinct_prompts(rows: Iterable[Mapping[str, Any]], at_most: int | None = No
         found.setdefault(json.dumps(row["prompt"]), row)
     return list(found.values())
 
-
-# ---------------------------------------------------------------------------------------------------- spellings
 
 PROMPT_COLUMNS = ("prompt", "instruction")
 COMPLETIONS_COLUMNS = ("completions", "responses")
@@ -81,10 +68,9 @@ WHAT_IS_UNDERSTOOD = (
 
 
 def detect_spelling(columns: list[str], first_row: Mapping[str, Any] | None = None) -> str:
-    """Detect how a dataset with these columns spells its groups; explicit scores go before preferences.
+    """Detect how a dataset spells its groups: ``"canonical"``, ``"ultrafeedback"``, ``"lettered"`` or ``"preference"``.
 
-    Returns:
-        ``"canonical"``, ``"ultrafeedback"``, ``"lettered"`` or ``"preference"``.
+    Explicit scores go before preferences.
 
     Raises:
         ValueError: no spelling fits; names the columns found and the spellings understood.
@@ -100,11 +86,9 @@ def detect_spelling(columns: list[str], first_row: Mapping[str, Any] | None = No
     if completions and first_row is not None:
         items = first_row.get(completions)
         # A bad first row does not decide: this is the only spelling without a column of scores.
-        if (
-            items is None
-            or items == []
-            or (isinstance(items, list) and isinstance(items[0], Mapping) and "response" in items[0])
-        ):
+        if items is None or items == []:
+            return "ultrafeedback"
+        if isinstance(items, list) and isinstance(items[0], Mapping) and "response" in items[0]:
             return "ultrafeedback"
     if "A0" in columns and "score_A0" in columns:
         return "lettered"
@@ -120,8 +104,7 @@ def read_group(row: Mapping[str, Any], number: int, spelling: str, *, source: st
     """Read one row of a dataset into a checked :class:`Group`.
 
     Args:
-        row: the row.
-        number: its number in the dataset, from 0, for errors; a column ``__row__`` takes precedence.
+        number: the row's number in the dataset, from 0, for errors; a column ``__row__`` takes precedence.
         spelling: see :func:`detect_spelling`.
         source: the file or split, for errors.
 
@@ -233,9 +216,6 @@ _SPELLINGS = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ form and checks
-
-
 def _same_form(prompt: Any, completions: list[Any], where: str, columns: Columns) -> tuple[Text, list[Text]]:
     """Return prompt and completions all as text or all as messages, without a prompt repeated in the completions."""
     completions = [_messages(c) for c in completions]
@@ -283,11 +263,9 @@ def _is_messages(value: Any) -> bool:
 
 
 def _check_prompt(prompt: Any, what: str) -> None:
-    if prompt is None or prompt == [] or (isinstance(prompt, str) and not prompt.strip()):
-        raise BadRow(f"{what} is empty, expected text or messages. Fill it in or drop the row (on_bad_row='drop').")
-    if isinstance(prompt, str):
+    roles = _check_form(prompt, what)
+    if not roles:
         return
-    roles = _check_messages(prompt, what)
     if roles[-1] not in ("user", "tool"):
         raise BadRow(f"{what} ends with the role '{roles[-1]}', expected the user's turn last (roles: {roles}). {FIX}")
     rest = roles[1:] if roles[0] in ("system", "developer") else roles
@@ -299,18 +277,18 @@ def _check_prompt(prompt: Any, what: str) -> None:
 
 
 def _check_completion(completion: Any, what: str) -> None:
-    if completion is None or completion == [] or (isinstance(completion, str) and not completion.strip()):
+    roles = _check_form(completion, what)
+    for where, role in (("begins", roles[0]), ("ends", roles[-1])) if roles else ():
+        if role != "assistant":
+            raise BadRow(f"{what} {where} with the role '{role}', expected 'assistant' (roles: {roles}). {FIX}")
+
+
+def _check_form(messages: Any, what: str) -> list[str]:
+    """Check that this is text or messages, with content; return the messages' roles."""
+    if messages is None or messages == [] or (isinstance(messages, str) and not messages.strip()):
         raise BadRow(f"{what} is empty, expected text or messages. Fill it in or drop the row (on_bad_row='drop').")
-    if isinstance(completion, str):
-        return
-    roles = _check_messages(completion, what)
-    if roles[0] != "assistant":
-        raise BadRow(f"{what} begins with the role '{roles[0]}', expected 'assistant' (roles: {roles}). {FIX}")
-    if roles[-1] != "assistant":
-        raise BadRow(f"{what} ends with the role '{roles[-1]}', expected 'assistant' (roles: {roles}). {FIX}")
-
-
-def _check_messages(messages: Any, what: str) -> list[str]:
+    if isinstance(messages, str):
+        return []
     if not isinstance(messages, list):
         raise BadRow(f"{what} is {_short(messages)}, expected text or a list of messages. {FIX}")
     for i, message in enumerate(messages):
@@ -340,8 +318,7 @@ def _number(score: Any, what: str) -> float:
 
 def _template_kwargs(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     tools = _template_value(row, "tools", list, where)
-    kwargs = _template_value(row, "chat_template_kwargs", dict, where)
-    return {**({"tools": tools} if tools else {}), **(kwargs or {})}
+    return ({"tools": tools} if tools else {}) | (_template_value(row, "chat_template_kwargs", dict, where) or {})
 
 
 def _template_value(row: Mapping[str, Any], column: str, kind: type, where: str) -> Any:

@@ -7,6 +7,7 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +33,13 @@ class NoRoom(BadRow):
 
 @dataclass
 class TokenisedGroup:
-    """Token ids of one group.
+    """Token ids of one group."""
 
-    Args:
-        prompt_ids: the tokens all completions share, BOS included where the tokenizer has one.
-        completion_ids: K lists; each ends with one EOS unless it was cut.
-        cut_completions: how many of the K were cut to fit ``max_length``.
-        cut_prompt_tokens: how many tokens the prompt lost at its start.
-        moved_boundary: how many of the prompt's last tokens differ once a completion follows; they are scored as
-            part of the completions.
-    """
-
-    prompt_ids: list[int]
-    completion_ids: list[list[int]]
-    cut_completions: int = 0
-    cut_prompt_tokens: int = 0
-    moved_boundary: int = 0
+    prompt_ids: list[int]  # the tokens all completions share, BOS included where the tokenizer has one
+    completion_ids: list[list[int]]  # K lists; each ends with one EOS unless it was cut
+    cut_completions: int = 0  # how many of the K were cut to fit max_length
+    cut_prompt_tokens: int = 0  # how many tokens the prompt lost at its start
+    moved_boundary: int = 0  # the prompt's last tokens that differ once a completion follows, and are scored with it
 
 
 def tokenise_group(
@@ -76,7 +68,10 @@ def tokenise_group(
             "one, for instance tokenizer.eos_token = '</s>'."
         )
     prompt_ids, full_ids = _encode(group, tokenizer)
-    start = min(_common_prefix(prompt_ids, ids) for ids in full_ids)
+    tokens_at = zip(prompt_ids, *full_ids, strict=False)
+    start = next(
+        (i for i, tokens in enumerate(tokens_at) if len(set(tokens)) > 1), min(map(len, [prompt_ids, *full_ids]))
+    )
     completion_ids = [_one_eos(ids[start:], tokenizer.eos_token_id, group.is_conversational) for ids in full_ids]
     for i, ids in enumerate(completion_ids):
         if not [t for t in ids if t != tokenizer.eos_token_id]:
@@ -122,23 +117,17 @@ def _fit(ids: TokenisedGroup, max_length: int | None, max_prompt_length: int | N
 def _encode(group: Group, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[list[int]]]:
     prompt_ids = tokenise_prompt(group.prompt, tokenizer, **group.template_kwargs)
     if group.is_conversational:
-        render = tokenizer.apply_chat_template
-        full_ids = [
-            render(group.prompt + completion, tokenize=True, return_dict=True, **group.template_kwargs)["input_ids"]
-            for completion in group.completions
-        ]
+        render = partial(tokenizer.apply_chat_template, tokenize=True, return_dict=True, **group.template_kwargs)
+        full_ids = [render(group.prompt + completion)["input_ids"] for completion in group.completions]
     else:
         eos = tokenizer.eos_token
-        full_ids = [
-            tokenizer(text=group.prompt + c + ("" if c.endswith(eos) else eos))["input_ids"] for c in group.completions
-        ]
+        texts = [group.prompt + c + ("" if c.endswith(eos) else eos) for c in group.completions]
+        full_ids = [tokenizer(text=text)["input_ids"] for text in texts]
     return prompt_ids, [_one_bos(ids, tokenizer.bos_token_id) for ids in full_ids]
 
 
 def tokenise_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any) -> list[int]:
-    """Token ids of a prompt alone: text as the tokenizer reads it; messages by its chat template, up to the answer.
-
-    BOS at most once, at the front.
+    """Token ids of a prompt: text as the tokenizer reads it, messages by its chat template; BOS at most once, in front.
 
     Raises:
         ValueError: messages, and a tokenizer without a chat template.
@@ -151,7 +140,7 @@ def tokenise_prompt(prompt: Text, tokenizer: PreTrainedTokenizerBase, **template
         )["input_ids"]
     else:
         raise ValueError(
-            f"The dataset holds conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat template. "
+            f"The prompts are conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat template. "
             "Set tokenizer.chat_template, or give prompts and completions as plain text."
         )
     return _one_bos(ids, tokenizer.bos_token_id)
@@ -173,13 +162,6 @@ def _without_eos(ids: list[int], eos: int) -> list[int]:
     while ids and ids[-1] == eos:
         ids = ids[:-1]
     return ids
-
-
-def _common_prefix(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-# ------------------------------------------------------------------------------------------------- a whole dataset
 
 
 @dataclass
@@ -206,20 +188,15 @@ class DataReport:
 
     def lost(self) -> list[str]:
         """What was dropped or cut, a line each, with the first rows."""
-        lines = []
-        if self.dropped:
-            first = "; ".join(self.dropped_because.values())
-            lines.append(f"{self.dropped} of {self.rows} rows dropped. The first: {first}")
-        if self.cut_completions:
-            lines.append(f"{self.cut_completions} completions cut to fit max_length (they train no EOS).")
-        if self.cut_prompts:
-            lines.append(f"{self.cut_prompts} prompts cut to max_prompt_length (their end is kept).")
-        if self.moved_boundaries:
-            lines.append(
-                f"in {self.moved_boundaries} groups the prompt's last token merges with the completion's first; the "
-                "completions are scored from there on."
-            )
-        return lines
+        first = "; ".join(self.dropped_because.values())
+        lines = {
+            f"{self.dropped} of {self.rows} rows dropped. The first: {first}": self.dropped,
+            f"{self.cut_completions} completions cut to fit max_length (they train no EOS).": self.cut_completions,
+            f"{self.cut_prompts} prompts cut to max_prompt_length (their end is kept).": self.cut_prompts,
+            f"in {self.moved_boundaries} groups the prompt's last token merges with the completion's first; the "
+            "completions are scored from there on.": self.moved_boundaries,
+        }
+        return [line for line, count in lines.items() if count]
 
     def notes(self) -> list[str]:
         """What was lost, and what weighs nothing."""
@@ -251,8 +228,6 @@ def prepare_groups(
         ValueError: no known spelling, or no group left.
     """
     dataset = dataset.with_format(None)  # plain lists and numbers, whatever tensors it would give
-    if isinstance(dataset, Dataset) and not len(dataset):
-        raise ValueError(f"The {name} dataset has no rows, expected at least one group.")
     first_row = next(iter(dataset), None)
     if first_row is None:
         raise ValueError(f"The {name} dataset has no rows, expected at least one group.")
@@ -264,18 +239,12 @@ def prepare_groups(
         )
     spelling = TOKENS if all(c in columns for c in TOKEN_COLUMNS) else detect_spelling(columns, first_row)
     reader = _RowReader(spelling, tokenizer, max_length, max_prompt_length, on_bad_row, name)
+    options = {"with_indices": True, "remove_columns": columns, "features": _FEATURES}
     if isinstance(dataset, IterableDataset):
-        dataset = dataset.map(reader, with_indices=True, remove_columns=columns, features=_FEATURES)
-        return dataset.filter(_is_good), DataReport(spelling)
+        return dataset.map(reader, **options).filter(_is_good), DataReport(spelling)
 
-    mapped = dataset.map(
-        reader,
-        with_indices=True,
-        remove_columns=columns,
-        features=_FEATURES,
-        num_proc=num_proc,
-        desc=f"Reading and tokenising the {name} groups",
-    )
+    desc = f"Reading and tokenising the {name} groups"
+    mapped = dataset.map(reader, **options, num_proc=num_proc, desc=desc)
     problems = mapped["problem"]
     good = [i for i, problem in enumerate(problems) if not problem]
     report = _count(mapped.select(good), spelling)
@@ -290,7 +259,6 @@ def prepare_groups(
     return (mapped if len(good) == len(mapped) else mapped.select(good)).remove_columns(_COUNTED), report
 
 
-_COUNTED = ["row", "problem", "cut_completions", "cut_prompt_tokens", "moved_boundary"]
 # Told, not guessed from the first rows: these may all be dropped ones, whose lists are empty.
 _FEATURES = Features(
     prompt_ids=List(Value("int64")),
@@ -302,6 +270,7 @@ _FEATURES = Features(
     cut_prompt_tokens=Value("int64"),
     moved_boundary=Value("int64"),
 )
+_COUNTED = [name for name in _FEATURES if name not in TOKEN_COLUMNS]
 
 
 @dataclass
@@ -318,18 +287,28 @@ class _RowReader:
 
     def __call__(self, row: Mapping[str, Any], number: int) -> dict[str, Any]:
         number = row.get(formats.ROW, number)
-        where = f"{self.name}, row {number}: "
         try:
-            if self.spelling == TOKENS:
-                scores, ids = self._read_tokens(row, where)
-            else:
-                group = self._read_text(row, number)
-                scores, ids = group.scores, self._tokenise(group, where)
+            scores, ids = self._read(row, number, f"{self.name}, row {number}: ")
         except BadRow as error:
             if self.on_bad_row == "raise" and not isinstance(error, NoRoom):
                 raise
             return {**asdict(TokenisedGroup([], [[]])), "scores": [0.0], "row": number, "problem": str(error)}
         return {**asdict(ids), "scores": scores, "row": number, "problem": ""}
+
+    def _read(self, row: Mapping[str, Any], number: int, where: str) -> tuple[list[float], TokenisedGroup]:
+        limits = self.max_length, self.max_prompt_length
+        if self.spelling == TOKENS:
+            scores = self._check_tokens(row, where)
+        else:
+            group = self._read_text(row, number)
+        try:
+            if self.spelling == TOKENS:
+                ids = TokenisedGroup(row["prompt_ids"], row["completion_ids"])
+                return scores, _fit(ids, *limits, self.tokenizer.bos_token_id)
+            ids = tokenise_group(group, self.tokenizer, max_length=limits[0], max_prompt_length=limits[1])
+            return group.scores, ids
+        except BadRow as error:
+            raise type(error)(where + str(error)) from error
 
     def _read_text(self, row: Mapping[str, Any], number: int) -> Group:
         group = read_group(row, number, self.spelling, source=self.name)
@@ -339,26 +318,13 @@ class _RowReader:
             group.completions = [[{"role": "assistant", "content": text}] for text in group.completions]
         return group
 
-    def _tokenise(self, group: Group, where: str) -> TokenisedGroup:
-        try:
-            return tokenise_group(
-                group, self.tokenizer, max_length=self.max_length, max_prompt_length=self.max_prompt_length
-            )
-        except BadRow as error:
-            raise type(error)(where + str(error)) from error
-
-    def _read_tokens(self, row: Mapping[str, Any], where: str) -> tuple[list[float], TokenisedGroup]:
+    def _check_tokens(self, row: Mapping[str, Any], where: str) -> list[float]:
         prompt, completions = row["prompt_ids"], row["completion_ids"]
         for column, ok in (("prompt_ids", prompt), ("completion_ids", completions and all(completions))):
             if not ok:
                 raise BadRow(f"{where}'{column}' is empty, expected token ids. Drop the row (on_bad_row='drop').")
         columns = Columns("prompt_ids", "completion_ids", "scores")
-        scores = check_scores(row["scores"] or [], len(completions), where.removesuffix(": "), columns)
-        try:
-            ids = TokenisedGroup(prompt, completions)
-            return scores, _fit(ids, self.max_length, self.max_prompt_length, self.tokenizer.bos_token_id)
-        except NoRoom as error:
-            raise NoRoom(where + str(error)) from error
+        return check_scores(row["scores"] or [], len(completions), where.removesuffix(": "), columns)
 
 
 def _is_good(row: Mapping[str, Any]) -> bool:
@@ -372,7 +338,6 @@ def _count(dataset: Dataset, spelling: str) -> DataReport:
     flat = [i for i, s in enumerate(scores) if len(set(s)) == 1]
     return DataReport(
         spelling=spelling,
-        rows=len(dataset),
         groups=len(dataset),
         groups_by_k=dict(sorted(Counter(len(s) for s in scores).items())),
         no_signal=len(flat),

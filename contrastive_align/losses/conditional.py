@@ -46,8 +46,7 @@ def conditional(
         labels: (n,) token ids.
         reference_logits: (n, V_ref), V_ref <= V: its tokens are the policy's first V_ref ones. May be None when
             ``kl_coef`` is 0, and the KL is then given as 0.
-        kl_coef: weight of the KL; where it is 0 the KL is only measured.
-        entropy_coef: weight of the entropy, a bonus; where it is 0 the entropy is only measured.
+        kl_coef, entropy_coef: weights of the KL and of the entropy bonus, which are only measured where these are 0.
         kl_direction: ``"reverse"`` or ``"forward"``.
         outside: ids of the tokens that stand for conditions.
 
@@ -103,14 +102,7 @@ def _expected(p: Tensor, values: Tensor) -> Tensor:
     return (p * values.masked_fill(p == 0, 0.0)).sum(-1)
 
 
-def _check(
-    logits: Tensor,
-    labels: Tensor,
-    reference_logits: Tensor | None,
-    kl_coef: float,
-    kl_direction: str,
-    outside: tuple[int, ...],
-) -> None:
+def _check(logits, labels, reference_logits, kl_coef: float, kl_direction: str, outside: tuple[int, ...]) -> None:
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"logits are {tuple(logits.shape)} and labels {tuple(labels.shape)}, expected (n, V) and (n,): flatten "

@@ -23,11 +23,11 @@ over the batch. A masked column is as good as removed, in value and in gradient;
 
 from __future__ import annotations
 
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from contrastive_align.losses.divergences import letters_and_digits
 
 
 def target_labels(scores: Tensor, *, temperature_alpha: float, valid: Tensor | None = None) -> Tensor:
@@ -81,14 +81,7 @@ def is_preference(scores: Tensor, *, valid: Tensor | None = None) -> Tensor:
 
 
 def nca(
-    log_ratios: Tensor,
-    scores: Tensor,
-    *,
-    beta: float,
-    temperature_alpha: float,
-    valid: Tensor | None = None,
-    policy_logps: Tensor | None = None,
-    lengths: Tensor | None = None,
+    log_ratios: Tensor, scores: Tensor, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None
 ) -> Tensor:
     r"""Noise contrastive alignment: each completion is classified on its own, data against noise.
 
@@ -108,14 +101,7 @@ def nca(
 
 
 def info_nca(
-    log_ratios: Tensor,
-    scores: Tensor,
-    *,
-    beta: float,
-    temperature_alpha: float,
-    valid: Tensor | None = None,
-    policy_logps: Tensor | None = None,
-    lengths: Tensor | None = None,
+    log_ratios: Tensor, scores: Tensor, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None
 ) -> Tensor:
     r"""InfoNCA: cross-entropy between the labels and the softmax of the implied rewards.
 
@@ -134,14 +120,7 @@ def info_nca(
 
 
 def biased_nca(
-    log_ratios: Tensor,
-    scores: Tensor,
-    *,
-    beta: float,
-    temperature_alpha: float,
-    valid: Tensor | None = None,
-    policy_logps: Tensor | None = None,
-    lengths: Tensor | None = None,
+    log_ratios: Tensor, scores: Tensor, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None
 ) -> Tensor:
     r"""Biased NCA on pairs: the winner is data, the loser is noise.
 
@@ -156,7 +135,7 @@ def biased_nca(
     >>> biased_nca(torch.tensor([[1.0, -1.0]]), torch.tensor([[1.0, 0.0]]), beta=1.0, temperature_alpha=1e-4)
     tensor([0.6265])
     """
-    valid = _all_valid(scores) if valid is None else valid
+    r, s, valid = _rewards_and_scores(log_ratios, scores, beta, valid)
     k = valid.sum(-1)
     if bool(((k != 2) & (k != 0)).any()):
         found = sorted(set(k.tolist()))
@@ -164,8 +143,6 @@ def biased_nca(
             f"biased_nca is defined on pairs, found groups with K in {found}. Use 'nca', which is the same idea for "
             "any K, or keep two completions per group."
         )
-    r = beta * log_ratios.masked_fill(~valid, 0.0)
-    s = scores.masked_fill(~valid, -torch.inf)
     wins = (valid & (s == s.amax(-1, keepdim=True))).to(r.dtype)
     wins = wins / wins.sum(-1, keepdim=True).clamp(min=1)
     losses = valid.to(r.dtype) - wins
@@ -176,11 +153,11 @@ def dpo(
     log_ratios: Tensor,
     scores: Tensor,
     *,
-    beta: float,
-    temperature_alpha: float,
-    valid: Tensor | None = None,
-    policy_logps: Tensor | None = None,
-    lengths: Tensor | None = None,
+    beta,
+    temperature_alpha,
+    valid=None,
+    policy_logps=None,
+    lengths=None,
     pairs: str = "all",
 ) -> Tensor:
     r"""Direct preference optimisation on the pairs that the order of the scores makes.
@@ -199,9 +176,7 @@ def dpo(
     """
     if pairs not in ("all", "best_vs_rest"):
         raise ValueError(f"pairs is {pairs!r}, expected 'all' or 'best_vs_rest'.")
-    valid = _all_valid(scores) if valid is None else valid
-    r = beta * log_ratios.masked_fill(~valid, 0.0)
-    s = scores.masked_fill(~valid, -torch.inf)
+    r, s, valid = _rewards_and_scores(log_ratios, scores, beta, valid)
     beats = valid.unsqueeze(-1) & valid.unsqueeze(-2) & (s.unsqueeze(-1) > s.unsqueeze(-2))
     if pairs == "best_vs_rest":
         beats = beats & (s == s.amax(-1, keepdim=True)).unsqueeze(-1)
@@ -210,14 +185,7 @@ def dpo(
 
 
 def dpo_best_vs_rest(
-    log_ratios: Tensor,
-    scores: Tensor,
-    *,
-    beta: float,
-    temperature_alpha: float,
-    valid: Tensor | None = None,
-    policy_logps: Tensor | None = None,
-    lengths: Tensor | None = None,
+    log_ratios: Tensor, scores: Tensor, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None
 ) -> Tensor:
     """:func:`dpo` with ``pairs="best_vs_rest"``: the baseline of arXiv:2402.05369 on explicit rewards.
 
@@ -228,14 +196,7 @@ def dpo_best_vs_rest(
 
 
 def plackett_luce(
-    log_ratios: Tensor,
-    scores: Tensor,
-    *,
-    beta: float,
-    temperature_alpha: float,
-    valid: Tensor | None = None,
-    policy_logps: Tensor | None = None,
-    lengths: Tensor | None = None,
+    log_ratios: Tensor, scores: Tensor, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None
 ) -> Tensor:
     r"""Listwise DPO: the Plackett-Luce likelihood of the ranking by score.
 
@@ -247,9 +208,7 @@ def plackett_luce(
     >>> plackett_luce(torch.zeros(1, 3), torch.tensor([[3.0, 2.0, 1.0]]), beta=0.1, temperature_alpha=1e-4)
     tensor([1.7918])
     """
-    valid = _all_valid(scores) if valid is None else valid
-    r = beta * log_ratios.masked_fill(~valid, 0.0)
-    s = scores.masked_fill(~valid, -torch.inf)
+    r, s, valid = _rewards_and_scores(log_ratios, scores, beta, valid)
     not_above = valid.unsqueeze(-2) & (s.unsqueeze(-2) <= s.unsqueeze(-1))  # [b, i, j]: j is still in i's choice set
     denominators = _masked_logsumexp(r.unsqueeze(-2).expand_as(not_above), not_above & valid.unsqueeze(-1))
     lowest = scores.masked_fill(~valid, torch.inf).amin(-1)
@@ -258,14 +217,7 @@ def plackett_luce(
 
 
 def sft(
-    log_ratios: Tensor,
-    scores: Tensor,
-    *,
-    beta: float,
-    temperature_alpha: float,
-    valid: Tensor | None = None,
-    policy_logps: Tensor | None = None,
-    lengths: Tensor | None = None,
+    log_ratios: Tensor, scores: Tensor, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None
 ) -> Tensor:
     r"""Negative log-likelihood per token of the best-scored completion, for mixtures such as NCA + 0.1 SFT.
 
@@ -304,8 +256,6 @@ LOSSES = {
 # TRL's names for the same losses.
 ALIASES = {"sigmoid": "dpo", "nca_pair": "nca", "bco_pair": "biased_nca"}
 
-_NAMES = {letters_and_digits(spelling): name for spelling, name in ({name: name for name in LOSSES} | ALIASES).items()}
-
 
 def canonical_loss_name(name: str) -> str:
     """Return the key of ``LOSSES`` for a name, whatever its case and punctuation; TRL's names are aliases.
@@ -316,13 +266,13 @@ def canonical_loss_name(name: str) -> str:
     >>> canonical_loss_name("InfoNCA"), canonical_loss_name("biasedNCA"), canonical_loss_name("sigmoid")
     ('info_nca', 'biased_nca', 'dpo')
     """
-    key = _NAMES.get(letters_and_digits(name))
-    if key is None:
-        raise ValueError(
-            f"Unknown loss_type {name!r}. Known: {', '.join(LOSSES)} (and TRL's names {', '.join(ALIASES)}). "
-            "TRL's other pair losses (hinge, ipo, ...) are in trl.DPOTrainer."
-        )
-    return key
+    for spelling in (*LOSSES, *ALIASES):
+        if re.sub(r"[\W_]", "", spelling.lower()) == re.sub(r"[\W_]", "", name.lower()):
+            return ALIASES.get(spelling, spelling)
+    raise ValueError(
+        f"Unknown loss_type {name!r}. Known: {', '.join(LOSSES)} (and TRL's names {', '.join(ALIASES)}). "
+        "TRL's other pair losses (hinge, ipo, ...) are in trl.DPOTrainer."
+    )
 
 
 def temperature_for_entropy(scores: Tensor, *, valid: Tensor | None = None, fraction: float = 0.5) -> float | None:
@@ -339,8 +289,8 @@ def temperature_for_entropy(scores: Tensor, *, valid: Tensor | None = None, frac
     """
     valid = _all_valid(scores) if valid is None else valid
     s = scores.double()
-    signal = s.masked_fill(~valid, -torch.inf).amax(-1) > s.masked_fill(~valid, torch.inf).amin(-1)
-    signal &= ~is_preference(s, valid=valid)  # always hard
+    spreads = s.masked_fill(~valid, -torch.inf).amax(-1) - s.masked_fill(~valid, torch.inf).amin(-1)
+    signal = (spreads > 0) & ~is_preference(s, valid=valid)  # a preference is always hard
     s, valid = s[signal], valid[signal]
     if not len(s):
         return None
@@ -349,7 +299,7 @@ def temperature_for_entropy(scores: Tensor, *, valid: Tensor | None = None, frac
     def entropy(alpha: float) -> Tensor:
         return label_entropy(target_labels(s, temperature_alpha=alpha, valid=valid)).mean()
 
-    spread = float((s.masked_fill(~valid, -torch.inf).amax(-1) - s.masked_fill(~valid, torch.inf).amin(-1)).max())
+    spread = float(spreads[signal].max())
     low, high = spread * 1e-9, spread * 1e9
     if entropy(low) > wish or entropy(high) < wish:
         return None
@@ -372,11 +322,17 @@ def _all_valid(scores: Tensor) -> Tensor:
     return torch.ones_like(scores, dtype=torch.bool)
 
 
+def _rewards_and_scores(
+    log_ratios: Tensor, scores: Tensor, beta: float, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    valid = _all_valid(scores) if valid is None else valid
+    return beta * log_ratios.masked_fill(~valid, 0.0), scores.masked_fill(~valid, -torch.inf), valid
+
+
 def _rewards_and_labels(
     log_ratios: Tensor, scores: Tensor, beta: float, temperature_alpha: float, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    valid = _all_valid(scores) if valid is None else valid
-    r = beta * log_ratios.masked_fill(~valid, 0.0)
+    r, _, valid = _rewards_and_scores(log_ratios, scores, beta, valid)
     p = target_labels(scores, temperature_alpha=temperature_alpha, valid=valid)  # in the scores' own precision
     return r, p.to(r.dtype), valid
 

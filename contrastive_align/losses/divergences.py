@@ -5,21 +5,6 @@ r"""f-divergences between a policy pi and a target p: slopes f'(t), t = pi / p, 
 
 f-DPG, arXiv:2302.08215, Theorem 1. The gradient asks for f' alone, and constants in f' do not matter to it.
 
-================  =========================  =====================  ==============  ===========================
-name              f'(t)                      D_f                    at p = 0        as ``alpha:<a>``
-================  =========================  =====================  ==============  ===========================
-``kl``            -1 / t                     KL(p || pi)            0               a = 0 (f' differs by 1)
-``reverse_kl``    log t + 1                  KL(pi || p)            **+inf**        a = 1 (f' differs by 1)
-``js``            log(2 t / (1 + t))         **2** JSD(pi, p)       log 2
-``tv``            sign(log t) / 2            TV(pi, p)              1 / 2
-``chi2``          1 - 1 / t^2                chi2(p || pi)          1               twice a = -1
-``reverse_chi2``  2 (t - 1)                  chi2(pi || p)          **+inf**        twice a = 2
-``alpha:<a>``     (t^(a-1) - 1) / (a - 1)    see                    1 / (1 - a),
-                                             `divergence_value`     +inf for a >= 1
-================  =========================  =====================  ==============  ===========================
-
-``js`` is the one name whose slope (the paper's) is not that of the reported value: it descends twice the JSD.
-
 Every slope takes ``log_t`` and an optional ``log_weight``, and returns exp(log_weight) f'(t). The product is formed in
 log space: with a weight pi/q it stays right where the weight alone would be 0 and the slope alone infinite, as in
 (pi/q) (-p/pi) = -p/q. At log_t = -inf (pi = 0) ``tv`` is -1/2, ``reverse_chi2`` -2, ``alpha:<a>`` with a > 1
@@ -29,6 +14,7 @@ log space: with a weight pi/q it stays right where the weight alone would be 0 a
 from __future__ import annotations
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +22,7 @@ from torch import Tensor
 
 
 def kl(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
-    """KL(p || pi), the objective of DPG: f'(t) = -1 / t.
+    """KL(p || pi), the objective of DPG: f'(t) = -1 / t, and 0 where p = 0. Up to a constant ``alpha:0``.
 
     >>> kl(torch.tensor([0.0, torch.inf]))
     tensor([-1., -0.])
@@ -45,7 +31,7 @@ def kl(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
 
 
 def reverse_kl(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
-    """KL(pi || p), that of RL with a KL penalty: f'(t) = log t + 1. Infinite where p = 0.
+    """KL(pi || p), that of RL with a KL penalty: f'(t) = log t + 1, +inf where p = 0. Up to a constant ``alpha:1``.
 
     >>> reverse_kl(torch.tensor([0.0, torch.inf]))
     tensor([1., inf])
@@ -54,7 +40,9 @@ def reverse_kl(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
 
 
 def js(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
-    """Twice the Jensen-Shannon divergence: f'(t) = log(2 t / (1 + t)), at most log 2.
+    """**Twice** the Jensen-Shannon divergence: f'(t) = log(2 t / (1 + t)), at most log 2.
+
+    The one slope (the paper's) that is not that of the reported value.
 
     >>> js(torch.tensor([0.0, torch.inf]))
     tensor([0.0000, 0.6931])
@@ -72,7 +60,7 @@ def tv(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
 
 
 def chi2(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
-    """chi2(p || pi) = E_p[p / pi] - 1: f'(t) = 1 - 1 / t^2.
+    """chi2(p || pi) = E_p[p / pi] - 1: f'(t) = 1 - 1 / t^2, and 1 where p = 0. Twice ``alpha:-1``.
 
     >>> chi2(torch.tensor([0.0, torch.inf]))
     tensor([0., 1.])
@@ -81,7 +69,7 @@ def chi2(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
 
 
 def reverse_chi2(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
-    """chi2(pi || p) = E_pi[pi / p] - 1: f'(t) = 2 (t - 1). Infinite where p = 0.
+    """chi2(pi || p) = E_pi[pi / p] - 1: f'(t) = 2 (t - 1), +inf where p = 0. Twice ``alpha:2``.
 
     >>> reverse_chi2(torch.tensor([0.0, torch.inf]))
     tensor([0., inf])
@@ -90,7 +78,7 @@ def reverse_chi2(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
 
 
 def alpha(a: float):
-    """The slope of the alpha-divergence: f'(t) = (t^(a-1) - 1) / (a - 1), and log t at a = 1.
+    """The slope of the alpha-divergence: f'(t) = (t^(a-1) - 1) / (a - 1), log t at a = 1; +inf where p = 0 if a >= 1.
 
     >>> alpha(0.5)(torch.tensor([0.0, torch.inf]))
     tensor([0., 2.])
@@ -117,12 +105,7 @@ class _Slopes(dict):
 DIVERGENCES = _Slopes(kl=kl, reverse_kl=reverse_kl, js=js, tv=tv, chi2=chi2, reverse_chi2=reverse_chi2)
 
 # Other common names of the same divergences.
-DIVERGENCE_ALIASES = {
-    "forward_kl": "kl",
-    "rkl": "reverse_kl",
-    "jensen_shannon": "js",
-    "total_variation": "tv",
-}
+DIVERGENCE_ALIASES = {"forward_kl": "kl", "rkl": "reverse_kl", "jensen_shannon": "js", "total_variation": "tv"}
 
 
 def canonical_divergence_name(name: str) -> str:
@@ -133,10 +116,9 @@ def canonical_divergence_name(name: str) -> str:
     """
     if (a := alpha_of(name)) is not None:
         return f"alpha:{int(a) if a == int(a) else a}"
-    wanted = letters_and_digits(name)
-    for spelling, key in [*((key, key) for key in DIVERGENCES), *DIVERGENCE_ALIASES.items()]:
-        if letters_and_digits(spelling) == wanted:
-            return key
+    for spelling in (*DIVERGENCES, *DIVERGENCE_ALIASES):
+        if re.sub(r"[\W_]", "", spelling) == re.sub(r"[\W_]", "", name.lower()):
+            return DIVERGENCE_ALIASES.get(spelling, spelling)
     raise ValueError(
         f"Unknown divergence {name!r}. Known: {', '.join(DIVERGENCES)}, and alpha:<a> with a number <a>, such as "
         "alpha:0.5 or alpha:-1."
@@ -158,12 +140,11 @@ def alpha_of(name: str) -> float | None:
     >>> alpha_of("alpha:-0.5"), alpha_of("js")
     (-0.5, None)
     """
-    rest = name.strip().lower().removeprefix("alpha")
-    # A separator is required: "alpha-2" could be read both ways.
-    if rest == name.strip().lower() or rest[:1] not in (":", "=", "_", " "):
-        return None
+    match = re.fullmatch(
+        "alpha[:=_ ](.*)", name.strip().lower()
+    )  # without a separator "alpha-2" could be read both ways
     try:
-        a = float(rest[1:])
+        a = float(match[1]) if match else math.nan
     except ValueError:
         return None
     return a if math.isfinite(a) else None
@@ -185,11 +166,7 @@ def divergence_value(name: str, log_pi: Tensor, log_p: Tensor) -> Tensor:
 
     Args:
         name: as :func:`canonical_divergence_name` reads it.
-        log_pi: (..., N) log-probabilities over all N atoms; -inf for an atom that is not there.
-        log_p: (..., N).
-
-    Returns:
-        (...).
+        log_pi, log_p: (..., N) log-probabilities over all N atoms; -inf for an atom that is not there.
 
     Raises:
         ValueError: an unknown name, or probabilities that do not sum to 1 (a target without its log Z taken off).
@@ -217,17 +194,8 @@ def divergence_value(name: str, log_pi: Tensor, log_p: Tensor) -> Tensor:
     return scale * _alpha_terms(a, log_pi, log_p).sum(-1)
 
 
-def letters_and_digits(name: str) -> str:
-    """Return a name without case and punctuation, so that all its spellings compare equal.
-
-    >>> letters_and_digits("Reverse-KL")
-    'reversekl'
-    """
-    return "".join(c for c in name.lower() if c.isalnum())
-
-
 def _alpha_terms(a: float, log_pi: Tensor, log_p: Tensor) -> Tensor:
-    """(pi^a p^(1-a) - a pi - (1-a) p) / (a (a-1)), which is at least 0, atom by atom; the limits at a = 0 and 1."""
+    """(pi^a p^(1-a) - a pi - (1-a) p) / (a (a-1)), at least 0, atom by atom; the limits at a = 0 and 1."""
     if a > 0.5:  # the two sides swap as a -> 1 - a; below, only a near 0 has to be handled with care
         return _alpha_terms(1 - a, log_p, log_pi)
     absent = log_p == -torch.inf
@@ -249,9 +217,6 @@ def _expm1(x: Tensor, log_weight: Tensor | float) -> Tensor:
     above = -_exp(log_weight + x.clamp(min=0)) * torch.expm1(-x.clamp(min=0))
     below = _exp(log_weight, like=x) * torch.expm1(x.clamp(max=0))
     return torch.where(x > 0, above, below)
-
-
-# ---------------------------------------------------------------------------------------------------------------- f-DPG
 
 
 def fdpg(
@@ -279,10 +244,9 @@ def fdpg(
 
     .. math:: b_i = \frac{\sum_{j \ne i} w_j f'(t_j)}{\sum_{j \ne i} w_j}, \qquad w = \pi / q
 
-    an estimate of E_pi[f'], which is -1 for ``kl``, the baseline of arXiv:2206.00761. Divided by the
-    sum of the weights it takes off every constant in f' exactly; divided by K - 1 it would be as unbiased, but take off
-    a random share of it, and off-policy have many times the variance. A sample without another gets 0. ``js``, ``tv``
-    and the two chi2 have slopes around 0 near the target: there it gains nothing and costs variance when K is small.
+    an estimate of E_pi[f'], which is -1 for ``kl``, the baseline of arXiv:2206.00761. Dividing by the sum of the
+    weights takes off every constant in f' exactly. A sample without another gets 0. ``js``, ``tv`` and the two chi2
+    have slopes around 0 near the target: there it gains nothing and costs variance when K is small.
 
     Args:
         policy_logps: (B, K) nats, log pi(y|x) summed over the completion's tokens. The only input with a gradient.
@@ -347,21 +311,13 @@ def fdpg(
 
 @torch.no_grad()
 def mean_slope(
-    policy_logps: Tensor,
-    proposal_logps: Tensor,
-    target_log_scores: Tensor,
-    *,
-    log_z: Tensor,
-    divergence: str,
+    policy_logps: Tensor, proposal_logps: Tensor, target_log_scores: Tensor, *, log_z: Tensor, divergence: str
 ) -> Tensor:
-    r"""Estimate E_pi[f'(t)] of each prompt, minus the mean pseudo-reward, from the samples of :func:`fdpg`.
+    r"""Estimate E_pi[f'(t)] of each prompt, minus the mean pseudo-reward, from the arguments of :func:`fdpg`.
 
     .. math:: \sum_i w_i f'(t_i) / \sum_i w_i, \qquad w = \pi / q
 
-    Args: as in :func:`fdpg`.
-
-    Returns:
-        (B,); not finite where f' is not, or log_z.
+    (B,); not finite where f' is not, or log_z.
 
     >>> logps = torch.tensor([[-1.0, -2.0]])
     >>> mean_slope(logps, logps, logps + 0.5, log_z=torch.tensor([0.5]), divergence="kl")  # at the target
@@ -386,10 +342,8 @@ def _leave_one_out(baseline: str, slope, log_t: Tensor, log_ratio: Tensor, valid
 
 def _as_column(baseline: float | Tensor | None, shape: torch.Size) -> Tensor | float:
     """Return a baseline from outside in a shape that broadcasts to (B, K)."""
-    if baseline is None:
-        return 0.0
     if not isinstance(baseline, Tensor) or baseline.dim() == 0:
-        return float(baseline)
+        return float(baseline or 0.0)
     if baseline.shape not in (shape, shape[:1]):
         raise ValueError(
             f"baseline is {tuple(baseline.shape)}, expected a number, (B,) = {tuple(shape[:1])} or "
@@ -398,16 +352,7 @@ def _as_column(baseline: float | Tensor | None, shape: torch.Size) -> Tensor | f
     return baseline.detach() if baseline.dim() == 2 else baseline.detach().unsqueeze(-1)
 
 
-def _describe_error(
-    name: str,
-    log_pi: Tensor,
-    log_q: Tensor,
-    log_p: Tensor,
-    weighted: Tensor,
-    target_log_scores: Tensor,
-    log_z: Tensor,
-    valid: Tensor,
-) -> str:
+def _describe_error(name, log_pi, log_q, log_p, weighted, target_log_scores, log_z, valid) -> str:
     """Name the first cause that applies, where it was found, and how to fix it."""
 
     def where(wrong: Tensor) -> str:

@@ -1,16 +1,10 @@
 r"""Estimates from samples: log Z, divergences and moments, each with its standard error and effective sample size.
 
-Every function takes K samples y_1 .. y_K of a proposal q for each of B prompts, and returns one estimate per prompt:
-
-=====================  ============  ===================================================================================
-argument               shape         meaning
-=====================  ============  ===================================================================================
-``policy_logps``       (B, K) nats   log pi(y|x), summed over the completion's tokens
-``proposal_logps``     (B, K) nats   log q(y|x) of what the completions were sampled from; the policy's own when online
-``target_log_scores``  (B, K) nats   log P(y|x), not normalised, p = P / Z; -inf where a constraint is violated
-``log_z``              (B,) nats     log Z if known better than from these samples; taken as exact
-``valid``              (B, K) bool   False marks an entry that is not there; default: all True
-=====================  ============  ===================================================================================
+Every function takes K samples y_1 .. y_K of a proposal q for each of B prompts, and returns one estimate per prompt.
+Log-probs are (B, K) nats, summed over the completion's tokens: ``policy_logps`` of the policy pi, ``proposal_logps`` of
+q, which is the policy when online, and ``target_log_scores`` of P, not normalised, p = P / Z, -inf where a constraint
+is violated. ``log_z`` (B,) is log Z if known better than from these samples, and taken as exact. ``valid`` (B, K) is
+False where there is no sample.
 
 Samples of one distribution without prompts are one row: (1, n). Nothing here has a gradient. Standard errors are the
 delta method's: they include the noise of Z and of self-normalisation where these come from the same samples. They hold
@@ -140,9 +134,7 @@ def estimate_kl_base(
 
     .. math:: \overline{w \log (\pi / a)}\, / \,\overline{w}, \qquad w = \pi / q
 
-    Args:
-        base_logps: (B, K) nats, log a(y|x).
-        proposal_logps: default: the policy's own, w = 1.
+    ``base_logps`` are log a(y|x), (B, K) nats. Without ``proposal_logps`` the policy is the proposal, w = 1.
 
     >>> estimate_kl_base(torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]])).value
     tensor([0.5000])
@@ -229,11 +221,7 @@ class RunningLogZ:
         self._sums: dict[str, tuple[float, int]] = {}
 
     def add(self, groups: Iterable[tuple[str, Tensor]]) -> None:
-        """Add samples.
-
-        Args:
-            groups: pairs of a prompt's key and the (K,) nats log P - log q of its samples.
-        """
+        """Add samples: pairs of a prompt's key and the (K,) nats log P - log q of its samples."""
         for key, log_weights in groups:
             log_sum, n = self._sums.get(key, (-math.inf, 0))
             both = torch.cat([log_weights.double().cpu(), torch.tensor([log_sum], dtype=torch.float64)])
@@ -251,9 +239,11 @@ class RunningLogZ:
         return torch.tensor([self[key] for key in keys], dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the log-sums and counts, for a checkpoint."""
         return {key: list(pair) for key, pair in self._sums.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
         self._sums = {key: (float(log_sum), int(n)) for key, (log_sum, n) in state.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from contrastive_align.models.logps import add_head, completion_logps
+from contrastive_align.data.collate import GroupCollator
+from contrastive_align.models.logps import add_head, completion_logps, per_completion
 from contrastive_align.models.shared_prompt import ATTENTION_NAME, record_windows
 
 
@@ -25,16 +27,13 @@ MODEL_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, IndexError)
 LEAK_TOLERANCE = 1e-5
 
 
-def set_layout(
-    models: list[PreTrainedModel], wanted: str, *, obstacle: str | None = None, sharded: bool = False, autocast: bool
-) -> str:
+def set_layout(models: list[PreTrainedModel], wanted: str, **options: Any) -> str:
     """Add the head to all models and return their common layout: ``"shared"`` only if each of them supports it.
 
-    Arguments and errors are those of :func:`choose_layout`, for each of ``models`` (policy and reference).
+    Options and errors are those of :func:`choose_layout`, for each of ``models`` (policy and reference).
     """
     for model in models:
         add_head(model)
-    options = {"obstacle": obstacle, "sharded": sharded, "autocast": autocast}
     layouts = {choose_layout(model, wanted, **options) for model in models}
     return "shared" if layouts == {"shared"} else "padded"
 
@@ -51,14 +50,11 @@ def choose_layout(
 
     Under ``"shared"`` and ``"auto"`` the model's attention is set to :mod:`contrastive_align.models.shared_prompt`, and
     set back if that does not work. Comparing log-probs finds models without such attention (linear attention, state
-    space), models that drop its keywords, and ALiBi, which would be wrong without an error. Changing one completion,
-    which must not move the others, finds what rounding hides. Windows are longer than the small batch, so the windows
-    of the model's masks are compared with those that reach the attention.
+    space), models that drop its keywords, and ALiBi, which would be wrong without an error.
 
     Args:
         model: a causal language model with :func:`~contrastive_align.models.logps.add_head`, or a PEFT model of one.
-        wanted: one of ``LAYOUTS``.
-        obstacle: why the shared layout cannot be tried, or None.
+        wanted, obstacle: one of ``LAYOUTS``, and why the shared layout cannot be tried, or None.
         sharded: whether the weights may be incomplete here (FSDP, ZeRO-3); a small model of the same class is then
             tried instead.
         autocast: whether the model computes in 16 bits whatever the dtype of its weights.
@@ -181,25 +177,13 @@ def _small_batches(model: PreTrainedModel) -> list[dict[str, Tensor]]:
     """Return two ragged groups of random tokens, and the same groups with another second completion."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.size(0)
-    prompts, completions = (5, 11), ((3, 7, 1), (4, 6))
-    length = max(p + max(c) for p, c in zip(prompts, completions, strict=True))
-    rows, masks, completion_masks = [], [], []
-    for p, lengths in zip(prompts, completions, strict=True):
-        prompt = torch.randint(vocabulary, (p,), generator=generator)
-        for n in lengths:
-            ids = torch.cat([prompt, torch.randint(vocabulary, (n,), generator=generator)])
-            rows.append(torch.cat([ids, ids.new_zeros(length - p - n)]))
-            masks.append([1] * (p + n) + [0] * (length - p - n))
-            completion_masks.append([0] * p + [1] * n + [0] * (length - p - n))
-    completion_masks = torch.tensor(completion_masks)
-    batch = {
-        "input_ids": torch.stack(rows),
-        "attention_mask": torch.tensor(masks),
-        "completion_mask": completion_masks,
-        "valid": torch.tensor([[True, True, True], [True, True, False]]),
-    }
+    groups = []
+    for lengths in ((5, 3, 7, 1), (11, 4, 6)):  # a prompt and its completions
+        prompt, *completions = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths)
+        groups.append({"prompt_ids": prompt, "completion_ids": completions, "scores": [0.0] * len(completions)})
+    batch = GroupCollator(pad_token_id=0, score_dtype=torch.float32)(groups)
     changed = batch["input_ids"].clone()
-    words = completion_masks[1].bool()
+    words = batch["completion_mask"][1].bool()
     changed[1, words] = (changed[1, words] + 1 + vocabulary // 2) % vocabulary
     batches = [batch, {**batch, "input_ids": changed}]
     return [{name: tensor.to(model.device) for name, tensor in batch.items()} for batch in batches]
@@ -209,5 +193,4 @@ def _own_logps(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """Compute log-probs (B, K) by the model's own forward, attention and logits."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
     log_probs = logits[:, :-1].float().log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
-    sums = (log_probs * batch["completion_mask"][:, 1:]).sum(1)
-    return sums.new_zeros(batch["valid"].shape).masked_scatter(batch["valid"], sums)
+    return per_completion((log_probs * batch["completion_mask"][:, 1:]).sum(1), batch["valid"])

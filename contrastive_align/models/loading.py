@@ -39,24 +39,15 @@ MERGE_TOLERANCE_16_BIT = 0.1
 
 @dataclass
 class Start:
-    """The model a run starts from, which is also its reference.
+    """The model a run starts from, which is also its reference."""
 
-    Args:
-        model: a model id or folder without an adapter; or, on a 4-bit or 8-bit base, a model with its adapter.
-        description: one line with model, revision and adapter, and whether the adapter was merged.
-        tokenizer_source: the model id or folder of its tokenizer.
-    """
-
-    model: str | PeftModel
-    description: str
-    tokenizer_source: str
+    model: str | PeftModel  # an id or folder without an adapter; on a 4-bit or 8-bit base, a model with its adapter
+    description: str  # one line with model, revision and adapter, and whether the adapter was merged
+    tokenizer_source: str  # model id or folder
 
 
 def adapter_config_path(model_id: str, revision: str | None = None) -> str | None:
     """Return the path of the ``adapter_config.json`` of a folder or hub id, or None if it has none."""
-    if os.path.isdir(model_id):
-        path = os.path.join(model_id, ADAPTER_CONFIG)
-        return path if os.path.isfile(path) else None
     return find_adapter_config_file(model_id, revision=revision)
 
 
@@ -78,9 +69,8 @@ def resolve_start(
       keeps a frozen copy of it as the reference.
 
     Args:
-        model_id: a folder, or a hub id whose revision is in ``model_init_kwargs``.
+        model_id: a folder, or a hub id whose revision is in ``model_init_kwargs``, which are as in TRL's configs.
         output_dir: the folder of the run.
-        model_init_kwargs: as in TRL's configs.
         quantization_config: of the base.
         trust_remote_code: whether code from the hub may run.
         allow_pickled_adapter: whether adapter weights may be a pickle, which can run code when it is read.
@@ -128,21 +118,12 @@ def resolve_start(
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             _merge(model_id, revision, base_id, config.revision, merged, tokenizer_source, kwargs)
-    return Start(
-        str(merged.resolve()),
-        f"{base_id} + adapter {model_id}{revision_note}, merged into {merged}",
-        str(merged.resolve()),
-    )
+    description = f"{base_id} + adapter {model_id}{revision_note}, merged into {merged}"
+    return Start(str(merged.resolve()), description, str(merged.resolve()))
 
 
 def _merge(
-    adapter: str,
-    adapter_revision: str | None,
-    base_id: str,
-    base_revision: str | None,
-    merged: Path,
-    tokenizer_source: str,
-    model_init_kwargs: dict[str, Any],
+    adapter: str, adapter_revision, base_id: str, base_revision, merged: Path, tokenizer_source: str, model_init_kwargs
 ) -> None:
     dtype = model_init_kwargs.get("dtype", "float32")
     note = {
@@ -231,14 +212,9 @@ def _file_of(model_id: str, name: str, revision: str | None) -> str | None:
 
 
 def check_output_dir(output_dir: str | os.PathLike, *, adapter: bool) -> None:
-    """Raise if ``output_dir`` holds weights of the other kind, since loading it would mix the two.
+    """Raise ValueError if ``output_dir`` is a file or holds weights of the other kind (whole model or adapter).
 
-    Args:
-        output_dir: the folder of the run, which need not exist.
-        adapter: whether the run saves an adapter.
-
-    Raises:
-        ValueError: ``output_dir`` is a file, or holds a whole model where an adapter is to be saved, or vice versa.
+    Loading such a folder would mix the two.
     """
     folder = Path(output_dir)
     if folder.is_file():
@@ -257,10 +233,6 @@ def check_output_dir(output_dir: str | os.PathLike, *, adapter: bool) -> None:
 
 def base_of(base: str | None, adapter: str) -> str:
     """Return the base that an adapter's config names, or the merged base beside the adapter if the run was moved.
-
-    Args:
-        base: ``base_model_name_or_path`` of the adapter's config.
-        adapter: the adapter's folder or hub id.
 
     Raises:
         ValueError: the config names no base.
@@ -303,9 +275,8 @@ def _check_exists(model_id: str) -> None:
 
 
 def _check_adapter_weights(model_id: str, revision: str | None, allow_pickle: bool) -> None:
-    if _file_of(model_id, ADAPTER_WEIGHTS, revision):
-        return
-    if allow_pickle and _file_of(model_id, PICKLED_WEIGHTS, revision):
+    readable = (ADAPTER_WEIGHTS, PICKLED_WEIGHTS) if allow_pickle else (ADAPTER_WEIGHTS,)
+    if any(_file_of(model_id, name, revision) for name in readable):
         return
     if os.path.isdir(model_id) and not os.path.isfile(os.path.join(model_id, PICKLED_WEIGHTS)):
         raise FileNotFoundError(
@@ -382,16 +353,9 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[
 
 @torch.no_grad()
 def give_rows(model: PreTrainedModel, rows: int, *, fresh: list[int], old: int, seed: int) -> None:
-    """Resize embedding and head to at least ``rows`` rows, and draw new rows like the old ones.
+    """Resize embedding and head to at least ``rows`` rows; draw new rows, and those numbered ``fresh``, like old ones.
 
-    Each dimension of a new row is normal, with the mean and standard deviation of the old rows.
-
-    Args:
-        model: a causal language model, which is changed.
-        rows: how many it has at least afterwards.
-        fresh: ids of rows to draw in addition to those that the model lacked.
-        old: how many rows, from the first, belong to known tokens.
-        seed: of the draw.
+    Each dimension of a new row is normal, with the mean and standard deviation of the first ``old`` rows.
     """
     embedding = model.get_input_embeddings()
     had = embedding.weight.size(0)
@@ -405,11 +369,8 @@ def give_rows(model: PreTrainedModel, rows: int, *, fresh: list[int], old: int, 
     known = min(old, had, fresh[0])  # new tokens come after all the old ones
     generator = torch.Generator().manual_seed(seed)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = [embedding.weight]
-    if head is not None:
-        weights += [] if head.weight is embedding.weight else [head.weight]
-        weights += [] if getattr(head, "bias", None) is None else [head.bias]
-    for weight in weights:
+    of_head = [] if head is None else [head.weight, getattr(head, "bias", None)]
+    for weight in [embedding.weight, *(w for w in of_head if w is not None and w is not embedding.weight)]:
         weight[fresh] = _rows_like(weight[:known], len(fresh), generator).to(weight)
 
 
@@ -423,10 +384,8 @@ def _rows_like(rows: Tensor, n: int, generator: torch.Generator) -> Tensor:
 def verify_saved(folder: str | os.PathLike, *, may_be_sharded: bool = False) -> None:
     """Read back every weight file of a saved model or adapter, and raise if one is missing or not finite.
 
-    Args:
-        folder: of the saved model or adapter.
-        may_be_sharded: warn, rather than raise, if there are no weight files: DeepSpeed and FSDP may write checkpoints
-            in formats of their own.
+    With ``may_be_sharded`` warn, rather than raise, if there are no weight files: DeepSpeed and FSDP may write
+    checkpoints in formats of their own.
 
     Raises:
         ValueError: no weights, a file missing, or an empty, NaN or infinite tensor (ZeRO-3 can save empty adapters).

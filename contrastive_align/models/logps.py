@@ -20,20 +20,14 @@ from contrastive_align.models.shared_prompt import pack
 class CompletionLogps:
     """Log-probs of a batch of groups.
 
-    Args:
-        logps: (B, K) nats, summed over the completion's tokens, EOS included; 0 where ``valid`` is False.
-        lengths: (B, K) the numbers of summed tokens.
-        tokens: name -> one value per completion token, completion after completion (``entropy``, ``mean_logits``,
-            ``is_top1``).
-        owner: the index, among the N completions, of the one that each of these tokens belongs to.
-        aux_loss: the router loss of a mixture-of-experts model, if it was asked for.
+    ``tokens`` holds ``entropy``, ``mean_logits`` and ``is_top1`` of all completion tokens, completion after completion.
     """
 
-    logps: Tensor
-    lengths: Tensor
+    logps: Tensor  # (B, K) nats, summed over the completion's tokens, EOS included; 0 where valid is False
+    lengths: Tensor  # (B, K) the numbers of summed tokens
     tokens: dict[str, Tensor]
-    owner: Tensor
-    aux_loss: Tensor | None
+    owner: Tensor  # the index, among the N completions, of the one that each of these tokens belongs to
+    aux_loss: Tensor | None  # the router loss of a mixture-of-experts model, if it was asked for
 
 
 @dataclass
@@ -92,7 +86,7 @@ def completion_logps(
 def completion_objective(
     model: nn.Module,
     batch: dict[str, Tensor],
-    objective: Callable[[Tensor, Tensor, Tensor, Tensor | None, float, float | None], Any],
+    objective: Callable[..., Any],
     *,
     layout: str = "padded",
     **forward_kwargs: Any,
@@ -100,24 +94,17 @@ def completion_objective(
     """Call ``objective`` on the completion tokens' hidden states inside the model's forward pass.
 
     The tokens come completion after completion, in the order of the batch's rows, under both layouts and for any
-    prompts. So two batches with the same completions give the same tokens in the same order, even where the policy sees
-    a conditioned prompt and the reference the unconditioned one.
+    prompts: batches with the same completions give the same tokens, even if only the policy's prompts are conditioned.
 
     Args:
-        model: a causal language model that went through :func:`add_head`.
-        batch: what :class:`~contrastive_align.data.GroupCollator` returns.
+        model, batch, layout, forward_kwargs: as in :func:`completion_logps`, which names the errors, too.
         objective: ``objective(hidden, labels, weight, bias, scale, softcap)``, called once, with the last hidden states
             (n, H) that predict the n completion tokens ``labels`` (n,), and the head: its weight (V, H), its bias (V,)
             or None, the factor of its logits, and their softcap or None. For example
             :func:`~contrastive_align.models.token_loss.token_loss`, or ``lambda hidden, *_: hidden`` for a reference.
-        layout: as in :func:`completion_logps`.
-        forward_kwargs: passed to the model.
 
     Returns:
         What ``objective`` returns.
-
-    Raises:
-        RuntimeError: a packed row did not reach the shared-prompt attention.
     """
     inputs = _model_inputs(batch, layout)
     result = model(**inputs, use_cache=False, fused_lm_head=True, token_objective=objective, **forward_kwargs)
@@ -161,10 +148,9 @@ def add_head(model: PreTrainedModel) -> None:
     Changes ``model.forward``. To be called after TRL's ``add_fused_lm_head``, whose forward takes the calls that this
     one does not: other arguments, router losses, and, without a ``token_objective``, other devices than a CPU.
 
-    Args:
-        model: a causal language model. Its forward also takes ``token_stats=False``, which leaves out all but the
-            log-probs where that saves time, and ``token_objective=fn``, with which it returns
-            ``fn(hidden, labels, weight, bias, scale, softcap)`` on any device: see :func:`completion_objective`.
+    The forward also takes ``token_stats=False``, which leaves out all but the log-probs where that saves time, and
+    ``token_objective=fn``, with which it returns ``fn(hidden, labels, weight, bias, scale, softcap)`` on any device:
+    see :func:`completion_objective`.
     """
     before = model.forward
     config = model.config.get_text_config()

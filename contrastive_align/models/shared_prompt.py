@@ -63,17 +63,12 @@ class SharedPrompt:
             q = torch.arange(prompt, prompt + branch, device=like.device)[:, None]
             k = torch.arange(prompt + branch, device=like.device)[None, :]
             hidden = (k > q) if window is None else (k > q) | (k <= q - window)
-            self._masks[key] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill(
-                hidden, -torch.inf
-            )
+            self._masks[key] = like.new_zeros(hidden.shape).masked_fill(hidden, -torch.inf)
         return self._masks[key]
 
 
 def pack(batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], SharedPrompt]:
-    """Pack a padded batch of groups into one row of n tokens.
-
-    Args:
-        batch: what :class:`~contrastive_align.data.GroupCollator` returns.
+    """Pack a padded batch of :class:`~contrastive_align.data.GroupCollator` into one row of n tokens.
 
     Returns:
         ``input_ids``, ``position_ids`` and ``shift_labels``, each (1, n), and the row's layout. The labels are -100 on
@@ -118,8 +113,7 @@ def shared_prompt_attention(
 
     Args:
         query: (1, H, n, D).
-        key: (1, H or fewer, n, D).
-        value: as ``key``.
+        key, value: (1, H or fewer, n, D).
         shared_prompt: the layout of the row.
 
     Returns:
@@ -155,14 +149,7 @@ def shared_prompt_attention(
 
 @torch.compiler.disable  # the lengths differ from batch to batch
 def _attend_by_segment(
-    shared_prompt: SharedPrompt,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    window: int | None,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
+    shared_prompt: SharedPrompt, query: Tensor, key: Tensor, value: Tensor, window, dropout, scaling, softcap
 ) -> Tensor:
     """Attend over a packed row: (1, H, n, D) -> (1, n, H, D)."""
     shared_prompt.attention_calls += 1
@@ -216,13 +203,7 @@ def _causal(
 
 
 def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | CausalBias | None,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | CausalBias | None, dropout: float, scaling, softcap
 ) -> Tensor:
     """Attend with queries (1, H, q, D), causally where ``mask`` is None."""
     if softcap is None:
@@ -237,12 +218,9 @@ def _attend(
 
 @contextmanager
 def record_windows() -> Iterator[tuple[set[int], set[int]]]:
-    """Record the windows (or chunk sizes) of a model's masks, and those that its attention calls receive.
+    """Yield the windows (or chunk sizes) of a model's masks, and those that its attention calls receive.
 
     A packed row has no mask, so a window that reaches the masks only would be lost.
-
-    Yields:
-        The windows of the masks, and the windows of the attention calls.
     """
     of_masks, of_calls = set(), set()
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from contrastive_align.losses import conditional
+from contrastive_align.models.cpu.head import HeadWeights
 from contrastive_align.models.gradients import first_derivative_only
 
 
@@ -57,20 +58,13 @@ def token_loss(
     are in autocast's dtype. Differentiable once, in ``hidden``, ``weight`` and ``bias``.
 
     Args:
-        hidden: (n, H) the policy's last hidden states at the positions that predict ``labels``.
-        weight: (V, H) of the policy's head.
-        bias: (V,) of the policy's head, or None.
-        labels: (n,) token ids.
+        hidden: (n, H) the policy's last hidden states at the positions that predict ``labels``, (n,) token ids.
+        weight, bias: (V, H) and (V,) or None, of the policy's head.
         reference: hidden states (n, H_ref), weight (V_ref, H_ref) and bias of the reference, V_ref <= V, used without a
             gradient; None if ``kl_coef`` is 0 and the KL need not be measured.
-        scale: the factor of the policy's logits.
-        softcap: the policy's ``final_logit_softcapping``, or None.
-        ref_scale: as ``scale``, of the reference.
-        ref_softcap: as ``softcap``, of the reference.
-        kl_coef: weight of the KL.
-        entropy_coef: weight of the entropy bonus.
-        kl_direction: ``"reverse"`` or ``"forward"``.
-        outside: ids of the tokens that stand for conditions, left out of the KL.
+        scale, ref_scale: the factors of the logits of policy and reference.
+        softcap, ref_softcap: their ``final_logit_softcapping``, or None.
+        kl_coef, entropy_coef, kl_direction, outside: as in :func:`~contrastive_align.losses.conditional`.
         weights: (n,) w_t without a gradient, 1 if None. A token of weight 0 has no part in loss and gradient, even if
             its values are not finite.
 
@@ -95,9 +89,7 @@ def token_loss(
         ref_hidden, ref_weight, ref_bias = (None if x is None else x.detach() for x in reference)
         _check_shapes(ref_hidden, ref_weight, ref_bias, labels, None, of="reference ")
         reference = (ref_hidden, _ChunkedHead(ref_weight, ref_bias, ref_scale, ref_softcap))
-    terms = {
-        "kl_coef": kl_coef, "entropy_coef": entropy_coef, "kl_direction": kl_direction, "outside": tuple(outside)
-    }  # fmt: skip
+    terms = dict(kl_coef=kl_coef, entropy_coef=entropy_coef, kl_direction=kl_direction, outside=tuple(outside))
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     return TokenTerms(*_TokenLoss.apply(hidden, weight, bias, labels, weights, policy, reference, terms, wanted))
 
@@ -116,18 +108,16 @@ class _TokenLoss(torch.autograd.Function):
         block_rows = max(1, BLOCK_LOGITS // len(weight)) if hidden.device.type == "cpu" else rows
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _slices(0, n, rows):
-                products = policy.products(hidden[part])
-                ref_products = None if reference is None else reference[1].products(reference[0][part])
+                products = policy.products(hidden[part].to(policy.dtype))
+                if reference is not None:
+                    ref_hidden, ref_head = reference
+                    ref_products = ref_head.products(ref_hidden[part].to(ref_head.dtype))
                 for block in _slices(part.start, part.stop, block_rows):
                     local = slice(block.start - part.start, block.stop - part.start)
                     product = products[local].detach().requires_grad_(any(wanted))
+                    ref_logits = None if reference is None else ref_head.logits(ref_products[local])
                     with torch.set_grad_enabled(any(wanted)):
-                        found = conditional(
-                            policy.logits(product),
-                            labels[block],
-                            reference_logits=None if reference is None else reference[1].logits(ref_products[local]),
-                            **terms,
-                        )
+                        found = conditional(policy.logits(product), labels[block], reference_logits=ref_logits, **terms)
                     for whole, values in zip((losses, *measured), found, strict=True):
                         whole[block] = values.detach()
                     if any(wanted):
@@ -149,29 +139,14 @@ class _TokenLoss(torch.autograd.Function):
         return *grads.times(grad * ctx.unit), *(None,) * 6
 
 
-class _ChunkedHead:
-    """softcap(scale * (h W^T + b)), in two steps: the products of a chunk, and the logits of some of these.
+class _ChunkedHead(HeadWeights):
+    """softcap(scale * (h W^T + b)), in two steps: the products of a chunk, and the logits of some of these."""
 
-    All chunks use the same memory, because on a CPU fresh pages cost as much again as the product.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None):
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
         device, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(device)
-        self.weight, self.bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-        self.scale, self.softcap = scale, softcap
-        self.precise = torch.promote_types(dtype, torch.float32)
-        self._memory: Tensor | None = None
-
-    def products(self, hidden: Tensor) -> Tensor:
-        """Return the products (m, V) of hidden states (m, H), which the next call overwrites."""
-        if self._memory is None:  # the first chunk is the longest
-            self._memory = self.weight.new_empty(len(hidden), len(self.weight))
-        out, hidden = self._memory[: len(hidden)], hidden.detach().to(self.weight.dtype)
-        if self.bias is None:
-            return torch.mm(hidden, self.weight.T, out=out)
-        return torch.addmm(self.bias, hidden, self.weight.T, out=out)
+        super().__init__(weight, bias, scale, softcap, dtype)
 
     def logits(self, products: Tensor) -> Tensor:
         z = products.to(self.precise)

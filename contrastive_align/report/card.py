@@ -26,12 +26,8 @@ def objective_section(objective: Mapping[str, Any]) -> str:
 def add_section(output_dir: str | Path, section: str, *, instead_of: str | None = None) -> None:
     """Add a section of Markdown to the ``README.md`` of a folder, before the section on the training procedure.
 
-    Without a ``README.md`` nothing is written: the main process alone writes the card.
-
-    Args:
-        output_dir: the folder of the card.
-        section: Markdown that begins with its heading.
-        instead_of: the heading of a section to replace, if the card has it.
+    Without a ``README.md`` nothing is written: the main process alone writes the card. ``instead_of`` is the heading of
+    a section to replace, if the card has it.
     """
     path = Path(output_dir) / "README.md"
     if not path.is_file():
@@ -52,37 +48,26 @@ def _place(card: str, heading: str) -> int:
 def how_to_ask(kind: str, best: str, *, adapter: bool, tokens: bool, base: str) -> str:
     """Write the section on how to ask a conditional model for its best completions.
 
-    Args:
-        kind: of the condition, as in ``condition.json``.
-        best: the text that stands for the best label.
-        adapter: whether the folder holds an adapter.
-        tokens: whether the condition has tokens of its own.
-        base: the id of the model under the adapter.
+    ``kind`` is that of ``condition.json``, ``best`` the text that stands for the best label, ``tokens`` whether the
+    condition has tokens of its own. With an ``adapter``, ``base`` is the id of the model under it.
     """
     if adapter and tokens:
-        load = [
-            "from transformers import AutoModelForCausalLM",
-            "from contrastive_align.conditions.tokens import load_with_condition_tokens",
-            "",
-            f"base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})",
-            "model, tokenizer = load_with_condition_tokens(base, folder)",
-        ]
+        load = f"""from transformers import AutoModelForCausalLM
+from contrastive_align.conditions.tokens import load_with_condition_tokens
+
+base = AutoModelForCausalLM.from_pretrained({json.dumps(base)})
+model, tokenizer = load_with_condition_tokens(base, folder)"""
     else:
         auto = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
-        load = [
-            f"from {'peft' if adapter else 'transformers'} import {auto}",
-            "from transformers import AutoTokenizer",
-            "",
-        ]
-        load += [f"model = {auto}.from_pretrained(folder)", "tokenizer = AutoTokenizer.from_pretrained(folder)"]
-    code = "\n".join(
-        [
-            'folder = "."  # of this model',
-            "from contrastive_align.conditions import Condition",
-            *load,
-            'prompt = Condition.load(folder).apply_best("Why is the sky blue?")  # or a list of messages',
-        ]
-    )
+        load = f"""from {"peft" if adapter else "transformers"} import {auto}
+from transformers import AutoTokenizer
+
+model = {auto}.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)"""
+    code = f"""folder = "."  # of this model
+from contrastive_align.conditions import Condition
+{load}
+prompt = Condition.load(folder).apply_best("Why is the sky blue?")  # or a list of messages"""
     return (
         "## Asking for the best\n\n"
         f"This model was trained on completions of every quality, each under a condition (`{kind}`, in "

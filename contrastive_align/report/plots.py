@@ -1,4 +1,8 @@
-"""Pictures of a run; matplotlib is imported when the first one is drawn."""
+"""Pictures of a run; matplotlib is imported when the first one is drawn.
+
+Each function writes the file ``path``, whose ending matplotlib knows (.png, .svg, .pdf), makes its folder, and returns
+the path. It raises ImportError if matplotlib is missing (``pip install "contrastive-align[report]"``).
+"""
 
 from __future__ import annotations
 
@@ -39,16 +43,10 @@ def plot_steps(
 ) -> Path:
     """Plot a run towards a target over its steps: moments on the left, divergences on the right.
 
-    A dotted line shows the wanted moment, or for a reward, which has none, its moment under the target.
-
-    Args:
-        log_history: ``trainer.state.log_history``.
-        wanted: feature -> wanted moment, or None for a reward.
-        path: a file whose ending matplotlib knows (.png, .svg, .pdf); its folder is made.
+    A dotted line shows the ``wanted`` moment of a feature; for a reward, whose entry is None, that under the target.
 
     Raises:
         ValueError: nothing was logged.
-        ImportError: matplotlib is missing (``pip install "contrastive-align[report]"``).
     """
     rows = [row for row in log_history if "kl_base" in row]
     if not rows:
@@ -64,16 +62,14 @@ def plot_steps(
             left.plot(steps, _values(rows, f"moment/{name}/target"), label="the same under the target", **dotted)
         else:
             left.axhline(moment, label=f"wanted: {moment:g}", **dotted)
-    left.set_title("moments under the policy")
-    left.set_ylabel("mean over the step's samples")
+    left.set(title="moments under the policy", ylabel="mean over the step's samples")
     for key, (label, style) in DIVERGENCES.items():
         values = _values(rows, key)
         if not all(map(math.isfinite, values)):
             label += " (gaps: infinite)" if any(map(math.isfinite, values)) else ": infinite"
         right.plot(steps, values, marker=marker, label=label, linestyle=style)
     right.set_ylim(bottom=min(0.0, right.get_ylim()[0]))
-    right.set_title("divergences: policy pi, target p")
-    right.set_ylabel("nats")
+    right.set(title="divergences: policy pi, target p", ylabel="nats")
     for axes in (left, right):
         axes.set_xlabel("step")
         axes.locator_params(axis="x", nbins=10, integer=True, steps=[1, 2, 5, 10])
@@ -88,13 +84,8 @@ def plot_tradeoff(estimates: Sequence[QRSEstimate], path: str | os.PathLike, *, 
 
     Betas at which no sample shows a difference between p_beta and p are left out: their divergence is not known.
 
-    Args:
-        estimates: of ``qrs_estimates``, for any number of betas.
-        path: a file whose ending matplotlib knows (.png, .svg, .pdf); its folder is made.
-
     Raises:
         ValueError: no estimates.
-        ImportError: matplotlib is missing (``pip install "contrastive-align[report]"``).
     """
     if not estimates:
         raise ValueError("There are no estimates to draw, expected those of at least one beta.")
@@ -110,14 +101,12 @@ def plot_tradeoff(estimates: Sequence[QRSEstimate], path: str | os.PathLike, *, 
         ("bound on the TVD", "tvd_bound", "^:"),
     )
     for label, name, style in lines:
-        se = [getattr(e, f"{name}_se") for e in rows]
-        values = [getattr(e, name) for e in rows]
+        values, se = [getattr(e, name) for e in rows], [getattr(e, f"{name}_se") for e in rows]
         axes.errorbar(rate, values, xerr=rate_se, yerr=se, fmt=style, markersize=4, capsize=2, label=label)
+    place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "bottom", "ha": "center", "fontsize": 7}
     for e in rows:
-        place = {"transform": axes.get_xaxis_transform(), "rotation": 90, "va": "bottom", "ha": "center", "fontsize": 7}
         axes.text(e.acceptance_rate, 1.01, f"{e.beta:.3g}", **place)
-    axes.set_xlabel("acceptance rate (beta at the top)")
-    axes.set_ylabel("divergence from the target")
+    axes.set(xlabel="acceptance rate (beta at the top)", ylabel="divergence from the target")
     axes.set_yscale("log" if known else "linear")
     axes.set_title(title, pad=28)
     axes.legend(frameon=False, loc="lower right")
@@ -125,27 +114,16 @@ def plot_tradeoff(estimates: Sequence[QRSEstimate], path: str | os.PathLike, *, 
 
 
 def plot_round(
-    label: NDArray,
-    score: NDArray,
-    length: NDArray,
-    *,
-    names: Sequence[str],
-    path: str | os.PathLike,
-    title: str = "",
+    label: NDArray, score: NDArray, length: NDArray, *, names: Sequence[str], path: str | os.PathLike, title: str = ""
 ) -> Path:
     """Plot histograms of reward (if there is one) and length in the pool, one row for each label, the best first.
 
     Of more than 12 labels the first 6 and the last 6 are shown, and the title says so.
 
     Args:
-        label: (N,) the label of each sample, -1 for none.
+        label: (N,) the label of each sample, -1 for none, whose names are ``names``.
         score: (N,) rewards, NaN for none.
         length: (N,) tokens.
-        names: of the labels.
-        path: a file whose ending matplotlib knows (.png, .svg, .pdf); its folder is made.
-
-    Raises:
-        ImportError: matplotlib is missing (``pip install "contrastive-align[report]"``).
     """
     present = [i for i in np.unique(label) if i >= 0]
     if (between := len(present) - MOST_ROWS) > 0:
@@ -163,9 +141,8 @@ def plot_round(
             if len(own):
                 axis.axvline(own.mean(), color="tab:orange")
             axis.set_yticks([])
-        name = names[i] if i < len(names) else f"label {i}"
-        text = f"{_in_lines(name)}\n{int((label == i).sum())} samples"
-        row[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8)
+        name = _in_lines(names[i] if i < len(names) else f"label {i}")
+        row[0].set_ylabel(f"{name}\n{int((label == i).sum())} samples", rotation=0, ha="right", va="center", fontsize=8)
     for axis, (values, what) in zip(axes[-1], columns, strict=True):
         axis.set_xlabel(what)
         if values is length:
@@ -183,18 +160,12 @@ def plot_rewards(
 ) -> Path:
     """Plot conditional training: reward over the rounds on the left, reward given each condition on the right.
 
-    Left: the mean reward of each round's new samples, and of the pool under each condition. Right: the reward of the
-    trained model given each condition, with standard errors.
-
-    Args:
-        rounds: the logs of the trainer at the beginning of each round.
-        given: condition -> mean reward and its standard error.
-        path: a file whose ending matplotlib knows (.png, .svg, .pdf); its folder is made.
-        start: mean reward before training, drawn as a dotted line.
+    Left: the mean reward of each round's new samples, and of the pool under each condition, from the trainer's logs at
+    the beginning of each round. Right: the reward of the trained model given each condition, with standard errors, and
+    that before training, ``start``, as a dotted line.
 
     Raises:
         ValueError: no round has a reward.
-        ImportError: matplotlib is missing (``pip install "contrastive-align[report]"``).
     """
     rows = [row for row in rounds if REWARD in row]
     if not rows:
@@ -208,10 +179,7 @@ def plot_rewards(
         left.plot(*zip(*points, strict=True), marker=".", color=color, label=f"pool, {key.removeprefix(BY_CONDITION)}")
     numbers = [row["round/number"] for row in rows]
     left.plot(numbers, [row[REWARD] for row in rows], marker="o", color="tab:blue", label="new samples")
-    left.set_xticks(numbers)
-    left.set_xlabel("round")
-    left.set_ylabel("mean reward")
-    left.set_title("mean reward of the samples")
+    left.set(xticks=numbers, xlabel="round", ylabel="mean reward", title="mean reward of the samples")
     left.legend(frameon=False, fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     means, errors = [mean for mean, _ in given.values()], [se for _, se in given.values()]
     right.bar(range(len(given)), means, yerr=errors, color="tab:blue", width=0.6)
@@ -225,7 +193,6 @@ def plot_rewards(
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Return an empty figure of this size in inches."""
     try:
         from matplotlib.figure import Figure  # pyplot would look for a screen
     except ImportError as error:
@@ -234,7 +201,6 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: str | os.PathLike, dpi: int = 120) -> Path:
-    """Write a figure atomically, in the format of the path's ending, and return the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
@@ -243,10 +209,10 @@ def _save(figure: Figure, path: str | os.PathLike, dpi: int = 120) -> Path:
 
 
 def _in_lines(name: str, width: int = 18) -> str:
-    """Wrap a condition's name into lines.
+    r"""Wrap a condition's name into lines.
 
     >>> _in_lines("Harmless and not helpful"), _in_lines("helpfulness:4,coherence:3")
-    ('Harmless and not\\nhelpful', 'helpfulness:4,\\ncoherence:3')
+    ('Harmless and not\nhelpful', 'helpfulness:4,\ncoherence:3')
     """
     return textwrap.fill(name.replace(",", ", "), width)
 

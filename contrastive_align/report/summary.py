@@ -18,18 +18,11 @@ COLUMNS = ("base", "target", "tuned", "tuned+QRS")
 
 @dataclass
 class Change:
-    """A number before and after training.
-
-    Args:
-        before, after: means over the same ``n`` groups or prompts.
-        se: standard error of after - before, paired over the ``n``.
-        n: the number of groups or prompts.
-        before_se, after_se: standard errors of the two means, if measured.
-    """
+    """A number before and after training: means over the same ``n`` groups or prompts, with their standard errors."""
 
     before: float
     after: float
-    se: float
+    se: float  # of after - before, paired over the n
     n: int
     before_se: float | None = None
     after_se: float | None = None
@@ -47,18 +40,12 @@ class Change:
 
 @dataclass
 class TargetChange(Change):
-    """A number under base, tuned model, target and QRS.
+    """A number under base, tuned model, target and QRS; ``n`` counts the samples of each distribution."""
 
-    Args:
-        target: the wanted value; for the divergence from the base, that of the target itself.
-        qrs, qrs_se: the same number and its standard error with quasi-rejection sampling; None without.
-        n: the samples of each distribution; ``se`` is taken over ``prompts``.
-    """
-
-    target: float | None = None
-    qrs: float | None = None
+    target: float | None = None  # the wanted value; for the divergence from the base, that of the target itself
+    qrs: float | None = None  # the number with quasi-rejection sampling
     qrs_se: float | None = None
-    prompts: int | None = None
+    prompts: int | None = None  # over which se is taken
 
 
 @dataclass(frozen=True)
@@ -115,10 +102,8 @@ class Summary:
         return self._closing(rows if self.metrics else None)
 
     def _closing(self, rows: Sequence[Sequence[str]] | None) -> str:
-        lines = [f"measured on {self.metrics_on}", table(rows, numbers=True)] if rows else []
-        if self.state:
-            lines.append(self.state)
-        return "\n".join([*lines, table(list(self.saved.items()))])
+        measured = [f"measured on {self.metrics_on}", table(rows, numbers=True)] if rows else []
+        return "\n".join([*measured, *filter(None, [self.state]), table(list(self.saved.items()))])
 
 
 @dataclass
@@ -156,10 +141,7 @@ def distribution_rows(distributions: Mapping[str, Mapping[str, Number]]) -> list
     """
     columns = [name for name in COLUMNS if name in distributions]
     names = list(dict.fromkeys(name for column in columns for name in distributions[column]))
-    cells = [
-        (name, *(str(distributions[c][name]) if name in distributions[c] else "" for c in columns)) for name in names
-    ]
-    return [("", *columns), *cells]
+    return [("", *columns), *((name, *(str(distributions[c].get(name, "")) for c in columns)) for name in names)]
 
 
 def _mean(values: Sequence[float]) -> float:

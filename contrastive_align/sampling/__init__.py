@@ -1,11 +1,11 @@
 """Completions from a policy; quasi-rejection sampling and its estimators."""
 
-from contrastive_align.sampling.decode import Drawn, draw
+from contrastive_align.sampling.decode import Drawn, distinct_n, draw
 from contrastive_align.sampling.estimates import QRSEstimate, choose_beta, qrs_estimates
 from contrastive_align.sampling.generate import sample_completions
 from contrastive_align.sampling.proposal import PolicyProposal
 from contrastive_align.sampling.quasi_rejection import QRSResult, QuasiRejectionSampler
-from contrastive_align.sampling.samples import Proposal, Samples, distinct_n
+from contrastive_align.sampling.samples import Proposal, Samples
 
 
 __all__ = [

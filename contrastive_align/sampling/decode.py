@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
@@ -33,16 +35,13 @@ CACHE_ROOM = 64  # tokens by which a full KV cache grows
 class Drawn:
     """K completions of each of C prompts.
 
-    Args:
-        completion_ids: C x K lists of token ids, EOS included where it was drawn.
-        logps: (C, K) float64 nats, summed over the completion's tokens, EOS included, under the distribution drawn
-            from, after ``suppress_ids``, ``temperature`` and ``top_p``.
-        truncated: (C, K) bool: max_new_tokens came before EOS.
+    The log-probs are summed over the completion's tokens, EOS included, under the distribution that was drawn from,
+    after ``suppress_ids``, ``temperature`` and ``top_p``.
     """
 
-    completion_ids: list[list[list[int]]]
-    logps: Tensor
-    truncated: Tensor
+    completion_ids: list[list[list[int]]]  # C x K lists of token ids, EOS included where it was drawn
+    logps: Tensor  # (C, K) float64 nats
+    truncated: Tensor  # (C, K) bool: max_new_tokens came before EOS
 
 
 @torch.no_grad()
@@ -72,11 +71,9 @@ def draw(
     Args:
         model: a transformers model, with or without PEFT. A causal model continues the prompt; an encoder-decoder model
             reads it in the encoder. Without a KV cache, every step computes the whole row again. Dropout is off.
-        prompt_ids: C prompts, not empty.
+        prompt_ids, seeds: C prompts, not empty, with a seed each.
         per_prompt: K samples of each prompt.
-        eos_token_ids: tokens that end a completion; may be empty.
-        pad_token_id: any token of the vocabulary.
-        seeds: one for each prompt.
+        eos_token_ids, pad_token_id: tokens that end a completion, perhaps none; and any token of the vocabulary.
         rows_at_once: the most samples that are decoded together.
         temperature: T > 0; each token from :math:`\pi(v)^{1/T}`, normalised.
         top_p: in (0, 1]; each token from the smallest set of tokens, the likeliest first, whose probability reaches it
@@ -167,16 +164,20 @@ def seed_of(*parts: Any) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") % 2**63
 
 
-# --------------------------------------------------------------------------------------------- drawing and scoring rows
+def distinct_n(token_lists: Sequence[Sequence[int]], n: int) -> float:
+    """Return the number of different n-grams over the number of all n-grams; NaN where there are none.
+
+    A measure of diversity: distinct-n, arXiv:1510.03055. An n-gram lies within one completion.
+
+    >>> distinct_n([[1, 2, 1, 2], [1, 2]], 2)
+    0.5
+    """
+    grams = [tuple(ids[i : i + n]) for ids in token_lists for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
 
 
 def _decode(
-    decoder: _Decoder,
-    seeds: list[int],
-    steps: int,
-    eos: Sequence[int],
-    pad: int,
-    adjust: Callable[[Tensor], Tensor] | None,
+    decoder: _Decoder, seeds: list[int], steps: int, eos: Sequence[int], pad: int, adjust: Callable | None
 ) -> tuple[list[list[int]], Tensor, Tensor]:
     """Decode one row for each seed; return token ids, log-probs, and whether each row was truncated."""
     device, n = decoder.logits.device, len(seeds)
@@ -230,14 +231,11 @@ def _score_rows(
     return logps.masked_fill(scored == 0, 0.0).sum(-1)
 
 
-# ---------------------------------------------------------------------------------------------- logits, noise and seeds
-
-
 def _choose_adjustment(
     interface: _ModelInterface, temperature: float, top_p: float, suppress_ids: Sequence[int]
 ) -> Callable[[Tensor], Tensor] | None:
     """Return the change of the logits before each draw, or None if there is none."""
-    if not 0 < temperature < float("inf"):
+    if not 0 < temperature < math.inf:
         raise ValueError(
             f"temperature={temperature}, expected a finite number above 0. For greedy completions use "
             "model.generate(do_sample=False)."
@@ -288,11 +286,8 @@ def _sample_tokens(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _exponential_noise(shape: tuple[int, int], generators: Sequence[torch.Generator], runs: Sequence[bool]) -> Tensor:
-    """Return Exponential(1) noise in float32, never 0, each row from its generator; rows that ended get any number.
-
-    The smallest clocks win, so they are made from 63 random bits: the steps of 2^-24 of uniform numbers in float32
-    would hardly ever draw tokens with a smaller probability.
-    """
+    """Return Exponential(1) noise in float32, never 0, each row from its generator; rows that ended get any number."""
+    # The smallest clocks win: from float32's steps of 2^-24, tokens with a smaller probability would hardly be drawn.
     bits = torch.empty(shape, dtype=torch.int64, device=generators[0].device)
     for row, generator, run in zip(bits, generators, runs, strict=True):
         if run:
@@ -307,27 +302,16 @@ def _sample_seeds(seed: int, n: int) -> list[int]:
     return torch.randint(2**RANDOM_BITS - 1, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-# ------------------------------------------------------------------------------------------------ what a model supports
-
-
 @dataclass(frozen=True)
 class _ModelInterface:
-    """What a model's forward accepts and supports.
+    """What a model's forward accepts and supports."""
 
-    Args:
-        base: the transformers model, without PEFT's wrapper.
-        takes: the names of the arguments of its forward.
-        cached: whether it has a KV cache (or states) whose rows can be selected.
-        padded: whether prompts of different lengths may share a batch; recurrent states may see the padding.
-        start_token: the decoder's first token, of an encoder-decoder model.
-    """
-
-    base: PreTrainedModel
-    takes: frozenset[str]
-    cached: bool
-    padded: bool
+    base: PreTrainedModel  # without PEFT's wrapper
+    takes: frozenset[str]  # the arguments of its forward
+    cached: bool  # whether it has a KV cache (or states) whose rows can be selected
+    padded: bool  # whether prompts of different lengths may share a batch; recurrent states may see the padding
     encoder_decoder: bool
-    start_token: int | None
+    start_token: int | None  # the decoder's first
 
     @classmethod
     def of(cls, model: nn.Module) -> _ModelInterface:
@@ -381,88 +365,60 @@ class _ModelInterface:
         """Return a decoder with a row for each entry of ``prompts``; consecutive equal prompts are computed once."""
         distinct = [c for c, _ in itertools.groupby(prompts)]
         side = "right" if self.encoder_decoder else "left"
-        ids, mask = _pad_rows([prompt_ids[c] for c in distinct], pad, side, self.base.device)
-        decoder = (_Seq2SeqDecoder if self.encoder_decoder else _CachedDecoder if self.cached else _UncachedDecoder)(
-            model, self
-        )
-        decoder.prefill(ids, mask)
+        decoder = _Decoder(model, self, *_pad_rows([prompt_ids[c] for c in distinct], pad, side, self.base.device))
         if len(prompts) > len(distinct):
             place = {c: i for i, c in enumerate(distinct)}
-            decoder.select(torch.tensor([place[c] for c in prompts], device=ids.device))
+            decoder.select(torch.tensor([place[c] for c in prompts], device=self.base.device))
         if self.cached:
             preallocate_cache(decoder.cache)
         return decoder
 
 
-# ------------------------------------------------------------------------------------------------------------- decoders
-
-
 class _Decoder:
-    """Rows that are decoded together; ``logits`` (rows, V) are those of the next token."""
+    """Rows that are decoded together; ``logits`` (rows, V) are those of the next token.
 
-    per_row = ("logits", "mask")
+    An encoder-decoder model reads the prompts ``ids`` in its encoder. Without a cache, every step computes whole rows.
+    """
 
-    def __init__(self, model: nn.Module, interface: _ModelInterface) -> None:
-        self.model, self.interface, self.cache = model, interface, None
+    def __init__(self, model: nn.Module, interface: _ModelInterface, ids: Tensor, mask: Tensor) -> None:
+        self.model, self.interface, self.mask = model, interface, mask
+        self.cache = self.encoded = None
+        if interface.encoder_decoder:
+            self.encoded = interface.base.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)[0]
+            ids = ids.new_full((len(ids), 1), interface.start_token)
+        self.ids = None if interface.cached else ids
+        self._forward(ids)
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, in this order and with repetitions."""
         if self.cache is not None:
             self.cache.reorder_cache(rows)
-        for name in self.per_row:
-            setattr(self, name, getattr(self, name)[rows])
-
-
-class _CachedDecoder(_Decoder):
-    """A causal model and its cache."""
-
-    def prefill(self, ids: Tensor, mask: Tensor) -> None:
-        outputs = self.model(**self.interface.inputs(ids, mask, keep=1), use_cache=True)
-        self.cache, self.logits, self.mask = outputs.past_key_values, outputs.logits[:, -1], mask
+        for name in ("ids", "mask", "encoded", "logits"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name)[rows])
 
     def step(self, tokens: Tensor) -> None:
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        inputs = self.interface.inputs(tokens.unsqueeze(-1), self.mask, keep=1)
-        if "position_ids" in inputs:
-            inputs["position_ids"] = inputs["position_ids"][:, -1:]
-        self.logits = self.model(**inputs, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        tokens = tokens.unsqueeze(-1)
+        if self.encoded is None:
+            self.mask = F.pad(self.mask, (0, 1), value=1)
+        if not self.interface.cached:
+            self.ids = tokens = torch.cat([self.ids, tokens], 1)
+        self._forward(tokens)
 
-
-class _Seq2SeqDecoder(_Decoder):
-    """An encoder-decoder model: the prompt in the encoder, the completion in the decoder."""
-
-    per_row = ("logits", "mask", "encoded")
-
-    def prefill(self, ids: Tensor, mask: Tensor) -> None:
-        self.mask = mask
-        self.encoded = self.interface.base.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)[0]
-        self.step(ids.new_full((len(ids),), self.interface.start_token))
-
-    def step(self, tokens: Tensor) -> None:
-        outputs = self.model(
-            decoder_input_ids=tokens.unsqueeze(-1),
-            encoder_outputs=BaseModelOutput(last_hidden_state=self.encoded),
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        self.cache, self.logits = outputs.past_key_values, outputs.logits[:, -1]
-
-
-class _UncachedDecoder(_Decoder):
-    """A causal model without a usable cache: every step computes the whole row."""
-
-    per_row = ("logits", "mask", "ids")
-
-    def prefill(self, ids: Tensor, mask: Tensor) -> None:
-        self.ids, self.mask = ids, mask
-        self.logits = self.model(**self.interface.inputs(ids, mask, keep=1), use_cache=False).logits[:, -1]
-
-    def step(self, tokens: Tensor) -> None:
-        self.prefill(torch.cat([self.ids, tokens.unsqueeze(-1)], 1), F.pad(self.mask, (0, 1), value=1))
-
-
-# ------------------------------------------------------------------------------------------------------------- KV cache
+    def _forward(self, ids: Tensor) -> None:
+        """Compute ``logits`` from the tokens that the cache does not hold yet."""
+        if self.encoded is None:
+            inputs = self.interface.inputs(ids, self.mask, keep=1)
+            if "position_ids" in inputs:
+                inputs["position_ids"] = inputs["position_ids"][:, -ids.size(1) :]
+        else:
+            encoder_outputs = BaseModelOutput(last_hidden_state=self.encoded)
+            inputs = {"decoder_input_ids": ids, "encoder_outputs": encoder_outputs, "attention_mask": self.mask}
+        if self.cache is not None:
+            inputs["past_key_values"] = self.cache
+        outputs = self.model(**inputs, use_cache=self.interface.cached)
+        self.cache = outputs.past_key_values if self.interface.cached else None
+        self.logits = outputs.logits[:, -1]
 
 
 def preallocate_cache(cache: Cache) -> None:
@@ -490,28 +446,19 @@ class _PreallocatedLayer(DynamicLayer):
         used = self.keys.size(-2)
         end = used + key_states.size(-2)
         if end > self._buffers[0].size(-2):
-            self._buffers = tuple(_enlarged(x, end + CACHE_ROOM) for x in (self.keys, self.values))
+            grown = (x.new_empty(*x.shape[:2], end + CACHE_ROOM, x.size(-1)) for x in self._buffers)
+            self._buffers = tuple(grown)
+            for store, old in zip(self._buffers, (self.keys, self.values), strict=True):
+                store[:, :, :used] = old
         for store, new in zip(self._buffers, (key_states, value_states), strict=True):
             store[:, :, used:end] = new
-        self._view(end)
+        self.keys, self.values = (store[:, :, :end] for store in self._buffers)
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows, in this order and with repetitions."""
         self._buffers = tuple(store.index_select(0, beam_idx.to(store.device)) for store in self._buffers)
-        self._view(self.keys.size(-2))
-
-    def _view(self, used: int) -> None:
-        self.keys, self.values = (store[:, :, :used] for store in self._buffers)
-
-
-def _enlarged(used: Tensor, length: int) -> Tensor:
-    grown = used.new_empty(*used.shape[:2], length, used.size(-1))
-    grown[:, :, : used.size(-2)] = used
-    return grown
-
-
-# -------------------------------------------------------------------------------------------------------------- batches
+        self.keys, self.values = (store[:, :, : self.keys.size(-2)] for store in self._buffers)
 
 
 def _pad_rows(rows: Sequence[Sequence[int]], pad: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -522,12 +469,10 @@ def _pad_rows(rows: Sequence[Sequence[int]], pad: int, side: str, device: torch.
             [0, 3]]), tensor([[1, 1],
             [0, 1]]))
     """
-    width = max(map(len, rows))
-    gaps = [[0] * (width - len(row)) for row in rows]
-    left = side == "left"
-    ids = [[pad] * len(g) + list(r) if left else list(r) + [pad] * len(g) for g, r in zip(gaps, rows, strict=True)]
-    mask = [g + [1] * len(r) if left else [1] * len(r) + g for g, r in zip(gaps, rows, strict=True)]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True, padding_side=side)
+    return ids.to(device), mask.to(device)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,45 +28,31 @@ class QRSEstimate:
     """Quasi-rejection sampling at one beta, with standard errors.
 
     With several prompts, rates, divergences and moments are means over prompts. Divergences and moments leave out the
-    ``skipped`` prompts, for which all scores were -inf; their acceptance rate counts as 0. For an
-    enumerated space, standard errors and effective sample sizes have no meaning.
-
-    Args:
-        beta: the given beta.
-        acceptance_rate: Z_beta / beta.
-        tvd: total variation distance of p and p_beta, between 0 and 1.
-        tvd_bound: 1 - Z_beta / Z, an upper bound of tvd.
-        kl: KL(p||p_beta), nats.
-        moments: E under p_beta of each feature; empty without features.
-        log_z, log_z_beta: nats, means over prompts, in the scale that beta is in.
-        ess: effective sample size of ``moments``: of the weights min(P, beta q) / q.
-        ess_target: effective sample size of log_z, the divergences and the bound: of the weights P / q.
-        clipped: the share of q with P > beta q, where p_beta differs from p. At 0 no sample showed a difference, and
-            the divergences are given as 0 although they are not known.
-        n: samples that had any weight.
-        skipped: how many prompts were left out.
+    ``skipped`` prompts, for which all scores were -inf; their acceptance rate counts as 0. For an enumerated space,
+    standard errors and effective sample sizes have no meaning. Where ``clipped`` is 0, no sample showed a difference,
+    and the divergences are given as 0 although they are not known.
     """
 
     beta: float
-    acceptance_rate: float
+    acceptance_rate: float  # Z_beta / beta
     acceptance_rate_se: float
-    tvd: float
+    tvd: float  # total variation distance of p and p_beta, between 0 and 1
     tvd_se: float
-    tvd_bound: float
+    tvd_bound: float  # 1 - Z_beta / Z, an upper bound of tvd
     tvd_bound_se: float
-    kl: float
+    kl: float  # KL(p||p_beta), nats
     kl_se: float
-    moments: list[float]
+    moments: list[float]  # E under p_beta of each feature; empty without features
     moments_se: list[float]
-    log_z: float
+    log_z: float  # nats, a mean over prompts, in the scale that beta is in
     log_z_se: float
     log_z_beta: float
     log_z_beta_se: float
-    ess: float
-    ess_target: float
-    clipped: float
-    n: int
-    skipped: int
+    ess: float  # effective sample size of moments: of the weights min(P, beta q) / q
+    ess_target: float  # effective sample size of log_z, the divergences and the bound: of the weights P / q
+    clipped: float  # the share of q with P > beta q, where p_beta differs from p
+    n: int  # samples that had any weight
+    skipped: int  # prompts left out
 
 
 def qrs_estimates(
@@ -113,7 +100,7 @@ def qrs_estimates(
     >>> round(estimate.acceptance_rate, 4), round(estimate.tvd_bound, 4)
     (0.7, 0.3)
     """
-    ratios = _Ratios(target_log_scores, proposal_logps, log_weights, log_z, features)
+    ratios = _Ratios(target_log_scores, proposal_logps, log_weights=log_weights, log_z=log_z, features=features)
     for beta in betas:
         if not 0 < beta < math.inf:
             raise ValueError(
@@ -128,21 +115,17 @@ def choose_beta(
     *,
     acceptance: float | None = None,
     tvd: float | None = None,
-    log_weights: Tensor | None = None,
-    features: Tensor | None = None,
-    log_z: float | Tensor | None = None,
+    **samples: Any,
 ) -> QRSEstimate:
     """Find the beta for a wished acceptance rate, or the least beta for a wished distance, by bisection on log beta.
 
-    Both fall as beta grows, so the answer is unique. It is as accurate as the samples: see its standard errors.
+    Both fall as beta grows, so the answer is unique. It is as accurate as the samples: see its standard errors. The
+    beta is the ``.beta`` of the estimate returned.
 
     Args:
         acceptance: the wished acceptance rate, above 0.
         tvd: the wished total variation distance of p and p_beta, above 0.
-        target_log_scores, proposal_logps, log_weights, features, log_z: see :func:`qrs_estimates`.
-
-    Returns:
-        The estimate at that beta, which is its ``.beta``.
+        target_log_scores, proposal_logps, **samples: see :func:`qrs_estimates`.
 
     Raises:
         ValueError: both wishes or none, or an acceptance rate above that of a vanishing beta.
@@ -156,7 +139,7 @@ def choose_beta(
     wish = acceptance if tvd is None else tvd
     if not 0 < wish <= 1:
         raise ValueError(f"The wish {wish} is not between 0 and 1.")
-    ratios = _Ratios(target_log_scores, proposal_logps, log_weights, log_z, features)
+    ratios = _Ratios(target_log_scores, proposal_logps, **samples)
     finite = ratios.log_r[ratios.log_r > -torch.inf]
     # Below the least ratio nothing changes any more; above the largest p_beta = p, and acceptance only shrinks.
     low, high = float(finite.min()), float(finite.max())
@@ -184,12 +167,7 @@ class _Ratios:
     """The checked samples, (C, M) in float64 on the CPU, from which the estimate at any beta is computed."""
 
     def __init__(
-        self,
-        target_log_scores: Tensor,
-        proposal_logps: Tensor,
-        log_weights: Tensor | None,
-        log_z: float | Tensor | None,
-        features: Tensor | None,
+        self, target_log_scores: Tensor, proposal_logps: Tensor, *, log_weights=None, log_z=None, features=None
     ) -> None:
         shape = tuple(target_log_scores.shape)
         if len(shape) not in (1, 2) or 0 in shape:
@@ -246,41 +224,37 @@ class _Ratios:
         kept = (log_z_beta - self.log_z).exp()
         excess = (self.log_r - log_beta).clamp(min=0)
         sign = torch.sign(r - accept)
-        a, b, tvd = self._mean(sign * r), self._mean(sign * accept), self._mean((r - accept).abs()) / 2
+        gap = (r - accept).abs() / 2
+        a, b, tvd = self._mean(sign * r), self._mean(sign * accept), self._mean(gap)
         kl = self._mean(r * excess)
         p_beta = self.w * accept
         moments = (p_beta.unsqueeze(-1) * self.features).sum(1)
-        # Each second argument is the influence of each sample on the first.
-        acceptance, acceptance_se = self._over_prompts(rate, rate.unsqueeze(-1) * (accept - 1))
-        tvd, tvd_se = self._over_prompts(
-            tvd,
-            (r - accept).abs() / 2 - _as_column(tvd) - _as_column(a) * (r - 1) / 2 + _as_column(b) * (accept - 1) / 2,
-        )
-        bound, bound_se = self._over_prompts(-torch.expm1(log_z_beta - self.log_z), _as_column(kept) * (accept - r))
-        kl, kl_se = self._over_prompts(kl + log_z_beta - self.log_z, r * (excess - _as_column(kl)) + accept - r)
-        log_z, log_z_se = self._over_prompts(self.log_z, r - 1)
-        log_z_beta, log_z_beta_se = self._over_prompts(log_z_beta, accept - 1)
+        # The value for each prompt, and the influence of each sample on it.
+        measured = {
+            "acceptance_rate": (rate, _as_column(rate) * (accept - 1)),
+            "tvd": (tvd, gap - _as_column(tvd) - _as_column(a) * (r - 1) / 2 + _as_column(b) * (accept - 1) / 2),
+            "tvd_bound": (-torch.expm1(log_z_beta - self.log_z), _as_column(kept) * (accept - r)),
+            "kl": (kl + log_z_beta - self.log_z, r * (excess - _as_column(kl)) + accept - r),
+            "log_z": (self.log_z, r - 1),
+            "log_z_beta": (log_z_beta, accept - 1),
+        }
+        found = {}
+        for name, (values, influence) in measured.items():
+            found[name], found[f"{name}_se"] = self._over_prompts(values, influence)
         each = [
             self._over_prompts(moments[:, j], accept * (self.features[..., j] - _as_column(moments[:, j])))
             for j in range(moments.size(1))
         ]
         c, share = len(rate), len(rate) / self.prompts
+        for name in ("acceptance_rate", "acceptance_rate_se"):
+            found[name] *= share
+        for name in ("tvd_bound", "kl"):
+            found[name] = max(found[name], 0.0)
         return QRSEstimate(
             beta=math.exp(min(log_beta, LARGEST_LOG)),
-            acceptance_rate=acceptance * share,
-            acceptance_rate_se=acceptance_se * share,
-            tvd=tvd,
-            tvd_se=tvd_se,
-            tvd_bound=max(bound, 0.0),
-            tvd_bound_se=bound_se,
-            kl=max(kl, 0.0),
-            kl_se=kl_se,
+            **found,
             moments=[mean for mean, _ in each],
             moments_se=[se for _, se in each],
-            log_z=log_z,
-            log_z_se=log_z_se,
-            log_z_beta=log_z_beta,
-            log_z_beta_se=log_z_beta_se,
             ess=c**2 / float((p_beta**2).sum()),
             ess_target=c**2 / float(((self.w * r) ** 2).sum()),
             clipped=float((self.w * (excess > 0)).sum(-1).mean()) * share,

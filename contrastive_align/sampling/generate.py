@@ -17,16 +17,9 @@ def sample_completions(
     batch_size: int = 256,
     seed: int = 0,
 ) -> list[list[str]]:
-    """Sample texts from the model's own distribution: temperature 1, top_p 1, top_k 0.
+    """Sample ``per_prompt`` texts (without special tokens) for each prompt: temperature 1, top_p 1, top_k 0.
 
     The global random state is left unchanged.
-
-    Args:
-        prompts: plain text.
-        per_prompt: samples per prompt.
-
-    Returns:
-        One list of ``per_prompt`` completions (without special tokens) for each prompt.
     """
     plain = GenerationConfig(
         do_sample=True,

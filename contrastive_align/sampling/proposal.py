@@ -12,6 +12,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.sampling.decode import draw, score
 from contrastive_align.sampling.samples import Samples
 
@@ -24,14 +25,12 @@ class PolicyProposal:
     ``state_dict`` holds. ``drawn`` and ``truncated`` count the samples and those that ``max_new_tokens`` cut.
 
     Args:
-        model: see :func:`~contrastive_align.sampling.decode.draw`; left unchanged, on its device.
-        tokenizer: of the model and of its base.
-        base: another model of the same vocabulary.
+        model, rows_at_once: see :func:`~contrastive_align.sampling.decode.draw`; the model is left on its device.
+        base: another model of the same vocabulary and tokenizer.
         max_new_tokens: longer completions are cut there, without EOS; the log-prob is that of the tokens kept.
         seed: of the noise; different in each process if each has its own prompts.
         prefix: put before each prompt: text, or messages for conversational prompts.
         eos_token_ids: tokens that end a completion. Default: the tokenizer's EOS.
-        rows_at_once: the most samples that are decoded together.
     """
 
     def __init__(
@@ -63,8 +62,9 @@ class PolicyProposal:
 
         ``completion_ids`` are the tokens drawn, even if their text would be encoded in another way.
         """
-        plain = [self._encode(prompt) for prompt in prompts]
-        seen = [self._encode(_join(self.prefix, prompt)) for prompt in prompts] if self.prefix else plain
+        plain = seen = [tokenise_prompt(prompt, self.tokenizer) for prompt in prompts]
+        if self.prefix:
+            seen = [tokenise_prompt(_join(self.prefix, prompt), self.tokenizer) for prompt in prompts]
         seeds = np.random.SeedSequence([self.seed, self.calls]).generate_state(len(prompts), np.uint64)
         drawn = draw(
             self.model,
@@ -81,19 +81,11 @@ class PolicyProposal:
         self.truncated += int(drawn.truncated.sum())
         ids = [row for rows in drawn.completion_ids for row in rows]
         index = torch.arange(len(prompts)).repeat_interleave(n)
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        chats = [not isinstance(prompts[i], str) for i in index.tolist()]
+        texts = zip(self.tokenizer.batch_decode(ids, skip_special_tokens=True), index.tolist(), strict=True)
+        completions = [t if isinstance(prompts[i], str) else [{"role": "assistant", "content": t}] for t, i in texts]
         logps = drawn.logps.flatten()
-        return Samples(
-            prompt_index=index,
-            completion_ids=ids,
-            completions=[
-                [{"role": "assistant", "content": text}] if chat else text
-                for text, chat in zip(texts, chats, strict=True)
-            ],
-            logps=logps,
-            base_logps=logps if self._is_base else self._score_base([plain[i] for i in index.tolist()], ids),
-        )
+        base_logps = logps if self._is_base else self._score_base([plain[i] for i in index.tolist()], ids)
+        return Samples(index, ids, completions, logps, base_logps)
 
     def state_dict(self) -> dict[str, int]:
         return {"calls": self.calls, "drawn": self.drawn, "truncated": self.truncated}
@@ -106,29 +98,10 @@ class PolicyProposal:
         return self.base is None and not self.prefix and not is_peft_model(self.model)
 
     def _score_base(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> torch.Tensor:
+        options = {"pad_token_id": self.pad_token_id, "rows_at_once": self.rows_at_once}
         adapter_off = self.base is None and is_peft_model(self.model)
         with _without_adapter(self.model) if adapter_off else nullcontext():
-            model = self.model if self.base is None else self.base
-            return score(
-                model, prompt_ids, completion_ids, pad_token_id=self.pad_token_id, rows_at_once=self.rows_at_once
-            )
-
-    def _encode(self, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.tokenizer(text=prompt)["input_ids"]
-        elif not self.tokenizer.chat_template:
-            raise ValueError(
-                "The prompt is a conversation, but the tokenizer has no chat template. Set tokenizer.chat_template, or "
-                "give plain text."
-            )
-        else:
-            ids = self.tokenizer.apply_chat_template(
-                prompt, tokenize=True, add_generation_prompt=True, return_dict=True
-            )["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        while bos is not None and len(ids) > 1 and ids[0] == ids[1] == bos:  # both the text and the tokenizer add it
-            ids = ids[1:]
-        return ids
+            return score(self.model if self.base is None else self.base, prompt_ids, completion_ids, **options)
 
 
 @contextmanager

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from contrastive_align.sampling.estimates import QRSEstimate, qrs_estimates
 from contrastive_align.sampling.samples import Proposal, Samples
@@ -27,27 +28,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class QRSResult:
-    """Accepted samples and all proposals, for C prompts, N proposals in all and J features.
+    """Accepted samples and all proposals, for C prompts, N proposals in all and J features."""
 
-    Args:
-        samples: up to n for each prompt, prompt by prompt, in the order of their acceptance.
-        phi: (len(samples), J) their features.
-        proposed: (C,) proposals made for each prompt.
-        accepted: (C,) how many of them were accepted, including those above n in the last batch.
-        exhausted: (C,) bool: the budget ended before n were accepted.
-        proposed_index, target_log_scores, proposal_logps: (N,) the prompt and the scores of all proposals.
-        proposed_phi: (N, J) their features.
-    """
-
-    samples: Samples
-    phi: Tensor
-    proposed: Tensor
-    accepted: Tensor
-    exhausted: Tensor
-    proposed_index: Tensor
-    target_log_scores: Tensor
-    proposal_logps: Tensor
-    proposed_phi: Tensor
+    samples: Samples  # up to n for each prompt, prompt by prompt, in the order of their acceptance
+    phi: Tensor  # (len(samples), J) their features
+    proposed: Tensor  # (C,) proposals made for each prompt
+    accepted: Tensor  # (C,) how many of them were accepted, including those above n in the last batch
+    exhausted: Tensor  # (C,) bool: the budget ended before n were accepted
+    proposed_index: Tensor  # (N,) the prompt of each proposal
+    target_log_scores: Tensor  # (N,) nats
+    proposal_logps: Tensor  # (N,) nats
+    proposed_phi: Tensor  # (N, J) features of all proposals
 
     @property
     def acceptance_rate(self) -> float:
@@ -64,13 +55,10 @@ class QRSResult:
 
         Stopping when enough are accepted favours lucky batches a little; separate samples avoid this bias.
         """
-        c = len(self.proposed)
-        place = _count_before(torch.ones_like(self.proposed_index, dtype=torch.bool), self.proposed_index)
+        order, sizes = torch.argsort(self.proposed_index, stable=True), self.proposed.tolist()
 
         def grid(values: Tensor, fill: float) -> Tensor:
-            full = values.new_full((c, int(self.proposed.max()), *values.shape[1:]), fill)
-            full[self.proposed_index, place] = values
-            return full
+            return pad_sequence(values[order].split(sizes), batch_first=True, padding_value=fill)
 
         return qrs_estimates(
             grid(self.target_log_scores, -torch.inf),
@@ -89,8 +77,7 @@ class QuasiRejectionSampler:
     independently, so that the accepted samples are independent samples of p_beta. QRS, arXiv:2112.05702.
 
     Args:
-        target: gives ``features`` and ``log_scores``; the proposal reports the log-probs of its base.
-        proposal: see :class:`~contrastive_align.sampling.samples.Proposal`.
+        target: gives ``features`` and ``log_scores``; the ``proposal`` reports the log-probs of its base.
         beta: above 0. In the scale of P / q, unnormalised, or of p / q with ``log_z``.
         log_z: nats, log Z of the target, a number or one for each prompt of :meth:`sample`.
         batch_size: proposals for each prompt at a time.
@@ -128,10 +115,7 @@ class QuasiRejectionSampler:
         """Propose for all prompts that lack samples, until each has ``n`` or its ``budget`` is spent.
 
         Args:
-            prompts: C prompts.
-            n: samples wanted for each prompt.
-            budget: the most proposals for each prompt.
-            columns: lists of C, the dataset's columns that features read.
+            columns: lists of C for C prompts, the dataset's columns that features read.
             generator: of the accept decisions, on the CPU; the proposal has its own. Default: torch's global one.
 
         Raises:
@@ -189,9 +173,7 @@ class QuasiRejectionSampler:
         found = torch.bincount(batch.prompt_index, minlength=len(active)).tolist()
         if found != [m] * len(active):
             raise ValueError(f"The proposal returned {found} samples for {len(active)} prompts, expected {m} for each.")
-        return Samples(
-            active[batch.prompt_index], batch.completion_ids, batch.completions, batch.logps, batch.base_logps
-        )
+        return replace(batch, prompt_index=active[batch.prompt_index])
 
 
 def _count_before(hit: Tensor, index: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""Completions with their log-probs, the interface of a proposal, and distinct-n."""
+"""Completions with their log-probs, and the interface of a proposal."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,29 +14,21 @@ from torch import Tensor
 class Samples:
     """n completions of some prompts, in the order in which they were drawn.
 
-    Args:
-        prompt_index: (n,) int64, the place of each sample's prompt in the list of prompts.
-        completion_ids: n lists of token ids.
-        completions: n texts, or lists of messages.
-        logps: (n,) float64 nats, log q(x|c) under the proposal, summed over the completion's tokens.
-        base_logps: (n,) float64 nats, log a(x|c) under the base, -inf where its probability is 0.
-
     Raises:
         ValueError: parts of different lengths, or a log-prob that is NaN or that no sample can have.
     """
 
-    prompt_index: Tensor
-    completion_ids: Sequence[Sequence[int]]
-    completions: Sequence[Any]
-    logps: Tensor
-    base_logps: Tensor
+    prompt_index: Tensor  # (n,) int64, the place of each sample's prompt in the list of prompts
+    completion_ids: Sequence[Sequence[int]]  # n lists of token ids
+    completions: Sequence[Any]  # n texts, or lists of messages
+    logps: Tensor  # (n,) float64 nats, log q(x|c) under the proposal, summed over the completion's tokens
+    base_logps: Tensor  # (n,) float64 nats, log a(x|c) under the base, -inf where its probability is 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompt_index", torch.as_tensor(self.prompt_index, dtype=torch.int64).cpu())
         for name in ("logps", "base_logps"):
             object.__setattr__(self, name, torch.as_tensor(getattr(self, name), dtype=torch.float64).detach().cpu())
-        parts = ("prompt_index", "completion_ids", "completions", "logps", "base_logps")
-        sizes = {name: len(getattr(self, name)) for name in parts}
+        sizes = {name: len(part) for name, part in vars(self).items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(
                 f"The parts of Samples have the lengths {sizes}, expected one entry each for every sample."
@@ -56,14 +47,8 @@ class Samples:
     def select(self, rows: Tensor) -> Samples:
         """Return the samples of some rows: a bool mask (n,), or row numbers in the wanted order."""
         rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
-        numbers = rows.tolist()
-        return Samples(
-            self.prompt_index[rows],
-            [self.completion_ids[i] for i in numbers],
-            [self.completions[i] for i in numbers],
-            self.logps[rows],
-            self.base_logps[rows],
-        )
+        parts = vars(self).values()
+        return Samples(*(p[rows] if isinstance(p, Tensor) else [p[i] for i in rows.tolist()] for p in parts))
 
     @staticmethod
     def join(parts: Sequence[Samples]) -> Samples:
@@ -75,18 +60,6 @@ class Samples:
             torch.cat([part.logps for part in parts]) if parts else [],
             torch.cat([part.base_logps for part in parts]) if parts else [],
         )
-
-
-def distinct_n(token_lists: Sequence[Sequence[int]], n: int) -> float:
-    """Return the number of different n-grams over the number of all n-grams; NaN where there are none.
-
-    A measure of diversity: distinct-n, arXiv:1510.03055. An n-gram lies within one completion.
-
-    >>> distinct_n([[1, 2, 1, 2], [1, 2]], 2)
-    0.5
-    """
-    grams = [tuple(ids[i : i + n]) for ids in token_lists for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else math.nan
 
 
 class Proposal(Protocol):

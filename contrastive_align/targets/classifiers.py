@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +16,26 @@ from contrastive_align.targets.evaluate import Feature, FeatureError, Text, comp
 
 logger = logging.getLogger(__name__)
 
-READS = ("both", "completion")
+SCORER_OPTIONS = ("revision", "reads", "batch_size", "max_length", "device", "trust_remote_code")  # of both kinds
 NO_LIMIT = 10**6  # tokenizers without a limit say something like 1e30
 
 
-def reward_model(
-    value: Any,
-    *,
-    revision: str | None = None,
-    reads: str = "both",
-    special_tokens: bool = False,
-    batch_size: int = 32,
-    max_length: int | None = None,
-    device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
-) -> Feature:
+def reward_model(value: Any, *, special_tokens: bool = False, **options: Any) -> Feature:
     """Build the feature of a reward model, from its id or folder; see :class:`SequenceScorer` for the options."""
-    options = {key: item for key, item in locals().items() if key != "value"}
     _check_model_id("reward_model", value)
-    return Feature(SequenceScorer(value, **options), _last_part(value), boolean=False)
+    return Feature(SequenceScorer(value, special_tokens=special_tokens, **options), _last_part(value), boolean=False)
 
 
 def classifier(
-    value: Any,
-    *,
-    label: str | int | None = None,
-    threshold: float | None = None,
-    revision: str | None = None,
-    reads: str = "completion",
-    batch_size: int = 32,
-    max_length: int | None = None,
-    device: str | torch.device | None = None,
-    trust_remote_code: bool = False,
+    value: Any, *, label: str | int | None = None, threshold: float | None = None, reads="completion", **options: Any
 ) -> Feature:
     """Build the feature of a label's probability, or with ``threshold`` of whether it is reached."""
-    options = {key: item for key, item in locals().items() if key != "value"}
     _check_model_id("classifier", value)
     if label is None:
         raise ValueError(f"The classifier {value} needs a label: {{classifier: {value}, label: positive}}.")
     name = f"{_last_part(value)}:{label}" + (f">={threshold:g}" if isinstance(threshold, (int, float)) else "")
-    return Feature(SequenceScorer(value, special_tokens=True, **options), name, boolean=threshold is not None)
+    scorer = SequenceScorer(value, label=label, threshold=threshold, reads=reads, special_tokens=True, **options)
+    return Feature(scorer, name, boolean=threshold is not None)
 
 
 def loaded_reward_model(model: torch.nn.Module, tokenizer: Any = None) -> Feature:
@@ -76,52 +57,39 @@ def _last_part(model_id: str) -> str:
     return model_id.rstrip("/").split("/")[-1]
 
 
+@dataclass(eq=False, repr=False)
 class SequenceScorer:
     """A reward function that runs a sequence classifier in batches, sorted by length.
 
     The value is the only logit (``label`` None), the probability of ``label``, or with ``threshold`` 1 where that
     probability reaches it and else 0. The model is loaded at the first call.
 
-    Args:
-        model: an id, a folder, or a loaded model.
-        tokenizer: of the model. Default: the one saved with the model.
-        label: a label of the model's config, or its number.
-        threshold: between 0 and 1.
-        reads: ``"both"``: prompt and completion, joined as TRL joins them for a reward model (a dialogue through
-            the chat template); ``"completion"``: the completion's text alone.
-        special_tokens: whether the tokenizer adds its special tokens to plain text. TRL does not for reward models.
-        device: default: the current CUDA device if there is one, else the CPU.
-        max_length: tokens; longer texts lose their beginning, and a warning counts them once. Default: the model's.
-        trust_remote_code: whether the model's repository may run code of its own.
+    ``reads="both"``: prompt and completion, joined as TRL joins them for a reward model (a dialogue through the chat
+    template); ``"completion"``: the completion's text alone. Texts of more than ``max_length`` tokens lose their
+    beginning, and a warning counts them once.
     """
 
-    def __init__(
-        self,
-        model: str | torch.nn.Module,
-        *,
-        tokenizer: Any = None,
-        revision: str | None = None,
-        label: str | int | None = None,
-        threshold: float | None = None,
-        reads: str = "both",
-        special_tokens: bool = False,
-        device: str | torch.device | None = None,
-        batch_size: int = 32,
-        max_length: int | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        if reads not in READS:
-            raise ValueError(f"reads is {reads!r}, expected 'both' (prompt and completion) or 'completion'.")
-        if threshold is not None and not (isinstance(threshold, (int, float)) and 0 < threshold < 1):
-            raise ValueError(f"threshold is {threshold!r}, expected a probability between 0 and 1.")
-        if not (isinstance(batch_size, int) and batch_size > 0):
-            raise ValueError(f"batch_size is {batch_size!r}, expected a whole number above 0.")
-        self.model, self.tokenizer, self.revision = model, tokenizer, revision
-        self.label, self.threshold, self.reads, self.special_tokens = label, threshold, reads, special_tokens
-        self.device, self.batch_size, self.max_length = device, batch_size, max_length
-        self.trust_remote_code = trust_remote_code
-        self._ready = False
-        self._warned_of_truncation = False
+    model: str | torch.nn.Module  # an id, a folder, or a loaded model
+    _: KW_ONLY
+    tokenizer: Any = None  # default: the one saved with the model
+    revision: str | None = None
+    label: str | int | None = None  # a label of the model's config, or its number
+    threshold: float | None = None  # between 0 and 1
+    reads: str = "both"
+    special_tokens: bool = False  # whether the tokenizer adds its own to plain text; TRL does not for reward models
+    device: str | torch.device | None = None  # default: the current CUDA device if there is one, else the CPU
+    batch_size: int = 32
+    max_length: int | None = None  # default: the model's
+    trust_remote_code: bool = False  # whether the model's repository may run code of its own
+
+    def __post_init__(self) -> None:
+        if self.reads not in ("both", "completion"):
+            raise ValueError(f"reads is {self.reads!r}, expected 'both' (prompt and completion) or 'completion'.")
+        if self.threshold is not None and not (isinstance(self.threshold, (int, float)) and 0 < self.threshold < 1):
+            raise ValueError(f"threshold is {self.threshold!r}, expected a probability between 0 and 1.")
+        if not (isinstance(self.batch_size, int) and self.batch_size > 0):
+            raise ValueError(f"batch_size is {self.batch_size!r}, expected a whole number above 0.")
+        self._ready = self._warned_of_truncation = False
 
     def __call__(self, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> list[float]:
         self._load()
@@ -129,15 +97,13 @@ class SequenceScorer:
         # Templates write their own special tokens.
         special = self.special_tokens and not (self.reads == "both" and not isinstance(prompts[0], str))
         ids = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
-        longest = self.max_length
-        too_long = sum(len(row) > longest for row in ids)
-        if too_long:
-            if not self._warned_of_truncation:
-                logger.warning(
-                    f"{too_long} of {len(ids)} texts are longer than the {longest} tokens that {self._id} reads: they "
-                    "lose their beginning, in later calls too."
-                )
-                self._warned_of_truncation = True
+        too_long = sum(len(row) > self.max_length for row in ids)
+        if too_long and not self._warned_of_truncation:
+            logger.warning(
+                f"{too_long} of {len(ids)} texts are longer than the {self.max_length} tokens that {self._id} reads: "
+                "they lose their beginning, in later calls too."
+            )
+            self._warned_of_truncation = True
         values = torch.empty(len(texts), dtype=torch.float64)
         order = sorted(range(len(texts)), key=lambda i: len(ids[i]))
         side, self.tokenizer.truncation_side = self.tokenizer.truncation_side, "left"
@@ -147,7 +113,7 @@ class SequenceScorer:
                 [texts[i] for i in rows],
                 add_special_tokens=special,
                 truncation=bool(too_long),
-                max_length=longest if too_long else None,
+                max_length=self.max_length if too_long else None,
                 padding=True,
                 padding_side="right",
                 return_tensors="pt",
@@ -185,7 +151,8 @@ class SequenceScorer:
         else:
             self._id = self.model
             self.model = self._from_pretrained(self.model)
-            self.model.to(self.device or _default_device())
+            current = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+            self.model.to(self.device or current)
         self.model.eval()
         if self.tokenizer is None:
             self.tokenizer = AutoTokenizer.from_pretrained(
@@ -205,15 +172,11 @@ class SequenceScorer:
     def _from_pretrained(self, model_id: str) -> torch.nn.Module:
         from transformers import AutoModelForSequenceClassification
 
-        kwargs = {"num_labels": 1} if self.label is None else {}
+        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code, "output_loading_info": True}
+        if self.label is None:
+            options["num_labels"] = 1
         try:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                model_id,
-                revision=self.revision,
-                trust_remote_code=self.trust_remote_code,
-                output_loading_info=True,
-                **kwargs,
-            )
+            model, report = AutoModelForSequenceClassification.from_pretrained(model_id, **options)
         except RuntimeError as error:
             if "size" not in str(error) and "mismatch" not in str(error):
                 raise
@@ -242,9 +205,3 @@ class SequenceScorer:
         if isinstance(column, bool) or column is None or not 0 <= column < self.model.config.num_labels:
             raise FeatureError(f"{self._id} has no label {self.label!r}. Its labels: {', '.join(map(str, labels))}.")
         self._column = column
-
-
-def _default_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")

@@ -29,19 +29,12 @@ class FeatureError(ValueError):
 
 @dataclass(frozen=True)
 class Feature:
-    """A named reward function, ``feature(prompts=, completions=, **columns) -> list[float]``, as TRL calls them.
+    """A named reward function, ``feature(prompts=, completions=, **columns) -> list[float]``, as TRL calls them."""
 
-    Args:
-        function: the reward function itself; it may be ``async``.
-        name: its name in errors, metrics and saved targets.
-        spec: the text or mapping that it was built from (see ``resolve_feature``); None for a Python function.
-        boolean: True if all values are 0 or 1, False if they need not be, None if unknown.
-    """
-
-    function: Callable[..., Any]
-    name: str
-    spec: Any = None
-    boolean: bool | None = None
+    function: Callable[..., Any]  # the reward function itself; it may be async
+    name: str  # in errors, metrics and saved targets
+    spec: Any = None  # the text or mapping that it was built from (see resolve_feature); None for a Python function
+    boolean: bool | None = None  # True if all values are 0 or 1, False if they need not be, None if unknown
 
     def __call__(self, /, prompts: Sequence[Text], completions: Sequence[Text], **columns: Any) -> Any:
         answer = self.function(prompts=prompts, completions=completions, **columns)
@@ -64,26 +57,15 @@ def completion_text(completion: Text) -> str:
     if isinstance(completion, str):
         return completion
     spoken = [message.get("content") for message in completion if message.get("role", "assistant") == "assistant"]
-    return "\n".join(_content_text(content) for content in spoken if content)
-
-
-def _content_text(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    return "".join(part.get("text", "") for part in content)  # a list of parts: text, images, ...
+    texts = [[{"text": content}] if isinstance(content, str) else content for content in spoken if content]
+    return "\n".join("".join(part.get("text", "") for part in parts) for parts in texts)  # parts: text, images, ...
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]], repeat: int | Sequence[int]) -> dict[str, list[Any]]:
     """Return the further columns of a dataset's rows, each entry repeated for the completions of its prompt.
 
-    Columns whose names a reward function receives for other values (``NOT_COLUMNS``) are left out.
-
-    Args:
-        rows: C rows with the same columns.
-        repeat: K completions for each row, one number for all or C of them.
-
-    Returns:
-        Column -> list of one entry for each completion, prompt by prompt.
+    Columns whose names a reward function receives for other values (``NOT_COLUMNS``) are left out. ``repeat`` is the
+    number of completions of each row, one number for all or a list.
 
     >>> columns_of([{"prompt": "a", "topic": "x"}, {"prompt": "b", "topic": "y"}], [2, 1])
     {'topic': ['x', 'x', 'y']}
@@ -98,10 +80,8 @@ def evaluate_features(
 ) -> Tensor:
     """Return phi, (n, J) float64: the value of each of J features on each of n completions.
 
-    Args:
-        features: J features.
-        prompts, completions: n of each, plain text or lists of messages.
-        **columns: lists of n (``completion_ids``, columns of the dataset), and other arguments that features read.
+    Prompts and completions are plain text or lists of messages; ``columns`` are lists of n (``completion_ids``, columns
+    of the dataset), and other arguments that features read.
 
     Raises:
         FeatureError: see :func:`evaluate_feature`.
@@ -133,7 +113,7 @@ def call_feature(
     completions: Sequence[Text],
     columns: dict[str, Any],
     *,
-    none_allowed: bool = False,
+    none_allowed=False,
 ) -> list[Any]:
     """Return the checked answer of a feature: n floats, or None for some with ``none_allowed``."""
     if len(prompts) != len(completions):

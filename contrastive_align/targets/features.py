@@ -28,6 +28,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
 import math
 import numbers
 import re
@@ -39,7 +40,7 @@ from typing import Any
 
 import torch
 
-from contrastive_align.targets.classifiers import classifier, loaded_reward_model, reward_model
+from contrastive_align.targets.classifiers import SCORER_OPTIONS, classifier, loaded_reward_model, reward_model
 from contrastive_align.targets.evaluate import Feature, FeatureError, call_feature, completion_text, shorten
 
 
@@ -98,10 +99,9 @@ def weighted_sum(
     its own name.
 
     Args:
-        functions: a reward function or a list of J; each a spec that :func:`resolve_feature` reads.
+        functions: a reward function or a list of J; each a spec that :func:`resolve_feature` reads, with its options.
         weights: (J,) numbers. Default: 1 each.
         name: of the sum. Default: made from the weights and the names of its parts.
-        **resolve_kwargs: ``device`` and other options of :func:`resolve_feature`.
 
     Raises:
         ValueError: another number of weights than functions, or what ``resolve_feature`` refuses.
@@ -141,7 +141,8 @@ def _from_mapping(spec: Mapping[str, Any], context: dict[str, Any]) -> Feature:
     build = KINDS[kind]
     options = {key: value for key, value in spec.items() if key not in (kind, "name")}
     accepted = [p.name for p in inspect.signature(build).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    accepted = [key for key in accepted if key != "context"]
+    accepted = dict.fromkeys([*(SCORER_OPTIONS if kind in MODEL_KINDS else ()), *accepted])
+    accepted.pop("context", None)
     unknown = [key for key in options if key not in accepted]
     if unknown:
         moment = " A moment belongs to a constraint, around the feature." if "moment" in unknown else ""
@@ -160,16 +161,10 @@ def _from_mapping(spec: Mapping[str, Any], context: dict[str, Any]) -> Feature:
     return replace(feature, spec=_plain(spec), name=name)
 
 
-# ---------------------------------------------------------------------------------------------------------------- texts
-
-
 def contains(value: Any, *, case_sensitive: bool = False, count: bool = False) -> Feature:
     """Build the feature that is 1 where the completion contains a text, or any of a list, also inside a word, else 0.
 
-    Args:
-        value: the text or texts.
-        case_sensitive: whether "Please" differs from "please".
-        count: give the number of occurrences instead of 0 or 1.
+    With ``case_sensitive``, "Please" differs from "please"; with ``count``, the number of occurrences is the value.
 
     >>> contains("please")(prompts=[""] * 2, completions=["Please wait.", "Wait."])
     [1.0, 0.0]
@@ -181,8 +176,7 @@ def contains(value: Any, *, case_sensitive: bool = False, count: bool = False) -
 def words(value: Any, *, case_sensitive: bool = False, count: bool = False) -> Feature:
     """Build the feature that is 1 where the completion has any of the words (or phrases) as whole words, else 0.
 
-    Args:
-        value: a list of words, or the path of a text file with one on each line.
+    ``value`` is a list of words, or the path of a text file with one on each line.
 
     >>> words(["art", "arts"])(prompts=[""] * 2, completions=["The arts.", "A party."])
     [1.0, 0.0]
@@ -216,11 +210,9 @@ def matches(value: Any, *, count: bool = False) -> Feature:
 
 
 def length(value: Any, *, min: float | None = None, max: float | None = None) -> Feature:
-    """Build the feature of the completion's length; tokens need the column ``completion_ids``.
+    """Build the feature of the completion's length in ``"words"``, ``"characters"`` or ``"tokens"``.
 
-    Args:
-        value: ``"words"``, ``"characters"`` or ``"tokens"``.
-        min, max: with either, 1 where min <= length <= max and else 0.
+    With ``min`` or ``max`` it is 1 where min <= length <= max and else 0. Tokens need the column ``completion_ids``.
 
     >>> length("words", max=2)(prompts=[""] * 2, completions=["Two words.", "Now three words."])
     [1.0, 0.0]
@@ -274,16 +266,13 @@ def _longest_first(texts: list[str]) -> list[str]:
     return sorted(texts, key=len, reverse=True)  # so that counting does not take the "art" of "arts"
 
 
-# ------------------------------------------------------------------------------------------------------------ functions
-
-
 def _function(value: Any) -> Feature:
     if callable(value):
         return resolve_feature(value)
     place, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
     if not place or not name:
         raise ValueError(f"function: found {shorten(value)}, expected 'file.py:function' or 'package.module:function'.")
-    module = _load_file(place) if place.endswith(".py") else _import(place)
+    module = _import(place)
     if not callable(getattr(module, name, None)):
         there = [key for key, item in vars(module).items() if inspect.isfunction(item) and not key.startswith("_")]
         raise AttributeError(f"{place} has no function {name!r}. It has: {', '.join(there) or 'none'}.")
@@ -291,45 +280,36 @@ def _function(value: Any) -> Feature:
 
 
 def _import(place: str) -> Any:
+    file = Path(place).expanduser().resolve() if place.endswith(".py") else None
+    if file and not file.is_file():
+        raise FileNotFoundError(f"No file {place!r} (looked for {file}), expected 'file.py:function'.")
     try:
-        return importlib.import_module(place)
+        return _load_file(file) if file else importlib.import_module(place)
     except Exception as error:
+        hint = "" if file else ". For a file write 'file.py:function'."
         raise ValueError(
-            f"{place} could not be imported, which raised {type(error).__name__}: {error}. For a file write "
-            "'file.py:function'."
+            f"{file or place} could not be imported, which raised {type(error).__name__}: {error}{hint}"
         ) from error
 
 
-def _load_file(path: str) -> Any:
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        raise FileNotFoundError(f"No file {path!r} (looked for {file}), expected 'file.py:function'.")
+def _load_file(file: Path) -> Any:
     name = f"features_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class up by its module
     try:
         spec.loader.exec_module(module)
-    except BaseException as error:
+    except BaseException:
         del sys.modules[name]
-        if not isinstance(error, Exception):
-            raise
-        raise ValueError(f"{file} could not be imported, which raised {type(error).__name__}: {error}") from error
+        raise
     return module
-
-
-# ------------------------------------------------------------------------------------------------------- combinations
 
 
 def _product(value: Any, *, context: dict[str, Any]) -> Feature:
     parts = [resolve_feature(part, **context) for part in _parts("product", value, "a list of features")]
-
-    def function(prompts: Sequence, completions: Sequence, **columns: Any) -> list[float | None]:
-        values = [call_feature(part, prompts, completions, columns, none_allowed=True) for part in parts]
-        return [None if None in row else math.prod(row) for row in zip(*values, strict=True)]
-
-    boolean = all(part.boolean for part in parts)
-    return Feature(function, "*".join(part.name for part in parts), boolean=boolean or None)
+    boolean = all(part.boolean for part in parts) or None
+    product = _combine(parts, lambda row: None if None in row else math.prod(row))
+    return Feature(product, "*".join(part.name for part in parts), boolean=boolean)
 
 
 def _sum(value: Any, *, context: dict[str, Any]) -> Feature:
@@ -342,14 +322,22 @@ def _sum(value: Any, *, context: dict[str, Any]) -> Feature:
     weights = [float(weight) for weight, _ in pairs]
     parts = [resolve_feature(part, **context) for _, part in pairs]
 
+    def add(row: Sequence[float | None]) -> float | None:
+        terms = [w * v for w, v in zip(weights, row, strict=True) if v is not None]
+        return math.fsum(terms) if terms else None
+
+    name = "+".join(f"{w:g}*{part.name}" for w, part in zip(weights, parts, strict=True))
+    return Feature(_combine(parts, add), name)
+
+
+def _combine(parts: list[Feature], merge: Callable[[Sequence[float | None]], float | None]) -> Callable:
+    """Return the reward function that merges the values of the parts on each completion."""
+
     def function(prompts: Sequence, completions: Sequence, **columns: Any) -> list[float | None]:
         values = [call_feature(part, prompts, completions, columns, none_allowed=True) for part in parts]
-        rows = [
-            [w * v for w, v in zip(weights, row, strict=True) if v is not None] for row in zip(*values, strict=True)
-        ]
-        return [math.fsum(row) if row else None for row in rows]
+        return [merge(row) for row in zip(*values, strict=True)]
 
-    return Feature(function, "+".join(f"{w:g}*{part.name}" for w, part in zip(weights, parts, strict=True)))
+    return function
 
 
 def _not(value: Any, *, context: dict[str, Any]) -> Feature:
@@ -371,15 +359,12 @@ def _parts(kind: str, value: Any, form: str) -> list[Any]:
     return list(value)
 
 
-def _plain(spec: Any) -> Any:
+def _plain(spec: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the spec as JSON can hold it, or None where it contains a Python function."""
-    if isinstance(spec, Mapping):
-        values = {key: _plain(value) for key, value in spec.items()}
-        return None if any(value is None and spec[key] is not None for key, value in values.items()) else values
-    if isinstance(spec, (list, tuple)):
-        values = [_plain(value) for value in spec]
-        return None if any(new is None and old is not None for new, old in zip(values, spec, strict=True)) else values
-    return spec if isinstance(spec, (str, int, float, bool, type(None))) else None
+    try:
+        return json.loads(json.dumps(dict(spec)))
+    except TypeError:
+        return None
 
 
 KINDS: dict[str, Callable[..., Feature]] = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from contrastive_align.targets.reachable import EDGE, InfeasibleMoment, Reach
 
@@ -24,40 +25,24 @@ class Fit:
     """The result of :func:`fit_lambdas` for J features and C prompts, in float64.
 
     Standard errors are those of samples; for an enumerated space they have no meaning. They hold for the given prompts
-    and leave out the spread between prompts.
-
-    Args:
-        lambdas: (J,) nats per unit of the feature.
-        moments: (J,) the wanted moments.
-        achieved: (J,) mean_c E_p[phi | c] on the samples, less its estimated bias if that was corrected.
-        base_moments: (J,) the same at lambda = 0.
-        moment_se: (J,) of ``achieved`` at these lambdas, by the delta method for ratios.
-        lambda_se: (J,) H^-1 V H^-1, with V the covariance of ``achieved`` and H that of phi under p.
-        log_z: (C,) nats, log E_a[b exp(lambda . phi)] for each prompt; -inf where no sample satisfied a pointwise
-            constraint, NaN where the prompt has no sample.
-        log_z_se: (C,).
-        ess: effective sample size of ``achieved``: C^2 / sum_c (1 / ess_c), which for one prompt is ess_c.
-        ess_per_prompt: (C,) 1 / sum of the squared normalised weights.
-        iterations: Newton steps.
-        converged: always True; a fit that does not converge raises.
-        samples: how many had any weight.
-        skipped: the prompts left out, whose samples all had no weight.
+    and leave out the spread between prompts. ``log_z`` is log E_a[b exp(lambda . phi)] for each prompt: -inf where no
+    sample satisfied a pointwise constraint, NaN where the prompt has no sample.
     """
 
-    lambdas: Tensor
-    moments: Tensor
-    achieved: Tensor
-    base_moments: Tensor
-    moment_se: Tensor
-    lambda_se: Tensor
-    log_z: Tensor
-    log_z_se: Tensor
-    ess: float
-    ess_per_prompt: Tensor
-    iterations: int
-    converged: bool
-    samples: int
-    skipped: list[int] = field(default_factory=list)
+    lambdas: Tensor  # (J,) nats per unit of the feature
+    moments: Tensor  # (J,) wanted
+    achieved: Tensor  # (J,) mean_c E_p[phi | c] on the samples, less its estimated bias if that was corrected
+    base_moments: Tensor  # (J,) the same at lambda = 0
+    moment_se: Tensor  # (J,) of achieved at these lambdas, by the delta method for ratios
+    lambda_se: Tensor  # (J,) H^-1 V H^-1, with V the covariance of achieved and H that of phi under p
+    log_z: Tensor  # (C,) nats
+    log_z_se: Tensor  # (C,)
+    ess: float  # effective sample size of achieved: C^2 / sum_c (1 / ess_c), which for one prompt is ess_c
+    ess_per_prompt: Tensor  # (C,) 1 / sum of the squared normalised weights
+    iterations: int  # Newton steps
+    converged: bool  # always True; a fit that does not converge raises
+    samples: int  # how many had any weight
+    skipped: list[int] = field(default_factory=list)  # the prompts whose samples all had no weight
 
     @property
     def residual(self) -> Tensor:
@@ -175,12 +160,7 @@ def fit_lambdas(
 
 
 def _newton(
-    reach: Reach,
-    basis: Tensor,
-    log_prior: Tensor,
-    tolerance: float,
-    max_iterations: int,
-    progress: Callable[[int, dict[str, Any]], None] | None,
+    reach: Reach, basis: Tensor, log_prior: Tensor, tolerance: float, max_iterations: int, progress: Callable | None
 ) -> tuple[Tensor, int]:
     """Return theta (R,), lambda in the basis of the varying directions, and the number of steps, or raise."""
     x = reach.x @ basis
@@ -257,12 +237,7 @@ def _largest(residual: Tensor) -> float:
 
 
 def _check_arguments(
-    phi: Tensor,
-    moments: Tensor | Sequence[float],
-    log_weights: Tensor | None,
-    log_b: Tensor | None,
-    valid: Tensor | None,
-    names: Sequence[str] | None,
+    phi: Tensor, moments, log_weights: Tensor | None, log_b: Tensor | None, valid: Tensor | None, names
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
     """Check the arguments; return them in float64 on the CPU, log-weights normalised per prompt, unused features 0."""
     if phi.ndim != 3 or not phi.size(0) or not phi.size(1):
@@ -279,16 +254,12 @@ def _check_arguments(
     names = [f"feature {j}" for j in range(len(mu))] if names is None else list(names)
     if len(names) != len(mu):
         raise ValueError(f"names has {len(names)} entries for {len(mu)} features, expected one each.")
-    masks = []
     for name, given in (("log_weights", log_weights), ("log_b", log_b), ("valid", valid)):
-        mask = torch.zeros(phi.shape[:2], dtype=torch.float64) if given is None else given.detach().cpu()
-        if mask.shape != phi.shape[:2]:
-            raise ValueError(f"{name} has the shape {tuple(mask.shape)}, expected {tuple(phi.shape[:2])} as phi.")
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
-        masks.append(mask.double())
-    log_w = torch.where(masks[2] == 0, masks[0], -torch.inf)
-    log_b = torch.where(masks[2] == 0, masks[1], -torch.inf)
+        if given is not None and given.shape != phi.shape[:2]:
+            raise ValueError(f"{name} has the shape {tuple(given.shape)}, expected {tuple(phi.shape[:2])} as phi.")
+    valid = torch.ones(phi.shape[:2], dtype=torch.bool) if valid is None else valid.cpu()
+    logs = (torch.zeros(phi.shape[:2]) if given is None else given.detach().cpu() for given in (log_weights, log_b))
+    log_w, log_b = (torch.where(valid, log.double(), -torch.inf) for log in logs)
     bad = ~(log_w < torch.inf) | ~(log_b < torch.inf)  # NaN or +inf
     if bad.any():
         prompt, sample = bad.nonzero()[0].tolist()
@@ -314,10 +285,8 @@ def group_by_prompt(
 
     All are on the CPU, phi and log_weights in float64.
 
-    Args:
-        phi: (n, J), or already grouped (C, M, J).
-        log_weights, valid: (n,) and None, or (C, M).
-        prompt_index: (n,) the number of each sample's prompt, 0 to C - 1, in any order. Default: one prompt.
+    ``phi`` is (n, J), with ``log_weights`` (n,) and ``prompt_index`` (n,), each sample's prompt from 0 to C - 1
+    (default: one prompt); or it is grouped already.
 
     Raises:
         ValueError: shapes do not fit each other, or a prompt has no sample.
@@ -350,16 +319,10 @@ def group_by_prompt(
     if not counts.all():
         missing = (counts == 0).nonzero().flatten().tolist()
         raise ValueError(f"{len(missing)} of {len(counts)} prompts have no sample, the first being {missing[:5]}.")
-    order = torch.argsort(index, stable=True)
-    place = torch.empty_like(index)
-    place[order] = torch.arange(len(index)) - (counts.cumsum(0) - counts)[index[order]]
-    shape = (len(counts), int(counts.max()))
-    grouped = phi.new_zeros(*shape, phi.size(-1))
-    grouped[index, place] = phi
-    valid = torch.zeros(shape, dtype=torch.bool)
-    valid[index, place] = True
-    weights = None
-    if log_weights is not None:
-        weights = phi.new_full(shape, -torch.inf)
-        weights[index, place] = log_weights
-    return grouped, weights, valid
+    order, sizes = torch.argsort(index, stable=True), counts.tolist()
+
+    def grid(values: Tensor, fill: float) -> Tensor:
+        return pad_sequence(values[order].split(sizes), batch_first=True, padding_value=fill)
+
+    weights = None if log_weights is None else grid(log_weights, -torch.inf)
+    return grid(phi, 0.0), weights, grid(torch.ones(len(phi), dtype=torch.bool), False)

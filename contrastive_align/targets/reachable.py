@@ -22,15 +22,9 @@ class Reach:
     The moments that can be reached are the mean over prompts of the convex hulls of each prompt's samples; lambda is
     finite inside of it and nowhere else.
 
-    Args:
-        phi: (C, M, J) features.
-        moments: (J,) wanted.
-        support: (C, M) bool: the samples that have any weight.
-        names: J.
-
-    Attributes:
-        low, high: (J,) the range of each moment, a mean over prompts.
-        x: (C, M, J) (phi - moments) / (high - low), whose wanted mean is 0.
+    Made from features phi (C, M, J), wanted moments (J,) and the samples that have any weight, ``support`` (C, M).
+    ``low`` and ``high`` (J,) are the range of each moment, a mean over prompts; ``x`` (C, M, J) is
+    (phi - moments) / (high - low), whose wanted mean is 0.
 
     Raises:
         InfeasibleMoment: a constant feature, or a moment outside or on the edge of its own range.
@@ -38,6 +32,8 @@ class Reach:
 
     def __init__(self, phi: Tensor, moments: Tensor, support: Tensor, names: Sequence[str]) -> None:
         self.moments, self.support, self.names = moments, support, names
+        self._samples = f"{int(support.sum())} samples"
+        self._over_prompts = f" (mean over {len(support)} prompts)" if len(support) > 1 else ""
         outside = ~support.unsqueeze(-1)
         self.low = phi.masked_fill(outside, torch.inf).amin(1).mean(0)
         self.high = phi.masked_fill(outside, -torch.inf).amax(1).mean(0)
@@ -61,7 +57,7 @@ class Reach:
                 )
             raise InfeasibleMoment(
                 f"The moment {wanted:g} of '{self.names[j]}' is {'on the edge of' if inside else 'outside'} what the "
-                f"{self._samples()} reach: {low:g} to {high:g}{self._over_prompts()}.{hint}"
+                f"{self._samples} reach: {low:g} to {high:g}{self._over_prompts}.{hint}"
             )
 
     def _constant(self, j: int, phi: Tensor, value: float, wanted: float) -> str:
@@ -70,7 +66,7 @@ class Reach:
             found = f"does not vary among the samples of any one prompt (mean {value:g} over {len(phi)} prompts)"
             fix = "Draw several samples for each prompt, or use a feature that depends on the completion."
         else:
-            found = f"is the constant {value:g} on all {self._samples()}"
+            found = f"is the constant {value:g} on all {self._samples}"
             fix = "Check the feature on a few completions, or drop the constraint."
         return f"'{self.names[j]}' {found}, so that no lambda moves it to the moment {wanted:g}. {fix}"
 
@@ -93,7 +89,7 @@ class Reach:
         ranges = "; ".join(self.describe(j) for j in range(len(self.names)))
         raise InfeasibleMoment(
             f"The moments cannot be reached together: {' '.join(terms).removeprefix('+')} should be {wanted:.6g}, and "
-            f"reaches at most {reached:.6g} on the {self._samples()}{self._over_prompts()}, where a finite lambda "
+            f"reaches at most {reached:.6g} on the {self._samples}{self._over_prompts}, where a finite lambda "
             f"needs more. Each alone: {ranges}. Draw more samples, drop a constraint or make it pointwise (moment=1.0)."
         )
 
@@ -119,9 +115,3 @@ class Reach:
     def describe(self, j: int) -> str:
         """Return one wanted moment and its range, for messages."""
         return f"'{self.names[j]}' wanted {self.moments[j]:g}, range {self.low[j]:g} to {self.high[j]:g}"
-
-    def _samples(self) -> str:
-        return f"{int(self.support.sum())} samples"
-
-    def _over_prompts(self) -> str:
-        return f" (mean over {len(self.support)} prompts)" if len(self.support) > 1 else ""

@@ -7,7 +7,7 @@ import logging
 import math
 import numbers
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ from contrastive_align.targets.reachable import InfeasibleMoment
 
 
 logger = logging.getLogger(__name__)
-
-CONSTRAINT_KEYS = ("moment", "pointwise")
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def resolve_constraint(spec: Any, **resolve_kwargs: Any) -> Constraint:
             f"Found {shorten(spec)}, expected a constraint: a feature with its moment, such as "
             "{contains: please, moment: 0.5}."
         )
-    rest = {key: value for key, value in spec.items() if key not in CONSTRAINT_KEYS}
+    rest = {key: value for key, value in spec.items() if key not in ("moment", "pointwise")}
     feature = rest["feature"] if set(rest) == {"feature"} else rest
     return Constraint(resolve_feature(feature, **resolve_kwargs), spec["moment"], spec.get("pointwise"))
 
@@ -126,13 +124,7 @@ class Target:
         if all(self._pointwise):
             self._lambdas = torch.zeros(len(self.names), dtype=torch.float64)
 
-    def _start(
-        self,
-        features: list[Feature],
-        pointwise: list[bool | None],
-        constraints: tuple[Constraint, ...] = (),
-        reward_beta: float | None = None,
-    ) -> None:
+    def _start(self, features: list[Feature], pointwise: list[bool | None], constraints=(), reward_beta=None) -> None:
         self.constraints, self.reward_beta = constraints, reward_beta
         self.last_fit: Fit | None = None
         self._features, self._pointwise = tuple(features), pointwise
@@ -152,21 +144,17 @@ class Target:
     def from_saved(cls, path: str | os.PathLike, functions: Mapping[str, Any] | None = None) -> Target:
         """Build the target that :meth:`save` wrote, with its features built again from their specs.
 
-        Args:
-            functions: name -> feature, for Python functions, which have no spec.
+        ``functions`` maps the names of Python functions, which have no spec, to these.
 
         Raises:
             ValueError: a feature without a spec is not in ``functions``.
         """
         state = _read(path)
-        made = []
-        for row in state["constraints"]:
-            found = (functions or {}).get(row["name"], row["spec"])
-            if found is None:
-                raise ValueError(
-                    f"{path}: '{row['name']}' was a function of Python, expected it in functions={{name: f}}."
-                )
-            made.append(replace(resolve_feature(found), name=row["name"]))
+        specs = {row["name"]: (functions or {}).get(row["name"], row["spec"]) for row in state["constraints"]}
+        missing = next((name for name, spec in specs.items() if spec is None), None)
+        if missing is not None:
+            raise ValueError(f"{path}: '{missing}' was a function of Python, expected it in functions={{name: f}}.")
+        made = [replace(resolve_feature(spec), name=name) for name, spec in specs.items()]
         if state["reward_beta"] is not None:
             return cls.from_reward(made[0], state["reward_beta"])
         rows = zip(made, state["constraints"], strict=True)
@@ -244,11 +232,7 @@ class Target:
         log_weights: Tensor | None = None,
         prompt_index: Tensor | None = None,
         valid: Tensor | None = None,
-        min_ess: float = 20.0,
-        correct_bias: bool = False,
-        tolerance: float = 1e-10,
-        max_iterations: int = 200,
-        progress: Callable[[int, dict[str, Any]], None] | None = None,
+        **options: Any,
     ) -> Fit:
         """Find the lambdas from samples, keep them, and return them with their error bars.
 
@@ -258,7 +242,7 @@ class Target:
             log_weights: (n,) or (C, M) nats, log base - log proposal, for samples of a proposal.
             prompt_index: (n,) the number of each sample's prompt, 0 to C - 1. Default: one prompt.
             valid: (C, M) bool, with (C, M, J).
-            min_ess, correct_bias, tolerance, max_iterations, progress: see ``fit_lambdas``.
+            **options: ``min_ess``, ``correct_bias``, ``tolerance``, ... of ``fit_lambdas``.
 
         Raises:
             InfeasibleMoment: no lambda reaches a moment on these samples, or none satisfies a pointwise constraint.
@@ -270,21 +254,19 @@ class Target:
         sampled = torch.ones(phi.shape[:2], dtype=torch.bool) if valid is None else valid
         sampled = sampled if log_weights is None else sampled & (log_weights != -torch.inf)
         phi = self._checked(torch.where(sampled.unsqueeze(-1), phi, 1.0))
-        pointwise = decide_pointwise(phi[sampled], [c.pointwise for c in self.constraints])
+        boolean = ((phi[sampled] == 0) | (phi[sampled] == 1)).all(0).tolist()
+        pointwise = [boolean[j] if c.pointwise is None else c.pointwise for j, c in enumerate(self.constraints)]
         check_some_satisfy(phi[sampled], pointwise, self.names)
         free = [j for j, always in enumerate(pointwise) if not always]
+        names = [self.names[j] for j in free]
         fit = fit_lambdas(
             phi[..., free],
             self.moments[free],
             log_weights=log_weights,
             log_b=log_b(phi, pointwise, self.names),
             valid=valid,
-            names=[self.names[j] for j in free],
-            min_ess=min_ess,
-            correct_bias=correct_bias,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
-            progress=progress,
+            names=names,
+            **options,
         )
         if fit.skipped:
             logger.warning(
@@ -300,8 +282,8 @@ class Target:
             "prompts": len(phi),
             "skipped_prompts": len(fit.skipped),
             "iterations": fit.iterations,
-            "lambda_se": dict(zip([self.names[j] for j in free], fit.lambda_se.tolist(), strict=True)),
-            "moment_se": dict(zip([self.names[j] for j in free], fit.moment_se.tolist(), strict=True)),
+            "lambda_se": dict(zip(names, fit.lambda_se.tolist(), strict=True)),
+            "moment_se": dict(zip(names, fit.moment_se.tolist(), strict=True)),
         }
         return fit
 
@@ -316,16 +298,14 @@ class Target:
             raise ValueError(f"phi{row} of '{self.names[j]}' is {phi[bad][0].item()}, expected a finite number.")
         return phi.double()
 
-    # --------------------------------------------------------------------------------------------------------- state
-
     def state_dict(self) -> dict[str, Any]:
         """Return the constraints, lambdas and the record of the fit as plain Python, ready for JSON."""
-        rows = []
-        for j, feature in enumerate(self._features):
-            moment = self.constraints[j].moment if self.constraints else None
-            value = None if self._lambdas is None else self._lambdas[j].item()
-            here = {"name": feature.name, "spec": feature.spec, "moment": moment}
-            rows.append({**here, "pointwise": self._pointwise[j], "lambda": value})
+        moments = [c.moment for c in self.constraints] or [None]
+        lambdas = [None] * len(self.names) if self._lambdas is None else self._lambdas.tolist()
+        rows = [
+            {"name": feature.name, "spec": feature.spec, "moment": moment, "pointwise": pointwise, "lambda": value}
+            for feature, moment, pointwise, value in zip(self._features, moments, self._pointwise, lambdas, strict=True)
+        ]
         return {"constraints": rows, "reward_beta": self.reward_beta, "fit": dict(self._record)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -389,15 +369,6 @@ def _read(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no saved target, expected what target.save(path) writes: {error}") from error
     return state
-
-
-# ------------------------------------------------------------------------- pointwise constraints: b(x) = phi(x), 0 or 1
-
-
-def decide_pointwise(phi: Tensor, flags: Sequence[bool | None]) -> list[bool]:
-    """Return the J flags, with None decided by whether the feature is boolean on the samples phi (n, J)."""
-    boolean = ((phi == 0) | (phi == 1)).all(0).tolist()
-    return [boolean[j] if flag is None else flag for j, flag in enumerate(flags)]
 
 
 def log_b(phi: Tensor, pointwise: Sequence[bool | None], names: Sequence[str]) -> Tensor:

@@ -1,7 +1,7 @@
 """Keep freed memory in the process, so that activations reuse pages instead of getting fresh ones.
 
 glibc returns every block of some megabytes to the kernel when it is freed, and the kernel clears the pages again for
-the next block. Keeping them saves a tenth to a quarter of a training step on a CPU at K = 16.
+the next block.
 """
 
 from __future__ import annotations
@@ -37,10 +37,7 @@ def keep_freed_memory() -> bool:
 def freed_memory_kept(device_type: str, *, hand_back: bool = True) -> Iterator[None]:
     """Keep freed memory inside the ``with`` block if ``device_type`` is ``"cpu"``, then restore malloc's options.
 
-    Args:
-        device_type: the ``type`` of a torch device.
-        hand_back: return the freed memory to the kernel at the end. Between training steps ``False`` leaves all but
-            the end of the heap to the next step.
+    ``hand_back`` returns it to the kernel at the end. Without, all but the end of the heap is left to the next block.
     """
     global _requests
     told = device_type == "cpu" and _set_malloc_options(_KEEP)

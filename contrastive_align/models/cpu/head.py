@@ -1,8 +1,6 @@
 """The LM head on a CPU: log-probs of completion tokens, computed a tile of their logits at a time.
 
 TRL's fused head does this in a Triton kernel on GPUs; elsewhere it scores every position, prompts and padding included.
-With shared prompts of some 1,200 tokens, this head leaves a training step at K = 4 with 0.24 to 0.28 of the memory that
-padded rows with full logits take above the model. Keeping logits for the backward pass saves a tenth of a step.
 """
 
 from __future__ import annotations
@@ -37,11 +35,9 @@ def score_tokens(
     .. math:: \log \mathrm{softmax}\big( \mathrm{softcap} \tanh(\mathrm{scale}\, (W h + b) / \mathrm{softcap}) \big)_y
 
     Args:
-        hidden: (n, H) the hidden states that predict ``labels``.
-        weight: (V, H) of the head, and ``bias`` (V,) or None.
-        labels: (n,) token ids.
-        scale: the factor of the logits.
-        softcap: the model's ``final_logit_softcapping``, or None.
+        hidden: (n, H) the hidden states that predict ``labels``, (n,) token ids.
+        weight, bias: (V, H) and (V,) or None, of the head.
+        scale, softcap: the factor of the logits, and the model's ``final_logit_softcapping`` or None.
         token_stats: whether to compute more than the log-probs.
 
     Returns:
@@ -69,7 +65,9 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, scale, softcap, token_stats, hidden_grad, kept_logits=0):
-        head = _TiledHead(weight, bias, scale, softcap)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+        dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 cannot hold a sum of exponentials
+        head = _TiledHead(weight, bias, scale, softcap, dtype)
         tiles = _Tiles(len(labels), len(weight), head.precise)
         tiles.keep(kept_logits)
         sums = _TokenSums.zeros(len(labels), hidden.size(1), head.precise, token_stats, hidden_grad)
@@ -152,20 +150,9 @@ class _TokenSums:
     def totals(self) -> Tensor:
         return self.others + torch.exp(self.chosen - self.offset)
 
-    def clear(self) -> None:
-        for value in vars(self).values():
-            if value is not None:
-                value.zero_()
-
 
 def _sum_tiles(
-    head: _TiledHead,
-    tiles: _Tiles,
-    part: slice,
-    hidden: Tensor,
-    labels: Tensor,
-    sums: _TokenSums,
-    offset: Tensor | None = None,
+    head: _TiledHead, tiles: _Tiles, part: slice, hidden: Tensor, labels: Tensor, sums: _TokenSums, offset=None
 ) -> None:
     """Sum over the tiles of some tokens. The offset is the largest logit of the first tile unless another is given."""
     for words in tiles.words():
@@ -183,7 +170,8 @@ def _sum_tiles(
             head.add_product(sums.slope, z, words)
     if offset is None and not (sums.totals() < SAFE_SUM).all():  # a later tile has far larger logits
         tops = [head.logits(hidden, words, tiles.memory(part, words)).amax(-1) for words in tiles.words()]
-        sums.clear()
+        for value in filter(torch.is_tensor, vars(sums).values()):
+            value.zero_()
         _sum_tiles(head, tiles, part, hidden, labels, sums, torch.stack(tops).amax(0))
 
 
@@ -251,32 +239,34 @@ def _even_slices(start: int, stop: int, most: int) -> list[slice]:
     return [slice(start + i * length // count, start + (i + 1) * length // count) for i in range(count)]
 
 
-class _TiledHead:
-    """The head's weights in the dtype of its products. All that is computed from the products is at least float32."""
+class HeadWeights:
+    """A head in the dtype of its products h W^T + b. All that is computed from these is at least float32."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        scale: float,
-        softcap: float | None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if dtype is None:
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-            dtype = torch.float32 if dtype == torch.float16 else dtype  # float16 cannot hold a sum of exponentials
-        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    def __init__(self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype) -> None:
+        self.weight, self.bias = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
         self.scale, self.softcap, self.dtype = scale, softcap, dtype
         self.precise = torch.promote_types(dtype, torch.float32)
-        self._rounded = self.weight.new_empty(0)
+        self._memory = self.weight.new_empty(0)
 
+    def memory(self, rows: int, words: int) -> Tensor:
+        """Return reused memory for products: on a CPU fresh pages cost as much again as a product."""
+        if self._memory.numel() < rows * words:
+            self._memory = self.weight.new_empty(rows * words)
+        return self._memory[: rows * words].view(rows, words)
+
+    def products(self, hidden: Tensor, words: slice = slice(None), out: Tensor | None = None) -> Tensor:
+        """Write the products of some words to ``out``, or to :meth:`memory`, which the next call overwrites."""
+        weight = self.weight[words]
+        out = self.memory(len(hidden), len(weight)) if out is None else out
+        if self.bias is None:
+            return torch.mm(hidden, weight.T, out=out)
+        return torch.addmm(self.bias[words], hidden, weight.T, out=out)
+
+
+class _TiledHead(HeadWeights):
     def logits(self, hidden: Tensor, words: slice, out: Tensor) -> Tensor:
         """Write the (tokens, words) logits of a tile to ``out`` and return it."""
-        product = out if self.dtype == self.precise else self._like(out)
-        if self.bias is None:
-            torch.mm(hidden, self.weight[words].T, out=product)
-        else:
-            torch.addmm(self.bias[words], hidden, self.weight[words].T, out=product)
+        product = self.products(hidden, words, out if self.dtype == self.precise else None)
         if product is not out:
             out.copy_(product)
         if self.scale != 1.0:
@@ -289,9 +279,7 @@ class _TiledHead:
         """Return the derivative of z = softcap * tanh(u / softcap) with respect to u."""
         return 1.0 if self.softcap is None else 1 - (z / self.softcap).square()
 
-    def exponentials(
-        self, z: Tensor, offset: Tensor, labels: tuple[Tensor, Tensor], sums: _TokenSums | None = None
-    ) -> None:
+    def exponentials(self, z: Tensor, offset: Tensor, labels: tuple[Tensor, Tensor], sums=None) -> None:
         """Replace a tile's logits z by s e, and by 0 at the labels; add e and e (z - c) to ``sums``."""
         slope = self.softcap_slope(z)
         shifted = z.sub_(offset[:, None])
@@ -312,10 +300,4 @@ class _TiledHead:
         if self.dtype == self.precise:
             total.addmm_(e, self.weight[words])
         else:
-            total += self._like(e).copy_(e) @ self.weight[words]
-
-    def _like(self, tile: Tensor) -> Tensor:
-        """Return reused memory of a tile's shape in the dtype of the products."""
-        if self._rounded.numel() < tile.numel():
-            self._rounded = self.weight.new_empty(tile.numel())
-        return self._rounded[: tile.numel()].view(tile.shape)
+            total += self.memory(*e.shape).copy_(e) @ self.weight[words]
