@@ -427,6 +427,14 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         )
 
 
+def disable_functional_dropout(model: nn.Module) -> None:
+    """Set to 0 the dropout and layer-drop rates that modules keep as numbers, which ``nn.Dropout`` modules do not."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and "drop" in name:
+                setattr(module, name, 0.0)
+
+
 def keep_adapter_as_reference(model: PeftModel) -> None:
     """Keep a frozen copy of the adapter that a model came with, as in TRL: the reference is the start, not its base.
 

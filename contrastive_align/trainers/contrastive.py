@@ -26,7 +26,7 @@ from trl import DPOTrainer
 from contrastive_align.data import DataReport, GroupCollator, prepare_groups
 from contrastive_align.losses.contrastive import LOSSES, is_preference, reads_labels
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
-from contrastive_align.models.logps import CompletionLogps, completion_logps, per_completion
+from contrastive_align.models.logps import completion_logps, per_completion
 from contrastive_align.trainers.base import AlignmentTrainer
 from contrastive_align.trainers.configs import ContrastiveConfig
 from contrastive_align.trainers.metrics import Averages, Mean, batch_metrics, warn_of_one_hot_labels
@@ -347,39 +347,26 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             loss = loss + self.router_aux_loss_coef * policy.aux_loss * weights.sum() / groups
 
         with torch.no_grad():
-            self._add_metrics(inputs, policy, log_ratios, scores, losses, terms, weights, training)
+            metrics = batch_metrics(
+                policy, log_ratios, scores, valid, beta=self.args.beta, temperature_alpha=self.args.temperature_alpha
+            )
+            everyone = torch.ones_like(losses)
+            metrics["loss"] = (losses, everyone)
+            if len(terms) > 1:
+                metrics |= {f"loss/{name}": (term, everyone) for name, term in terms.items()}
+            if self.aux_loss_enabled:
+                metrics["aux_loss"] = (policy.aux_loss.expand_as(losses), everyone)
+            weighted = {name: (values, w * weights) for name, (values, w) in metrics.items()}
+            self._means["train" if training else "eval"].add(weighted)
+            if training:
+                tokens = (per_completion(inputs["attention_mask"].sum(1), valid).sum(1) * weights).sum()
+                self.trained_tokens += int(self.accelerator.gather(tokens).sum()) // self.get_tp_size()
         if not return_outputs:
             return loss
         outputs = {"policy_logps": policy.logps, "ref_logps": ref_logps, "log_ratios": log_ratios}
         return loss, outputs | {"valid": valid, "losses": losses}
 
     # ---------------------------------------------------------------------------------------------------- metrics
-
-    def _add_metrics(
-        self,
-        inputs: dict[str, Tensor],
-        policy: CompletionLogps,
-        log_ratios: Tensor,
-        scores: Tensor,
-        losses: Tensor,
-        terms: dict[str, Tensor],
-        weights: Tensor,
-        training: bool,
-    ) -> None:
-        valid, everyone = inputs["valid"], torch.ones_like(losses)
-        metrics = batch_metrics(
-            policy, log_ratios, scores, valid, beta=self.args.beta, temperature_alpha=self.args.temperature_alpha
-        )
-        metrics["loss"] = (losses, everyone)
-        if len(terms) > 1:
-            metrics |= {f"loss/{name}": (term, everyone) for name, term in terms.items()}
-        if self.aux_loss_enabled:
-            metrics["aux_loss"] = (policy.aux_loss.expand_as(losses), everyone)
-        weighted = {name: (values, w * weights) for name, (values, w) in metrics.items()}
-        self._means["train" if training else "eval"].add(weighted)
-        if training:
-            tokens = (per_completion(inputs["attention_mask"].sum(1), valid).sum(1) * weights).sum()
-            self.trained_tokens += int(self.accelerator.gather(tokens).sum()) // self.get_tp_size()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as in TRL, with exact means over the groups since the last log."""

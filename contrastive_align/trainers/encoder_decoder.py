@@ -133,14 +133,6 @@ def add_encoder_decoder_head(model: PreTrainedModel) -> None:
     _check(model)
 
 
-def disable_functional_dropout(model: nn.Module) -> None:
-    """Set to 0 the dropout and layer-drop rates that modules keep as numbers, which ``nn.Dropout`` modules do not."""
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, float) and "drop" in name:
-                setattr(module, name, 0.0)
-
-
 def decoder_start_token(model: PreTrainedModel) -> int:
     """Return the token the decoder begins with.
 

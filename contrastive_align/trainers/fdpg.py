@@ -29,17 +29,16 @@ from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.targets import Target
 from contrastive_align.targets.evaluate import columns_of
 from contrastive_align.targets.features import weighted_sum
-from contrastive_align.trainers.base import AlignmentTrainer, compile_layers, save_tensors
+from contrastive_align.trainers.base import AlignmentTrainer, compile_layers, disable_functional_dropout, save_tensors
 from contrastive_align.trainers.configs import FDPGConfig
 from contrastive_align.trainers.encoder_decoder import (
     EncoderDecoderCollator,
     add_encoder_decoder_head,
     check_options_for_encoder_decoder,
     decoder_start_token,
-    disable_functional_dropout,
     encoder_decoder_logps,
 )
-from contrastive_align.trainers.kept_proposal import KeptProposal, WindowBaseline, make_kept_proposal
+from contrastive_align.trainers.kept_proposal import KeptProposal, WindowBaseline
 from contrastive_align.trainers.metrics import distribution_metrics
 from contrastive_align.trainers.samplers import hand_over_without_rounding
 from contrastive_align.trl_seam import DrawsGroups, Method, nothing_loaded_by_trl
@@ -177,7 +176,12 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
         self.kept_proposal: KeptProposal | None = None
         if args.proposal == "kept":
-            self.kept_proposal = make_kept_proposal(args, engine=self.uses_engine)
+            if self.uses_engine:
+                raise ValueError(
+                    "proposal='kept' exchanges the trained weights, which DeepSpeed and FSDP keep in a form of their "
+                    "own. Set proposal='policy', or train without them."
+                )
+            self.kept_proposal = KeptProposal(args.proposal_criterion, args.proposal_window)
         self._evaluations = 0
         self._first_group: dict[str, Any] | None = None
 

@@ -140,20 +140,6 @@ def _trained_weights(model: nn.Module, copy: bool = False) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in trained.items()} if copy else trained
 
 
-def make_kept_proposal(args: Any, *, engine: bool) -> KeptProposal:
-    """Return the proposal that the options ask for.
-
-    Raises:
-        ValueError: DeepSpeed or FSDP holds the weights.
-    """
-    if engine:
-        raise ValueError(
-            "proposal='kept' exchanges the trained weights, which DeepSpeed and FSDP keep in a form of their own. Set "
-            "proposal='policy', or train without them."
-        )
-    return KeptProposal(args.proposal_criterion, args.proposal_window)
-
-
 class WindowBaseline:
     r"""The mean of E_pi[f'(t)] over the last W times samples were drawn.
 
