@@ -30,8 +30,9 @@ FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0  # seconds, where the server names no wait
 BEGUN_PER_SLOT = 4
 NO_KEY = "EMPTY"  # local servers accept any key
 
-# A call that hangs is cancelled after 4 times the 95th percentile of the last 200 answers' seconds.
-RECENT_ANSWERS, ENOUGH_ANSWERS = 200, 10
+# A call that hangs is cancelled after 4 times the 90th percentile of recent answers' seconds. A pause of the server or
+# of this process delays all calls in flight at once, so that these must be few among the recent answers.
+RECENT_ANSWERS, RECENT_PER_SLOT, ENOUGH_ANSWERS = 200, 20, 10
 USUAL_TIMES, SHORTEST_TIMEOUT, POLL = 4.0, 0.2, 0.2  # a factor; seconds; seconds
 
 _JITTER = random.Random()  # the global generator's seed belongs to the user
@@ -127,7 +128,7 @@ class Client:
         self._openai, self._timeout, self._cancel_hung = openai, timeout, cancel_hung
         self.max_retries, self._concurrency = max_retries, concurrency
         self._checks, self._error = {**CHECKS, **(checks or {})}, error
-        self._recent: deque[float] = deque(maxlen=RECENT_ANSWERS)
+        self._recent: deque[float] = deque(maxlen=max(RECENT_ANSWERS, RECENT_PER_SLOT * concurrency))
         self.reached = False
 
     async def __aenter__(self) -> Client:
@@ -270,7 +271,7 @@ class Client:
     def _seconds_for(self, faults: list[Fault]) -> float:
         if not self._cancel_hung or len(faults) >= self.max_retries or len(self._recent) < ENOUGH_ANSWERS:
             return self._timeout
-        usual = sorted(self._recent)[int(0.95 * len(self._recent))]
+        usual = sorted(self._recent)[int(0.9 * len(self._recent))]
         doubled = 2.0 ** sum(fault.hung for fault in faults)
         return min(self._timeout, max(SHORTEST_TIMEOUT, USUAL_TIMES * usual) * doubled)
 
