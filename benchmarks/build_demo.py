@@ -20,14 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from contrastive_align import demo
-from contrastive_align.demo.task import (
-    all_prompts,
-    contains_please,
-    parse_prompt,
-    reward,
-    sample_completion,
-    sample_prompt,
-)
+from contrastive_align.demo.task import NAMES, TASKS, VERBS, all_prompts, contains_please, parse_prompt, reward
 
 
 SEED = 20240917
@@ -61,6 +54,55 @@ CHAT_TEMPLATE = (
     "{%- endif %}"
     "{%- endfor %}"
 )
+
+# How a request may be put, by manner, with the share of each manner in the text that the model is trained on.
+# "please" is kept rare on purpose: it is the feature that a controlled model is asked to show half of the time.
+MANNERS = {
+    "blunt": (
+        "{name}, {task} now!",
+        "{task} at once, {name}!",
+        "{task}, {name}, you fool!",
+        "Hurry up and {task} now, {name}!",
+    ),
+    "plain": (
+        "{name}, {task}.",
+        "{name}, you need to {task}.",
+        "I want you to {task}, {name}.",
+        "It is time to {task}, {name}.",
+    ),
+    "polite": (
+        "Could you {task}, {name}?",
+        "{name}, would you {task}?",
+        "{name}, would you kindly {task}?",
+        "Could you please {task}, {name}?",
+        "Please {task}, {name}.",
+    ),
+}
+MANNER_SHARES = {"blunt": 0.40, "plain": 0.32, "polite": 0.28}
+THANKS = ("Thank you.", "Many thanks.")
+THANKS_SHARES = {"blunt": 0.0, "plain": 0.2, "polite": 0.4}
+MISTAKE_SHARE = 0.1  # each of: the wrong person, the wrong task, no mark at the end
+
+
+def sample_prompt(rng: random.Random) -> str:
+    """One prompt, such as `Ask Anna to close the door.` and a line break."""
+    return f"{rng.choice(VERBS)} {rng.choice(NAMES)} to {rng.choice(TASKS)}.\n"
+
+
+def sample_completion(prompt: str, rng: random.Random) -> str:
+    """One completion for `prompt`, in a random manner and sometimes with a mistake."""
+    name, task = parse_prompt(prompt)
+    if rng.random() < MISTAKE_SHARE:
+        name = rng.choice(NAMES)
+    if rng.random() < MISTAKE_SHARE:
+        task = rng.choice(TASKS)
+    manner = rng.choices(list(MANNERS), weights=[MANNER_SHARES[manner] for manner in MANNERS])[0]
+    text = rng.choice(MANNERS[manner]).format(name=name, task=task)
+    if rng.random() < THANKS_SHARES[manner]:
+        text = f"{text} {rng.choice(THANKS)}"
+    if rng.random() < MISTAKE_SHARE:
+        text = text[:-1]
+    return text[0].upper() + text[1:]
 
 
 def build_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:

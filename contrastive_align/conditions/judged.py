@@ -112,7 +112,7 @@ class TextCondition(Condition):
             _check_score(sample.score, _where_sample(sample))
 
     def text(self, sample: Sample, label: int) -> str:
-        return sample.feedback
+        return str(sample.feedback)
 
     def names(self, table: Table | None = None) -> list[str]:
         return [f"score {score}" for score in range(TOP_SCORE, -1, -1)]

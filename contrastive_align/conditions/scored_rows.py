@@ -181,7 +181,8 @@ def _tokens(
     if not completion:  # it ended at once
         if max_length is not None and len(tokenise_prompt(prompt, tokenizer)) >= max_length:
             raise NoRoom(f"{where}: the prompt leaves no room for a completion token under max_length={max_length}.")
-        return [tokenizer.eos_token_id], True
+        eos: Any = tokenizer.eos_token_id
+        return [eos], True
     answer = completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
     try:
         ids = tokenise_group(Group(prompt, [answer], [0.0]), tokenizer, max_length=max_length)

@@ -6,6 +6,7 @@ import copy
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import EMBEDDING_LAYER_NAMES
@@ -51,7 +52,7 @@ def add_condition_tokens(
     new = [token for token in tokens if token not in tokenizer.get_vocab()]
     if new:
         tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
-    ids = tokenizer.convert_tokens_to_ids(tokens)
+    ids: Any = tokenizer.convert_tokens_to_ids(tokens)
     give_rows(model, max(ids, default=-1) + 1, fresh=tokenizer.convert_tokens_to_ids(new), old=old_tokens, seed=seed)
     return ids
 

@@ -87,11 +87,11 @@ class TokenBatchSampler(Sampler[list[int]]):
         return [i for i in range(len(self.lengths)) if self.tokens([i]) > self.max_tokens]
 
     def tokens(self, batch: Sequence[int]) -> int:
-        """What a batch is counted to hold."""
+        """Count what a batch holds."""
         return sum(self._wide[i] for i in batch) * max(self._tall[i] for i in batch)
 
     def _plan(self) -> tuple[list[list[int]], int]:
-        """This epoch's batches of all ranks in turn, and how many of the last are repeated."""
+        """Return the epoch's batches of all ranks in turn, and how many of the last are repeated."""
         if self._planned is None or self._planned[0] != self.epoch:
             self._planned = (self.epoch, *self._make())
         return self._planned[1:]
@@ -114,7 +114,7 @@ class TokenBatchSampler(Sampler[list[int]]):
         return rng, [rng.uniform(-1, 1) for _ in self.lengths]
 
     def _fill(self, noise: list[float], jitter: float) -> list[list[int]]:
-        """Groups from long to short, filled into one batch after the other.
+        """Fill the groups, from long to short, into one batch after the other.
 
         Without jitter the noise orders only groups of equal size, so that the number of batches does not depend on it.
         """

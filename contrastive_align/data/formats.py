@@ -157,7 +157,7 @@ class Columns:
         return f"'{self.own[i][1]}'" if self.own else f"'{self.scores}'[{i}]"
 
 
-_Parts = tuple[Text, list[Text], list[Any], Columns]
+_Parts = tuple[Any, list, list, Columns]  # prompt, completions, scores, all unchecked
 
 
 def _read_canonical(row: Mapping[str, Any], where: str) -> _Parts:

@@ -187,7 +187,7 @@ class DataReport:
         return asdict(self)
 
     def lost(self) -> list[str]:
-        """What was dropped or cut, a line each, with the first rows."""
+        """Say what was dropped or cut, a line each, with the first rows."""
         first = "; ".join(self.dropped_because.values())
         lines = {
             f"{self.dropped} of {self.rows} rows dropped. The first: {first}": self.dropped,
@@ -199,7 +199,7 @@ class DataReport:
         return [line for line, count in lines.items() if count]
 
     def notes(self) -> list[str]:
-        """What was lost, and what weighs nothing."""
+        """Say what was lost, and what weighs nothing."""
         rows = f"(first rows {self.no_signal_rows})"
         flat = [f"{self.no_signal} of {self.groups} groups have equal scores only {rows}."] if self.no_signal else []
         return self.lost() + flat
@@ -215,7 +215,7 @@ def prepare_groups(
     num_proc: int | None = None,
     name: str = "train",
 ) -> tuple[Dataset | IterableDataset, DataReport]:
-    """A dataset in any known spelling -> one with ``prompt_ids``, ``completion_ids`` and ``scores``.
+    """Turn a dataset in any known spelling into one with ``prompt_ids``, ``completion_ids`` and ``scores``.
 
     A dataset that already has these columns is checked and cut to length like any other; further columns go.
 

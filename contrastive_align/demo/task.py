@@ -5,13 +5,12 @@ A prompt names a person and a task, and a completion is what one would say to th
     Ask Anna to close the door.
     Could you please close the door, Anna? Thank you.
 
-The grammar below speaks in three manners (blunt, plain, polite) and now and then makes a mistake, so a model trained
-on it is fluent but neither reliable nor courteous. `reward` is a small program that prefers reliable and courteous
-completions; raising it is the exercise. There is nothing to download and no reward model, and every score can be
-checked by eye.
+The bundled model was trained on text that speaks in three manners (blunt, plain, polite) and now and then makes a
+mistake (`benchmarks/build_demo.py`), so it is fluent but neither reliable nor courteous. `reward` is a small program
+that prefers reliable and courteous completions; raising it is the exercise. There is nothing to download and no reward
+model, and every score can be checked by eye.
 """
 
-import random
 import re
 from typing import Any
 
@@ -33,34 +32,6 @@ TASKS = (
 )
 # fmt: on
 
-# How a request may be put, by manner, with the share of each manner in the text that the model is trained on.
-# "please" is kept rare on purpose: it is the feature that a controlled model is asked to show half of the time.
-MANNERS = {
-    "blunt": (
-        "{name}, {task} now!",
-        "{task} at once, {name}!",
-        "{task}, {name}, you fool!",
-        "Hurry up and {task} now, {name}!",
-    ),
-    "plain": (
-        "{name}, {task}.",
-        "{name}, you need to {task}.",
-        "I want you to {task}, {name}.",
-        "It is time to {task}, {name}.",
-    ),
-    "polite": (
-        "Could you {task}, {name}?",
-        "{name}, would you {task}?",
-        "{name}, would you kindly {task}?",
-        "Could you please {task}, {name}?",
-        "Please {task}, {name}.",
-    ),
-}
-MANNER_SHARES = {"blunt": 0.40, "plain": 0.32, "polite": 0.28}
-THANKS = ("Thank you.", "Many thanks.")
-THANKS_SHARES = {"blunt": 0.0, "plain": 0.2, "polite": 0.4}
-MISTAKE_SHARE = 0.1  # each of: the wrong person, the wrong task, no mark at the end
-
 # The parts of the reward. They add up to 1 for a request that is right, complete and has three courteous markers.
 NAME_POINTS = 0.3
 TASK_POINTS = 0.3
@@ -77,27 +48,6 @@ EXTRA_WORD_POINTS = 0.05
 def all_prompts() -> list[str]:
     """Every prompt of the grammar, in a fixed order."""
     return [f"{verb} {name} to {task}.\n" for name in NAMES for task in TASKS for verb in VERBS]
-
-
-def sample_prompt(rng: random.Random) -> str:
-    """One prompt, such as `Ask Anna to close the door.` and a line break."""
-    return f"{rng.choice(VERBS)} {rng.choice(NAMES)} to {rng.choice(TASKS)}.\n"
-
-
-def sample_completion(prompt: str, rng: random.Random) -> str:
-    """One completion for `prompt`, in a random manner and sometimes with a mistake."""
-    name, task = parse_prompt(prompt)
-    if rng.random() < MISTAKE_SHARE:
-        name = rng.choice(NAMES)
-    if rng.random() < MISTAKE_SHARE:
-        task = rng.choice(TASKS)
-    manner = rng.choices(list(MANNERS), weights=[MANNER_SHARES[manner] for manner in MANNERS])[0]
-    text = rng.choice(MANNERS[manner]).format(name=name, task=task)
-    if rng.random() < THANKS_SHARES[manner]:
-        text = f"{text} {rng.choice(THANKS)}"
-    if rng.random() < MISTAKE_SHARE:
-        text = text[:-1]
-    return text[0].upper() + text[1:]
 
 
 def parse_prompt(prompt: str) -> tuple[str | None, str | None]:

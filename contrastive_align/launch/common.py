@@ -72,7 +72,7 @@ class Run:
     def model_name(self) -> str:
         """The model's name in the table."""
         name = self.args.model.model_name_or_path
-        return "the bundled demo model" if name == demo.MODEL_PATH else self.start or name
+        return "the bundled demo model" if name == demo.MODEL_PATH else self.start or str(name)
 
     def before_training(self) -> None:
         """Measure the model at the start."""

@@ -81,7 +81,14 @@ def is_preference(scores: Tensor, *, valid: Tensor | None = None) -> Tensor:
 
 
 def nca(
-    log_ratios: Tensor, scores: Tensor, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""Noise contrastive alignment: each completion is classified on its own, data against noise.
 
@@ -101,7 +108,14 @@ def nca(
 
 
 def info_nca(
-    log_ratios: Tensor, scores: Tensor, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""InfoNCA: cross-entropy between the labels and the softmax of the implied rewards.
 
@@ -120,7 +134,14 @@ def info_nca(
 
 
 def biased_nca(
-    log_ratios: Tensor, scores: Tensor, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""Biased NCA on pairs: the winner is data, the loser is noise.
 
@@ -185,7 +206,14 @@ def dpo(
 
 
 def dpo_best_vs_rest(
-    log_ratios: Tensor, scores: Tensor, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """:func:`dpo` with ``pairs="best_vs_rest"``: the baseline of arXiv:2402.05369 on explicit rewards.
 
@@ -196,7 +224,14 @@ def dpo_best_vs_rest(
 
 
 def plackett_luce(
-    log_ratios: Tensor, scores: Tensor, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""Listwise DPO: the Plackett-Luce likelihood of the ranking by score.
 
@@ -217,7 +252,14 @@ def plackett_luce(
 
 
 def sft(
-    log_ratios: Tensor, scores: Tensor, *, beta, temperature_alpha, valid=None, policy_logps=None, lengths=None
+    log_ratios: Tensor,
+    scores: Tensor,
+    *,
+    beta: float,
+    temperature_alpha: float,
+    valid: Tensor | None = None,
+    policy_logps: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     r"""Negative log-likelihood per token of the best-scored completion, for mixtures such as NCA + 0.1 SFT.
 
@@ -276,7 +318,7 @@ def canonical_loss_name(name: str) -> str:
 
 
 def temperature_for_entropy(scores: Tensor, *, valid: Tensor | None = None, fraction: float = 0.5) -> float | None:
-    r"""The ``temperature_alpha`` at which the mean entropy of the labels is a given share of its maximum.
+    r"""Find the ``temperature_alpha`` at which the labels' mean entropy is a given share of its maximum.
 
     .. math:: \text{mean}_b\, H(p_b(\alpha)) = \text{fraction} \cdot \text{mean}_b \ln K_b
 
@@ -338,7 +380,7 @@ def _rewards_and_labels(
 
 
 def _masked_logsumexp(x: Tensor, mask: Tensor) -> Tensor:
-    """logsumexp over the last dimension where ``mask``; 0 with zero gradient where nothing is masked in."""
+    """Take the logsumexp over the last dimension where ``mask``; 0 with zero gradient where nothing is masked in."""
     empty = ~mask.any(-1, keepdim=True)
     x = x.masked_fill(~mask & ~empty, -torch.inf)
     return torch.logsumexp(x, -1).masked_fill(empty.squeeze(-1), 0.0)

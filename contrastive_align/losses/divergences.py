@@ -60,7 +60,7 @@ def tv(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
 
 
 def chi2(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
-    """chi2(p || pi) = E_p[p / pi] - 1: f'(t) = 1 - 1 / t^2, and 1 where p = 0. Twice ``alpha:-1``.
+    """Return f'(t) = 1 - 1 / t^2, and 1 where p = 0, of Pearson's divergence E_p[p / pi] - 1. Twice ``alpha:-1``.
 
     >>> chi2(torch.tensor([0.0, torch.inf]))
     tensor([0., 1.])
@@ -78,7 +78,7 @@ def reverse_chi2(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
 
 
 def alpha(a: float):
-    """The slope of the alpha-divergence: f'(t) = (t^(a-1) - 1) / (a - 1), log t at a = 1; +inf where p = 0 if a >= 1.
+    """Return the alpha-divergence's f'(t) = (t^(a-1) - 1) / (a - 1), log t at a = 1; +inf where p = 0 if a >= 1.
 
     >>> alpha(0.5)(torch.tensor([0.0, torch.inf]))
     tensor([0., 2.])

@@ -266,8 +266,8 @@ def _prepare(valid: Tensor | None, *logs: Tensor) -> list[Tensor]:
         if tensor.dim() != 2 or tensor.shape != logs[0].shape:
             raise ValueError(f"found shapes {[tuple(t.shape) for t in logs]}, expected (B, K), the same for each.")
     valid = torch.ones_like(logs[0], dtype=torch.bool) if valid is None else valid
-    logs = [t.detach().to(torch.promote_types(t.dtype, torch.float32)).masked_fill(~valid, 0.0) for t in logs]
-    return [*logs, valid]
+    precise = [t.detach().to(torch.promote_types(t.dtype, torch.float32)).masked_fill(~valid, 0.0) for t in logs]
+    return [*precise, valid]
 
 
 def _normalised(log_weights: Tensor, n: Tensor) -> Tensor:
@@ -298,5 +298,5 @@ def _unless_empty(value: Tensor, influence: Tensor, valid: Tensor, ess: Tensor) 
 
 
 def _times(weight: Tensor, x: Tensor) -> Tensor:
-    """weight * x, and 0 where the weight is, also when x is infinite."""
+    """Multiply; 0 where the weight is 0, also when x is infinite."""
     return torch.where(weight == 0, 0.0, weight * x)

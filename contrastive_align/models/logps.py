@@ -200,7 +200,7 @@ def logit_scale(config: PretrainedConfig) -> float:
     return scaling if config.model_type == "hyperclovax" else 1 / scaling
 
 
-def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias that an LM head computes with: under PEFT the trained copy while its adapter is on.
 
     Raises:

@@ -84,14 +84,14 @@ def token_loss(
             [ 0.1250, -0.3750,  0.1250]]))
     """
     _check_shapes(hidden, weight, bias, labels, weights)
-    policy = _ChunkedHead(weight, bias, scale, softcap)
+    policy, scored = _ChunkedHead(weight, bias, scale, softcap), None
     if reference is not None:
         ref_hidden, ref_weight, ref_bias = (None if x is None else x.detach() for x in reference)
         _check_shapes(ref_hidden, ref_weight, ref_bias, labels, None, of="reference ")
-        reference = (ref_hidden, _ChunkedHead(ref_weight, ref_bias, ref_scale, ref_softcap))
+        scored = (ref_hidden, _ChunkedHead(ref_weight, ref_bias, ref_scale, ref_softcap))
     terms = dict(kl_coef=kl_coef, entropy_coef=entropy_coef, kl_direction=kl_direction, outside=tuple(outside))
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return TokenTerms(*_TokenLoss.apply(hidden, weight, bias, labels, weights, policy, reference, terms, wanted))
+    return TokenTerms(*_TokenLoss.apply(hidden, weight, bias, labels, weights, policy, scored, terms, wanted))
 
 
 class _TokenLoss(torch.autograd.Function):

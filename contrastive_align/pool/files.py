@@ -168,7 +168,7 @@ class Round:
 
     def read(self, rows: NDArray) -> list[Sample]:
         """Return the samples at these rows, in their order."""
-        found: list[Sample | None] = [None] * len(rows)
+        found: list[Any] = [None] * len(rows)
         batch_of = np.asarray(rows) // BATCH
         for b in np.unique(batch_of):
             places = np.flatnonzero(batch_of == b)

@@ -233,7 +233,7 @@ class Pool:
         """Return the samples at these rows of ``table(through)``, in their order."""
         table, indices = self.table(through), np.asarray(indices, dtype=np.int64)
         numbers, rows = table.round[indices], table.row[indices]
-        found: list[Sample | None] = [None] * len(indices)
+        found: list = [None] * len(indices)
         for number in np.unique(numbers):
             places = np.flatnonzero(numbers == number)
             for place, sample in zip(places, self._rounds[number - 1].read(rows[places]), strict=True):

@@ -64,7 +64,7 @@ def qrs_estimates(
     features: Tensor | None = None,
     log_z: float | Tensor | None = None,
 ) -> list[QRSEstimate]:
-    r"""What quasi-rejection sampling would do at each beta.
+    r"""Predict what quasi-rejection sampling would do at each beta.
 
     .. math::
         \text{acceptance} = E_q[\alpha], \quad \alpha = \min(1, r / \beta), \quad r = P / q, \quad Z = E_q[r], \quad

@@ -195,9 +195,9 @@ def words(value: Any, *, case_sensitive: bool = False, count: bool = False) -> F
 
 
 def matches(value: Any, *, count: bool = False) -> Feature:
-    """Build the feature that is 1 where a regular expression of Python's ``re`` is found; prefix ``(?i)`` ignores case.
+    r"""Build the feature that is 1 where a regular expression (Python's ``re``) is found; ``(?i)`` ignores case.
 
-    >>> matches(r"\\d+", count=True)(prompts=[""], completions=["3 times 4"])
+    >>> matches(r"\d+", count=True)(prompts=[""], completions=["3 times 4"])
     [2.0]
     """
     if not isinstance(value, str):

@@ -161,7 +161,8 @@ class Target:
         return cls([Constraint(feature, row["moment"], row["pointwise"]) for feature, row in rows]).load(path)
 
     def __str__(self) -> str:
-        """
+        """Describe the target in words.
+
         >>> print(Target([Constraint({"contains": "please"}, moment=0.5)]))
         the base with E[contains:please] = 0.5
         """

@@ -138,7 +138,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
 
     def load_start(
         self,
-        model: str | PreTrainedModel,
+        model: Any,
         args: Any,
         *,
         processing_class: PreTrainedTokenizerBase | None,

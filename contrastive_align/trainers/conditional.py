@@ -291,7 +291,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
     def encode(self, prompt: Text) -> list[int]:
         """Token ids of a prompt, with or without condition; at least one."""
-        start = self.processing_class.bos_token_id
+        start: Any = self.processing_class.bos_token_id
         return tokenise_prompt(prompt, self.processing_class) or [self.eos_token_ids[0] if start is None else start]
 
     def _prepare_pool(self) -> None:
@@ -319,7 +319,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             folder = folder.with_name(f"{folder.name}-{fingerprint_of_samples(samples, self.condition)}")
         self.pool = Pool(folder, label=self.condition.label, drop_factor=args.drop_factor, seed=args.seed)
         if not self.online:
-            draws = args.draws_per_round or self._fill_pool(samples)
+            labelled = self._fill_pool(samples)
+            draws = args.draws_per_round or labelled
         step = args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         self.steps_per_round = math.ceil(draws / step)
         # Scored completions were measured with their words when they were read.
@@ -699,7 +700,10 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
     # --------------------------------------------------------------------------------------------- resuming and saving
 
-    state_files = (STATE_FILE,)
+    @property
+    def state_files(self) -> tuple[str, ...]:
+        """The one file that :meth:`save_own_state` writes."""
+        return (STATE_FILE,)
 
     def begin_training(self, *, going_on: bool) -> None:
         """Check the pool: what it has already is not sampled again.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, RLOOConfig, SFTConfig
@@ -15,6 +15,8 @@ from contrastive_align.losses.contrastive import LOSSES, canonical_loss_name
 from contrastive_align.losses.divergences import canonical_divergence_name
 from contrastive_align.models.layout import LAYOUTS
 
+
+Config = TypeVar("Config", bound=type)
 
 # Arguments of TRL's trainers that have no meaning here: name -> the way out.
 ARGUMENTS_NOT_SUPPORTED = {
@@ -151,13 +153,13 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"{name} is {value}, expected a finite number above 0.")
 
 
-def describe_options(**choices: tuple[str, ...]) -> Callable[[type], type]:
+def describe_options(**choices: tuple[str, ...]) -> Callable[[Config], Config]:
     """Give the fields of a config the help that its docstring has for them, and the choices of some of them.
 
     The command line shows both, so that an option is described in one place.
     """
 
-    def describe(cls: type) -> type:
+    def describe(cls: Config) -> Config:
         entries = re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", cls.__doc__ or "", re.MULTILINE)
         help_of = {name: " ".join(text.replace("`", "").split()) for name, text in entries}
         cls.choices = choices

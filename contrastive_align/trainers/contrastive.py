@@ -169,12 +169,12 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             )
 
     @property
-    def reference(self) -> PreTrainedModel | None:
+    def reference(self) -> Any:
         """The frozen reference; None where it is the policy without its adapter, or its log-probs are cached."""
         return self.ref_model
 
     @property
-    def reference_or_policy(self) -> nn.Module:
+    def reference_or_policy(self) -> Any:
         """The model whose log-probs are the reference's, with its adapter off if it is the policy."""
         return self.model if self.ref_model is None else self.ref_model
 
@@ -380,7 +380,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Any, None, None]:
         """Return the loss of an evaluation batch, in which no repeated group counts."""
         inputs["group_weights"] = self._group_weights.of_evaluation(self, inputs)
         inputs = self.to_device(inputs)

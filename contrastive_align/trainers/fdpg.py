@@ -240,7 +240,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         Raises:
             ValueError: a prompt that leaves no room for a completion in the model's context.
         """
-        bos = self.processing_class.bos_token_id
+        bos: Any = self.processing_class.bos_token_id
         start = bos if bos is not None else self.eos_token_ids[0]
         prompt_ids = [ids or [start] for ids in self.prompt_token_ids(prompts)]
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
@@ -340,8 +340,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         return before
 
     def _compare_proposal(self, keys: list[str], **logs: Tensor) -> None:
-        logs = {name: self.accelerator.gather(tensor) for name, tensor in logs.items()}
-        found = self.kept_proposal.compare(self.policy, gather_object(keys), log_z=self.log_z, **logs)
+        everywhere = {name: self.accelerator.gather(tensor) for name, tensor in logs.items()}
+        found = self.kept_proposal.compare(self.policy, gather_object(keys), log_z=self.log_z, **everywhere)
         metrics = {"proposal/replaced": float(found is not None and found.replaced)}
         if found is not None:
             metrics[f"proposal/{self.args.proposal_criterion}_gap"] = found.gap

@@ -32,7 +32,7 @@ LOADER_OPTIONS = (
 )
 
 
-def loader_by_tokens(trainer: Any, loader: DataLoader) -> tuple[DataLoader, TokenBatchSampler]:
+def loader_by_tokens(trainer: Any, loader: DataLoader) -> tuple[Any, TokenBatchSampler]:
     """Trainer's loader with its batches made by tokens (``max_tokens_per_batch``), and their sampler."""
     args, ranks = trainer.args, trainer.get_tp_size()
     lengths, rows = group_sizes(

@@ -15,11 +15,12 @@ from contrastive_align.demo import (
     load_reward_dataset,
     reward,
 )
-from contrastive_align.demo.task import all_prompts, parse_prompt, sample_completion, sample_prompt
+from contrastive_align.demo.task import all_prompts, parse_prompt
 
 
 BUILD = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "build_demo.py"))
 sample, split_prompts = BUILD["sample"], BUILD["split_prompts"]
+sample_completion, sample_prompt = BUILD["sample_completion"], BUILD["sample_prompt"]
 PROMPT = "Ask Anna to close the door.\n"
 
 
