@@ -10,13 +10,14 @@ from datasets import Dataset
 
 from contrastive_align import demo
 from contrastive_align.data import DataReport, detect_spelling
+from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.arguments import Arguments, UsageError
+from contrastive_align.launch.ask import sample_trained
 from contrastive_align.launch.common import Run, model_arguments, parse_run
 from contrastive_align.launch.datasets import DEMO_NAME, load_demo, load_splits
 from contrastive_align.report import Change, Summary
-from contrastive_align.sampling import sample_completions
+from contrastive_align.sampling.decode import seed_of
 from contrastive_align.trainers import ContrastiveTrainer
-from contrastive_align.trl_seam import unwrap_model_for_generation
 
 
 DEMO_MODEL = {"max_length": 512, "learning_rate": 3e-4}
@@ -144,7 +145,9 @@ def _direction(change: Any) -> str:
 
 def _demo_rewards(trainer: ContrastiveTrainer, test: Dataset) -> list[float]:
     """Return the mean reward of samples of each held-out prompt."""
-    prompts = test["prompt"]
-    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
-        samples = sample_completions(model, trainer.processing_class, prompts, seed=trainer.args.seed, **DEMO_SAMPLES)
+    prompts, tokenizer = test["prompt"], trainer.processing_class
+    seeds = [seed_of(trainer.args.seed, "demo", i) for i in range(len(prompts))]
+    ids = [tokenise_prompt(prompt, tokenizer) for prompt in prompts]
+    with trainer.sampling_from() as model:
+        samples, _ = sample_trained(model, tokenizer, ids, [], seeds=seeds, **DEMO_SAMPLES)
     return [sum(demo.reward([p] * len(s), s)) / len(s) for p, s in zip(prompts, samples, strict=True)]

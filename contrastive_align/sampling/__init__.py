@@ -2,7 +2,6 @@
 
 from contrastive_align.sampling.decode import Drawn, distinct_n, draw
 from contrastive_align.sampling.estimates import QRSEstimate, choose_beta, qrs_estimates
-from contrastive_align.sampling.generate import sample_completions
 from contrastive_align.sampling.proposal import PolicyProposal
 from contrastive_align.sampling.quasi_rejection import QRSResult, QuasiRejectionSampler
 from contrastive_align.sampling.samples import Proposal, Samples
@@ -20,5 +19,4 @@ __all__ = [
     "distinct_n",
     "draw",
     "qrs_estimates",
-    "sample_completions",
 ]
