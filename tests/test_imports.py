@@ -57,7 +57,7 @@ def test_the_contracts_hold():
 
 def test_no_circle_of_modules():
     graph = imports_of(sorted(PACKAGE.rglob("*.py")), PACKAGE.parent)
-    assert len(graph) > 100 and graph["contrastive_align.steps"] == {"contrastive_align.launch.step_commands"}
+    assert len(graph) > 80 and graph["contrastive_align.steps"] == {"contrastive_align.launch.step_commands"}
     found = circle(graph)
     assert found is None, "these import each other: " + " <- ".join(found)
 

@@ -126,7 +126,7 @@ class Run:
             started = time.perf_counter()
             self.train(checkpoint)
         summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
-        self._save()
+        self._save_model()
         self.after_saving()
         with as_usage_error(*self.user_errors):
             self.measure()
@@ -161,7 +161,7 @@ class Run:
             "trained_parameters": trained,
         }
 
-    def _save(self) -> None:
+    def _save_model(self) -> None:
         trainer, folder = self.trainer, self.args.training.output_dir
         trainer.save_model(folder)
         trainer.create_model_card(model_name=Path(folder).name, dataset_name=self.args.dataset)

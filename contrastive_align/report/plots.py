@@ -76,7 +76,7 @@ def plot_steps(
         axes.grid(alpha=0.3)
         # Below the axes, where it hides no line; two columns fit the longest labels.
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, fontsize=9)
-    return _save(figure, path, dpi=150)
+    return _write_picture(figure, path, dpi=150)
 
 
 def plot_tradeoff(estimates: Sequence[QRSEstimate], path: str | os.PathLike, *, title: str = "") -> Path:
@@ -110,7 +110,7 @@ def plot_tradeoff(estimates: Sequence[QRSEstimate], path: str | os.PathLike, *, 
     axes.set_yscale("log" if known else "linear")
     axes.set_title(title, pad=28)
     axes.legend(frameon=False, loc="lower right")
-    return _save(figure, path, dpi=150)
+    return _write_picture(figure, path, dpi=150)
 
 
 def plot_round(
@@ -148,7 +148,7 @@ def plot_round(
         if values is length:
             axis.xaxis.get_major_locator().set_params(integer=True)
     figure.suptitle(title, fontsize=10, wrap=True)
-    return _save(figure, path)
+    return _write_picture(figure, path)
 
 
 def plot_rewards(
@@ -189,7 +189,7 @@ def plot_rewards(
         right.axhline(start, linestyle=":", color="tab:orange", label="before training, given nothing")
         right.legend(fontsize=8, framealpha=0.9, edgecolor="none")  # it may overlap bars
     right.set_title("mean reward after training, given ..." if given else "not measured")
-    return _save(figure, path)
+    return _write_picture(figure, path)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -200,7 +200,7 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _save(figure: Figure, path: str | os.PathLike, dpi: int = 120) -> Path:
+def _write_picture(figure: Figure, path: str | os.PathLike, dpi: int = 120) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:

@@ -17,10 +17,10 @@ from transformers import (
 
 from contrastive_align import FDPGTrainer
 from contrastive_align.losses import divergence_value
+from contrastive_align.trainers.base import disable_functional_dropout
 from contrastive_align.trainers.encoder_decoder import (
     EncoderDecoderCollator,
     add_encoder_decoder_head,
-    disable_functional_dropout,
     encoder_decoder_logps,
 )
 

@@ -16,6 +16,7 @@ text.
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -152,13 +153,9 @@ def test_an_older_adapter_with_condition_tokens_loads(former, tmp_path):
     expected = EXPECTED["tokens"]
     base = AutoModelForCausalLM.from_pretrained(OLDER / "untied")
     if former:
-        import contrastive_align.feedback.tokens
-
-        contrastive_align.feedback.tokens._just_warned = False  # the import may be that of an earlier test
-        with pytest.warns(
-            FutureWarning, match=r"Use contrastive_align\.conditions\.tokens\.load_with_condition_tokens"
-        ):
-            load = contrastive_align.feedback.tokens.load_with_condition_tokens
+        sys.modules.pop("contrastive_align.feedback.tokens", None)  # as in a fresh process
+        with pytest.warns(FutureWarning, match=r"Use contrastive_align\.conditions\.tokens instead"):
+            from contrastive_align.feedback.tokens import load_with_condition_tokens as load
     else:
         from contrastive_align.conditions.tokens import load_with_condition_tokens as load
     model, tokenizer = load(base, OLDER / "tokens")
