@@ -14,7 +14,6 @@ from torch import Tensor
 
 from contrastive_align.losses import conditional
 from contrastive_align.models.cpu.head import HeadWeights
-from contrastive_align.models.gradients import first_derivative_only
 
 
 CHUNK_LOGITS = 2**23  # logits of the policy in memory at once
@@ -131,8 +130,9 @@ class _TokenLoss(torch.autograd.Function):
         return (weights * losses.masked_fill(weights == 0, 0.0)).sum(), *measured
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx, grad, *_):
+        if torch.is_grad_enabled():  # the graph would be missing, and the second derivative silently 0
+            raise RuntimeError("TokenLoss has no second derivative: leave out create_graph=True.")
         if ctx.grads is None:
             raise RuntimeError("The gradient of this token_loss was used already: call token_loss again.")
         grads, ctx.grads = ctx.grads, None  # scaled in place below, since a head's gradient is as large as the head

@@ -8,6 +8,7 @@ import os
 import re
 import zipfile
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
             ValueError: an encoder-decoder that the trainer does not take, or an ``output_dir`` that holds weights of
                 the other kind.
         """
+        self.around_step = partial(freed_memory_kept, args.device.type, hand_back=False)
         start_id = model
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         self.start_description = name or type(model).__name__

@@ -115,6 +115,10 @@ def test_a_trainer_keeps_it_in_its_steps_and_evaluations(tiny_llama, tmp_path, m
     )  # fmt: skip
     trainer = Watched(tiny_llama(), args=args, train_dataset=rows, eval_dataset=rows)
     trainer.train()
-    assert held["step"] == {1} and held["evaluation"] == {2}  # train; train and the evaluation
+    assert held["step"] == {2} and held["evaluation"] == {2}  # train and the step; train and the evaluation
     assert min(held["reference"]) >= 1
     assert freed_memory._requests == 0 and told[-1] == freed_memory._RESTORE
+    trainer.current_gradient_accumulation_steps = 1
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.training_step(trainer.model, batch)
+    assert 1 in held["step"] and freed_memory._requests == 0

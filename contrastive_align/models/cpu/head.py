@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive_align.models.gradients import first_derivative_only
-
 
 TILE_LOGITS = 2**21  # logits of a tile, which fit into the cache
 TILE_TOKENS = 1024  # tokens of a tile, at most
@@ -92,8 +90,9 @@ class _ScoreTokens(torch.autograd.Function):
         return shifted - log_totals, entropy, mean_logits, is_top1
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx, grad, *_):
+        if torch.is_grad_enabled():  # the graph would be missing, and the second derivative silently 0
+            raise RuntimeError("ScoreTokens has no second derivative: leave out create_graph=True.")
         hidden, weight, bias, labels, chosen, offset, others, slope = ctx.saved_tensors
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad = (ctx.scale * grad)[:, None]

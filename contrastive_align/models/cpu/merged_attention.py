@@ -18,8 +18,6 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from contrastive_align.models.gradients import first_derivative_only
-
 
 # The kernel behind F.scaled_dot_product_attention, which does not return the log-sum-exp.
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -102,8 +100,9 @@ class _MergedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the graph would be missing, and the second derivative silently 0
+            raise RuntimeError("MergedAttention has no second derivative: leave out create_graph=True.")
         query, key, value, output, log_sums = ctx.saved_tensors
 
         def gradients(q: slice, k: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
