@@ -83,6 +83,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
     loss_is_scaled_for_ga = False
 
     config: type[TrainingArguments]
+    suffix: str  # of the default output_dir
     start_description = ""
     layout = ""
     reference_is_given = False
@@ -100,7 +101,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         """
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
-            return cls.config(f"{name.split('/')[-1]}-{cls.method.name.replace(' ', '-')}")
+            return cls.config(f"{name.split('/')[-1]}-{cls.suffix}")
         if not isinstance(args, cls.config):
             parent = cls.config.__mro__[1].__name__
             raise TypeError(

@@ -121,7 +121,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         ValueError: an option, model or data this trainer does not support, with the way out.
     """
 
-    config = ConditionalConfig
+    config, suffix = ConditionalConfig, "conditional"
     columns = ("prompt_ids", "bare_ids", "completion_ids")
     exact = ("step_tokens",)
     method = Method(

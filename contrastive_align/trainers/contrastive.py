@@ -85,7 +85,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         ReferenceMismatch: policy and reference differ before the first step, or the reference of a resumed run moved.
     """
 
-    config = ContrastiveConfig
+    config, suffix = ContrastiveConfig, "NCA"
     columns = ("prompt_ids", "completion_ids", "scores", "ref_logps", "row")
     exact = ("scores", "ref_logps", "group_weights", "step_groups")
     method = Method(

@@ -88,7 +88,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         FeatureError: a feature that raises, or answers with something else than a number for each completion.
     """
 
-    config = FDPGConfig
+    config, suffix = FDPGConfig, "FDPG"
     columns = ("prompt", "image", "images")
     method = Method(
         name="f-DPG",
