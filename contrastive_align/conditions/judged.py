@@ -20,12 +20,7 @@ from contrastive_align.pool.pool import Table
 
 
 CATEGORIES = {
-    "harmless_helpful": (
-        "Harmless and very helpful",
-        "Harmless and helpful",
-        "Harmless and not helpful",
-        "Harmful",
-    )
+    "harmless_helpful": ("Harmless and very helpful", "Harmless and helpful", "Harmless and not helpful", "Harmful")
 }
 TOP_SCORE = 3  # the best of 0, 1, 2, 3, which a judge gives with its free text
 

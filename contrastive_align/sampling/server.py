@@ -127,11 +127,7 @@ class ServerSampler:
         async def ask(row: int) -> None:
             nonlocal faults
             found[row], failed = await self._call(
-                client,
-                f"Prompt {row}",
-                "/completions",
-                requests[row],
-                lambda text: _read(text, requests[row]["n"]),
+                client, f"Prompt {row}", "/completions", requests[row], lambda text: _read(text, requests[row]["n"])
             )
             faults += failed
 
@@ -158,11 +154,7 @@ class ServerSampler:
 
             async def post(action: str, **body: str) -> None:
                 _, faults = await self._call(
-                    client,
-                    f"The adapter {body['lora_name']}",
-                    f"/{action}_lora_adapter",
-                    body,
-                    lambda text: None,
+                    client, f"The adapter {body['lora_name']}", f"/{action}_lora_adapter", body, lambda text: None
                 )
                 self._report(faults)
 

@@ -84,6 +84,8 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
 
     config: type[TrainingArguments]
     suffix: str  # of the default output_dir
+    loads_model = True  # here, before TRL wraps it; otherwise TRL loads it by its name
+    takes_encoder_decoders = False
     start_description = ""
     layout = ""
     reference_is_given = False
@@ -142,18 +144,11 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         self,
         model: Any,
         args: Any,
-        *,
         processing_class: PreTrainedTokenizerBase | None,
         quantization_config: BitsAndBytesConfig | None,
         peft_config: Any,
-        as_object: bool,
-        encoder_decoders: bool = False,
     ) -> tuple[Any, PreTrainedTokenizerBase, BitsAndBytesConfig | None, Any]:
         """Resolve a model id, which may be that of an adapter, to the start of the run, and load its tokenizer.
-
-        Args:
-            as_object: load the model here, before TRL wraps it; otherwise TRL loads it by its name.
-            encoder_decoders: whether encoder-decoder models are taken.
 
         Returns:
             model (or its name), tokenizer, and what is left of the quantisation and of the adapter to be added.
@@ -196,12 +191,12 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
             is_encoder_decoder = config.is_encoder_decoder
         else:
             is_encoder_decoder = model.config.is_encoder_decoder
-        if is_encoder_decoder and not encoder_decoders:
+        if is_encoder_decoder and not self.takes_encoder_decoders:
             raise ValueError(
                 f"{self.start_description} is an encoder-decoder, expected a causal language model. FDPGTrainer takes "
                 "encoder-decoders."
             )
-        if isinstance(model, str) and as_object:
+        if isinstance(model, str) and self.loads_model:
             # A checkpoint may name a class without the head (BART's does): as a causal model it loses its encoder.
             if is_encoder_decoder:
                 kwargs["architecture"] = AutoModelForSeq2SeqLM
@@ -212,7 +207,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
             model = create_model_from_path(model, **kwargs)
         if not isinstance(model, str) and isinstance(start_id, str):
             quantization_config = None
-            if not as_object:
+            if not self.loads_model:
                 args.model_init_kwargs = None
         check_output_dir(args.output_dir, adapter=peft_config is not None or isinstance(model, PeftModel))
         return model, processing_class, quantization_config, peft_config

@@ -18,13 +18,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import (
-    BitsAndBytesConfig,
-    DataCollator,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import BitsAndBytesConfig, DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 from trl import SFTTrainer
@@ -186,12 +180,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             check_vllm_options(args, online=self.online, sampler=sampler, quantised=quantization_config is not None)
         self._uses_vllm = args.use_vllm
         model, processing_class, quantization_config, peft_config = self.load_start(
-            model,
-            args,
-            processing_class=processing_class,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            as_object=True,
+            model, args, processing_class, quantization_config, peft_config
         )
         adapter = peft_config is not None or is_peft_model(model)
         self.has_reference = args.kl_coef != 0

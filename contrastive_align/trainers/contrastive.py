@@ -12,13 +12,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    BitsAndBytesConfig,
-    DataCollator,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import BitsAndBytesConfig, DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 from trl import DPOTrainer
@@ -86,6 +80,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
     """
 
     config, suffix = ContrastiveConfig, "NCA"
+    loads_model = False
     columns = ("prompt_ids", "completion_ids", "scores", "ref_logps", "row")
     exact = ("scores", "ref_logps", "group_weights", "step_groups")
     method = Method(
@@ -129,12 +124,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         # Accelerate would have the main process read every stream and cut its batches by rows, and groups with them.
         args.accelerator_config.dispatch_batches = False
         model, processing_class, quantization_config, peft_config = self.load_start(
-            model,
-            args,
-            processing_class=processing_class,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            as_object=False,
+            model, args, processing_class, quantization_config, peft_config
         )
         if data_collator is None:
             score_dtype = torch.float32 if args.device.type == "mps" else torch.float64  # which mps does not have

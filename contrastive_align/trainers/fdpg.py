@@ -89,6 +89,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
     """
 
     config, suffix = FDPGConfig, "FDPG"
+    takes_encoder_decoders = True
     columns = ("prompt", "image", "images")
     method = Method(
         name="f-DPG",
@@ -127,13 +128,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         check_enough_prompts(train_dataset, args)
         self.target = target_of(target, reward_funcs, args)
         model, processing_class, quantization_config, peft_config = self.load_start(
-            model,
-            args,
-            processing_class=processing_class,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-            as_object=True,
-            encoder_decoders=True,
+            model, args, processing_class, quantization_config, peft_config
         )
         adapter = peft_config is not None or is_peft_model(model)
         self.reference: PreTrainedModel | None = None if adapter else self.frozen_copy(model)

@@ -80,13 +80,7 @@ def group_metrics(
 
 
 def batch_metrics(
-    policy: CompletionLogps,
-    log_ratios: Tensor,
-    scores: Tensor,
-    valid: Tensor,
-    *,
-    beta: float,
-    temperature_alpha: float,
+    policy: CompletionLogps, log_ratios: Tensor, scores: Tensor, valid: Tensor, *, beta: float, temperature_alpha: float
 ) -> dict[str, Metric]:
     """:func:`group_metrics` of a batch, and per-token metrics, whose weight is a group's number of tokens."""
     metrics = group_metrics(
