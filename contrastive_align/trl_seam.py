@@ -103,7 +103,7 @@ class Members:
 
     @property
     def micro_batch_size(self) -> int:
-        """Rows of a micro-batch on this process; ``auto_find_batch_size`` may have lowered it."""
+        """Return the rows of a micro-batch on this process."""
         return self._train_batch_size
 
     def training_loader(self, dataset: Any, sampler: Callable[[Any], Sampler]) -> DataLoader:
@@ -184,6 +184,7 @@ class SavesState:
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.save_state(self.checkpoint_folder(trial))
+        self.accelerator.wait_for_everyone()  # the main process writes what says that the checkpoint is whole
         super()._save_checkpoint(model, trial)
 
 
@@ -323,7 +324,7 @@ def nothing_loaded_by_trl(args: Any) -> Iterator[None]:
 
 
 def ignore_bool_buffers(trainer: Trainer) -> None:
-    """Let DDP leave boolean buffers alone, over which it trips, as TRL's own scripts do."""
+    """Exclude boolean buffers from DDP's synchronisation, which cannot send them; TRL's own scripts do the same."""
     trainer.model._ddp_params_and_buffers_to_ignore = [
         name for name, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool
     ]

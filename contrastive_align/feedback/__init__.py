@@ -1,28 +1,28 @@
 """The former place of `contrastive_align.conditions`, `.pool` and `.judge`: served for one version, with a warning."""
 
-import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 import warnings
+from operator import attrgetter
 
 
-_MOVED = {  # former module -> where it is now
-    "conditions": "conditions.conditions",
-    "quantile_conditions": "conditions.conditions",
-    "judged_conditions": "conditions.judged",
-    "tokens": "conditions.tokens",
-    "offline": "conditions.scored_rows",
-    "pool": "pool.pool",
-    "rounds": "pool.files",
-    "quantiles": "pool.draws",
-    "judge": "judge.judge",
-}
-_RENAMED = {"Attributes": "AttributeCondition", "Categories": "CategoryCondition", "Text": "TextCondition"}
+_MOVED = {  # former module -> where it is now, and the names that differ, former=present
+    "atomic": "data.atomic", "tokens": "conditions.tokens", "quantile_conditions": "conditions.conditions",
+    "forms": "conditions.conditions Prompt=Text",
+    "conditions": "conditions.conditions ladder=texts_or_preset texts=check_texts",
+    "judged_conditions":
+        "conditions.judged Attributes=AttributeCondition Categories=CategoryCondition Text=TextCondition",
+    "offline": "conditions.scored_rows SURELY_SHORT=TEMPLATE_ALLOWANCE",
+    "pool": "pool.pool", "pool_prompts": "pool.prompts", "quantiles": "pool.draws",
+    "rounds": "pool BATCH=files.BATCH round_path=pool.round_path rounds_in=pool.rounds_in",
+    "judge": "judge.judge", "judge_cache": "judge.ledger", "judge_endpoint": "judge.client",
+    "judge_answers": "judge.answers Categories=CategoryAnswers Feedback=FeedbackAnswers",
+}  # fmt: skip
 
 
 def __getattr__(name: str):
-    new = _RENAMED.get(name, name)
+    new = dict(pair.split("=") for pair in _MOVED["judged_conditions"].split()[1:]).get(name, name)
     for room in ("conditions", "pool"):
         module = importlib.import_module(f"contrastive_align.{room}")
         if new in module.__all__:
@@ -37,7 +37,7 @@ def _warn(old: str, new: str) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Give the module at its new place for the import of a former one."""
+    """Make a former module from the names of the one at its new place."""
 
     def find_spec(self, fullname, path=None, target=None):
         package, _, name = fullname.rpartition(".")
@@ -48,9 +48,12 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return None
 
     def exec_module(self, module):
-        new = f"contrastive_align.{_MOVED[module.__name__.rpartition('.')[2]]}"
-        _warn(module.__name__, new)
-        sys.modules[module.__name__] = importlib.import_module(new)  # what the import then returns
+        place, *renamed = _MOVED[module.__name__.rpartition(".")[2]].split()
+        new = importlib.import_module(f"contrastive_align.{place}")
+        now = f" ({', '.join(renamed).replace('=', ' is now ')})" if renamed else ""
+        _warn(module.__name__, new.__name__ + now)
+        names = {old: attrgetter(name)(new) for old, name in (pair.split("=") for pair in renamed)}
+        vars(module).update({k: v for k, v in vars(new).items() if k != "__path__"} | vars(module) | names)
 
 
 sys.meta_path.append(_Finder())

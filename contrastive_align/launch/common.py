@@ -35,7 +35,6 @@ class Run:
 
     summary_class: type[Summary] = Summary
     rows_are = "prompts"
-    start: str | None = None  # what training starts from, where it may be more than the model's name
 
     user_errors: tuple[type[Exception], ...] = ()  # that the user can correct, beside those of as_usage_error
 
@@ -65,14 +64,16 @@ class Run:
 
     def describe_reference(self) -> str:
         """Describe the reference in the table."""
-        peft = is_peft_model(self.trainer.model)
-        return f"{self.model_name}, with the adapter off" if peft else f"{self.model_name}, a frozen copy"
+        name, model = self.model_name, self.trainer.model
+        if not is_peft_model(model):
+            return f"{name}, a frozen copy"
+        return name + (": a frozen copy of the adapter" if "ref" in model.peft_config else ", with the new adapter off")
 
     @property
     def model_name(self) -> str:
         """The model's name in the table."""
         name = self.args.model.model_name_or_path
-        return "the bundled demo model" if name == demo.MODEL_PATH else self.start or str(name)
+        return "the bundled demo model" if name == demo.MODEL_PATH else self.trainer.start_description
 
     def before_training(self) -> None:
         """Measure the model at the start."""
@@ -154,7 +155,7 @@ class Run:
             "line": f"{self.model_name} ({shown[0]} parameters, {shown[1]} trained{adapted}, {precision})",
             "name_or_path": arguments.model_name_or_path,
             "revision": arguments.model_revision,
-            "start": self.start or self.model_name,
+            "start": self.trainer.start_description,
             "quantisation": bits.strip() or None,
             "peft": is_peft_model(model),
             "parameters": parameters,

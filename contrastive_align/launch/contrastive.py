@@ -64,9 +64,7 @@ class ContrastiveRun(Run):
     def build_trainer(self, checkpoint: str | bool | None) -> ContrastiveTrainer:
         """Build the trainer of the groups."""
         rows = {"train_dataset": self.train_rows, "eval_dataset": self.test_rows}
-        trainer = ContrastiveTrainer(**rows, **model_arguments(self.args))
-        self.start = trainer.start_description
-        return trainer
+        return ContrastiveTrainer(**rows, **model_arguments(self.args))
 
     def describe(self) -> tuple[str, dict[str, Any]]:
         """Name the losses, their weights and their options."""
@@ -83,14 +81,13 @@ class ContrastiveRun(Run):
         return {split: _data_entry(self.data_name, report) for split, report in self.trainer.data_reports.items()}
 
     def describe_reference(self) -> str:
-        """Say how the reference is kept."""
-        name, args = self.model_name, self.trainer.args
+        """Say where it moves, and where its log-probs are cached."""
+        args = self.trainer.args
         if args.sync_ref_model:
-            return f"{name} at the start, then following the policy (sync_ref_model)"
-        if is_peft_model(self.trainer.model):
-            copied = "ref" in self.trainer.model.peft_config
-            return f"{name}: a frozen copy of the adapter" if copied else f"{name}, with the new adapter off"
-        return f"{name}, its log-probs cached" if args.precompute_ref_log_probs else f"{name}, a frozen copy"
+            return f"{self.model_name} at the start, then following the policy (sync_ref_model)"
+        if args.precompute_ref_log_probs and not is_peft_model(self.trainer.model):
+            return f"{self.model_name}, its log-probs cached"
+        return super().describe_reference()
 
     def before_training(self) -> None:
         """Sample the bundled prompts for their mean reward."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from contrastive_align.launch.arguments import Arguments, RunArguments, UsageErr
 from contrastive_align.launch.common import Run, model_arguments, parse_run, picture_saved
 from contrastive_align.launch.datasets import only_prompts, repeat
 from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for
+from contrastive_align.models.loading import adapter_config_path
 from contrastive_align.report import Summary, TargetSummary, plot_steps
 from contrastive_align.targets import InfeasibleMoment, Target, resolve_constraint, weighted_sum
 from contrastive_align.trainers import FDPGConfig, FDPGTrainer
@@ -175,8 +177,11 @@ def _prompts_per_step(training: FDPGConfig) -> int:
 
 
 def _is_encoder_decoder(args: Arguments) -> bool:
-    where = {"revision": args.model.model_revision, "trust_remote_code": args.training.trust_remote_code}
-    return bool(AutoConfig.from_pretrained(args.model.model_name_or_path, **where).is_encoder_decoder)
+    name, revision = args.model.model_name_or_path, args.model.model_revision
+    if adapter := adapter_config_path(name, revision):
+        return json.loads(Path(adapter).read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    trust = args.training.trust_remote_code
+    return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust).is_encoder_decoder
 
 
 def _rows_to_measure(args: Arguments, train: Dataset, test: Dataset | None) -> tuple[list[Any], str]:

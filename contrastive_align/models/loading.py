@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
@@ -49,6 +49,13 @@ class Start:
 def adapter_config_path(model_id: str, revision: str | None = None) -> str | None:
     """Return the path of the ``adapter_config.json`` of a folder or hub id, or None if it has none."""
     return find_adapter_config_file(model_id, revision=revision)
+
+
+def placement() -> dict[str, None]:
+    """Return the options for loading where each process holds a copy, or a part, on its own device, as in TRL."""
+    state = PartialState()
+    alone = state.num_processes == 1 and state.distributed_type != DistributedType.DEEPSPEED
+    return {} if alone else {"device_map": None}
 
 
 def resolve_start(
@@ -104,8 +111,7 @@ def resolve_start(
     with _base_is_named(base_id, model_id):
         base_config = AutoConfig.from_pretrained(base_id, revision=config.revision, trust_remote_code=trust_remote_code)
     if kwargs.get("quantization_config") is not None or hasattr(base_config, "quantization_config"):
-        if PartialState().num_processes > 1:
-            kwargs["device_map"] = None  # as in TRL: each process holds a copy on its own device
+        kwargs |= placement()
         with _base_is_named(base_id, model_id):
             base = create_model_from_path(base_id, revision=config.revision, **kwargs)
         if tokenizer_source == model_id:
@@ -192,7 +198,7 @@ def _check_merge(before: Tensor, merged: PreTrainedModel, adapter: str) -> None:
             f"Merging {adapter} into its base moves log-probs by {gap:.3g} nats per token (expected at most "
             f"{tolerance:g}). An adapter on tied embeddings does that. "
             "Instead, load model = PeftModel.from_pretrained(base, adapter, is_trainable=True), and pass this model to "
-            "ContrastiveTrainer, which keeps a frozen copy of the adapter as the reference."
+            "the trainer, which keeps a frozen copy of the adapter as the reference."
         )
 
 

@@ -177,12 +177,14 @@ def add_head(model: PreTrainedModel) -> None:
         values = score_tokens(hidden, weight, bias, labels, scale=scale, softcap=softcap, token_stats=token_stats)
         return ScoredTokens(*values)
 
+    forward.is_head = True
     model.forward = types.MethodType(forward, model)
 
 
 def remove_head(model: PreTrainedModel) -> None:
     """Give a copy of a model its class's own forward: a head that was added calls the model it was added to."""
-    vars(model).pop("forward", None)
+    if getattr(vars(model).get("forward"), "is_head", False):
+        del model.forward
 
 
 def logit_scale(config: PretrainedConfig) -> float:

@@ -38,6 +38,7 @@ from contrastive_align.models.loading import (
     check_output_dir,
     context_length,
     load_tokenizer,
+    placement,
     resolve_start,
     verify_saved,
     with_pad_token,
@@ -81,11 +82,13 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
 
     # All return a loss that Trainer divides by the micro-batches of a step, as TRL's do: an override keeps its scale.
     loss_is_scaled_for_ga = False
+    current_gradient_accumulation_steps = 1  # in a loop of one's own, which Trainer.train has not told
 
     config: type[TrainingArguments]
     suffix: str  # of the default output_dir
     loads_model = True  # here, before TRL wraps it; otherwise TRL loads it by its name
     takes_encoder_decoders = False
+    changed_weights = "save the changed model and start from its folder"  # a way out
     start_description = ""
     layout = ""
     reference_is_given = False
@@ -96,7 +99,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
 
     @classmethod
     def own_args(cls, args: Any, model: str | PreTrainedModel) -> Any:
-        """Return a copy of the options, or the defaults.
+        """Return a copy of the options, or the defaults: what is changed in the caller's afterwards has no effect.
 
         Raises:
             TypeError: options of another class.
@@ -110,7 +113,9 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
                 f"args is a {type(args).__name__}, expected a {cls.config.__name__}: it takes the options of {parent}."
             )
         args = copy.copy(args)
-        args.accelerator_config = copy.copy(args.accelerator_config)
+        for name, value in vars(args).items():
+            if isinstance(value, dict) or name == "accelerator_config":
+                setattr(args, name, copy.copy(value))
         return args
 
     @classmethod
@@ -202,9 +207,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
                 kwargs["architecture"] = AutoModelForSeq2SeqLM
             if quantization_config is not None:
                 kwargs["quantization_config"] = quantization_config
-            if args.distributed_state.num_processes > 1:
-                kwargs["device_map"] = None  # each process holds its own copy, on its own device
-            model = create_model_from_path(model, **kwargs)
+            model = create_model_from_path(model, **{**kwargs, **placement()})
         if not isinstance(model, str) and isinstance(start_id, str):
             quantization_config = None
             if not self.loads_model:
@@ -248,7 +251,14 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
                 self.resumed_from, self.reference_logps_of, start=self.start_description, tolerance=tolerance
             )
         elif not (self.state.global_step or self.reference_is_given) and self.args.disable_dropout:
-            check_reference_at_start(policy, reference, lengths, start=self.start_description, tolerance=tolerance)
+            check_reference_at_start(
+                policy,
+                reference,
+                lengths,
+                start=self.start_description,
+                way_out=self.changed_weights,
+                tolerance=tolerance,
+            )
 
     # ---------------------------------------------------------------------- engines, precision, layout, compilation
 
@@ -339,7 +349,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         if self.accelerator.is_main_process:
             found = [_or_error(checkpoint_to_resume, resume_from_checkpoint, self.args.output_dir, self.state_files)]
         checkpoint = broadcast_object_list(found)[0]
-        if isinstance(checkpoint, ValueError):
+        if isinstance(checkpoint, Exception):
             raise checkpoint
         self.resumed_from = None if checkpoint is None else Path(checkpoint)
         if self.resumed_from is not None or self.reference_is_proven is None:
@@ -351,7 +361,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
             return super().train(checkpoint, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's loop, on memory that the process keeps (CPU)."""
+        """Run Trainer's evaluation; on a CPU, freed memory is kept for it."""
         with freed_memory_kept(self.args.device.type):
             return super().evaluation_loop(*args, **kwargs)
 
@@ -395,7 +405,8 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
             ValueError: a trained weight that is NaN or infinite, on any process.
         """
         bad = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
-        bad = sorted({name for part in gather_object([bad]) for name in part})
+        if self.uses_engine or self.get_tp_size() > 1:  # else every process has all, and one alone may save
+            bad = sorted({name for part in gather_object([bad]) for name in part})
         if bad:
             raise ValueError(
                 f"'{bad[0]}' has NaN or infinite entries: training diverged, and nothing is saved. Lower learning_rate "
@@ -522,8 +533,8 @@ def save_tensors(value: Any, path: Path) -> None:
 def _or_error(function: Any, *args: Any) -> Any:
     try:
         return function(*args)
-    except ValueError as error:
-        return error  # raised on every process, not on the main one alone
+    except Exception as error:  # raised on every process, not on the main one alone, for which the others would wait
+        return error
 
 
 # -------------------------------------------------------------------------------------------------------- compilation
@@ -563,7 +574,7 @@ def parts_of_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _called_modules(module: nn.Module) -> list[nn.Module]:
-    """Children, and the children of lists (as in T5): a list is not called itself."""
+    """Return the child modules, with a list of modules (T5 has some) replaced by its elements."""
     parts: list[nn.Module] = []
     for child in module.children():
         parts += _called_modules(child) if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -449,8 +450,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     def begin_round(self, number: int) -> None:
         """Make a round, unless the pool has it; then set what is drawn from the pool, and log it."""
         if self.online:
-            self._weights_have_changed()
-            self.rounds.make(number, self.state.global_step)
+            with self._unchanged_weights():
+                self.rounds.make(number, self.state.global_step)
         else:
             self.pool.reload()
         through = number if self.online else 1
@@ -461,9 +462,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         if not logged and (self.online or number == 1):
             self._log_round(number, table, through)
 
-    def _weights_have_changed(self) -> None:
-        if self.vllm is not None:
-            self.vllm.is_current = False
+    def _unchanged_weights(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.vllm is None else self.vllm.unchanged_weights()
 
     def best_condition(self, through: int | None = None) -> Condition:
         """Return the condition that asks for the best; of a judge's words, those that the best samples were given."""
@@ -626,17 +626,10 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         prompt's seeds are the same under every condition and in every evaluation (not with ``use_vllm``).
         """
         best = self.best_condition()
-        self._weights_have_changed()
-        return evaluation.rewards_given(
-            dataset,
-            np.setdiff1d(np.arange(len(dataset)), self.too_long(dataset, "eval_dataset", best)),
-            best,
-            self.generate,
-            self.feedback,
-            num_generations=self.args.num_generations,
-            seed=self.args.seed,
-            conditions=conditions,
-        )
+        usable = np.setdiff1d(np.arange(len(dataset)), self.too_long(dataset, "eval_dataset", best))
+        options = {"num_generations": self.args.num_generations, "seed": self.args.seed, "conditions": conditions}
+        with self._unchanged_weights():
+            return evaluation.rewards_given(dataset, usable, best, self.generate, self.feedback, **options)
 
     def nll_given(
         self, samples: Sequence[Sample], texts: Sequence[str | None], *, reference: bool = False

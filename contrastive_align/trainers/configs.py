@@ -53,7 +53,8 @@ NOT_SUPPORTED_CONTRASTIVE = {
     "f_alpha_divergence_coef": ("f-DPO is defined on pair differences", "leave it out, or use trl.DPOTrainer"),
     "label_smoothing": (
         "soft labels come from the scores here",
-        "set scores and temperature_alpha: scores (1-e, e)-like gaps on info_nca are conservative DPO",
+        "for conservative DPO with error rate e, use loss_type='info_nca' and scores for which "
+        "softmax(scores / temperature_alpha) is (1-e, e)",
     ),
     "use_weighting": ("WPO weighting is defined on pairs", "leave it out, or use trl.DPOTrainer"),
     "discopop_tau": ("the discopop loss is not offered here", "use trl.DPOTrainer"),
@@ -301,9 +302,10 @@ class FDPGConfig(RLOOConfig):
             when that is nearer to the target (KL-adaptive DPG, GDC). It costs a forward of the policy on the samples
             and, once it was replaced, a copy of the trained weights: of the adapter, or of the whole model.
         proposal_criterion (`str`, defaults to `"kl"`):
-            With `proposal="kept"`: nearer by kl, KL(target||.), tv or js.
+            With `proposal="kept"`: divergence from the target by which policy and proposal are compared: kl
+            (KL(target||.)), tv or js.
         proposal_window (`int`, defaults to `10`):
-            With `proposal="kept"`: by the samples of how many of the last times samples were drawn.
+            With `proposal="kept"`: number of most recent generations that the comparison uses.
         max_importance_ratio (`float`, *optional*):
             pi/q is cut here. It is 1 where every optimiser step has samples of its own.
         fit_samples (`int`, defaults to `4096`):

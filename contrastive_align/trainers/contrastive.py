@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -81,6 +82,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
 
     config, suffix = ContrastiveConfig, "NCA"
     loads_model = False
+    changed_weights = "pass the changed model's own copy as ref_model"
     columns = ("prompt_ids", "completion_ids", "scores", "ref_logps", "row")
     exact = ("scores", "ref_logps", "group_weights", "step_groups")
     method = Method(
@@ -280,13 +282,16 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
 
     def reference_group(self) -> dict[str, Any]:
         """Return the first training group."""
-        row = next(iter(self.train_dataset))
-        return {name: row[name] for name in ("prompt_ids", "completion_ids", "scores")}
+        return {name: self._first_row[name] for name in ("prompt_ids", "completion_ids", "scores")}
+
+    @functools.cached_property
+    def _first_row(self) -> dict[str, Any]:  # a stream is opened for it once
+        return dict(next(iter(self.train_dataset)))
 
     def reference_logps_of(self, group: dict[str, Any]) -> list[float] | None:
         """Return the reference's log-probs of a group; those of the cache where the reference is not in memory."""
         if self.reference is None and not is_peft_model(self.accelerator.unwrap_model(self.model)):
-            first = next(iter(self.train_dataset))
+            first = self._first_row
             return first.get("ref_logps") if first["completion_ids"] == group["completion_ids"] else None
         batch = self.to_device(self.data_collator([group]))
         return self.compute_ref_log_probs(self.reference_or_policy, batch)[batch["valid"]].tolist()
@@ -385,7 +390,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         ignore_keys: Any = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Trainer's loop; loss and metrics are then exact means over the groups, each counted once."""
+        """Run Trainer's evaluation; loss and metrics are then exact means over the groups, each counted once."""
         self._means["eval"].compute()
         dataset = getattr(dataloader.dataset, "dataset", dataloader.dataset)  # of a stream, inside its shard
         self._group_weights.begin_evaluation(dataset, len(dataloader) if has_length(dataloader) else 0)

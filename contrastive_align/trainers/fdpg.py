@@ -383,6 +383,9 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         """Return the mean of :func:`~contrastive_align.losses.fdpg` over groups; a group whose Z is 0 counts as 0."""
         if return_outputs:
             raise ValueError("return_outputs=True is not supported, as in TRL. Read the logged metrics.")
+        if self.model.training and self.reference_is_proven is False and self._first_group:  # resumed between draws
+            with torch.no_grad():
+                self._prove_reference_on(self._first_group, inputs, self._logps(inputs, reference=True))
         some_mass = torch.isfinite(inputs["log_z"])
         losses = fdpg(
             self._completion_logps(model, inputs),
@@ -457,7 +460,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
 
     def save_own_state(self, folder: Path) -> None:
         """Write target and proposal once; running log Z, windows and the groups already drawn for each process."""
-        state = {**self.drawn_state(), "log_z": self.log_z.state_dict()}
+        state = {**self.drawn_state(), "log_z": self.log_z.state_dict(), "first_group": self._first_group}
         if self.baseline is not None:
             state["baseline"] = self.baseline.state_dict()
         if self.kept_proposal is not None:
@@ -472,13 +475,14 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         """Read what :meth:`save_own_state` has written.
 
         Raises:
-            ValueError: a file is missing, or the proposal is that of another model.
+            ValueError: the proposal is missing, or that of another model.
         """
         self.target.load(checkpoint / TARGET_FILE)
         file = checkpoint / state_file(self.args.process_index)
         state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
         self.load_drawn_state(state)
         self.log_z.load_state_dict(state["log_z"])
+        self._first_group = state.get("first_group")
         if self.baseline is not None and "baseline" in state:  # else the run began with another baseline
             self.baseline.load_state_dict(state["baseline"])
         if self.kept_proposal is not None and "proposal" in state:  # else it begins with the base
@@ -490,7 +494,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             self.kept_proposal.load_state_dict(state["proposal"], weights, self.policy)
 
     def objective(self) -> dict[str, Any]:
-        """Divergence and target."""
+        """Return divergence and target, for the model card."""
         return {"divergence": self.args.divergence, "target": str(self.target)}
 
 

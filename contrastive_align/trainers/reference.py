@@ -39,7 +39,7 @@ def rounding_tolerance(model: nn.Module, *, sixteen_bit: bool) -> float:
 
 
 def check_reference_at_start(
-    policy: Tensor, reference: Tensor, lengths: Tensor, *, start: str, tolerance: float
+    policy: Tensor, reference: Tensor, lengths: Tensor, *, start: str, way_out: str, tolerance: float
 ) -> None:
     """Raise :class:`ReferenceMismatch` where policy and reference differ by more than rounding at the start."""
     worst = ((policy - reference).abs() / lengths.clamp(min=1)).max().item()
@@ -47,8 +47,7 @@ def check_reference_at_start(
         raise ReferenceMismatch(
             f"Before the first step policy and reference differ by {worst:.3g} nats per token (expected at most "
             f"{tolerance:g}): the reference is not the start of this run ({start}). Usual causes: the weights were "
-            "changed after loading (pass the changed model's own copy as ref_model), or a LoRA initialisation that is "
-            "not zero (PiSSA, OLoRA, LoftQ)."
+            f"changed after loading ({way_out}), or a LoRA initialisation that is not zero (PiSSA, OLoRA, LoftQ)."
         )
 
 

@@ -118,7 +118,7 @@ class VLLMSampler:
         check_vllm_model(trainer)
         args = trainer.args
         self.accelerator, self.model = trainer.accelerator, trainer.model
-        self.is_current = False  # vLLM has the present weights
+        self.is_current = self.stays_current = False  # whether vLLM has the present weights; whether they may stay
         self.never, self.longest = frozenset(trainer.condition_ids), args.max_completion_length
         self.sleeps = args.vllm_mode == "colocate" and args.vllm_enable_sleep_mode
         self.filler = trainer.eos_token_ids[:1]
@@ -151,6 +151,15 @@ class VLLMSampler:
             **plain,
         )
 
+    @contextlib.contextmanager
+    def unchanged_weights(self) -> Iterator[None]:
+        """Hand the weights over once for all that is drawn inside the block, in which they do not change."""
+        self.is_current, self.stays_current = False, True
+        try:
+            yield
+        finally:
+            self.stays_current = False
+
     def __call__(self, prompts: list[list[int]], per_prompt: int) -> list[list[list[int]]]:
         """Draw ``per_prompt`` completions of each prompt, as token ids. Every process calls this, with its own prompts.
 
@@ -159,7 +168,7 @@ class VLLMSampler:
         most = max(gather_object([len(prompts)]))
         if not most:
             return []
-        if self.sleeps or not self.is_current:  # vLLM that slept has lost its weights
+        if self.sleeps or not (self.is_current and self.stays_current):  # vLLM that slept has lost its weights
             with base_kept(self.model):
                 self.generation.sync_weights()
             self.is_current = True

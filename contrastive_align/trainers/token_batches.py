@@ -75,6 +75,8 @@ class GroupWeights:
     """
 
     by_tokens: TokenBatchSampler | None = None
+    _evaluated: Any = None
+    _batches_left = 0
 
     def begin_evaluation(self, dataset: Any, batches: int) -> None:
         """Take note of what is evaluated on, and of how many batches it has."""

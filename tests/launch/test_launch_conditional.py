@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 from judge_server import JudgeServer
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from contrastive_align import demo
@@ -120,6 +121,25 @@ def test_lora_with_tokens_a_function_and_a_text_file(tmp_path, capsys):
     assert (out / "adapter_model.safetensors").is_file()
     (said,) = main([f"--model_name_or_path={out}", "--best=Ask Anna to close the door."])
     assert "'<quantile_0>Ask Anna to close the door.'" in capsys.readouterr().out and said
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_an_adapter_is_merged_and_described(tmp_path, capsys, kl):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH), LoraConfig())
+    model.save_pretrained(tmp_path / "adapter")
+    flags = ["--score_column=scores", "--max_train_samples=20", *TRAINING, "--num_train_epochs=1", "--eval_prompts=1"]
+    flags += [
+        "--condition={kind: phrases, per_prompt: false}",
+        f"--kl_coef={0.1 * kl}",
+        f"--output_dir={tmp_path / 'out'}",
+    ]
+    main([f"--model_name_or_path={tmp_path / 'adapter'}", "--max_steps=1", *flags])
+    merged = f" + adapter {tmp_path / 'adapter'}, merged into {tmp_path / 'out' / 'merged_base'}"
+    start = demo.MODEL_PATH + merged
+    found, shown = written(tmp_path / "out"), capsys.readouterr().out
+    assert found["model"]["start"] == start and f"{start} (" in shown
+    assert found["reference"] == (f"{start}, a frozen copy" if kl else "none (kl_coef=0)")
+    assert found["reference"] in shown
 
 
 def test_scored_completions_of_the_demo_are_measured_by_its_reward(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from contrastive_align import demo
@@ -66,6 +66,20 @@ def test_own_model_one_prompt_lora_and_a_function(tiny_llama, tmp_path):
     assert {"moment/short", "moment/contains:e"} <= summary.metrics.keys()
     assert summary.metrics["moment/short"].target == 0.6 and summary.metrics["moment/short"].prompts == 1
     AutoPeftModelForCausalLM.from_pretrained(out)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_adapter_is_merged_and_described(tiny_llama, tmp_path, capsys, lora):
+    base = tiny_llama()
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig()).save_pretrained(tmp_path / "adapter")
+    flags = ["--prompt=Say.", "--features=[{contains: e, moment: 0.5}]", "--max_steps=1", "--eval_samples=0"]
+    flags += [*SMALL[1:5], f"--output_dir={tmp_path / 'out'}", *["--use_peft"] * lora]
+    main([f"--model_name_or_path={tmp_path / 'adapter'}", *flags])
+    start = f"{base} + adapter {tmp_path / 'adapter'}, merged into {tmp_path / 'out' / 'merged_base'}"
+    written = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert written["model"]["start"] == start
+    assert written["reference"] == start + (", with the new adapter off" if lora else ", a frozen copy")
+    assert capsys.readouterr().out.count(start) == 2  # the model and the reference
 
 
 @pytest.mark.parametrize("lora", [False, True])

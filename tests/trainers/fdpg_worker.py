@@ -8,8 +8,30 @@ import os
 import sys
 from pathlib import Path
 
+import test_encoder_decoder
+import test_fdpg_trainer
 import torch
 from test_fdpg_trainer import make_tokenizer, moment_target, trained
+
+from contrastive_align import FDPGTrainer
+
+
+class Tripled(FDPGTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return 3 * super().compute_loss(model, inputs)
+
+
+def gradient(build, folder, trainer=FDPGTrainer, *, accumulation=1):
+    """Return the gradient of a step over four groups: what SGD with a learning rate of 1 takes off the weights."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    model = build()
+    start = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    trained(
+        make_tokenizer(), folder, moment_target(), model=model, trainer=trainer, max_steps=1, num_generations=16,
+        per_device_train_batch_size=64 // processes // accumulation, gradient_accumulation_steps=accumulation,
+        optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
+    )  # fmt: skip
+    return start - torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
 if __name__ == "__main__":
@@ -28,5 +50,14 @@ if __name__ == "__main__":
         if way == "kept":
             found[way]["replacements"] = trainer.kept_proposal.replacements
             found[way]["baseline"] = trainer.baseline.value
+    builds = {"decoder_only": test_fdpg_trainer.build, "encoder_decoder": test_encoder_decoder.build}
+    found["gradients"] = {
+        name: {
+            "plain": gradient(build, out.with_suffix("")),
+            "tripled": gradient(build, out.with_suffix(""), Tripled),
+            "tripled_accumulated": gradient(build, out.with_suffix(""), Tripled, accumulation=2),
+        }
+        for name, build in builds.items()
+    }
     if trainer.accelerator.is_main_process:
         torch.save(found, out)

@@ -91,9 +91,11 @@ def moment_target(moment=0.5):
     return Target([Constraint(has_a, moment)])
 
 
-def trained(tokenizer, folder, target, model=None, data=PROMPTS, resume=None, peft_config=None, **changes):
+def trained(
+    tokenizer, folder, target, model=None, data=PROMPTS, resume=None, peft_config=None, trainer=FDPGTrainer, **changes
+):
     args = options(folder, **changes)
-    trainer = FDPGTrainer(
+    trainer = trainer(
         model or build(), args=args, train_dataset=data, processing_class=tokenizer, target=target,
         peft_config=peft_config,
     )  # fmt: skip
@@ -326,6 +328,13 @@ def test_two_processes_equal_one(tmp_path):
         check_equal(found[0][way], found[1][way])
     assert found[0]["kept"]["replacements"] == found[1]["kept"]["replacements"] >= 1
     assert found[0]["kept"]["baseline"] == pytest.approx(found[1]["kept"]["baseline"], abs=1e-5)
+    for name, one in found[0]["gradients"].items():
+        two, plain = found[1]["gradients"][name], one["plain"]
+        assert plain.norm() > 1e-3
+        assert (two["plain"] - plain).norm() <= 1e-4 * plain.norm(), name
+        for run in (one, two):  # an override of the loss keeps its scale, however a step is divided
+            for way in ("tripled", "tripled_accumulated"):
+                assert (run[way] - 3 * plain).norm() <= 1e-4 * (3 * plain).norm(), (name, way)
 
 
 def check_equal(one, two):
