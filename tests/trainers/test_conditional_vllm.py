@@ -186,6 +186,16 @@ def test_an_evaluation_is_handed_the_weights_once(tiny_llama, tmp_path, install)
     assert counted(engine) == [2, 12] and same(engine, merged(trainer))
 
 
+def test_every_draw_of_ones_own_has_the_present_weights(tiny_llama, tmp_path, install):
+    engine = install(tiny_llama())
+    trainer = build(tiny_llama(), tmp_path, **SERVER)
+    trainer.begin_round(1)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(1.5)
+    trainer.generate(PROMPTS[:1], 1, [0])
+    assert counted(engine) == [2, 2] and same(engine, merged(trainer))
+
+
 def test_a_round_that_the_pool_has_is_not_drawn_again(tiny_llama, tmp_path, install):
     engine = install(tiny_llama())
     build(tiny_llama(), tmp_path, **SERVER).begin_round(1)

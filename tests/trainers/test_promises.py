@@ -276,6 +276,34 @@ def test_a_resumed_run_has_the_reference_of_its_checkpoint(column, run, tmp_path
         assert trainer.reference_is_proven and torch.allclose(flat(trainer), flat(run.trainer), atol=1e-6)
 
 
+@pytest.mark.parametrize("column", [c for c in COLUMNS if c.is_fdpg], ids=str)  # the others draw for one step
+def test_so_has_one_that_is_resumed_between_two_draws(column, tmp_path):
+    options = {"steps_per_generation": 2, "save_strategy": "steps", "save_steps": 1, "save_only_model": False}
+    column.make(tmp_path, **options).train()
+    again = column.make(tmp_path, **options, max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.reference_is_proven and (tmp_path / "checkpoint-2" / REFERENCE_FILE).is_file()
+    other = column.make(tmp_path, told={"model": column.model_path(seed=1)}, **options, max_steps=2)
+    with pytest.raises(ReferenceMismatch, match=r"The reference of .*checkpoint-1"):
+        other.train(resume_from_checkpoint=tmp_path / "checkpoint-1")
+
+
+def test_one_process_alone_may_save(column, run, tmp_path, monkeypatch):
+    """As in TRL under DDP: nothing is asked of the others, which would wait."""
+    monkeypatch.setattr(base, "gather_object", lambda *_: pytest.fail("asked the other processes"))
+    run.trainer.save_model(tmp_path / "saved")
+    assert any(tmp_path.joinpath("saved").glob("*.safetensors"))
+
+
+def test_a_loop_of_ones_own_needs_no_train(column, tmp_path):
+    trainer = column.make(tmp_path)
+    if column.is_conditional:
+        trainer.begin_round(1)
+    trainer.create_optimizer()
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert torch.isfinite(trainer.training_step(trainer.model.train(), batch, None))
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints, saving
 
 
