@@ -39,10 +39,9 @@ from trl.trainer.utils import (
 
 
 __all__ = [
-    "DatasetConfig", "RepeatSampler", "add_fused_lm_head", "create_model_from_path", "disable_dropout_in_model",
+    "DatasetConfig", "add_fused_lm_head", "create_model_from_path", "disable_dropout_in_model",
     "disable_gradient_checkpointing", "extract_prompt", "get_config_model_id", "global_then_local_main_first",
-    "pad", "prepare_deepspeed", "remove_none_values", "unwrap_model_for_generation", "use_adapter",
-    "vllm_generation",
+    "pad", "remove_none_values", "vllm_generation",
 ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def conditional(
     .. math:: \ell_t = -\log\pi(y_t) + c_{KL}\, KL_t - c_H\, H(\pi), \qquad
         KL_t = KL(\pi' \| r') \text{ (reverse)} \quad\text{or}\quad KL(r' \| \pi') \text{ (forward)}
 
-    pi is the policy's next-token distribution after the conditioned prompt, r the reference's after the bare prompt.
+    pi is the policy's next-token distribution after the conditioned prompt, r the reference's, which sees no condition.
     Quark, arXiv:2205.13636, penalises the reverse KL; ALT, arXiv:2407.16970, the forward one. pi' and r' are
     renormalised over the tokens that both vocabularies have and that are not ``outside``: the reference does not know
     the tokens that stand for conditions, so these are cut off before the KL. The likelihood and the entropy H are over

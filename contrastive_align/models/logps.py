@@ -26,7 +26,7 @@ class CompletionLogps:
     logps: Tensor  # (B, K) nats, summed over the completion's tokens, EOS included; 0 where valid is False
     lengths: Tensor  # (B, K) the numbers of summed tokens
     tokens: dict[str, Tensor]
-    owner: Tensor  # the index, among the N completions, of the one that each of these tokens belongs to
+    completion_index: Tensor  # the index, among the N completions, of the one that each of these tokens belongs to
     aux_loss: Tensor | None  # the router loss of a mixture-of-experts model, if it was asked for
 
 
@@ -70,15 +70,15 @@ def completion_logps(
     scored = inputs["shift_labels"] != -100  # completion tokens, completion after completion, under both layouts
     values = {name: getattr(outputs, name) for name in ("log_probs", "entropy", "mean_logits", "is_top1")}
     values = {name: v[scored] if v.dim() == 2 else v for name, v in values.items() if v is not None}
-    owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    completion_index = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
     log_probs = values.pop("log_probs")
     log_probs = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
-    sums = log_probs.new_zeros(len(lengths)).index_add(0, owner, log_probs)
+    sums = log_probs.new_zeros(len(lengths)).index_add(0, completion_index, log_probs)
     return CompletionLogps(
         logps=per_completion(sums, batch["valid"]),
         lengths=per_completion(lengths, batch["valid"]),
         tokens=values,
-        owner=owner,
+        completion_index=completion_index,
         aux_loss=getattr(outputs, "aux_loss", None),
     )
 

@@ -246,19 +246,11 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         """
         self.reference_is_proven = True
         tolerance = rounding_tolerance(self.model, sixteen_bit=self.computes_in_16_bits)
+        said: dict[str, Any] = {"start": self.start_description, "tolerance": tolerance}
         if self.resumed_from is not None:
-            check_reference_of_checkpoint(
-                self.resumed_from, self.reference_logps_of, start=self.start_description, tolerance=tolerance
-            )
+            check_reference_of_checkpoint(self.resumed_from, self.reference_logps_of, **said)
         elif not (self.state.global_step or self.reference_is_given) and self.args.disable_dropout:
-            check_reference_at_start(
-                policy,
-                reference,
-                lengths,
-                start=self.start_description,
-                way_out=self.changed_weights,
-                tolerance=tolerance,
-            )
+            check_reference_at_start(policy, reference, lengths, way_out=self.changed_weights, **said)
 
     # ---------------------------------------------------------------------- engines, precision, layout, compilation
 

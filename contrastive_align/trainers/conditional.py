@@ -40,22 +40,9 @@ from contrastive_align.report.card import add_section, how_to_ask
 from contrastive_align.sampling.decode import draw
 from contrastive_align.targets.evaluate import Feature
 from contrastive_align.targets.features import weighted_sum
-from contrastive_align.trainers import evaluation
+from contrastive_align.trainers import evaluation, rounds
 from contrastive_align.trainers.base import AlignmentTrainer, keep_adapter_as_reference
 from contrastive_align.trainers.configs import ConditionalConfig
-from contrastive_align.trainers.rounds import (
-    Completion,
-    ConditionedCollator,
-    ConditionedPrompts,
-    ConditionedRows,
-    Feedback,
-    JudgeFeedback,
-    RewardFeedback,
-    Rounds,
-    best_condition,
-    prompts_without_room,
-    without_condition,
-)
 from contrastive_align.trainers.samplers import AdapterServer, VLLMSampler, check_vllm_options, check_vllm_tokens
 from contrastive_align.trl_seam import (
     KeepsDigits,
@@ -117,7 +104,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     """
 
     config, suffix = ConditionalConfig, "conditional"
-    columns = ("prompt_ids", "bare_ids", "completion_ids")
+    columns = ("prompt_ids", "unconditioned_ids", "completion_ids")
     exact = ("step_tokens",)
     method = Method(
         name="Conditional training",
@@ -198,7 +185,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             super().__init__(
                 model=model,
                 args=args,
-                data_collator=ConditionedCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
+                data_collator=rounds.ConditionedCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
                 processing_class=processing_class,
@@ -227,11 +214,11 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         self.vllm = VLLMSampler(self) if args.use_vllm else None
         self.add_callback(_BeginsRounds(self))
 
-    def _feedback_of(self, reward_funcs: Any, judge: Any, args: ConditionalConfig) -> Feedback | None:
+    def _feedback_of(self, reward_funcs: Any, judge: Any, args: ConditionalConfig) -> rounds.Feedback | None:
         if judge is not None and reward_funcs is not None:
             raise ValueError("Both reward_funcs and judge are given, expected one of them.")
         if judge is not None:
-            return JudgeFeedback(judge)
+            return rounds.JudgeFeedback(judge)
         if reward_funcs is None:
             if args.reward_weights is not None:
                 raise ValueError("reward_weights weighs reward_funcs, and none are given. Leave it out.")
@@ -239,9 +226,9 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         return self.feedback_by(weighted_sum(functions, args.reward_weights, trust_remote_code=args.trust_remote_code))
 
-    def feedback_by(self, feature: Feature) -> RewardFeedback:
+    def feedback_by(self, feature: Feature) -> rounds.RewardFeedback:
         """Feedback by a reward; set as ``trainer.feedback``, evaluation on scored data has rewards too."""
-        return RewardFeedback(feature, lambda: self.state)
+        return rounds.RewardFeedback(feature, lambda: self.state)
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a condition whose tokens vLLM would not have, before the model is loaded."""
@@ -314,12 +301,12 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         step = args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         self.steps_per_round = math.ceil(draws / step)
         # Scored completions were measured with their words when they were read.
-        self.conditioned = ConditionedPrompts(self.condition, self.encode, self._room() if self.online else None)
-        self.rows = ConditionedRows(
+        self.conditioned = rounds.ConditionedPrompts(self.condition, self.encode, self._room() if self.online else None)
+        self.rows = rounds.ConditionedRows(
             self.pool, self.conditioned, self.encode, self.steps_per_round * step, args.max_length
         )
         if self.online:
-            self.rounds = Rounds(
+            self.rounds = rounds.Rounds(
                 policy=self.generate,
                 feedback=self.feedback,
                 pool=self.pool,
@@ -370,7 +357,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     def too_long(self, dataset: Dataset, name: str, condition: Condition) -> list[int]:
         """Return the rows whose prompt leaves no room for a completion, with a warning that they are left out."""
         limits = self.context_limits() | {"max_completion_length": self.args.max_completion_length}
-        return prompts_without_room(dataset, condition, self.encode, self._room(), name=name, limits=limits)
+        return rounds.prompts_without_room(dataset, condition, self.encode, self._room(), name=name, limits=limits)
 
     def _room(self) -> int:
         """Tokens that a prompt with its condition may have, so that the longest completion fits behind it."""
@@ -403,7 +390,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         seeds: Sequence[int],
         *,
         conditions: Sequence[str | None] | None = None,
-    ) -> list[list[Completion]]:
+    ) -> list[list[rounds.Completion]]:
         """Draw completions of prompts, each conditioned on a text or on nothing: ``ids``, ``text``, ``finished``.
 
         Args:
@@ -467,7 +454,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
     def best_condition(self, through: int | None = None) -> Condition:
         """Return the condition that asks for the best; of a judge's words, those that the best samples were given."""
-        return best_condition(self.condition, self.pool, through)
+        return rounds.best_condition(self.condition, self.pool, through)
 
     # ---------------------------------------------------------------------------------------------------------- loss
 
@@ -491,7 +478,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         if self.has_reference:
             with self.sampling_from(reference=True) as reference_model:
                 reference = completion_objective(
-                    reference_model, without_condition(inputs), lambda *head: head, layout=self.layout
+                    reference_model, rounds.without_condition(inputs), lambda *head: head, layout=self.layout
                 )
 
         def objective(hidden, labels, weight, bias, scale, softcap):
@@ -549,7 +536,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
     def _prove_reference_on(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
         """Compare policy and reference on prompts without condition, over the vocabulary that both have."""
-        batch = without_condition(inputs)
+        batch = rounds.without_condition(inputs)
 
         def log_probs(hidden, labels, weight, bias, scale, softcap):
             logits = nn.functional.linear(hidden[:PROBED], weight, bias).float() * scale

@@ -95,8 +95,8 @@ def encoder_decoder_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     inputs = {name: batch[name] for name in names}
     log_probs = model(**inputs, completion_labels=batch["labels"], prompt_of=batch["prompt_of"])
     n, scored = len(batch["labels"]), batch["labels"] != -100
-    owner = torch.arange(n, device=scored.device).repeat_interleave(scored.sum(1))
-    return per_completion(log_probs.new_zeros(n).index_add(0, owner, log_probs), batch["valid"])
+    completion_index = torch.arange(n, device=scored.device).repeat_interleave(scored.sum(1))
+    return per_completion(log_probs.new_zeros(n).index_add(0, completion_index, log_probs), batch["valid"])
 
 
 def add_encoder_decoder_head(model: PreTrainedModel) -> None:

@@ -29,6 +29,7 @@ from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.targets import Target
 from contrastive_align.targets.evaluate import columns_of
 from contrastive_align.targets.features import weighted_sum
+from contrastive_align.trainers.adaptive_proposal import AdaptiveProposal, WindowBaseline
 from contrastive_align.trainers.base import AlignmentTrainer, compile_layers, disable_functional_dropout, save_tensors
 from contrastive_align.trainers.configs import FDPGConfig
 from contrastive_align.trainers.encoder_decoder import (
@@ -38,7 +39,6 @@ from contrastive_align.trainers.encoder_decoder import (
     decoder_start_token,
     encoder_decoder_logps,
 )
-from contrastive_align.trainers.kept_proposal import KeptProposal, WindowBaseline
 from contrastive_align.trainers.metrics import distribution_metrics
 from contrastive_align.trainers.samplers import hand_over_without_rounding
 from contrastive_align.trl_seam import DrawsGroups, Method, nothing_loaded_by_trl
@@ -80,7 +80,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
             peft_config: as in TRL.
         reward_funcs: as in TRL; with no ``target``, theirs is base * exp(weighted sum of rewards / args.beta).
-        target: where to go. If its lambdas are unknown they are fitted when training starts.
+        target: the distribution to train towards. Unknown lambdas are fitted when training starts.
 
     Raises:
         ValueError: an option or model this trainer does not support, with the way out.
@@ -169,14 +169,14 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         self._context = min(self.context_limits().values(), default=math.inf)
         self.log_z = RunningLogZ()
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
-        self.kept_proposal: KeptProposal | None = None
+        self.adaptive_proposal: AdaptiveProposal | None = None
         if args.proposal == "kept":
             if self.uses_engine:
                 raise ValueError(
                     "proposal='kept' exchanges the trained weights, which DeepSpeed and FSDP keep in a form of their "
                     "own. Set proposal='policy', or train without them."
                 )
-            self.kept_proposal = KeptProposal(args.proposal_criterion, args.proposal_window)
+            self.adaptive_proposal = AdaptiveProposal(args.proposal_criterion, args.proposal_window)
         self._evaluations = 0
         self._first_group: dict[str, Any] | None = None
 
@@ -265,7 +265,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         """Draw completions (C, K) of the proposal, with their log-probs under it, None where these are unknown."""
         if self.use_vllm or self.use_transformers_continuous_batching:
             return self.generate_by_engine(prompt_ids, per_prompt), None
-        kept = self.kept_proposal if self.model.training else None
+        kept = self.adaptive_proposal if self.model.training else None
         with contextlib.ExitStack() as stack:
             model = stack.enter_context(self.sampling_from(reference=kept is not None and kept.is_base))
             if kept is not None:
@@ -293,7 +293,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         batches = [self.on_device(self.collate(groups[i : i + size])) for i in range(0, len(rows), size)]
         base_logps = torch.cat([self._logps(batch, reference=True) for batch in batches])
         policy_logps = proposal_logps
-        if proposal_logps is None or (self.kept_proposal is not None and training):
+        if proposal_logps is None or (self.adaptive_proposal is not None and training):
             policy_logps = torch.cat([self._logps(batch) for batch in batches])
         policy_logps = policy_logps.to(base_logps.device)
         proposal_logps = policy_logps if proposal_logps is None else proposal_logps.to(base_logps.device)
@@ -308,7 +308,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         more = {"proposal_logps": proposal_logps, "target_log_scores": target_log_scores, "log_z": log_z}
         if self.baseline is not None:
             more["baseline"] = self._window_baseline(log_z, **logs)
-        if self.kept_proposal is not None and training:
+        if self.adaptive_proposal is not None and training:
             self._compare_proposal(keys, **logs)
         for j, batch in enumerate(batches):
             batch.pop("scores", None)
@@ -336,7 +336,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
 
     def _compare_proposal(self, keys: list[str], **logs: Tensor) -> None:
         everywhere = {name: self.accelerator.gather(tensor) for name, tensor in logs.items()}
-        found = self.kept_proposal.compare(self.policy, gather_object(keys), log_z=self.log_z, **everywhere)
+        found = self.adaptive_proposal.compare(self.policy, gather_object(keys), log_z=self.log_z, **everywhere)
         metrics = {"proposal/replaced": float(found is not None and found.replaced)}
         if found is not None:
             metrics[f"proposal/{self.args.proposal_criterion}_gap"] = found.gap
@@ -463,12 +463,12 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         state = {**self.drawn_state(), "log_z": self.log_z.state_dict(), "first_group": self._first_group}
         if self.baseline is not None:
             state["baseline"] = self.baseline.state_dict()
-        if self.kept_proposal is not None:
-            state["proposal"] = self.kept_proposal.state_dict()
+        if self.adaptive_proposal is not None:
+            state["proposal"] = self.adaptive_proposal.state_dict()
         if self.args.should_save:
             self.target.save(folder / TARGET_FILE)
-            if self.kept_proposal is not None and not self.kept_proposal.is_base:
-                save_tensors(self.kept_proposal.weights, folder / PROPOSAL_FILE)
+            if self.adaptive_proposal is not None and not self.adaptive_proposal.is_base:
+                save_tensors(self.adaptive_proposal.weights, folder / PROPOSAL_FILE)
         save_tensors(state, folder / state_file(self.args.process_index))
 
     def load_state(self, checkpoint: Path) -> None:
@@ -485,13 +485,13 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         self._first_group = state.get("first_group")
         if self.baseline is not None and "baseline" in state:  # else the run began with another baseline
             self.baseline.load_state_dict(state["baseline"])
-        if self.kept_proposal is not None and "proposal" in state:  # else it begins with the base
+        if self.adaptive_proposal is not None and "proposal" in state:  # else it begins with the base
             file, weights = checkpoint / PROPOSAL_FILE, None
             if state["proposal"]["replacements"]:
                 if not file.is_file():
                     raise ValueError(f"{file} is missing, but the proposal was replaced. The checkpoint is not whole.")
                 weights = torch.load(file, map_location="cpu", weights_only=True)
-            self.kept_proposal.load_state_dict(state["proposal"], weights, self.policy)
+            self.adaptive_proposal.load_state_dict(state["proposal"], weights, self.policy)
 
     def objective(self) -> dict[str, Any]:
         """Return divergence and target, for the model card."""

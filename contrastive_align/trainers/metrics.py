@@ -94,7 +94,7 @@ def batch_metrics(
     completions = int(valid.sum())
 
     def per_group(values: Tensor, columns: Tensor) -> Metric:
-        sums = torch.zeros(completions, device=values.device).index_add(0, policy.owner, values.float())
+        sums = torch.zeros(completions, device=values.device).index_add(0, policy.completion_index, values.float())
         tokens = (policy.lengths * columns).sum(1)
         return (per_completion(sums, valid) * columns).sum(1) / tokens.clamp(min=1), tokens.to(sums.dtype)
 

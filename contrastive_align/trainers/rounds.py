@@ -34,9 +34,9 @@ from contrastive_align.targets.evaluate import Feature, call_feature, columns_of
 logger = logging.get_logger(__name__)
 
 Completion = dict[str, Any]  # ids, text, finished
-Verdict = tuple[float | None, str | None]  # score and words
+ScoreAndWords = tuple[float | None, str | None]  # of one completion
 
-WITHOUT_CONDITION = "bare_"
+WITHOUT_CONDITION = "unconditioned_"
 SHORT_MARGIN = 256  # tokens that no template adds to the bytes of a prompt
 
 
@@ -60,7 +60,7 @@ class Feedback(Protocol):
 
     def __call__(
         self, rows: Sequence[dict[str, Any]], completions: Sequence[Sequence[Completion]]
-    ) -> list[list[Verdict]]:
+    ) -> list[list[ScoreAndWords]]:
         """Score and words for each completion of each row, on every process."""
         ...
 
@@ -128,7 +128,7 @@ class Rounds:
             if number == 1 and all(s.score is None and s.feedback is None for s in everyone):
                 raise ValueError(
                     f"None of the {len(everyone)} samples of round 1 was scored or judged: there is nothing to learn "
-                    f"from, and the round is not written. See what {self.describe_feedback()}"
+                    f"from, and the round is not written. {self.describe_feedback()}"
                 )
             if PartialState().is_main_process:
                 remember_prompts(self.pool, self.prompts["prompt"])
@@ -266,7 +266,7 @@ class RewardFeedback:
 
     def __call__(
         self, rows: Sequence[dict[str, Any]], completions: Sequence[Sequence[Completion]]
-    ) -> list[list[Verdict]]:
+    ) -> list[list[ScoreAndWords]]:
         if not rows:
             return []
         sizes = [len(group) for group in completions]
@@ -287,8 +287,8 @@ class RewardFeedback:
         return [[(next(own), None) for _ in range(n)] for n in sizes]
 
     def describe(self) -> str:
-        """How to look for the reason where nothing was scored."""
-        return "the reward functions return, then start again."
+        """Return advice for a round in which nothing was scored."""
+        return "See what the reward functions return, then start again."
 
 
 class JudgeFeedback:
@@ -299,7 +299,7 @@ class JudgeFeedback:
 
     def __call__(
         self, rows: Sequence[dict[str, Any]], completions: Sequence[Sequence[Completion]]
-    ) -> list[list[Verdict]]:
+    ) -> list[list[ScoreAndWords]]:
         state = PartialState()
         texts = [[completion["text"] for completion in group] for group in completions]
         shares = gather_object([[(row["prompt"], group) for row, group in zip(rows, texts, strict=True)]])
@@ -314,11 +314,11 @@ class JudgeFeedback:
         return [[(None, None) if v is None else (v.score, v.text) for v in group] for group in verdicts]
 
     def describe(self) -> str:
-        """How to look for the reason where nothing was judged: the counts of outcomes so far."""
+        """Return advice for a round in which nothing was judged, with the counts of outcomes so far."""
         outcomes = ("answered", "unparsable", "failed", "over_budget")
         found = self.judge.report() if hasattr(self.judge, "report") else {}
         counts = ", ".join(f"{found[name]} {name.replace('_', ' ')}" for name in outcomes if found.get(name))
-        return f"the judge answers, then start again. The judge so far: {counts or 'no verdict'}."
+        return f"See what the judge answers, then start again. The judge so far: {counts or 'no verdict'}."
 
 
 # ----------------------------------------------------------------------------------------------- conditioned prompts
@@ -412,7 +412,7 @@ class ConditionedRows(TorchDataset):
         return self.__getitems__([place])[0]
 
     def row(self, sample: Sample, label: int) -> dict[str, Any]:
-        """One sample as ``prompt_ids`` (conditioned), ``bare_ids`` (not conditioned) and ``completion_ids``.
+        """One sample as ``prompt_ids`` (conditioned), ``unconditioned_ids`` (not conditioned) and ``completion_ids``.
 
         Raises:
             ValueError: a prompt that leaves no room for a completion.
@@ -433,14 +433,18 @@ class ConditionedRows(TorchDataset):
                     f"max_length={self.max_length} are cut there and train no EOS."
                 )
             completion_ids = completion_ids[:room]
-        return {"prompt_ids": prompt_ids, "bare_ids": self.encode(sample.prompt), "completion_ids": completion_ids}
+        return {
+            "prompt_ids": prompt_ids,
+            "unconditioned_ids": self.encode(sample.prompt),
+            "completion_ids": completion_ids,
+        }
 
 
 @dataclass
 class ConditionedCollator(DataCollatorMixin):
     """Batch rows of :class:`ConditionedRows`: a ``GroupBatch`` of groups with one completion, twice.
 
-    The second, its names starting with ``bare_``, has the prompts without condition, for the reference.
+    The second, its names starting with ``unconditioned_``, has the prompts without condition, for the reference.
     """
 
     pad_token_id: int
@@ -450,7 +454,7 @@ class ConditionedCollator(DataCollatorMixin):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         collate = GroupCollator(self.pad_token_id, self.pad_to_multiple_of, torch.float32)
         batch = {}
-        for prefix, prompt in (("", "prompt_ids"), (WITHOUT_CONDITION, "bare_ids")):
+        for prefix, prompt in (("", "prompt_ids"), (WITHOUT_CONDITION, "unconditioned_ids")):
             groups = [
                 {"prompt_ids": e[prompt], "completion_ids": [e["completion_ids"]], "scores": [0.0]} for e in examples
             ]

@@ -20,16 +20,9 @@ logger = logging.get_logger(__name__)
 
 # What Trainer sets on its loader beside the order: taken over as it is.
 LOADER_OPTIONS = (
-    "collate_fn",
-    "num_workers",
-    "pin_memory",
-    "timeout",
-    "worker_init_fn",
-    "multiprocessing_context",
-    "prefetch_factor",
-    "persistent_workers",
-    "in_order",
-)
+    "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+    "prefetch_factor", "persistent_workers", "in_order",
+)  # fmt: skip
 
 
 def loader_by_tokens(trainer: Any, loader: DataLoader) -> tuple[Any, TokenBatchSampler]:

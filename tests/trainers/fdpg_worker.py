@@ -48,7 +48,7 @@ if __name__ == "__main__":
         history = [entry["kl_target"] for entry in trainer.state.log_history if "kl_target" in entry]
         found[way] = {"weights": weights, "log_z": trainer.log_z.state_dict(), "kl_target": history}
         if way == "kept":
-            found[way]["replacements"] = trainer.kept_proposal.replacements
+            found[way]["replacements"] = trainer.adaptive_proposal.replacements
             found[way]["baseline"] = trainer.baseline.value
     builds = {"decoder_only": test_fdpg_trainer.build, "encoder_decoder": test_encoder_decoder.build}
     found["gradients"] = {

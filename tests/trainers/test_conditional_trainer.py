@@ -147,7 +147,7 @@ def test_the_loss_is_that_of_full_logits(tiny_llama, tmp_path, direction, layout
     for row in rows:
         y = torch.tensor(row["completion_ids"])
         z = policy(torch.tensor([row["prompt_ids"] + row["completion_ids"]])).logits[0, -len(y) - 1 : -1]
-        r = reference(torch.tensor([row["bare_ids"] + row["completion_ids"]])).logits[0, -len(y) - 1 : -1]
+        r = reference(torch.tensor([row["unconditioned_ids"] + row["completion_ids"]])).logits[0, -len(y) - 1 : -1]
         known = r.size(1)
         assert len(set(range(z.size(1))) - set(range(known))) == 5 == len(trainer.condition_ids)
         p, q = z[:, :known].softmax(-1), r.softmax(-1)
@@ -247,7 +247,7 @@ def test_a_round_trains_on_the_condition_of_its_quantile(tiny_llama, tmp_path):
         assert table.label[place] == label
         prompt = f"{Phrases().names()[label]}. input: {sample.prompt}"
         assert row["prompt_ids"] == tokenizer(prompt)["input_ids"]
-        assert row["bare_ids"] == tokenizer(sample.prompt)["input_ids"]
+        assert row["unconditioned_ids"] == tokenizer(sample.prompt)["input_ids"]
         assert row["completion_ids"] == sample.completion_ids
 
 

@@ -6,7 +6,7 @@ from test_fdpg_trainer import make_tokenizer, moment_target, trained
 
 from contrastive_align.losses import mean_slope
 from contrastive_align.trainers import fdpg as trainer_module
-from contrastive_align.trainers.kept_proposal import WindowBaseline
+from contrastive_align.trainers.adaptive_proposal import WindowBaseline
 
 
 def test_a_prompt_without_mass_is_left_out():

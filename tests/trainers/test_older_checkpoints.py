@@ -128,7 +128,7 @@ def test_an_older_checkpoint_is_resumed_and_ends_with_the_same_weights(kind, tmp
         assert [sample.completion for sample in trainer.pool] == EXPECTED[kind]["samples"]
         assert trainer.pool.rounds == [1, 2]
     if kind == "fdpg_kept":
-        assert trainer.kept_proposal.replacements == 1 and not trainer.kept_proposal.is_base
+        assert trainer.adaptive_proposal.replacements == 1 and not trainer.adaptive_proposal.is_base
 
 
 def test_an_older_reference_note_is_compared(tmp_path):

@@ -9,7 +9,7 @@ from test_fdpg_trainer import PROMPTS, SPACE, build, exact_logps, has_a, make_to
 
 from contrastive_align.losses import RunningLogZ, divergence_value
 from contrastive_align.trainers import fdpg as trainer_module
-from contrastive_align.trainers.kept_proposal import KeptProposal
+from contrastive_align.trainers.adaptive_proposal import AdaptiveProposal
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def known_log_z(target, proposal):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_gap_is_that_of_the_enumerated_divergences(criterion, seed):
     policy, proposal, target = atoms(seed)
-    kept, model = KeptProposal(criterion, 2), torch.nn.Linear(2, 2)
+    kept, model = AdaptiveProposal(criterion, 2), torch.nn.Linear(2, 2)
     log_z = known_log_z(target, proposal)
     keys = ["one", "two"]
     assert kept.compare(model, keys, policy, proposal, target, log_z) is None  # one of two
@@ -48,7 +48,7 @@ def test_the_gap_is_that_of_the_enumerated_divergences(criterion, seed):
 
 def test_a_replacement_copies_and_empties_the_window():
     _, proposal, target = atoms()
-    kept, model = KeptProposal("kl", 1), torch.nn.Linear(2, 2)
+    kept, model = AdaptiveProposal("kl", 1), torch.nn.Linear(2, 2)
     model.bias.requires_grad_(False)
     logs = (target - 1.5, proposal, target, known_log_z(target, proposal))  # a policy that is the target
     assert kept.compare(model, ["one", "two"], *logs).replaced
@@ -64,7 +64,7 @@ def test_a_replacement_copies_and_empties_the_window():
     with pytest.raises(KeyError), kept.in_place_of(model):
         raise KeyError
     assert model.weight.data_ptr() == own.data_ptr()
-    two = KeptProposal("kl", 2)
+    two = AdaptiveProposal("kl", 2)
     assert two.compare(model, ["one", "two"], *logs) is None
     assert two.compare(model, ["one", "two"], *logs).replaced
     assert two.compare(model, ["one", "two"], *logs) is None
@@ -73,7 +73,7 @@ def test_a_replacement_copies_and_empties_the_window():
 def test_prompts_without_mass_say_nothing():
     policy, proposal, target = atoms()
     target[0] = -torch.inf
-    kept = KeptProposal("tv", 1)
+    kept = AdaptiveProposal("tv", 1)
     found = kept.compare(torch.nn.Linear(1, 1), ["one", "two"], policy, proposal, target, known_log_z(target, proposal))
     log_p = target[1] - 1.5
     want = divergence_value("tv", proposal[1], log_p) - divergence_value("tv", policy[1], log_p)
@@ -92,10 +92,10 @@ def test_the_policy_becomes_the_target(tokenizer, tmp_path):
         lr_scheduler_type="linear", logging_steps=15,
     )  # fmt: skip
     assert divergence_value("tv", exact_logps(trainer.model, prompt), log_p).item() < 0.02
-    assert trainer.kept_proposal.replacements >= 1
+    assert trainer.adaptive_proposal.replacements >= 1
     history = [entry for entry in trainer.state.log_history if "proposal/replaced" in entry]
     assert sum(entry["proposal/replaced"] for entry in history) * 15 == pytest.approx(
-        trainer.kept_proposal.replacements
+        trainer.adaptive_proposal.replacements
     )
     assert history[-1]["log_z"] == pytest.approx(target.log_scores(base_logps, phi).logsumexp(0).item(), abs=0.05)
     assert history[-1]["moment/has_a"] == pytest.approx(0.4, abs=0.05)  # of the policy, not of the samples
@@ -106,7 +106,7 @@ def test_samples_are_the_proposals_and_weighed_by_it(tokenizer, tmp_path):
     trainer = trained(
         tokenizer, tmp_path, moment_target(), proposal="kept", proposal_window=2, max_steps=8, proposal_criterion="js"
     )
-    kept = trainer.kept_proposal
+    kept = trainer.adaptive_proposal
     assert kept.replacements >= 1
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.train()
@@ -151,7 +151,7 @@ def test_killed_and_resumed_is_not_killed(lora, tokenizer, tmp_path):
     checkpoint = tmp_path / "whole" / "checkpoint-7"
     assert (checkpoint / "proposal.pt").is_file()
     resumed = trained(tokenizer, tmp_path / "resumed", moment_target(), resume=str(checkpoint), **same)
-    a, b = whole.kept_proposal, resumed.kept_proposal
+    a, b = whole.adaptive_proposal, resumed.adaptive_proposal
     assert a.replacements == b.replacements and a.weights.keys() == b.weights.keys()
     assert all("lora" in name for name in a.weights) == lora
     assert all(torch.allclose(a.weights[name], b.weights[name], atol=1e-6) for name in a.weights)

@@ -1,4 +1,4 @@
-"""What f-DPG keeps from step to step: a proposal, until the policy is nearer to the target, and a baseline."""
+"""State of f-DPG between steps: a proposal that adapts to the policy, and a baseline over a window of steps."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Comparison:
     replaced: bool
 
 
-class KeptProposal:
+class AdaptiveProposal:
     r"""q: the base at first, then the policy as it was when it was last replaced.
 
     .. math:: q \leftarrow \pi \quad\text{if}\quad \hat D(p, \pi) < \hat D(p, q)
 
     with D = KL(p||.), TV or JSD, estimated by importance sampling on all samples of the last steps, prompts weighing
     the same: KL-adaptive DPG, GDC, arXiv:2012.11635. Both estimates are of the same samples, whose noise
-    is therefore much the same. The policy's log-probs are those it had when a sample was drawn, so that a window sees
-    it a little behind. The window is empty after each replacement.
+    is therefore much the same. The policy's log-probs are those at sampling time, so that the estimate lags behind
+    the present policy. The window is emptied at each replacement.
 
     While q is the base it takes no memory. From then on it is a copy of the trained weights: of the adapter (LoRA), or
     of the model (full fine-tuning). For sampling, copy and policy exchange their places.
@@ -118,7 +118,7 @@ class KeptProposal:
                 policy[name].data = weight
 
     def state_dict(self) -> dict[str, Any]:
-        """Without the weights, which are large and the same on all processes."""
+        """Return the state without the weights, which are large and are saved once for all processes."""
         return {"replacements": self.replacements, "window": list(self._window)}
 
     def load_state_dict(self, state: dict[str, Any], weights: dict[str, Tensor] | None, model: nn.Module) -> None:
