@@ -313,9 +313,10 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         """
         training = self.model.training
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        policy = completion_logps(model, inputs, layout=self.layout, **router)
+        # The reference comes first, so that its activations and those kept for the backward pass never add up.
         cached = inputs["ref_logps"] if self.args.precompute_ref_log_probs else None
         ref_logps = cached if cached is not None else self.compute_ref_log_probs(self.reference_or_policy, inputs)
+        policy = completion_logps(model, inputs, layout=self.layout, **router)
         valid, scores = inputs["valid"], inputs["scores"].clone()
         scores[:, 0] += self.args.first_score_bonus * ~is_preference(scores, valid=valid)
         log_ratios = policy.logps - ref_logps
