@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from contrastive_align.models.logps import add_head, completion_logps, per_completion
-from contrastive_align.models.shared_prompt import ATTENTION_NAME, record_windows
+from contrastive_align.models.logps import CompletionLogps, add_head, completion_logps, per_completion
+from contrastive_align.models.shared_prompt import ATTENTION_NAME, LastMlp, record_windows
 
 
 logger = logging.get_logger(__name__)
@@ -120,7 +120,7 @@ def _find_difference(model: PreTrainedModel, autocast: bool) -> str | None:
     if lost := of_masks - of_calls:
         return f"a window of {' and '.join(map(str, lost))} tokens reaches its masks, but not its attention"
     found = completion_logps(model, batch, layout="shared")
-    gap = ((found.logps - expected).abs() / found.lengths.clamp(min=1)).max().item()
+    gap = _gap(found, expected)
     sixteen_bit = autocast or getattr(model, "is_quantized", False)
     tolerance = TOLERANCE_16_BIT if sixteen_bit else TOLERANCE.get(model.dtype, TOLERANCE_16_BIT)
     if not gap <= tolerance:  # also true for NaN
@@ -129,7 +129,20 @@ def _find_difference(model: PreTrainedModel, autocast: bool) -> str | None:
     leak = _largest_shift(found.logps, completion_logps(model, changed, layout="shared").logps)
     if not leak <= max(LEAK_TOLERANCE, 10 * rounding):
         return f"a completion's log-prob moves by {leak:.2g} nats with the words of another"
+    if last_mlp := LastMlp.add_to(model):
+        try:
+            found = completion_logps(model, batch, layout="shared")
+            serves = last_mlp.shared_prompt is None and _gap(found, expected) <= tolerance
+        except MODEL_ERRORS:
+            serves = False
+        if not serves:
+            last_mlp.remove()
     return None
+
+
+def _gap(found: CompletionLogps, expected: Tensor) -> float:
+    """Return the largest difference in nats per token."""
+    return ((found.logps - expected).abs() / found.lengths.clamp(min=1)).max().item()
 
 
 def _largest_shift(before: Tensor, after: Tensor) -> float:

@@ -1,5 +1,6 @@
 """The shared-prompt layout gives what rows of their own give, on every architecture, or is refused."""
 
+import copy
 import math
 import os
 import subprocess
@@ -132,6 +133,48 @@ def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypa
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-4), layout
         gap = (gradients(model, found) - expected_gradient).norm() / expected_gradient.norm()
         assert gap < 1e-5, layout
+
+
+def test_the_last_mlp_computes_branches_only():
+    model = add_head_over_plain(build(*ARCHITECTURES["qwen2"]))
+    assert choose_layout(model, "shared") == "shared"
+    rows = []
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda module, args, output: rows.append(output.size(1)))
+    batch = GroupCollator(0)(groups())
+    completion_logps(model, batch, layout="shared")
+    completions = int(batch["completion_mask"].sum())
+    assert rows == [completions + 8 + 0 + 19] * 2 + [completions]
+    rows.clear()
+    completion_logps(copy.deepcopy(model), batch, layout="shared")  # a copy's hooks read the copy's attention
+    assert rows[-1] == completions
+    rows.clear()
+    completion_logps(model, batch, layout="padded")
+    assert set(rows) == {batch["input_ids"].size(1)}
+    assert not hasattr(build_with_experts().model.layers[-1].mlp, "last_mlp")
+
+
+def build_with_experts():
+    model = add_head_over_plain(build(hf.MixtralConfig, {"num_local_experts": 2, "num_experts_per_tok": 1}))
+    assert choose_layout(model, "shared") == "shared"
+    return model
+
+
+def test_a_last_mlp_that_needs_its_prompts_keeps_them():
+    class Whole(hf.models.llama.modeling_llama.LlamaMLP):
+        def forward(self, x):
+            if x.size(1) != self.seen:
+                raise RuntimeError("rows are missing")
+            return super().forward(x)
+
+    model = add_head_over_plain(build(*ARCHITECTURES["llama"]))
+    attention, mlp = model.model.layers[-1].self_attn, model.model.layers[-1].mlp
+    mlp.__class__ = Whole
+    attention.register_forward_hook(lambda module, args, output: setattr(mlp, "seen", output[0].size(1)))
+    assert choose_layout(model, "shared") == "shared"
+    batch = GroupCollator(0)(groups())
+    found = completion_logps(model, batch, layout="shared").logps
+    assert torch.allclose(found, _own_logps(model, batch), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["its own forward", "called again", "no attention", "attends twice"])
