@@ -8,8 +8,10 @@ accelerate launch run_conditional.py --model_name_or_path=... --dataset_name=sco
 python run_conditional.py --model_name_or_path=output_dir --best="a prompt"       # what the trained model says
 """
 
-from contrastive_align.launch.conditional import main
+import sys
+
+from contrastive_align.launch.cli import main
 
 
 if __name__ == "__main__":
-    main()
+    main(["conditional", *sys.argv[1:]])

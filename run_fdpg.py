@@ -6,8 +6,10 @@ accelerate launch run_fdpg.py --model_name_or_path=... --prompt="Once" --feature
 accelerate launch run_fdpg.py --model_name_or_path=... --dataset_name=prompts.txt --reward_funcs=rewards.py:polite
 """
 
-from contrastive_align.launch.fdpg import main
+import sys
+
+from contrastive_align.launch.cli import main
 
 
 if __name__ == "__main__":
-    main()
+    main(["fdpg", *sys.argv[1:]])

@@ -4,8 +4,10 @@ accelerate launch run_preference.py --loss_type=NCA                          # t
 accelerate launch run_preference.py yamls/preference_qlora.yaml --loss_type=DPO
 """
 
-from contrastive_align.launch.contrastive import main
+import sys
+
+from contrastive_align.launch.cli import main
 
 
 if __name__ == "__main__":
-    main(preference=True)
+    main(["preference", *sys.argv[1:]])

@@ -5,8 +5,10 @@ accelerate launch run_reward.py yamls/reward_qlora.yaml --beta=0.01          # a
 accelerate launch run_reward.py --model_name_or_path=... --dataset_name=my_groups.jsonl --loss_type=InfoNCA
 """
 
-from contrastive_align.launch.contrastive import main
+import sys
+
+from contrastive_align.launch.cli import main
 
 
 if __name__ == "__main__":
-    main()
+    main(["reward", *sys.argv[1:]])

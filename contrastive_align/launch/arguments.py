@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
 import types
@@ -11,27 +10,23 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 
+from contrastive_align.launch.bundled import find_yaml
+from contrastive_align.launch.flags import (
+    GONE,
+    RENAMED,
+    flag_name,
+    modernise_flags,
+    resolve_aliases,
+    resolve_flag_aliases,
+)
+from contrastive_align.launch.usage import UsageError, nearest
 from contrastive_align.trainers import ContrastiveConfig
-
-
-# Keys of older releases and of the published YAMLs -> today's key.
-RENAMED = {
-    "torch_dtype": "dtype",
-    "evaluation_strategy": "eval_strategy",
-    "preprocessing_num_workers": "dataset_num_proc",
-    "warmup_ratio": "warmup_steps",
-}
-# Keys that are no longer needed, and why.
-GONE = {
-    "overwrite_output_dir": "an existing output_dir is always written into",
-    "save_safetensors": "weights are always saved as safetensors",
-}
 
 
 def option(default: Any, help: str) -> Any:
@@ -42,6 +37,8 @@ def option(default: Any, help: str) -> Any:
 @dataclass
 class RunArguments(ScriptArguments):
     """Add limits on the number of rows to TRL's script arguments."""
+
+    ALIASES: ClassVar[dict[str, str]] = {}  # another name of an option on the command line and in YAML -> the option
 
     max_train_samples: int | None = option(None, "Only the first N training rows.")
     max_eval_samples: int | None = option(None, "Only the first N evaluation rows.")
@@ -75,15 +72,6 @@ class Arguments:
         return named == (None, None) and not self.datasets.datasets
 
 
-class UsageError(SystemExit):
-    """A wrong command line; prints the message and exits with status 2."""
-
-    def __init__(self, message: str):
-        print(f"error: {message}", file=sys.stderr)
-        super().__init__(2)
-        self.message = message
-
-
 def parse(
     argv: Sequence[str] | None = None,
     *,
@@ -94,27 +82,30 @@ def parse(
 ) -> Arguments:
     """Parse ``[config.yaml] [--flag=value ...]``.
 
-    The YAML file comes first or with ``--config``. Flags override the YAML file, which overrides ``defaults``. Every
-    key and flag must be a field of ``script``, ``training`` or TRL's dataclasses; anything else is a UsageError, with
-    the nearest known name. ``env:`` in the YAML file sets environment variables, as in TRL.
+    The YAML file comes first or with ``--config``, which takes the name of a bundled one, too. Flags override the YAML
+    file, which overrides ``defaults``. Every key and flag must be a field of ``script``, ``training`` or TRL's
+    dataclasses, or one of the script's ``ALIASES``; anything else is a UsageError, with the option that is meant.
+    ``env:`` in the YAML file sets environment variables, as in TRL.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     classes = (script, training, ModelConfig, DatasetMixtureConfig)
     usage = f"{prog} [config.yaml] [--flag=value ...]"
-    parser = TrlParser(classes, prog=prog, usage=f"{usage}    (all flags: {prog} --help)", allow_abbrev=False)
+    parser = TrlParser(classes, prog=prog, usage=usage, allow_abbrev=False)
     parser.error = lambda message: _usage_error(prog, message)  # argparse would print every flag there is
     actions = {action.dest: action for action in parser._actions}
-    known = set(actions) - {"help"}
+    aliases = script.ALIASES
+    known = set(actions) - {"help"} | set(aliases)
 
     config_path, flags = _split_config(argv)
     notes: list[str] = []
     config = _modernise(_read_config(config_path), notes, where=config_path) if config_path else {}
     for key in config:
         if key not in known:
-            raise UsageError(f"{config_path}: unknown key '{key}'{_nearest(str(key), known)}")
+            raise UsageError(f"{config_path}: unknown key '{key}'{nearest(str(key), known)}")
+    config = resolve_aliases(config, aliases, where=config_path or "")
     _check_kinds(config, classes, where=config_path or "")
-    flags = _modernise_flags(flags, notes, known)
-    given = set(config) | {_flag_name(f, known) for f in flags if f.startswith("--")}
+    flags = resolve_flag_aliases(modernise_flags(flags, notes, known), aliases)
+    given = set(config) | {flag_name(f, known) for f in flags if f.startswith("--")}
 
     config |= {key: value for key, value in (defaults or {}).items() if key not in given}
     if not _accelerator_available():
@@ -163,10 +154,8 @@ def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
 
 def read_yaml(path: str) -> Any:
     """Read a YAML file; raise UsageError if it does not exist or is not YAML."""
-    if not Path(path).is_file():
-        raise UsageError(f"no YAML file '{path}' (looked in {Path.cwd()}).")
     try:
-        return load_yaml(Path(path).read_bytes(), path)
+        return load_yaml(Path(find_yaml(path, "yamls")).read_bytes(), path)
     except ValueError as error:
         raise UsageError(str(error)) from error
 
@@ -245,33 +234,6 @@ def _from_mixer(mixer: Any, splits: Any, where: str) -> dict[str, Any]:
         raise UsageError(f"{found}, expected whole hundredths (0.25). Use max_train_samples for a smaller part.")
     parts = [{"path": name, "split": f"{splits[0]}[:{round(100 * part)}%]"} for name, part in mixer.items()]
     return keys | {"datasets": parts}
-
-
-def _modernise_flags(flags: list[str], notes: list[str], known: set[str]) -> list[str]:
-    result = []
-    for flag in flags:
-        if flag.startswith("--"):
-            name, equals, value = flag[2:].partition("=")
-            name = name.replace("-", "_")
-            if name in RENAMED:
-                notes.append(f"'--{name}' is now '--{RENAMED[name]}'")
-                flag = f"--{RENAMED[name]}{equals}{value}"
-            elif name in GONE:
-                raise UsageError(f"'--{name}' is gone: {GONE[name]}. Leave it out.")
-            elif name != "help" and _flag_name(flag, known) not in known:
-                raise UsageError(f"unknown flag '--{name}'{_nearest(name, known, '--')}")
-        result.append(flag)
-    return result
-
-
-def _flag_name(flag: str, known: set[str]) -> str:
-    name = flag[2:].partition("=")[0].replace("-", "_")
-    return name[3:] if name.startswith("no_") and name not in known else name
-
-
-def _nearest(name: str, known: set[str], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f". Did you mean '{prefix}{near[0]}'?" if near else ". See --help for all."
 
 
 def _check_kinds(config: dict[str, Any], classes: Sequence[type], where: str) -> None:

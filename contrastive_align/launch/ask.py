@@ -1,40 +1,74 @@
-"""``run_conditional.py --best="a prompt"``: sample a trained model under its best condition."""
+"""``contrastive-align ask --prompt="a prompt"``: sample a trained model under its best condition."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoModelForCausalLM
 
 from contrastive_align.conditions import Condition
+from contrastive_align.conditions.conditions import FILE
 from contrastive_align.conditions.tokens import load_with_condition_tokens
 from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
-from contrastive_align.launch.arguments import Arguments, UsageError
-from contrastive_align.launch.common import print_on_main
+from contrastive_align.launch.arguments import Arguments, RunArguments, option, parse
+from contrastive_align.launch.common import as_usage_error, check_model_flags, print_on_main
+from contrastive_align.launch.usage import UsageError
 from contrastive_align.models import load_tokenizer
 from contrastive_align.models.loading import adapter_config_path, base_of, eos_token_ids
 from contrastive_align.sampling.decode import draw, seed_of
+from contrastive_align.trainers import ConditionalConfig
 
 
-# The flags that --best accepts.
-FLAGS = {"best", "model_name_or_path", "dtype", "attn_implementation", "trust_remote_code", "use_cpu", "log_level"}
+# The flags that count where nothing is trained.
+FLAGS = {
+    "prompt",
+    "best",
+    "model_name_or_path",
+    "dtype",
+    "attn_implementation",
+    "trust_remote_code",
+    "use_cpu",
+    "log_level",
+}
 FLAGS |= {"num_generations", "max_completion_length", "temperature", "top_p", "seed"}
 
 
-def ask_best(args: Arguments) -> list[str]:
-    """Print the conditioned prompt and samples; return the samples."""
+@dataclass
+class AskArguments(RunArguments):
+    """Name the prompt."""
+
+    ALIASES: ClassVar[dict[str, str]] = {"best": "prompt"}
+
+    prompt: str | None = option(None, "What the model is asked.")
+
+
+def main(argv: Sequence[str] | None = None) -> list[str]:
+    """Ask a trained model as the command line says (see ``README.md``); return its samples."""
+    args = parse(argv, prog="contrastive-align ask", script=AskArguments, training=ConditionalConfig)
+    check_model_flags(args)
+    if args.script.prompt is None:
+        raise UsageError("nothing is asked. Give --prompt='a prompt'.")
+    with as_usage_error():
+        return ask_best(args, args.script.prompt)
+
+
+def ask_best(args: Arguments, prompt: str) -> list[str]:
+    """Print the prompt, under the best condition if the model has any, and samples; return the samples."""
     if unused := sorted(args.given - FLAGS):
-        raise UsageError(f"--{unused[0]} means nothing beside --best, which samples and trains nothing. Leave it out.")
+        raise UsageError(f"--{unused[0]} means nothing here: a model is asked, and nothing trained. Leave it out.")
     folder = args.model.model_name_or_path
-    if folder is None:
-        raise UsageError("--best needs the folder of a trained model: --model_name_or_path=output_dir.")
-    condition, training = Condition.load(folder), args.training
+    if "model_name_or_path" not in args.given:
+        raise UsageError("a trained model is asked: give its folder, --model_name_or_path=output_dir.")
+    training = args.training
+    condition = Condition.load(folder) if (Path(folder) / FILE).is_file() else None
     summary = Path(folder) / "summary.json"  # a checkpoint has none
     run = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-    text: Text = args.script.best
+    text: Text = prompt
     if run.get("data", {}).get("train", {}).get("conversational"):
         text = [{"role": "user", "content": text}]
     model, tokenizer = load_trained(
@@ -43,14 +77,16 @@ def ask_best(args: Arguments) -> list[str]:
         attn_implementation=args.model.attn_implementation,
         trust_remote_code=training.trust_remote_code,
     )
-    ids = tokenise_prompt(condition.apply_best(text), tokenizer)
+    ids = tokenise_prompt(text if condition is None else condition.apply_best(text), tokenizer)
+    if condition is None:
+        print_on_main(f"note: {folder} has no {FILE}, so the prompt is asked as it is")
     print_on_main(f"asked    {tokenizer.decode(ids)!r}")
     trained_at = run.get("method", {}).get("max_completion_length", training.max_completion_length)
     (found,), _ = sample_trained(
         model.to(training.device).eval(),
         tokenizer,
         [ids],
-        condition.tokens,
+        [] if condition is None else condition.tokens,
         per_prompt=training.num_generations if "num_generations" in args.given else 1,
         max_new_tokens=training.max_completion_length if "max_completion_length" in args.given else trained_at,
         seeds=[seed_of(training.seed, "best", 0)],
@@ -68,7 +104,7 @@ def load_trained(folder: str, **kwargs: Any) -> tuple[Any, Any]:
     config = adapter_config_path(folder)
     if config is None:
         if not (Path(folder) / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} has a condition.json, but no model: expected config.json and weights.")
+            raise FileNotFoundError(f"{folder} holds no model: expected config.json and weights.")
         return AutoModelForCausalLM.from_pretrained(folder, **kwargs), load_tokenizer(folder, trust_remote_code=trust)
     found = json.loads(Path(config).read_text())
     name = base_of(found.get("base_model_name_or_path"), folder)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging as std_logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
@@ -16,11 +16,13 @@ from transformers import TrainerCallback, set_seed
 from trl import get_peft_config, get_quantization_config
 
 from contrastive_align import demo
-from contrastive_align.launch.arguments import Arguments, UsageError, parse
+from contrastive_align.launch.arguments import Arguments, RunArguments, parse
 from contrastive_align.launch.datasets import load_prompts
+from contrastive_align.launch.usage import UsageError
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
+from contrastive_align.trainers import ContrastiveConfig
 from contrastive_align.trl_seam import ignore_bool_buffers
 from contrastive_align.versions import SUPPORTED
 
@@ -33,10 +35,38 @@ class Run:
     and ``summary``; until the trainer is built, they may append to ``args.notes``.
     """
 
+    command: str
+    arguments_class: type[RunArguments] = RunArguments
+    config_class: type = ContrastiveConfig
+    # Options of the bundled model and of the bundled data that no flag or YAML file sets.
+    demo_model: ClassVar[dict[str, Any]] = {}
+    demo_data: ClassVar[dict[str, Any]] = {}
     summary_class: type[Summary] = Summary
     rows_are = "prompts"
-
     user_errors: tuple[type[Exception], ...] = ()  # that the user can correct, beside those of as_usage_error
+
+    @classmethod
+    def parse(cls, argv: Sequence[str] | None = None) -> Arguments:
+        """Parse a command line, and again with defaults: those of the bundled model and data where these are used.
+
+        What :meth:`defaults` returns of the first result overrides both.
+        """
+        options: dict[str, Any] = {
+            "prog": f"contrastive-align {cls.command}",
+            "script": cls.arguments_class,
+            "training": cls.config_class,
+        }
+        args = parse(argv, **options)
+        check_model_flags(args)
+        chosen = cls.defaults(args)
+        defaults = DEMO_MODEL | cls.demo_model if args.model.model_name_or_path is None else {}
+        defaults |= DEMO_DATA | cls.demo_data if args.bundled_data else {}
+        return parse(argv, defaults=defaults | chosen, **options)
+
+    @classmethod
+    def defaults(cls, args: Arguments) -> dict[str, Any]:
+        """Return what the command line leaves out; refuse flags that do not fit together."""
+        return {"output_dir": f"runs/{cls.command}"}
 
     def __init__(self, args: Arguments) -> None:
         self.args = args
@@ -184,27 +214,9 @@ class RemoveEarlierSummary(TrainerCallback):
             (Path(args.output_dir) / "summary.json").unlink(missing_ok=True)
 
 
-# Options of the bundled model and of the bundled data that no flag or YAML file sets, beside those of the method.
+# As Run.demo_model and Run.demo_data, of all commands.
 DEMO_MODEL = {"model_name_or_path": demo.MODEL_PATH, "gradient_checkpointing": False}
 DEMO_DATA = {"lr_scheduler_type": "cosine", "save_strategy": "no"}
-Choose = Callable[[Arguments], dict[str, Any] | None]
-
-
-def parse_run(
-    argv: Sequence[str] | None, choose: Choose, *, demo_model: dict, demo_data: dict, **options: Any
-) -> Arguments:
-    """Parse a command line, and again with defaults: ``demo_model`` and ``demo_data`` where the bundled ones are used.
-
-    What ``choose`` returns of the first result overrides both; None stands for no defaults at all.
-    """
-    args = parse(argv, **options)
-    check_model_flags(args)
-    chosen = choose(args)
-    if chosen is None:
-        return args
-    defaults = DEMO_MODEL | demo_model if args.model.model_name_or_path is None else {}
-    defaults |= DEMO_DATA | demo_data if args.bundled_data else {}
-    return parse(argv, defaults=defaults | chosen, **options)
 
 
 def check_model_flags(args: Arguments) -> None:
@@ -222,9 +234,8 @@ def check_model_flags(args: Arguments) -> None:
         raise UsageError(f"No folder '{name}' for --model_name_or_path (looked in {Path.cwd()}).")
     if Path(name).is_file():
         raise UsageError(f"--model_name_or_path: '{name}' is a file, expected a folder or a hub id.")
-    asks = getattr(args.script, "best", None) is not None  # --best checks its folder itself
     has_model = any((Path(name) / file).is_file() for file in ("config.json", ADAPTER_CONFIG))
-    if name and not asks and Path(name).is_dir() and not has_model:
+    if name and Path(name).is_dir() and not has_model:
         raise UsageError(f"--model_name_or_path: '{name}' holds no model: neither config.json nor {ADAPTER_CONFIG}.")
     if args.training.output_dir and Path(args.training.output_dir).is_file():
         raise UsageError(f"--output_dir: '{args.training.output_dir}' is a file, expected a folder, or a new name.")

@@ -1,4 +1,4 @@
-"""``run_conditional.py``: train on completions under the condition that their feedback gives them."""
+"""``contrastive-align conditional``: train on completions under the condition that their feedback gives them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -18,20 +18,18 @@ from transformers.trainer_utils import SaveStrategy
 
 from contrastive_align.conditions import resolve_condition
 from contrastive_align.judge.judge import JudgeError
-from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, option
+from contrastive_align.launch.arguments import Arguments, RunArguments, option
 from contrastive_align.launch.ask import ask_best
-from contrastive_align.launch.common import Run, as_usage_error, model_arguments, parse_run, print_on_main
+from contrastive_align.launch.common import Run, as_usage_error, model_arguments, print_on_main
 from contrastive_align.launch.conditional_measure import Measurement, draw_picture, last_terms, rounds_of
 from contrastive_align.launch.datasets import load_prompts, load_scored, only_prompts
 from contrastive_align.launch.feedback_flags import build_judge, build_sampler, check_models, check_reward, read_spec
-from contrastive_align.report import Summary
+from contrastive_align.launch.usage import UsageError
 from contrastive_align.targets import resolve_feature
 from contrastive_align.trainers import ConditionalConfig, ConditionalTrainer
 
 
 DEMO_REWARD = "contrastive_align.demo:reward"
-DEMO_MODEL = {"max_completion_length": 40, "learning_rate": 4e-3}
-DEMO_DATA = {"per_device_train_batch_size": 64, "logging_steps": 20, "eval_prompts": 200}
 DEMO_ROUNDS = {"prompts_per_round": 128, "draws_per_round": 5120}
 # A run without these flags may replace its samples: its model, prompts and folder are the bundled ones.
 NOT_BUNDLED = {"model_name_or_path", "dataset_name", "datasets", "prompt", "reward", "judge", "output_dir", "pool_dir"}
@@ -54,6 +52,8 @@ class ConditionalArguments(RunArguments):
     (see ``targets.features``). Rewards are measured on ``eval_prompts`` of the evaluation split, or of the training
     split without one, with ``num_generations`` completions each under every condition.
     """
+
+    ALIASES: ClassVar[dict[str, str]] = {"num_rounds": "num_train_epochs", "reward_funcs": "reward"}
 
     prompt: str | None = option(None, "One prompt, instead of a dataset.")
     condition: dict | str | None = option(
@@ -97,22 +97,49 @@ class ConditionalArguments(RunArguments):
         return {name: getattr(self, name) for name in ("score_column", "feedback_column", "negate_score")}
 
 
-CLASSES = {"script": ConditionalArguments, "training": ConditionalConfig}
-
-
-def main(argv: Sequence[str] | None = None) -> Summary | list[str]:
-    """Train on conditions as the command line says (see ``README.md``); with ``--best``, return samples instead."""
-    args = _parse(argv)
-    if args.script.best is not None:
-        with as_usage_error(JudgeError):
-            return ask_best(args)
-    return ConditionalRun(args).execute()
-
-
 class ConditionalRun(Run):
-    """The run of ``run_conditional.py``."""
+    """The run of ``contrastive-align conditional``."""
 
+    command = "conditional"
+    arguments_class, config_class = ConditionalArguments, ConditionalConfig
+    demo_model: ClassVar[dict[str, Any]] = {"max_completion_length": 40, "learning_rate": 4e-3}
+    demo_data: ClassVar[dict[str, Any]] = {"per_device_train_batch_size": 64, "logging_steps": 20, "eval_prompts": 200}
     user_errors = (JudgeError,)
+
+    @classmethod
+    def defaults(cls, args: Arguments) -> dict[str, Any]:
+        """Return what the command line leaves out; refuse flags that do not fit together."""
+        script = args.script
+        defaults = super().defaults(args)
+        if script.best is not None:
+            return defaults
+        offline = script.offline and (not args.bundled_data or any(script.columns.values()))
+        if offline and args.bundled_data:
+            defaults["eval_reward"] = DEMO_REWARD
+            if script.condition is None:  # two to six completions per prompt are too few for quantiles
+                defaults["condition"] = {"kind": "quantile_tokens", "per_prompt": False}
+        elif args.bundled_data:
+            defaults |= DEMO_ROUNDS | ({"reward": DEMO_REWARD} if script.judge is None else {})
+        if script.judge is not None:
+            defaults["eval_prompts"] = JUDGED_PROMPTS
+        if offline and only_prompts(script):
+            raise UsageError(
+                "nothing says how good a completion is. Give --reward=file.py:function (or a reward-model id), "
+                "--judge='{model: ...}', or a dataset whose completions have scores or feedback."
+            )
+        for name in ("prompts_per_round", "drop_factor"):
+            if offline and name in args.given:
+                raise UsageError(
+                    f"--{name} belongs to sampling, and these completions are there already. Leave it out."
+                )
+        return defaults
+
+    def execute(self) -> Any:
+        """Train and return the summary; with ``--best``, return samples instead."""
+        if self.args.script.best is None:
+            return super().execute()
+        with as_usage_error(JudgeError):
+            return ask_best(self.args, self.args.script.best)
 
     def load_data(self) -> tuple[Dataset, Dataset | None, str]:
         """Load prompts or, without a reward or judge, scored completions."""
@@ -223,8 +250,8 @@ class ConditionalRun(Run):
     def after_saving(self) -> None:
         """Add the rounds, and the command that asks for the best."""
         self.summary.training |= {**last_terms(self.trainer), "rounds": rounds_of(self.trainer)}
-        command = f'run_conditional.py --model_name_or_path={self.args.training.output_dir} --best="a prompt"'
-        self.summary.saved["ask for the best"] = f"python {command}"
+        command = f'contrastive-align ask --model_name_or_path={self.args.training.output_dir} --prompt="a prompt"'
+        self.summary.saved["ask for the best"] = command
 
     def measure(self) -> None:
         """Measure the trained model given each condition, and draw the picture."""
@@ -252,37 +279,6 @@ def _stopped_by_hand(trainer: ConditionalTrainer) -> Iterator[None]:
             f"{'there and from ' if kept else ''}the last checkpoint{lost}."
         )
         raise SystemExit(130) from None
-
-
-def _parse(argv: Sequence[str] | None) -> Arguments:
-    prog = "run_conditional.py"
-    return parse_run(argv, _defaults, demo_model=DEMO_MODEL, demo_data=DEMO_DATA, prog=prog, **CLASSES)
-
-
-def _defaults(args: Arguments) -> dict[str, Any] | None:
-    """Return what the command line leaves out; refuse flags that do not fit together."""
-    script = args.script
-    if script.best is not None:
-        return None
-    defaults: dict[str, Any] = {"output_dir": "runs/conditional"}
-    offline = script.offline and (not args.bundled_data or any(script.columns.values()))
-    if offline and args.bundled_data:
-        defaults["eval_reward"] = DEMO_REWARD
-        if script.condition is None:  # two to six completions per prompt are too few for quantiles
-            defaults["condition"] = {"kind": "quantile_tokens", "per_prompt": False}
-    elif args.bundled_data:
-        defaults |= DEMO_ROUNDS | ({"reward": DEMO_REWARD} if script.judge is None else {})
-    if script.judge is not None:
-        defaults["eval_prompts"] = JUDGED_PROMPTS
-    if offline and only_prompts(script):
-        raise UsageError(
-            "nothing says how good a completion is. Give --reward=file.py:function (or a reward-model id), "
-            "--judge='{model: ...}', or a dataset whose completions have scores or feedback."
-        )
-    for name in ("prompts_per_round", "drop_factor"):
-        if offline and name in args.given:
-            raise UsageError(f"--{name} belongs to sampling, and these completions are there already. Leave it out.")
-    return defaults
 
 
 def _plain(spec: Any) -> Any:

@@ -1,9 +1,8 @@
-"""``run_reward.py`` and ``run_preference.py``: train on scored completions or on pairs."""
+"""``contrastive-align reward`` and ``preference``: train on scored completions or on pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from accelerate.utils import is_peft_model
 from datasets import Dataset
@@ -11,54 +10,36 @@ from datasets import Dataset
 from contrastive_align import demo
 from contrastive_align.data import DataReport, detect_spelling
 from contrastive_align.data.tokenise import tokenise_prompt
-from contrastive_align.launch.arguments import Arguments, UsageError
 from contrastive_align.launch.ask import sample_trained
-from contrastive_align.launch.common import Run, model_arguments, parse_run
+from contrastive_align.launch.common import Run, model_arguments
 from contrastive_align.launch.datasets import DEMO_NAME, load_demo, load_splits
+from contrastive_align.launch.usage import UsageError
 from contrastive_align.report import Change, Summary
 from contrastive_align.sampling.decode import seed_of
 from contrastive_align.trainers import ContrastiveTrainer
 
 
-DEMO_MODEL = {"max_length": 512, "learning_rate": 3e-4}
-DEMO_BATCHES = {"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32}
-DEMO_DATA = {**DEMO_BATCHES, "num_train_epochs": 1, "logging_steps": 10}
 DEMO_SAMPLES = {"per_prompt": 4, "max_new_tokens": 48}
 MEASURED_TRAIN_GROUPS = 256
 
 
-def main(argv: Sequence[str] | None = None, *, preference: bool = False) -> Summary:
-    """Align a model on scored completions, or on pairs, as the command line says (see ``README.md``)."""
-    prog = "run_preference.py" if preference else "run_reward.py"
-    return ContrastiveRun(_parse(argv, prog, preference), preference).execute()
+class RewardRun(Run):
+    """The run of ``contrastive-align reward``."""
 
-
-def _parse(argv: Sequence[str] | None, prog: str, preference: bool) -> Arguments:
-    output = {"output_dir": "runs/preference" if preference else "runs/reward"}
-    return parse_run(argv, lambda args: output, demo_model=DEMO_MODEL, demo_data=DEMO_DATA, prog=prog)
-
-
-class ContrastiveRun(Run):
-    """The run of ``run_reward.py`` and ``run_preference.py``."""
-
-    def __init__(self, args: Arguments, preference: bool) -> None:
-        super().__init__(args)
-        self.preference = preference
+    command = "reward"
+    demo_model: ClassVar[dict[str, Any]] = {"max_length": 512, "learning_rate": 3e-4}
+    demo_data: ClassVar[dict[str, Any]] = {
+        **{"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32},
+        **{"num_train_epochs": 1, "logging_steps": 10},
+    }
 
     def load_data(self) -> tuple[Any, Any, str]:
-        """Load the groups, which must be pairs for ``run_preference.py``."""
+        """Load the groups."""
         args, name = self.args, self.args.dataset or DEMO_NAME
         if args.bundled_data:
-            train, test = load_demo(args, preference=self.preference)
+            train, test = load_demo(args, preference=self.command == "preference")
         else:
             train, test = load_splits(args, on_bad_row=args.training.on_bad_row)
-        if self.preference:
-            first = next(iter(train))
-            if detect_spelling(list(first), first) != "preference":
-                raise UsageError(
-                    f"{name} has scored completions (columns {sorted(first)}), expected 'chosen' and 'rejected'. Use "
-                    "run_reward.py, which takes any number of them."
-                )
         return train, test, name
 
     def build_trainer(self, checkpoint: str | bool | None) -> ContrastiveTrainer:
@@ -100,6 +81,23 @@ class ContrastiveRun(Run):
         if self.args.bundled_data:
             after = _demo_rewards(self.trainer, self.test_rows)
             self.summary.metrics = {"mean_reward": Change.paired(self.rewards_before, after), **self.summary.metrics}
+
+
+class PreferenceRun(RewardRun):
+    """The run of ``contrastive-align preference``."""
+
+    command = "preference"
+
+    def load_data(self) -> tuple[Any, Any, str]:
+        """Load the groups, which must be pairs."""
+        train, test, name = super().load_data()
+        first = next(iter(train))
+        if detect_spelling(list(first), first) != "preference":
+            raise UsageError(
+                f"{name} has scored completions (columns {sorted(first)}), expected 'chosen' and 'rejected'. Use "
+                "contrastive-align reward, which takes any number of them."
+            )
+        return train, test, name
 
 
 def _data_entry(name: str, report: DataReport) -> dict[str, Any]:

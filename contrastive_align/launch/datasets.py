@@ -18,7 +18,8 @@ from contrastive_align import demo
 from contrastive_align.conditions import AttributeCondition, Condition
 from contrastive_align.data import BadRow, detect_spelling, read_group
 from contrastive_align.data.formats import PROMPT_COLUMNS, ROW, UNREADABLE
-from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError
+from contrastive_align.launch.arguments import Arguments, RunArguments
+from contrastive_align.launch.usage import UsageError
 from contrastive_align.trl_seam import DatasetConfig
 
 

@@ -1,34 +1,32 @@
-"""``run_fdpg.py``: train towards a target on prompts, with samples of the model."""
+"""``contrastive-align fdpg``: train towards a target on prompts, with samples of the model."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset
 from transformers import AutoConfig
 
 from contrastive_align.data import distinct_prompts
-from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError, load_yaml, option
-from contrastive_align.launch.common import Run, model_arguments, parse_run, picture_saved
+from contrastive_align.launch.arguments import Arguments, RunArguments, load_yaml, option
+from contrastive_align.launch.common import Run, model_arguments, picture_saved
 from contrastive_align.launch.datasets import only_prompts, repeat
+from contrastive_align.launch.feedback_flags import read_spec
 from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for
+from contrastive_align.launch.usage import UsageError
 from contrastive_align.models.loading import adapter_config_path
-from contrastive_align.report import Summary, TargetSummary, plot_steps
+from contrastive_align.report import TargetSummary, plot_steps
 from contrastive_align.targets import InfeasibleMoment, Target, resolve_constraint, weighted_sum
 from contrastive_align.trainers import FDPGConfig, FDPGTrainer
 
 
 DEMO_FEATURES = [{"contains": "please", "moment": 0.5}]
 PICTURE = "moments_and_divergences.png"
-DEMO_MODEL = {"max_completion_length": 48, "learning_rate": 3e-4}
-DEMO_STEPS = {"max_steps": 60, "per_device_train_batch_size": 256, "num_generations": 16, "logging_steps": 1}
-DEMO_DATA = {**DEMO_STEPS, "fit_samples": 65536, "eval_samples": 15_000, "eval_prompts": 200}
 FEW_PROMPTS = {"max_steps": 100}  # a pass over one prompt is one step
 
 
@@ -41,21 +39,24 @@ class FDPGArguments(RunArguments):
     samples.
     """
 
+    ALIASES: ClassVar[dict[str, str]] = {"reward_funcs": "reward"}
+
     prompt: str | None = option(None, "One prompt, instead of a dataset.")
     features: list | str | None = option(None, "Constraints: '[{contains: please, moment: 0.5}]'.")
-    reward_funcs: list[str] | None = option(None, "file.py:function or reward-model ids: base * exp(reward / beta).")
+    reward: list[str] | None = option(None, "file.py:function or reward-model ids: base * exp(reward / beta).")
     eval_samples: int = option(10_000, "Samples measured of each distribution; 0: none.")
     eval_prompts: int = option(100, "At most so many prompts they are spread over.")
     qrs_acceptance: float = option(0.5, "Wished acceptance rate of QRS; 0: no QRS.")
 
     def __post_init__(self):
         super().__post_init__()
+        self.reward = self.reward and [read_spec("reward", spec) for spec in self.reward]
         if isinstance(self.features, str):
             self.features = load_yaml(self.features, f"features is {self.features!r}, which")
         if self.features is not None and not (isinstance(self.features, list) and self.features):
             raise ValueError(f"features is {self.features!r}, expected a list: [{{contains: please, moment: 0.5}}].")
-        if self.features and self.reward_funcs:
-            raise ValueError("both features and reward_funcs are given. Give one: constraints, or rewards to raise.")
+        if self.features and self.reward:
+            raise ValueError("both features and reward are given. Give one: constraints, or rewards to raise.")
         if self.eval_samples < 0 or self.eval_prompts < 1:
             found = f"eval_samples is {self.eval_samples} and eval_prompts {self.eval_prompts}"
             raise ValueError(f"{found}, expected at least 0 and 1.")
@@ -68,19 +69,39 @@ class FDPGArguments(RunArguments):
             raise ValueError(f"qrs_acceptance is {self.qrs_acceptance}, expected a rate between 0 and 1.")
 
 
-CLASSES = {"script": FDPGArguments, "training": FDPGConfig}
-
-
-def main(argv: Sequence[str] | None = None) -> Summary:
-    """Train a model towards a target as the command line says (see ``README.md``)."""
-    return FDPGRun(_parse(argv)).execute()
-
-
 class FDPGRun(Run):
-    """The run of ``run_fdpg.py``."""
+    """The run of ``contrastive-align fdpg``."""
 
+    command = "fdpg"
+    arguments_class, config_class = FDPGArguments, FDPGConfig
+    demo_model: ClassVar[dict[str, Any]] = {"max_completion_length": 48, "learning_rate": 3e-4}
+    demo_data: ClassVar[dict[str, Any]] = {
+        **{"max_steps": 60, "per_device_train_batch_size": 256, "num_generations": 16, "logging_steps": 1},
+        **{"fit_samples": 65536, "eval_samples": 15_000, "eval_prompts": 200},
+    }
     user_errors = (InfeasibleMoment,)
     summary_class = TargetSummary
+
+    @classmethod
+    def defaults(cls, args: Arguments) -> dict[str, Any]:
+        """Return what the command line leaves out; refuse a run without a target."""
+        script = args.script
+        defaults = super().defaults(args)
+        if only_prompts(script):
+            defaults |= FEW_PROMPTS
+        if "num_train_epochs" in args.given:
+            defaults["max_steps"] = -1  # the epochs decide
+        if not script.features and not script.reward:
+            if not args.bundled_data or args.model.model_name_or_path is not None:
+                raise UsageError(
+                    "nothing to train towards. Give --features='[{contains: please, moment: 0.5}]' (or a list in a "
+                    "YAML), or --reward=file.py:function."
+                )
+            defaults["features"] = DEMO_FEATURES
+        for name in ("beta", "reward_weights"):
+            if name in args.given and not script.reward:
+                raise UsageError(f"--{name} belongs to --reward, which is not given. Leave it out.")
+        return defaults
 
     def build_trainer(self, checkpoint: str | bool | None) -> FDPGTrainer:
         """Build the target and the trainer, and choose the rows to measure."""
@@ -138,37 +159,12 @@ class FDPGRun(Run):
         summary.state = "\n".join(f"note: {remark}" for remark in remarks)
 
 
-def _parse(argv: Sequence[str] | None) -> Arguments:
-    return parse_run(argv, _defaults, demo_model=DEMO_MODEL, demo_data=DEMO_DATA, prog="run_fdpg.py", **CLASSES)
-
-
-def _defaults(args: Arguments) -> dict[str, Any]:
-    """Return what the command line leaves out; refuse a run without a target."""
-    script = args.script
-    defaults: dict[str, Any] = {"output_dir": "runs/fdpg"}
-    if only_prompts(script):
-        defaults |= FEW_PROMPTS
-    if "num_train_epochs" in args.given:
-        defaults["max_steps"] = -1  # the epochs decide
-    if not script.features and not script.reward_funcs:
-        if not args.bundled_data or args.model.model_name_or_path is not None:
-            raise UsageError(
-                "nothing to train towards. Give --features='[{contains: please, moment: 0.5}]' (or a list in a YAML), "
-                "or --reward_funcs=file.py:function."
-            )
-        defaults["features"] = DEMO_FEATURES
-    for name in ("beta", "reward_weights"):
-        if name in args.given and not script.reward_funcs:
-            raise UsageError(f"--{name} belongs to --reward_funcs, which is not given. Leave it out.")
-    return defaults
-
-
 def _build_target(args: Arguments) -> Target:
     context = {"device": args.training.device, "trust_remote_code": args.training.trust_remote_code}
     if args.script.features:
         return Target([resolve_constraint(spec, **context) for spec in args.script.features])
     weights, args.training.reward_weights = args.training.reward_weights or None, None  # the target has them now
-    reward = weighted_sum(args.script.reward_funcs, weights, name="reward", **context)
+    reward = weighted_sum(args.script.reward, weights, name="reward", **context)
     return Target.from_reward(reward, args.training.beta)
 
 

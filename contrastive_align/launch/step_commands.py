@@ -16,10 +16,11 @@ from contrastive_align.data.formats import BadRow, Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.judge.judge import resolve_judge
 from contrastive_align.launch import step_files
-from contrastive_align.launch.arguments import UsageError, read_yaml
+from contrastive_align.launch.arguments import read_yaml
 from contrastive_align.launch.ask import load_trained, sample_trained
 from contrastive_align.launch.feedback_flags import read_spec
 from contrastive_align.launch.step_files import LISTS, Output, Row, fingerprint, read_rows
+from contrastive_align.launch.usage import UsageError
 from contrastive_align.models import load_tokenizer
 from contrastive_align.openai_client import CallError
 from contrastive_align.sampling.decode import seed_of
@@ -43,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     """Run one step and print its result in one line; raise UsageError for an error that the user can correct."""
     args, rest = build_parser().parse_known_args(argv)
     if rest and args.step != "train":
-        raise UsageError(
-            f"{args.step}: unknown {' '.join(rest)!r}. See python -m contrastive_align.steps {args.step} -h."
-        )
+        raise UsageError(f"{args.step}: unknown {' '.join(rest)!r}. See contrastive-align steps {args.step} -h.")
     try:
         if args.step == "train":
             return train(args, rest)
@@ -203,13 +202,13 @@ def _merge(args: Namespace) -> str:
 
 
 def train(args: Namespace, rest: list[str]) -> Any:
-    """Write the rows as a data set into ``output_dir`` and run ``run_conditional.py`` on it."""
-    from contrastive_align.launch.conditional import main
+    """Write the rows as a data set into ``output_dir`` and run ``contrastive-align conditional`` on it."""
+    from contrastive_align.launch.cli import main
 
     rows = convert(read_rows(args.input, generations=True), args.score_key, where=args.input)
     path = Path(args.output_dir) / CONVERTED
     step_files.write_rows(path, map(step_files.to_line, rows))
-    return main([*rest, f"--dataset_name={path}", f"--output_dir={args.output_dir}"])
+    return main(["conditional", *rest, f"--dataset_name={path}", f"--output_dir={args.output_dir}"])
 
 
 def convert(rows: list[Row], score_key: str | None, *, where: str) -> list[Row]:
@@ -241,8 +240,8 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser with one subparser for each step."""
-    about = "``python -m contrastive_align.steps``: the command line."
-    parser = _Parser(prog="python -m contrastive_align.steps", description=about, allow_abbrev=False)
+    about = "Conditional training in steps over JSONL files."
+    parser = _Parser(prog="contrastive-align steps", description=about, allow_abbrev=False)
     steps = parser.add_subparsers(dest="step", required=True, metavar="step")
 
     def step(name: str, run: Any, what: str) -> argparse.ArgumentParser:
@@ -271,7 +270,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = step("score", score, "Completions -> 'rewards', from a reward function or a reward model.")
     p.add_argument("--input", required=True, help="JSONL with 'prompt' and 'generations'.")
-    p.add_argument("--reward", required=True, help="file.py:function, a reward-model id, or a feature as YAML text.")
+    p.add_argument(
+        "--reward",
+        "--reward_funcs",
+        required=True,
+        help="file.py:function, a reward-model id, or a feature as YAML text.",
+    )
     p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
     _output(p, "scored.jsonl")
 
@@ -284,7 +288,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--inputs", required=True, help="A pattern, such as 'gen.*.jsonl', quoted.")
     _output(p, "gen.jsonl")
 
-    p = step("train", None, "Scored or judged completions -> a model: run_conditional.py, which takes all other flags.")
+    p = step(
+        "train",
+        None,
+        "Scored or judged completions -> a model: contrastive-align conditional, which takes all other flags.",
+    )
     p.add_argument("--input", required=True, help="JSONL with 'generations', and 'rewards' or 'scores' or 'feedbacks'.")
     p.add_argument("--output_dir", required=True, help="Where the model goes.")
     p.add_argument("--score_key", choices=["rewards", "scores"], help="Which numbers, where both are there.")

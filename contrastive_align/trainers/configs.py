@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, RLOOConfig, SFTConfig
 
+from contrastive_align.docstrings import option_texts
 from contrastive_align.losses.contrastive import LOSSES, canonical_loss_name
 from contrastive_align.losses.divergences import canonical_divergence_name
 from contrastive_align.models.layout import LAYOUTS
@@ -161,8 +161,7 @@ def describe_options(**choices: tuple[str, ...]) -> Callable[[Config], Config]:
     """
 
     def describe(cls: Config) -> Config:
-        entries = re.findall(r"^ {8}(\w+) \(.*\):\n((?: {12}.*\n)+)", cls.__doc__ or "", re.MULTILINE)
-        help_of = {name: " ".join(text.replace("`", "").split()) for name, text in entries}
+        help_of = option_texts(cls.__doc__ or "")
         cls.choices = choices
         for option in fields(cls):
             if option.name in vars(cls).get("__annotations__", {}):

@@ -12,8 +12,9 @@ from trl.scripts.utils import DatasetConfig
 
 from contrastive_align import demo
 from contrastive_align.data import BadRow, prepare_groups
-from contrastive_align.launch.arguments import Arguments, RunArguments, UsageError
+from contrastive_align.launch.arguments import Arguments, RunArguments
 from contrastive_align.launch.datasets import load_splits
+from contrastive_align.launch.usage import UsageError
 
 
 def row(n: int) -> dict:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,25 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from contrastive_align import demo
-from contrastive_align.launch import conditional, contrastive, fdpg
-from contrastive_align.launch.arguments import UsageError
-from contrastive_align.launch.contrastive import main
+from contrastive_align.launch import cli
+from contrastive_align.launch.usage import UsageError
 from contrastive_align.trainers import ContrastiveTrainer
 
 
 ROOT = Path(__file__).parents[2]
+
+
+def command(name, argv):
+    return cli.main([name, *argv])
+
+
+FDPG, CONDITIONAL = partial(command, "fdpg"), partial(command, "conditional")
+
+
+def main(argv, preference=False):
+    return command("preference" if preference else "reward", argv)
+
+
 SMALL = ["--max_train_samples=32", "--max_eval_samples=8", "--disable_tqdm=true"]
 
 
@@ -137,7 +150,7 @@ def test_preferences_want_pairs(tmp_path, capsys):
     file.write_text(json.dumps({"prompt": "a", "completions": ["b", "c"], "scores": [1, 0]}))
     with pytest.raises(UsageError):
         main([f"--dataset_name={file}", f"--output_dir={tmp_path}"], preference=True)
-    assert "run_reward.py" in capsys.readouterr().err
+    assert "contrastive-align reward" in capsys.readouterr().err
 
 
 def test_resuming_from_the_command_line(tmp_path):
@@ -150,12 +163,18 @@ def test_resuming_from_the_command_line(tmp_path):
 
 
 REFUSED = {
-    "reward": (contrastive.main, ["--ld_alpha=0.5"]),
-    "reward, in train()": (contrastive.main, ["--resume_from_checkpoint={empty}"]),
-    "fdpg": (fdpg.main, ["--features=[{{contains: please}}]"]),
-    "fdpg, in train()": (fdpg.main, ["--features=[{{contains: zebra, moment: 1.0}}]", "--fit_samples=256"]),
-    "conditional": (conditional.main, ["--num_generations=4"]),
-    "conditional, in train()": (conditional.main, ["--resume_from_checkpoint={empty}", "--eval_prompts=0"]),
+    "reward": (main, ["--ld_alpha=0.5"]),
+    "reward, in train()": (main, ["--resume_from_checkpoint={empty}"]),
+    "fdpg": (FDPG, ["--features=[{{contains: please}}]"]),
+    "fdpg, in train()": (
+        FDPG,
+        ["--features=[{{contains: zebra, moment: 1.0}}]", "--fit_samples=256"],
+    ),
+    "conditional": (CONDITIONAL, ["--num_generations=4"]),
+    "conditional, in train()": (
+        CONDITIONAL,
+        ["--resume_from_checkpoint={empty}", "--eval_prompts=0"],
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""run_conditional.py from the command line to summary.json, the pictures and --best."""
+"""contrastive-align conditional from the command line to summary.json, the pictures and --best."""
 
 import json
 import logging
@@ -17,12 +17,17 @@ from transformers import AutoModelForCausalLM
 
 from contrastive_align import demo
 from contrastive_align.conditions import Condition, resolve_condition
-from contrastive_align.launch.arguments import UsageError
-from contrastive_align.launch.conditional import _stopped_by_hand, main
+from contrastive_align.launch import cli
+from contrastive_align.launch.conditional import _stopped_by_hand
 from contrastive_align.launch.conditional_measure import in_words
 from contrastive_align.launch.datasets import with_feedback
 from contrastive_align.launch.feedback_flags import build_judge
+from contrastive_align.launch.usage import UsageError
 from contrastive_align.report import Change, plot_rewards, plot_round
+
+
+def main(argv):
+    return cli.main(["conditional", *argv])
 
 
 ROOT = Path(__file__).parents[2]
@@ -77,9 +82,8 @@ def test_the_embedded_default(tmp_path, capsys, monkeypatch):
     shown = capsys.readouterr().out
     assert r"asked    '<quantile_0>Ask Ben to feed the cat.\n'" in shown and shown.count("sampled  ") == 3
     assert len(set(samples)) > 1 and not any(token in text for text in samples for token in TOKENS)
-    assert samples == main(
-        [f"--model_name_or_path={tmp_path}", "--best=Ask Ben to feed the cat.\n", *["--num_generations=3"]]
-    )
+    ask[1] = ask[1].replace("--best", "--prompt")
+    assert samples == cli.main(["ask", *ask])
 
 
 def test_the_default_folder_is_replaced_without_flags(tmp_path, monkeypatch):
@@ -278,11 +282,10 @@ def raises(prompts, completions, **columns):
         ([SCORED, "--score_column=none"], "None of the 10 completions has a score, from which"),
         ([SCORED, *POOLED, "--eval_prompts=3"], "The 3 completions to evaluate on cannot be sorted"),
         (["--eval_prompts=-1"], "eval_prompts is -1"),
-        (["--best=Hello"], "--best needs the folder of a trained model"),
-        (["--best=Hello", "--model_name_or_path=.", "--kl_coef=0"], "--kl_coef means nothing beside --best"),
-        (["--best=Hello", "--model_name_or_path=saved"], "saved has a condition.json, but no model"),
+        (["--best=Hello"], "a trained model is asked: give its folder"),
+        (["--best=Hello", f"--model_name_or_path={demo.MODEL_PATH}", "--kl_coef=0"], "--kl_coef means nothing here"),
+        (["--best=Hello", "--model_name_or_path=saved"], "'saved' holds no model"),
         (["--best=Hello", "--model_name_or_path=moved"], "No folder '/of/old'"),
-        (["--best=Hello", f"--model_name_or_path={demo.MODEL_PATH}"], "has no condition.json"),
     ],
 )
 def test_wrong_input_is_a_message_and_exit_2(flags, said, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""run_fdpg.py from the command line to summary.json and the picture."""
+"""contrastive-align fdpg from the command line to summary.json and the picture."""
 
 import importlib
 import json
@@ -13,10 +13,16 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from contrastive_align import demo
-from contrastive_align.launch.arguments import UsageError, parse
+from contrastive_align.launch import cli
+from contrastive_align.launch.arguments import parse
 from contrastive_align.launch.datasets import load_prompts, repeat
-from contrastive_align.launch.fdpg import FDPGArguments, main
+from contrastive_align.launch.fdpg import FDPGArguments
+from contrastive_align.launch.usage import UsageError
 from contrastive_align.report import Number, distribution_rows, plot_steps
+
+
+def main(argv):
+    return cli.main(["fdpg", *argv])
 
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +121,7 @@ def test_few_samples_are_measured_on_few_prompts(tmp_path, capsys):
 def test_a_text_file_and_a_reward(tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Ask Anna to close the door.\n\nAsk Ben to feed the cat.\n")
-    reward = ["--reward_funcs", "contrastive_align.demo:reward", "--beta=0.2", "--divergence=reverse_kl"]
+    reward = ["--reward", "contrastive_align.demo:reward", "--beta=0.2", "--divergence=reverse_kl"]
     flags = [f"--dataset_name={prompts}", *SMALL[1:], "--max_steps=1", "--qrs_acceptance=0", f"--output_dir={tmp_path}"]
     summary = main([*reward, *flags])
     assert "base * exp(reward / 0.2)" in summary.method["line"] and summary.data["train"]["rows"] == 2
@@ -164,8 +170,8 @@ def text(prompts, completions, **columns):
         (["--features=[{containz: please, moment: 0.5}]"], "expected exactly one of"),
         (["--features=[{contains: please, moment: 0.5, whole: 1}]"], "unknown key 'whole'"),
         (["--features={contains: please, moment: 0.5}"], "expected a list"),
-        ([PLEASE, "--reward_funcs=a.py:f"], "both features and reward_funcs"),
-        ([PLEASE, "--beta=0.1"], "--beta belongs to --reward_funcs"),
+        ([PLEASE, "--reward=a.py:f"], "both features and reward"),
+        ([PLEASE, "--beta=0.1"], "--beta belongs to --reward,"),
         ([PLEASE, "--prompt=a", "--dataset_name=b"], "both a prompt and a dataset"),
         ([PLEASE, "--dataset_name=./nothing.txt"], "no file 'nothing.txt'"),
         ([PLEASE, "--qrs_acceptance=2"], "qrs_acceptance is 2.0"),

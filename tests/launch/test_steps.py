@@ -20,10 +20,11 @@ from contrastive_align.conditions.tokens import add_condition_tokens
 from contrastive_align.demo import MODEL_PATH
 from contrastive_align.demo.task import all_prompts
 from contrastive_align.judge.judge import resolve_judge
-from contrastive_align.launch import ask, step_commands
-from contrastive_align.launch.arguments import UsageError
+from contrastive_align.launch import ask, cli, step_commands
+from contrastive_align.launch.conditional import ConditionalRun
 from contrastive_align.launch.step_commands import convert, main
 from contrastive_align.launch.step_files import part_rows
+from contrastive_align.launch.usage import UsageError
 from contrastive_align.sampling.decode import seed_of
 from contrastive_align.sampling.server import SEEDS
 
@@ -401,13 +402,13 @@ def test_an_empty_completion_that_does_not_say_that_it_ended_is_refused():
 
 
 def test_training_is_run_conditional_on_the_converted_file(tmp_path, monkeypatch):
-    conditional = pytest.importorskip("contrastive_align.launch.conditional")
-    monkeypatch.setattr(conditional, "main", lambda argv: argv)
+    monkeypatch.setattr(cli, "main", lambda argv: argv)
     rows = [{"prompt": "p", "generations": ["a", "b"], "rewards": [1.0, 0.0]}]
     argv = main(
         ["train", f"--input={write(tmp_path / 's.jsonl', rows)}", "--output_dir=out", "yamls/x.yaml", "--max_steps=3"]
     )
-    assert argv == ["yamls/x.yaml", "--max_steps=3", "--dataset_name=out/scored_completions.jsonl", "--output_dir=out"]
+    written = ["--dataset_name=out/scored_completions.jsonl", "--output_dir=out"]
+    assert argv == ["conditional", "yamls/x.yaml", "--max_steps=3", *written]
     assert read(tmp_path / "out" / "scored_completions.jsonl") == convert(rows, None, where="")
 
 
@@ -440,22 +441,19 @@ def commands(readme, script):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_the_commands_of_a_recipe_parse(recipe, monkeypatch):
-    from contrastive_align.launch.arguments import parse
-    from contrastive_align.launch.conditional import CLASSES
-
     monkeypatch.chdir(recipe.parent.parent)
     run = commands(recipe / "README.md", "run_conditional.py ")
     steps = commands(recipe / "README.md", "contrastive_align.steps ")
     assert run and steps
     for argv in run:
-        parse(argv, prog="run_conditional.py", **CLASSES)
+        ConditionalRun.parse(argv)
     for argv in steps:
         if "..." not in argv:
             argv = [arg.replace("$k", "3") for arg in argv]
             args, rest = step_commands.build_parser().parse_known_args(argv)
             assert args.step == "train" or not rest
             if rest:
-                parse(rest, prog="run_conditional.py", **CLASSES)
+                ConditionalRun.parse(rest)
 
 
 def test_the_judge_of_the_dialogue_recipe(tmp_path):

@@ -14,18 +14,24 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 
 from contrastive_align.conditions import resolve_condition
-from contrastive_align.launch import conditional, contrastive, fdpg
-from contrastive_align.launch.arguments import RENAMED, UsageError, parse
+from contrastive_align.launch import conditional, fdpg
+from contrastive_align.launch.arguments import parse
+from contrastive_align.launch.bundled import FORMER_NAMES, bundled, find_yaml
+from contrastive_align.launch.conditional import ConditionalRun
+from contrastive_align.launch.contrastive import RewardRun
+from contrastive_align.launch.fdpg import FDPGRun
+from contrastive_align.launch.flags import RENAMED
+from contrastive_align.launch.usage import UsageError
 
 
 ROOT = Path(__file__).resolve().parents[2]
 YAMLS = sorted((ROOT / "yamls").glob("*.yaml"))
 ACCELERATE = {
     "multi_gpu": DistributedType.MULTI_GPU,
-    "deepspeed_zero2": DistributedType.DEEPSPEED,
-    "deepspeed_zero3": DistributedType.DEEPSPEED,
-    "deepspeed_zero3_offload": DistributedType.DEEPSPEED,
-    "fsdp": DistributedType.FSDP,
+    "zero2": DistributedType.DEEPSPEED,
+    "zero3": DistributedType.DEEPSPEED,
+    "zero3_offload": DistributedType.DEEPSPEED,
+    "fsdp2": DistributedType.FSDP,
 }
 PUBLISHED = {
     "reward_qlora": ("ChenDRAG/ultrafeedback_reward", "run_reward.py"),
@@ -57,17 +63,33 @@ def yaml_path(name: str) -> str:
 def parse_yaml(path: str | Path, *flags: str):
     """As the script that the YAML is for."""
     stem = Path(path).stem
-    classes = fdpg.CLASSES if stem.startswith("fdpg") else conditional.CLASSES if stem in CONDITIONAL else {}
-    return parse([str(path), *flags], prog="test", **classes)
+    run = FDPGRun if stem.startswith("fdpg") else ConditionalRun if stem in CONDITIONAL else RewardRun
+    return parse([str(path), *flags], prog="test", script=run.arguments_class, training=run.config_class)
 
 
 def accelerate_path(name: str) -> str:
-    return str(ROOT / "recipes" / "accelerate_configs" / f"{name}.yaml")
+    return find_yaml(name, "accelerate_configs")
 
 
 def test_the_files_are_there():
     assert {p.stem for p in YAMLS} >= {*PUBLISHED, *FDPG, *CONDITIONAL, "reward_tiny"}
-    assert {p.stem for p in (ROOT / "recipes" / "accelerate_configs").glob("*.yaml")} == set(ACCELERATE)
+    assert set(bundled("accelerate_configs")) == set(ACCELERATE)
+    folder = ROOT / "recipes" / "accelerate_configs"  # the former names lead to the same files
+    assert {FORMER_NAMES.get(p.stem, p.stem): p.resolve() for p in folder.glob("*.yaml")} == bundled(
+        "accelerate_configs"
+    )
+
+
+@pytest.mark.parametrize("name", ["reward_qlora", "reward_qlora.yaml", "yamls/reward_qlora.yaml"])
+def test_a_bundled_yaml_is_found_by_name_from_an_empty_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert RewardRun.parse([f"--config={name}"]).script.dataset_name == "ChenDRAG/ultrafeedback_reward"
+    (tmp_path / "reward_qlora").write_text("beta: 0.7")  # a file that is there comes first
+    assert RewardRun.parse(["--config=reward_qlora"]).training.beta == 0.7
+    for wrong in ("reward_qlor", "elsewhere/reward_qlora.yaml"):
+        with pytest.raises(UsageError) as error:
+            RewardRun.parse([f"--config={wrong}"])
+        assert "Bundled are" in error.value.message
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)
@@ -157,8 +179,8 @@ def test_the_two_published_yamls_differ_in_data_and_output_only():
 
 
 def test_tiny_is_the_bundled_default_run_spelt_out():
-    spelt_out = contrastive._parse([yaml_path("reward_tiny")], "run_reward.py", False)
-    default = contrastive._parse([], "run_reward.py", False)
+    spelt_out = RewardRun.parse([yaml_path("reward_tiny")])
+    default = RewardRun.parse([])
     assert spelt_out.script == default.script
     assert spelt_out.model == default.model
     assert spelt_out.datasets == default.datasets
@@ -166,7 +188,7 @@ def test_tiny_is_the_bundled_default_run_spelt_out():
 
 
 def test_fdpg_tiny_is_the_bundled_default_run_spelt_out():
-    spelt_out, default = fdpg._parse([yaml_path("fdpg_tiny")]), fdpg._parse([])
+    spelt_out, default = FDPGRun.parse([yaml_path("fdpg_tiny")]), FDPGRun.parse([])
     assert spelt_out.script == default.script
     assert spelt_out.model == default.model
     assert spelt_out.datasets == default.datasets
@@ -176,7 +198,7 @@ def test_fdpg_tiny_is_the_bundled_default_run_spelt_out():
 @pytest.mark.parametrize("name", FDPG)
 def test_targets_of_the_fdpg_yamls(name, monkeypatch):
     monkeypatch.chdir(ROOT)  # features in files are named from there
-    args = fdpg._parse([yaml_path(name)])
+    args = FDPGRun.parse([yaml_path(name)])
     target = fdpg._build_target(args)
     assert len(target.names) == (5 if name == "fdpg_gdc" else 1)
     assert args.training.per_device_train_batch_size % args.training.num_generations == 0
@@ -184,7 +206,7 @@ def test_targets_of_the_fdpg_yamls(name, monkeypatch):
 
 
 def test_published_settings_of_gdc():
-    args = fdpg._parse([yaml_path("fdpg_gdc")])
+    args = FDPGRun.parse([yaml_path("fdpg_gdc")])
     training, features = args.training, args.script.features
     assert {f["name"]: f["moment"] for f in features} == {
         "female": 0.5, "science": 0.4, "art": 0.4, "business": 0.1, "sports": 0.1,
@@ -196,7 +218,7 @@ def test_published_settings_of_gdc():
 
 @pytest.mark.parametrize("name", CONDITIONAL)
 def test_published_settings_of_conditional_training(name):
-    args = conditional._parse([yaml_path(name)])
+    args = ConditionalRun.parse([yaml_path(name)])
     script, training = args.script, args.training
     condition = resolve_condition(script.condition)
     assert condition.kind == CONDITIONAL[name]
@@ -225,7 +247,7 @@ def test_published_settings_of_conditional_training(name):
 
 @pytest.mark.parametrize("name", ["alt_lmc", "alt_lmu"])
 def test_judges_of_the_yamls_answer_what_the_condition_needs(name, tmp_path):
-    script = conditional._parse([yaml_path(name)]).script
+    script = ConditionalRun.parse([yaml_path(name)]).script
     spec = script.judge | {"cache": str(tmp_path)}
     assert conditional.build_judge(spec, resolve_condition(script.condition), str(tmp_path)).spec["budget"] == 200_000
 

@@ -22,8 +22,8 @@ from contrastive_align import (
     Target,
     demo,
 )
-from contrastive_align.launch.arguments import UsageError
-from contrastive_align.launch.contrastive import main
+from contrastive_align.launch import cli
+from contrastive_align.launch.usage import UsageError
 
 
 HUB_ID = "someone/sft-base"
@@ -155,7 +155,9 @@ def test_a_released_adapter_is_start_and_reference_and_what_is_trained_on_it_loa
         "--max_length=256",
         "--disable_tqdm=true",
     ]
-    summary = main([f"--model_name_or_path={adapter}", f"--output_dir={tmp_path / 'run'}", "--use_peft", *flags])
+    summary = cli.main(
+        ["reward", f"--model_name_or_path={adapter}", f"--output_dir={tmp_path / 'run'}", "--use_peft", *flags]
+    )
     assert f"adapter {adapter}, merged into" in summary.reference
     AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run")
 
@@ -170,7 +172,7 @@ def test_a_base_that_is_not_at_hand_is_named(left, hub, tiny_llama, tmp_path, ca
         make("contrastive", adapter, tmp_path / "out")
     assert f"{adapter} is an adapter, and its base '{HUB_ID}' cannot be loaded: " in str(found.value)
     with pytest.raises(UsageError):
-        main([f"--model_name_or_path={adapter}", f"--output_dir={tmp_path / 'run'}"])
+        cli.main(["reward", f"--model_name_or_path={adapter}", f"--output_dir={tmp_path / 'run'}"])
     assert f"error: {found.value}" in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("run/*"))
 

@@ -1,6 +1,6 @@
-"""Numerals as digits: the feature of this recipe, and the prompts it is about.
+"""Numerals as digits: the feature of the recipe for encoder-decoders, and the prompts it is about.
 
-python recipes/fdpg_encoder_decoder/numerals.py sentences.jsonl prompts.jsonl
+python -m contrastive_align.demo.numerals sentences.jsonl prompts.jsonl
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ WORD = re.compile(rf"\b({'|'.join(NUMERALS)})\b", re.IGNORECASE)
 
 
 def digits(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-    """A TRL reward function: 1 where every numeral of the prompt stands in the completion as a number, else 0.
+    """Return 1 where every numeral of the prompt stands in the completion as a number, else 0; a TRL reward function.
 
     >>> digits(["He has two dogs and ten cats."] * 2, ["Er hat 2 Hunde und 10 Katzen.", "Er hat zwei Hunde."])
     [1.0, 0.0]
@@ -31,7 +31,7 @@ def digits(prompts: list[str], completions: list[str], **columns: Any) -> list[f
 
 
 def main(source: str, to: str) -> None:
-    """From a .jsonl with a column 'prompt': the distinct sentences with a numeral, behind the task's prefix."""
+    """Write the distinct prompts of a .jsonl that have a numeral, behind the task's prefix."""
     with open(source, encoding="utf-8") as file:
         sentences = dict.fromkeys(json.loads(line)["prompt"] for line in file)
     with open(to, "w", encoding="utf-8") as file:

@@ -1,0 +1,176 @@
+"""``contrastive-align``: one command for all runs, found without importing torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from contrastive_align.launch.bundled import find_yaml
+from contrastive_align.launch.flags import modernise_flags
+from contrastive_align.launch.help import command_help, read_aliases, read_options
+from contrastive_align.launch.usage import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """A training command: what it does, the class of its run, and the classes of its options."""
+
+    about: str
+    example: str
+    run: tuple[str, str]  # module of launch/, class
+    options: tuple[tuple[str, str], ...]  # source file in the package, class
+    base: str  # the class of TRL that the config extends
+    inherited: dict[str, str] = field(default_factory=dict)  # options of TRL that matter here -> what they mean
+
+
+_ROWS = ("launch/arguments.py", "RunArguments")
+_CONTRASTIVE = (_ROWS, ("trainers/configs.py", "ContrastiveConfig"))
+_LENGTH = {"max_length": "The longest prompt + completion, in tokens."}
+_INHERITED = _LENGTH | {
+    "beta": "The implied reward of a completion is beta * log(policy / reference).",
+    "loss_weights": "Of several losses; 1 each by default.",
+    "precompute_ref_log_probs": "Compute the reference's log-probs once, before training.",
+}
+COMMANDS = {
+    "reward": Command(
+        "Align a model on explicit rewards: K completions per prompt, a number each.",
+        "contrastive-align reward --loss_type=NCA                           # the bundled model and data\n"
+        "contrastive-align reward --model_name_or_path=... --dataset_name=groups.jsonl --loss_type=InfoNCA\n"
+        "contrastive-align reward --config=reward_qlora --accelerate_config=multi_gpu --beta=0.01",
+        ("contrastive", "RewardRun"),
+        _CONTRASTIVE,
+        "DPOConfig",
+        _INHERITED,
+    ),
+    "preference": Command(
+        "Align a model on preference pairs: chosen and rejected, with or without a prompt column.",
+        "contrastive-align preference --loss_type=DPO                       # the bundled model and data\n"
+        "contrastive-align preference --config=preference_qlora --accelerate_config=multi_gpu",
+        ("contrastive", "PreferenceRun"),
+        _CONTRASTIVE,
+        "DPOConfig",
+        _INHERITED,
+    ),
+    "fdpg": Command(
+        "Say what the model should be, and get there: prompts and a target instead of completions and scores.",
+        'contrastive-align fdpg                                             # the bundled model, "please" in half\n'
+        "contrastive-align fdpg --model_name_or_path=... --prompt=Once --features='[{contains: king, moment: 0.5}]'\n"
+        "contrastive-align fdpg --model_name_or_path=... --dataset_name=prompts.txt --reward=rewards.py:polite",
+        ("fdpg", "FDPGRun"),
+        (_ROWS, ("launch/fdpg.py", "FDPGArguments"), ("trainers/configs.py", "FDPGConfig")),
+        "RLOOConfig",
+    ),
+    "conditional": Command(
+        "Train on a model's own completions, conditioned on how good they are; then ask for the best.",
+        "contrastive-align conditional                                      # the bundled model, quantile tokens\n"
+        "contrastive-align conditional --model_name_or_path=... --dataset_name=prompts.txt --reward=rewards.py:polite\n"
+        "contrastive-align ask --model_name_or_path=runs/conditional --prompt='a prompt'",
+        ("conditional", "ConditionalRun"),
+        (_ROWS, ("launch/conditional.py", "ConditionalArguments"), ("trainers/configs.py", "ConditionalConfig")),
+        "SFTConfig",
+        _LENGTH,
+    ),
+}
+OTHERS = {
+    "steps": "Sample, score, judge, merge and train over JSONL files, as in the jobs of a cluster.",
+    "ask": "Print what a trained model answers to a prompt, under its best condition.",
+}
+# Flags of accelerate launch that a run with --accelerate_config takes.
+ACCELERATE_FLAGS = (
+    "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids", "rdzv_backend",
+)  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> Any:
+    """Run a command and return what it returns: the summary of a run, or samples."""
+    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("--help", "-h", "help"):
+        return print(_overview())
+    if command == "--version":
+        return print(version("contrastive_align"))
+    if command == "steps":
+        return _load("step_commands", "main")(rest)
+    if command == "ask":
+        return _load("ask", "main")(rest)
+    if command not in COMMANDS:
+        raise UsageError(f"unknown command '{command}'{nearest(command, [*COMMANDS, *OTHERS])}\n\n{_overview()}")
+    found = COMMANDS[command]
+    options = {name: option for place in found.options for name, option in read_options(*place).items()}
+    if {"--help", "-h"} & set(rest):
+        return print(command_help(command, found.about, found.example, options, found.inherited))
+    rest, launching = _split_accelerate(rest)
+    _check_flags(rest, found, set(options))
+    run = _load(*found.run)
+    args = run.parse(rest)
+    if launching:
+        return _launch(launching, [command, *rest])
+    return run(args).execute()
+
+
+def command_line() -> None:
+    """Be the console script, whose exit status is not what a command returns."""
+    main()
+
+
+def _load(module: str, name: str) -> Any:
+    return getattr(import_module(f"contrastive_align.launch.{module}"), name)
+
+
+def _check_flags(argv: list[str], command: Command, own: set[str]) -> None:
+    """Refuse a misspelled flag before the trainers are imported."""
+    import trl
+
+    classes = [getattr(trl, name) for name in (command.base, "ModelConfig", "ScriptArguments", "DatasetMixtureConfig")]
+    known = own | {option.name for cls in classes for option in fields(cls)} | {"config"}
+    known |= {alias for place in command.options for alias in read_aliases(*place)}
+    modernise_flags(argv, [], known)
+
+
+def _overview() -> str:
+    about = {name: command.about for name, command in COMMANDS.items()} | OTHERS
+    return "\n".join(
+        [
+            "contrastive-align COMMAND [config.yaml] [--flag=value ...]",
+            "",
+            "Align language models with more than a thumbs-up.",
+            "",
+            *(f"  {name:<13}{text}" for name, text in about.items()),
+            "",
+            "contrastive-align COMMAND --help shows its options, --help_all those of TRL and transformers, too.",
+        ]
+    )
+
+
+def _split_accelerate(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Take ``--accelerate_config`` and ``ACCELERATE_FLAGS`` out of a command line: what is left, and what they are."""
+    left, taken, config = [], [], None
+    tokens = iter(argv)
+    for token in tokens:
+        name, equals, value = token.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        if not token.startswith("--") or name not in ("accelerate_config", *ACCELERATE_FLAGS):
+            left.append(token)
+            continue
+        if not equals and (value := next(tokens, "")) == "":
+            raise UsageError(f"--{name} needs a value.")
+        if name == "accelerate_config":
+            config = find_yaml(value, "accelerate_configs")
+        else:
+            taken += [f"--{name}", value]
+    if taken and config is None:
+        raise UsageError(
+            f"{taken[0]} belongs to --accelerate_config, which is not given. Add --accelerate_config=multi_gpu, or "
+            "another that contrastive-align --help names."
+        )
+    return left, ["--config_file", config, *taken] if config else []
+
+
+def _launch(options: list[str], argv: list[str]) -> None:
+    """Launch this command on every process, as ``accelerate launch`` does."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    launch_command(launch_command_parser().parse_args([*options, "--module", "contrastive_align", *argv]))
