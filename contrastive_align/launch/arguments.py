@@ -141,7 +141,9 @@ def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
         is_value = previous.startswith("--") and "=" not in previous
         if token.startswith("--config="):
             configs.append(token.split("=", 1)[1])
-        elif previous == "--config" or (token.endswith((".yaml", ".yml")) and not is_value):
+        elif previous == "--config" or (
+            token.endswith((".yaml", ".yml")) and not token.startswith("-") and not is_value
+        ):
             configs.append(token)
         elif token != "--config":
             rest.append(token)
@@ -153,7 +155,7 @@ def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def read_yaml(path: str) -> Any:
-    """Read a YAML file; raise UsageError if it does not exist or is not YAML."""
+    """Read a YAML file, or a bundled one by its name; raise UsageError if it does not exist or is not YAML."""
     try:
         return load_yaml(Path(find_yaml(path, "yamls")).read_bytes(), path)
     except ValueError as error:

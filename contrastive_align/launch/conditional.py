@@ -62,7 +62,7 @@ class ConditionalArguments(RunArguments):
     reward: list | str | dict | None = option(
         None, "file.py:function, a reward-model id, or '{classifier: ..., label: ...}'."
     )
-    judge: dict | str | None = option(None, "'{model: name, base_url: address, budget: 1000}'.")
+    judge: dict | str | None = option(None, "A YAML file, or '{model: name, base_url: address, budget: 1000}'.")
     sampler: dict | str | None = option(None, "A server that samples, LoRA only: '{base_url: address, model: name}'.")
     score_column: str | None = option(None, "Scores that the completions have already.")
     negate_score: bool = option(False, "Lower scores are better.")

@@ -11,18 +11,20 @@ from transformers import PreTrainedConfig
 
 from contrastive_align.conditions import AttributeCondition, CategoryCondition, Condition, TextCondition
 from contrastive_align.judge.judge import Judge, resolve_judge
-from contrastive_align.launch.arguments import load_yaml
+from contrastive_align.launch.arguments import load_yaml, read_yaml
 from contrastive_align.models.loading import adapter_config_path
 from contrastive_align.sampling.server import ServerSampler
 from contrastive_align.targets.features import MODEL_KINDS
 
 
 def read_spec(name: str, value: Any) -> Any:
-    """Parse a mapping or list given as text on the command line; return other values unchanged.
+    """Parse a mapping or list given as text or as a YAML file; return other values unchanged.
 
     >>> read_spec("condition", "{kind: phrases, phrases: toxicity}"), read_spec("condition", "phrases")
     ({'kind': 'phrases', 'phrases': 'toxicity'}, 'phrases')
     """
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+        return read_yaml(value)
     if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
         return value
     return load_yaml(value, f"{name} is {value!r}, which")

@@ -16,7 +16,6 @@ from contrastive_align.data.formats import BadRow, Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.judge.judge import resolve_judge
 from contrastive_align.launch import step_files
-from contrastive_align.launch.arguments import read_yaml
 from contrastive_align.launch.ask import load_trained, sample_trained
 from contrastive_align.launch.feedback_flags import read_spec
 from contrastive_align.launch.step_files import LISTS, Output, Row, fingerprint, read_rows
@@ -34,7 +33,7 @@ CONVERTED = "scored_completions.jsonl"
 BATCHES_AT_ONCE = 4  # of sampling, written together
 ROWS_AT_ONCE = 64  # of scoring, written together
 # Flags of ``sample`` that say where the output goes and how fast it comes, not what it contains.
-_NOT_SETTINGS = ("step", "run", "prompts", "output", "overwrite", "server", "rows_at_once", "concurrency")
+_NOT_SETTINGS = ("step", "run", "prompts", "output", "overwrite", "sampler", "rows_at_once", "concurrency")
 _NOT_COLUMNS = (*LISTS, "prompt", "condition")
 
 Complete = Callable[..., tuple[list[list[str]], list[list[bool]]]]  # see ask.sample_trained
@@ -69,11 +68,11 @@ def sample(args: Namespace) -> str:
         condition = Condition.load(args.model_name_or_path)
     text_for = _condition_text(condition, args.condition)
     settings = {name: value for name, value in sorted(vars(args).items()) if name not in _NOT_SETTINGS}
-    settings |= {"prompts": fingerprint(args.prompts), "server": bool(args.server)}
+    settings |= {"prompts": fingerprint(args.prompts), "server": bool(args.sampler)}
     output = Output(path, settings, overwrite=args.overwrite)
     if len(part) > output.done:
         tokens = [] if condition is None else condition.tokens
-        tokenizer, complete = (_complete_by_server if args.server else _complete_here)(args, tokens)
+        tokenizer, complete = (_complete_by_server if args.sampler else _complete_here)(args, tokens)
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def work(some: list[Row]) -> list[Row]:
@@ -132,11 +131,12 @@ def _complete_here(args: Namespace, tokens: list[str]) -> tuple[Any, Complete]:
 def _complete_by_server(args: Namespace, tokens: list[str]) -> tuple[Any, Complete]:
     tokenizer: Any = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     suppressed = {str(i): -100 for i in tokenizer.convert_tokens_to_ids(tokens)}
+    spec = read_spec("sampler", args.sampler)
+    spec = {"base_url": spec} if isinstance(spec, str) else dict(spec)
+    extra = spec.pop("extra_body", {})
     server = ServerSampler(
-        args.server,
-        args.server_model or args.model_name_or_path,
-        concurrency=args.concurrency,
-        extra_body=PLAIN | ({"logit_bias": suppressed} if suppressed else {}),
+        **{"model": args.server_model or args.model_name_or_path, "concurrency": args.concurrency, **spec},
+        extra_body=PLAIN | extra | ({"logit_bias": suppressed} if suppressed else {}),
     )
 
     def complete(ids: list[list[int]], **options: Any) -> tuple[list[list[str]], list[list[bool]]]:
@@ -173,7 +173,7 @@ def score(args: Namespace) -> str:
 def judge(args: Namespace) -> str:
     """Write ``feedbacks``, ``scores`` and ``analysis``, null without a verdict; return a line for the screen."""
     rows = read_rows(args.input, generations=True)
-    asked = resolve_judge(read_yaml(args.judge))
+    asked = resolve_judge(read_spec("judge", args.judge))
     settings = {"input": fingerprint(args.input), "judge": {**asked.spec, "cache": None}}
     output = Output(args.output, settings, overwrite=args.overwrite)
 
@@ -220,7 +220,9 @@ def convert(rows: list[Row], score_key: str | None, *, where: str) -> list[Row]:
     there = {name for row in rows for name in ("rewards", "scores", "feedbacks", "finished") if name in row}
     numbers = sorted(there & {"rewards", "scores"}) if score_key is None else [score_key]
     if len(numbers) > 1:
-        raise ValueError(f"{where} has both 'rewards' and 'scores'. Choose: --score_key=rewards or --score_key=scores.")
+        raise ValueError(
+            f"{where} has both 'rewards' and 'scores'. Choose: --score_column=rewards or --score_column=scores."
+        )
     if score_key is not None and score_key not in there:
         raise ValueError(f"{where} has no '{score_key}'. Its rows have {sorted(there)}.")
     if not numbers and "feedbacks" not in there:
@@ -262,7 +264,9 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=42, help="With the prompt's number, it decides what is drawn.")
     p.add_argument("--rows_at_once", type=_at_least(1), default=256, help="Completions decoded together.")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="The weights' precision.")
-    p.add_argument("--server", help="Sample there: an OpenAI-compatible address, such as http://localhost:8000/v1.")
+    p.add_argument(
+        "--sampler", "--server", help="Sample there: an OpenAI-compatible address, or '{base_url: address}'."
+    )
     p.add_argument("--server_model", help="The model's name there, if another than model_name_or_path.")
     p.add_argument("--concurrency", type=_at_least(1), default=32, help="Requests in flight.")
     p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
@@ -281,7 +285,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = step("judge", judge, "Completions -> 'feedbacks', 'scores' and 'analysis', from a language model.")
     p.add_argument("--input", required=True, help="JSONL with 'prompt' and 'generations'.")
-    p.add_argument("--judge", required=True, help="A YAML with a judge's options: prompt, model, answers, cache, ...")
+    p.add_argument(
+        "--judge", required=True, help="A judge's options, a YAML file or '{model: name, base_url: address}'."
+    )
     _output(p, "judged.jsonl")
 
     p = step("merge", _merge, "The parts of a file -> the file.")
@@ -295,7 +301,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--input", required=True, help="JSONL with 'generations', and 'rewards' or 'scores' or 'feedbacks'.")
     p.add_argument("--output_dir", required=True, help="Where the model goes.")
-    p.add_argument("--score_key", choices=["rewards", "scores"], help="Which numbers, where both are there.")
+    p.add_argument(
+        "--score_column",
+        "--score_key",
+        dest="score_key",
+        choices=["rewards", "scores"],
+        help="Which numbers, where both are there.",
+    )
     return parser
 
 

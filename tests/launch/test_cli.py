@@ -149,6 +149,16 @@ def test_another_name_of_an_option(tmp_path):
     assert "run.yaml: both 'num_rounds' (3) and 'num_train_epochs' (4)" in error.value.message
 
 
+def test_a_judge_is_a_file_or_its_text(tmp_path):
+    run = known("conditional")[1]
+    (tmp_path / "judge.yaml").write_text("model: name\nbase_url: http://localhost:1/v1\n")
+    for given in (f"--judge={tmp_path}/judge.yaml", "--judge={model: name, base_url: 'http://localhost:1/v1'}"):
+        assert run.parse([given]).script.judge == {"model": "name", "base_url": "http://localhost:1/v1"}
+    assert run.parse(["--judge", f"{tmp_path}/judge.yaml", "--kl_coef=0"]).script.judge["model"] == "name"
+    with pytest.raises(UsageError):
+        run.parse(["--judge=missing.yaml"])
+
+
 # ------------------------------------------------------------------------------------------------- launching, asking
 
 
