@@ -127,6 +127,12 @@ def _check_flags(argv: list[str], command: Command, own: set[str]) -> None:
     classes = [getattr(trl, name) for name in (command.base, "ModelConfig", "ScriptArguments", "DatasetMixtureConfig")]
     known = own | {option.name for cls in classes for option in fields(cls)} | {"config"}
     known |= {alias for place in command.options for alias in read_aliases(*place)}
+    for name in {flag[2:].partition("=")[0].replace("-", "_") for flag in argv if flag.startswith("--")} - known:
+        others = [
+            c for c in COMMANDS if name in {option for place in COMMANDS[c].options for option in read_options(*place)}
+        ]
+        if others:
+            raise UsageError(f"--{name} is an option of {' and '.join(others)}, not of this command. Leave it out.")
     modernise_flags(argv, [], known)
 
 

@@ -21,21 +21,25 @@ class UsageError(SystemExit):
 # case and punctuation -> our options. The first that the command has is meant.
 MEANT = {
     "model_name_or_path": (
-        "model, model_name, model_path, model_id, base_model, pretrain, actor_model, checkpoint_path, "
-        "pretrained_model_name_or_path, policy, sft_model_path, adapter_name_or_path, ref_model, reference_model"
+        "adapter_path, lora_path, lora_weights, peft_path, model, model_name, model_path, model_id, "
+        "base_model, pretrain, actor_model, checkpoint_path, pretrained_model_name_or_path, policy, "
+        "sft_model_path, adapter_name_or_path, ref_model, reference_model"
     ),
     "model_revision": "revision",
     "dataset_name": (
-        "dataset, data, data_path, dataset_path, train_file, train_files, train_data, data_files, dataset_dir, "
-        "dataset_id, input, input_file, prompts, prompt_data, prompts_file, train_dataset"
+        "dataset, data, data_path, dataset_path, train_file, train_files, train_data, data_files, "
+        "dataset_dir, dataset_id, input, input_file, prompts, prompt_data, prompts_file, train_dataset"
     ),
     "dataset_config": "dataset_config_name, subset, data_config",
     "dataset_train_split": "split, train_split, dataset_split",
-    "dataset_test_split": "eval_split, test_split, validation_split, val_size, val_set_size, eval_dataset, eval_file",
-    "max_train_samples": "max_samples, num_train_samples, n_train, limit, train_samples",
+    "dataset_test_split": "eval_split, test_split, validation_split, eval_dataset, eval_file",
+    "max_train_samples": (
+        "max_rows, num_rows, limit_rows, n_rows, subset_size, max_samples, num_train_samples, n_train, limit, "
+        "train_samples"
+    ),
     "max_eval_samples": "max_test_samples, n_eval, eval_limit, num_eval_samples",
     "output_dir": "output, out, out_dir, output_path, save_path, save_dir, ckpt_path, default_local_dir, run_dir, o",
-    "learning_rate": "lr, actor_learning_rate, peak_lr, step_size, lr_rate, learning_speed",
+    "learning_rate": "lr, actor_learning_rate, peak_lr, lr_rate",
     "lr_scheduler_type": "scheduler, lr_scheduler, schedule, lr_schedule, lr_decay_style",
     "warmup_steps": "warmup, lr_warmup_ratio, num_warmup_steps, lr_warmup_steps",
     "weight_decay": "wd, decay, l2",
@@ -45,26 +49,31 @@ MEANT = {
     "num_train_epochs": "epochs, num_epochs, n_epochs, total_epochs, max_epochs, train_epochs",
     "max_steps": "steps, num_steps, total_steps, train_steps, num_train_steps, total_training_steps, iters",
     "per_device_train_batch_size": (
-        "batch_size, bs, micro_batch_size, micro_train_batch_size, train_batch_size, batch, per_device_batch_size, "
-        "per_gpu_train_batch_size, ppo_micro_batch_size"
+        "train_bs, bsz, batch_size, bs, micro_batch_size, micro_train_batch_size, train_batch_size, batch, "
+        "per_device_batch_size, per_gpu_train_batch_size, ppo_micro_batch_size"
     ),
-    "per_device_eval_batch_size": "eval_batch_size, val_batch_size, test_batch_size",
+    "per_device_eval_batch_size": "eval_bs, eval_batch_size, val_batch_size, test_batch_size",
     "gradient_accumulation_steps": (
         "grad_accum, gradient_accumulation, accumulation_steps, accumulate_grad_batches, grad_acc, ga, "
         "grad_accumulation_steps"
     ),
-    "gradient_checkpointing": "grad_checkpointing, gradient_checkpoint, activation_checkpointing, recompute",
+    "gradient_checkpointing": (
+        "grad_ckpt, use_gradient_checkpointing, grad_checkpointing, gradient_checkpoint, "
+        "activation_checkpointing, recompute"
+    ),
     "max_length": (
         "cutoff_len, sequence_len, max_seq_length, max_seq_len, max_len, seq_length, block_size, model_max_length"
     ),
     "max_prompt_length": "prompt_max_len, max_prompt_len, max_source_length, max_input_length",
     "max_completion_length": (
-        "max_new_tokens, generate_max_len, max_response_length, max_target_length, response_length, max_tokens, "
-        "completion_length, max_generate_tokens"
+        "max_completion_len, max_target_len, generate_max_length, max_new_tokens, generate_max_len, "
+        "max_response_length, max_target_length, response_length, max_tokens, completion_length, "
+        "max_generate_tokens"
     ),
     "num_generations": (
-        "k, n, num_samples, n_samples, num_return_sequences, n_samples_per_prompt, samples_per_prompt, rollout_n, "
-        "num_completions, group_size, best_of"
+        "num_responses, num_candidates, responses_per_prompt, group_num, k, n, num_samples, n_samples, "
+        "num_return_sequences, n_samples_per_prompt, samples_per_prompt, rollout_n, num_completions, "
+        "group_size, best_of"
     ),
     "prompts_per_round": "rollout_batch_size, prompts_per_step, num_prompts",
     "temperature": "temp, sampling_temperature, rollout_temperature",
@@ -76,8 +85,9 @@ MEANT = {
     "entropy_coef": "ent_coef, entropy, entropy_coeff, entropy_weight",
     "kl_direction": "kl_type, kl_estimator",
     "reward": (
-        "reward_model, reward_fn, reward_func, rewards, reward_function, reward_functions, reward_model_path, rm, "
-        "reward_pretrain, remote_rm_url, custom_reward_function, score, reward_model_name_or_path, reward_funcs"
+        "reward_model, reward_fn, reward_func, rewards, reward_function, reward_functions, reward_model_path, "
+        "rm, reward_pretrain, remote_rm_url, custom_reward_function, score, reward_model_name_or_path, "
+        "reward_funcs"
     ),
     "reward_weights": "reward_weight, reward_scale",
     "features": "constraints, feature, constraint, target, moments",
@@ -89,12 +99,21 @@ MEANT = {
     "lora_r": "lora_rank, rank, r, lora_dim",
     "lora_alpha": "alpha, lora_scale",
     "lora_target_modules": "lora_target, target_modules, lora_target_linear, lora_modules",
-    "load_in_4bit": "quantization_bit, qlora, use_4bit, load_4bit, quantization, bits, quant_bits, int4, use_qlora",
+    "load_in_4bit": (
+        "quant_method, quantization_method, quantize, quantization_bit, qlora, use_4bit, load_4bit, "
+        "quantization, bits, quant_bits, int4, use_qlora"
+    ),
     "load_in_8bit": "use_8bit, load_8bit, int8",
     "dtype": "precision, torch_type, model_dtype, data_type, weights_dtype",
     "bf16": "mixed_precision, precision, use_bf16, bfloat16, half",
-    "attn_implementation": "flash_attn, flash_attention, use_flash_attn, use_flash_attention, attention, attn",
-    "resume_from_checkpoint": "resume, resume_from, load_checkpoint, resume_path, auto_resume, continue, checkpoint",
+    "attn_implementation": (
+        "attn_backend, attention_backend, flash_attn, flash_attention, use_flash_attn, use_flash_attention, "
+        "attention, attn"
+    ),
+    "resume_from_checkpoint": (
+        "ckpt, resume_ckpt, load_from, checkpoint_dir, resume, resume_from, load_checkpoint, resume_path, "
+        "auto_resume, continue, checkpoint"
+    ),
     "report_to": "wandb, use_wandb, tensorboard, logger, log_to, tracker, log_with, use_tensorboard",
     "run_name": "wandb_run_name, wandb_name, experiment_name, name, wandb_run_id, exp_name",
     "project": "wandb_project, project_name, wandb_entity",
@@ -103,7 +122,7 @@ MEANT = {
     "save_total_limit": "max_checkpoints, keep_last, max_ckpt_num, limit_checkpoints",
     "eval_steps": "eval_every, eval_interval, val_every, evals_per_epoch, evaluation_steps, test_freq, val_steps",
     "eval_samples": "n_samples, num_samples, measured_samples, eval_sample_size",
-    "layout": "packing, packed, shared_prompt, padding_free, sample_packing, share_prompts",
+    "layout": "packing_strategy, pack, packing, packed, shared_prompt, padding_free, sample_packing, share_prompts",
     "on_bad_row": "skip_bad_rows, drop_bad_rows, skip_errors, on_error, ignore_errors",
     "use_cpu": "cpu, device, no_cuda",
     "use_vllm": "vllm, infer_backend, rollout_backend, vllm_enable",
@@ -113,6 +132,27 @@ MEANT = {
     "accelerate_config": "config_file, n_gpus, num_gpus, gpus, nproc_per_node, ngpus, zero_stage, devices",
     "config": "yaml, config_path, cfg, recipe, config_yaml",
     "seed": "random_seed, rng_seed, set_seed",
+    "test_split_size": "val_size, val_set_size, val_ratio, eval_ratio, test_size, holdout, eval_size, validation_size",
+    "deepspeed": "deepspeed_config, ds_config, zero",
+    "use_bnb_nested_quant": "double_quant, double_quantization, bnb_4bit_use_double_quant",
+    "bnb_4bit_quant_type": "nf4, quant_type, quantization_type",
+    "lora_modules_to_save": "modules_to_save, additional_target",
+    "use_liger_kernel": "liger, use_liger, liger_kernel, enable_liger_kernel",
+    "save_strategy": "save_checkpoint, save_checkpoints",
+    "eval_strategy": "evaluate, evaluation, evaluation_strat, do_val",
+    "adam_epsilon": "eps, adam_eps, epsilon",
+    "torch_compile": "compile, use_torch_compile",
+    "hub_token": "token, hf_token, auth_token",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "lora_dropout": "dropout",
+    "first_score_bonus": "score_bonus, tie_bonus, tie_breaker",
+    "loss_weights": "loss_weight, loss_coef, loss_coefs",
+    "precompute_ref_log_probs": "precompute_ref_logps, cache_ref, precompute_reference, cache_reference",
+    "max_tokens_per_batch": "batch_tokens, max_tokens, tokens_per_gpu, max_token_len_per_gpu",
+    "eval_prompts": "num_eval_prompts",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
     "help": "usage, h, info, man",
 }
 _OPTIONS: dict[str, list[str]] = {}  # guess -> the options that may be meant
@@ -122,7 +162,7 @@ for _option, _guesses in MEANT.items():
 
 
 def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
-    """Return the sentence that offers the option that is meant, or the one spelled most alike.
+    """Return the sentence that offers the option that is meant: by ``MEANT``, by its words, or by its spelling.
 
     >>> nearest("lr", ["learning_rate", "lora_r"], "--"), nearest("betta", ["beta", "bf16"])
     (". Did you mean '--learning_rate'?", ". Did you mean 'beta'?")
@@ -130,5 +170,12 @@ def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().replace("-", "_").replace(".", "_").strip("_")
     meant = {guess: found for guess, options in _OPTIONS.items() if (found := [o for o in options if o in known])}
     meant |= {option: [option] for option in known}
-    alike = [words] if words in meant else difflib.get_close_matches(words, [g for g in meant if len(g) > 2], 1, 0.6)
-    return f". Did you mean '{prefix}{meant[alike[0]][0]}'?" if alike else ". See --help for all."
+    same_words = [option for option in known if set(words.split("_")) < set(option.split("_"))]
+    if words in meant:
+        found = meant[words]
+    elif same_words and len(words) > 3:
+        found = sorted(same_words, key=lambda option: (len(option), option))
+    else:
+        near = difflib.get_close_matches(words, [guess for guess in meant if len(guess) > 2], 1, 0.7)
+        found = meant[near[0]] if near else []
+    return f". Did you mean '{prefix}{found[0]}'?" if found else ". See --help for all."

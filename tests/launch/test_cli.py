@@ -96,7 +96,7 @@ GUESSES = {
         "rl_beta=beta pref_loss=loss_type loss=loss_type dpo_loss=loss_type flash_attn=attn_implementation "
         "flash_attention=attn_implementation optimizer=optim scheduler=lr_scheduler_type "
         "lr_scheduler=lr_scheduler_type "
-        "warmup=warmup_steps wd=weight_decay max_samples=max_train_samples val_set_size=dataset_test_split "
+        "warmup=warmup_steps wd=weight_decay max_samples=max_train_samples val_set_size=test_split_size "
         "output=output_dir save_path=output_dir resume=resume_from_checkpoint wandb=report_to "
         "wandb_run_name=run_name val_steps=eval_steps steps=max_steps gradient_clipping=max_grad_norm "
         "precision=dtype use_bf16=bf16 temperatur_alpha=temperature_alpha tau=temperature_alpha sample_packing=layout "
@@ -176,6 +176,7 @@ def test_accelerate_launches_this_command(tmp_path, monkeypatch):
         (["--num_processes=2"], "--num_processes belongs to --accelerate_config"),
         (["--accelerate_config"], "--accelerate_config needs a value"),
         (["--accelerate_config=zero3", "--bta=1"], "Did you mean '--beta'?"),
+        (["--features=[]"], "--features is an option of fdpg, not of this command"),
     ):
         with pytest.raises(UsageError) as error:
             cli.main(["reward", *wrong])
