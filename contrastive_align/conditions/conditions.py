@@ -22,10 +22,11 @@ from contrastive_align.data.formats import Text
 from contrastive_align.pool.draws import quantiles
 from contrastive_align.pool.files import Sample
 from contrastive_align.pool.pool import NEW, Table
+from contrastive_align.registry import Registry, load_function
 
 
 FILE = "condition.json"
-CONDITIONS: dict[str, type[Condition]] = {}  # by kind; each class enters itself
+CONDITIONS = Registry("condition", {})  # by kind; each class enters itself, those of the user's too
 PLACEHOLDERS = ("{condition}", "{prompt}")
 PHRASES = {
     "quality": ("Excellent", "Good", "Mediocre", "Bad", "Horrible"),
@@ -156,6 +157,9 @@ class Condition(ABC):
 def resolve_condition(spec: str | Mapping[str, Any] | Condition) -> Condition:
     """Make a condition from its kind, or from a mapping with ``kind`` and that kind's options, as in a YAML.
 
+    A kind of one's own is a subclass of :class:`Condition` with a ``kind``, which enters itself where it is defined, or
+    ``file.py:Class``.
+
     Raises:
         ValueError: an unknown kind or option, or a value that the option cannot have.
 
@@ -168,6 +172,8 @@ def resolve_condition(spec: str | Mapping[str, Any] | Condition) -> Condition:
     if not isinstance(options, Mapping):
         raise ValueError(f"The condition is {spec!r}, expected one of {sorted(CONDITIONS)}, or a mapping with 'kind'.")
     kind = options.get("kind")
+    if isinstance(kind, str) and ":" in kind:
+        kind = getattr(load_function(kind), "kind", kind)
     if not isinstance(kind, str) or kind not in CONDITIONS:
         raise ValueError(f"The condition's kind is {kind!r}, expected one of {sorted(CONDITIONS)}.")
     accepted = [f.name for f in fields(CONDITIONS[kind])]

@@ -122,7 +122,9 @@ def parse(
     options = {"look_for_args_file": False, "return_remaining_strings": True}
     try:
         *parsed, unused = parser.parse_args_into_dataclasses(tokens + flags, **options)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, FileNotFoundError, AttributeError) as error:  # the last two: of a function's place
+        if isinstance(error, AttributeError) and "has no function" not in str(error):
+            raise
         raise UsageError(str(error)) from error
     if unused:
         raise UsageError(f"'{' '.join(unused)}' belongs to no flag. Usage: {usage}")

@@ -14,6 +14,7 @@ from contrastive_align.launch.ask import sample_trained
 from contrastive_align.launch.common import Run, model_arguments
 from contrastive_align.launch.datasets import DEMO_NAME, load_demo, load_splits
 from contrastive_align.launch.usage import UsageError
+from contrastive_align.losses import LOSSES
 from contrastive_align.report import Change, Summary
 from contrastive_align.sampling.decode import seed_of
 from contrastive_align.trainers import ContrastiveTrainer
@@ -52,10 +53,13 @@ class RewardRun(Run):
         training = self.args.training
         weights = training.loss_weights or [1.0] * len(training.loss_type)
         named = zip(training.loss_type, weights, strict=True)
+        named = [(LOSSES.describe(loss), weight) for loss, weight in named]
         losses = " + ".join(f"{weight:g} {loss}" if len(weights) > 1 else loss for loss, weight in named)
         line = f"{losses}, beta={training.beta:g}, temperature_alpha={training.temperature_alpha:g}"
         options = self.options("beta", "temperature_alpha", "learning_rate", "seed")
-        return line, {"loss_type": training.loss_type, "loss_weights": weights, **options}
+        sources = {name: LOSSES.describe(name) for name in training.loss_type if name in LOSSES.hashes}
+        found = {"loss_type": training.loss_type, "loss_weights": weights, **options}
+        return line, found | ({"own_losses": sources} if sources else {})
 
     def describe_data(self) -> dict[str, dict[str, Any]]:
         """Count groups and rows."""

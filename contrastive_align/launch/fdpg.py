@@ -19,6 +19,7 @@ from contrastive_align.launch.datasets import only_prompts, repeat
 from contrastive_align.launch.feedback_flags import read_spec
 from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for
 from contrastive_align.launch.usage import UsageError
+from contrastive_align.losses import DIVERGENCES
 from contrastive_align.models.loading import adapter_config_path
 from contrastive_align.report import TargetSummary, plot_steps
 from contrastive_align.targets import InfeasibleMoment, Target, resolve_constraint, weighted_sum
@@ -121,7 +122,7 @@ class FDPGRun(Run):
         training, target = self.args.training, self.trainer.target
         prompts = _prompts_per_step(training)
         step = f"{prompts} prompts x {training.num_generations} samples a step"
-        return f"f-DPG, {training.divergence}, towards {target}; {step}", {
+        return f"f-DPG, {DIVERGENCES.describe(training.divergence)}, towards {target}; {step}", {
             "divergence": training.divergence,
             "target": target.state_dict(),
             **self.options("baseline", "learning_rate", "num_generations"),

@@ -1,7 +1,7 @@
 """Losses and divergences: pure functions of tensors that import torch and the standard library only.
 
-A new loss is three edits: the function and its line in ``LOSSES`` (``contrastive.py``), and its test. So is a new
-divergence, in ``DIVERGENCES`` (``divergences.py``).
+One of the user's own is registered: :func:`register_loss`, :func:`register_divergence`. A new one of the package is the
+function, its line in ``LOSSES`` (``contrastive.py``) or ``DIVERGENCES`` (``divergences.py``), and its test.
 """
 
 from contrastive_align.losses.conditional import KL_DIRECTIONS, ConditionalTerms, conditional
@@ -12,11 +12,13 @@ from contrastive_align.losses.contrastive import (
     canonical_loss_name,
     dpo,
     dpo_best_vs_rest,
+    group_loss,
     info_nca,
     is_preference,
     label_entropy,
     nca,
     plackett_luce,
+    register_loss,
     sft,
     target_labels,
     temperature_for_entropy,
@@ -28,6 +30,7 @@ from contrastive_align.losses.divergences import (
     divergence_value,
     fdpg,
     mean_slope,
+    register_divergence,
 )
 from contrastive_align.losses.estimators import (
     Estimate,
@@ -62,12 +65,15 @@ __all__ = [
     "estimate_log_z",
     "estimate_moments",
     "fdpg",
+    "group_loss",
     "info_nca",
     "is_preference",
     "label_entropy",
     "mean_slope",
     "nca",
     "plackett_luce",
+    "register_divergence",
+    "register_loss",
     "sft",
     "target_labels",
     "temperature_for_entropy",

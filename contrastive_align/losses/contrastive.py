@@ -16,18 +16,24 @@ argument              shape         meaning
 ``lengths``           (B, K) int    tokens per completion; only ``sft`` reads it
 ====================  ============  ================================================================================
 
-All accept the same keywords, also those they do not need, so that a trainer calls any of them alike. None averages
-over the batch. A masked column is as good as removed, in value and in gradient; a row without any valid column gives
-0 and a finite gradient.
+All of these accept the same keywords, also those they do not need. One of the user's own takes what its parameters
+name, see :func:`register_loss`. None averages over the batch. A masked column is as good as removed, in value and in
+gradient; a row without any valid column gives 0 and a finite gradient.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from contrastive_align.registry import Registry, place_of
 
 
 def target_labels(scores: Tensor, *, temperature_alpha: float, valid: Tensor | None = None) -> Tensor:
@@ -284,36 +290,115 @@ def sft(
     return (nll * best).sum(-1) / best.sum(-1).clamp(min=1)
 
 
-# A new loss is a function above, its line here, and its test.
-LOSSES = {
-    "nca": nca,
-    "info_nca": info_nca,
-    "biased_nca": biased_nca,
-    "dpo": dpo,
-    "dpo_best_vs_rest": dpo_best_vs_rest,
-    "plackett_luce": plackett_luce,
-    "sft": sft,
-}
+READABLE = (
+    *("log_ratios", "scores", "labels", "beta", "temperature_alpha", "valid", "policy_logps", "ref_logps", "lengths"),
+)
+
+
+def _check_loss(name: str, function: Callable[..., Tensor]) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    unknown = [n for n in needed if n not in READABLE] + [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    if unknown or not parameters:
+        raise ValueError(
+            f"The loss {name} ({place_of(function)}) reads {', '.join(map(repr, unknown)) or 'nothing'}, expected "
+            f"parameters among {', '.join(READABLE)}: a loss is given, by name, what its parameters name."
+        )
+
+
+# A new loss of the package is a function above, its line here, and its test; one of the user's is registered.
+LOSSES = Registry(
+    "loss",
+    {
+        "nca": nca,
+        "info_nca": info_nca,
+        "biased_nca": biased_nca,
+        "dpo": dpo,
+        "dpo_best_vs_rest": dpo_best_vs_rest,
+        "plackett_luce": plackett_luce,
+        "sft": sft,
+    },
+    _check_loss,
+)
+_READ_LABELS = (nca, info_nca)  # all of the package's accept temperature_alpha
+
+
+def register_loss(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make a loss of one's own known by a name, for ``loss_type``.
+
+    Args:
+        name: free of case and punctuation, like those in ``LOSSES``.
+        function: returns (B,), one number for each group, and is given what its parameters name: the arguments of the
+            table above; ``labels`` (B, K), see :func:`target_labels`; ``ref_logps`` (B, K) nats. ``**kwargs`` gets all.
+
+    Returns:
+        ``function``, so that ``functools.partial(register_loss, "name")`` decorates.
+
+    Raises:
+        ValueError: a name of the package's, or a parameter without a default that is none of these.
+
+    >>> def margin(log_ratios, labels, beta):
+    ...     return -beta * ((labels - 1 / labels.size(-1)) * log_ratios).sum(-1)
+    >>> _ = register_loss("margin", margin)
+    >>> canonical_loss_name("Margin"), reads_labels("margin")
+    ('margin', True)
+    >>> del LOSSES["margin"]
+    """
+    return LOSSES.register(name, function)
+
+
+def group_loss(name: str, **values: Any) -> Tensor:
+    """Return the (B,) values of a loss in ``LOSSES``, which is given those of ``READABLE`` that its parameters name.
+
+    Raises:
+        ValueError: a result of another shape, or without a gradient where the log-ratios have one.
+    """
+    function = LOSSES[name]
+    parameters = inspect.signature(function).parameters
+    everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if everything or "labels" in parameters:
+        labels = target_labels(values["scores"], temperature_alpha=values["temperature_alpha"], valid=values["valid"])
+        values["labels"] = labels.to(values["log_ratios"].dtype)
+    bound = function.keywords if isinstance(function, partial) else {}
+    given = {key: value for key, value in values.items() if (everything or key in parameters) and key not in bound}
+    found = function(**given)
+    expected = values["scores"].shape[:1]
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    wanted = f"a tensor of shape {tuple(expected)}, one number for each group"
+    if shape != tuple(expected):
+        raise ValueError(f"The loss {LOSSES.describe(name)} returned {shape}, expected {wanted}.")
+    if values["log_ratios"].requires_grad and not found.requires_grad:
+        raise ValueError(
+            f"The loss {LOSSES.describe(name)} returned a tensor without a gradient, expected {wanted}, made of "
+            "log_ratios or policy_logps (not detached)."
+        )
+    return found
+
 
 # TRL's names for the same losses.
 ALIASES = {"sigmoid": "dpo", "nca_pair": "nca", "bco_pair": "biased_nca"}
 
 
-def canonical_loss_name(name: str) -> str:
+def canonical_loss_name(name: str | Callable[..., Tensor]) -> str:
     """Return the key of ``LOSSES`` for a name, whatever its case and punctuation; TRL's names are aliases.
 
+    ``file.py:function``, ``package.module:function`` and a callable are registered, see :meth:`Registry.find`.
+
     Raises:
-        ValueError: an unknown name; lists the known ones.
+        ValueError: an unknown name; lists the known ones. A function that is not there, or is no loss.
 
     >>> canonical_loss_name("InfoNCA"), canonical_loss_name("biasedNCA"), canonical_loss_name("sigmoid")
     ('info_nca', 'biased_nca', 'dpo')
     """
-    for spelling in (*LOSSES, *ALIASES):
+    written = isinstance(name, str) and ":" not in name
+    for spelling in (*LOSSES, *ALIASES) if written else ():
         if re.sub(r"[\W_]", "", spelling.lower()) == re.sub(r"[\W_]", "", name.lower()):
             return ALIASES.get(spelling, spelling)
+    if (found := LOSSES.find(name)) is not None:
+        return found
     raise ValueError(
         f"Unknown loss_type {name!r}. Known: {', '.join(LOSSES)} (and TRL's names {', '.join(ALIASES)}). "
-        "TRL's other pair losses (hinge, ipo, ...) are in trl.DPOTrainer."
+        "TRL's other pair losses (hinge, ipo, ...) are in trl.DPOTrainer. One of your own is 'file.py:function'."
     )
 
 
@@ -387,12 +472,13 @@ def _masked_logsumexp(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def reads_labels(name: str) -> bool:
-    """Whether a loss depends on ``temperature_alpha``, found by trying.
+    """Whether a loss depends on ``temperature_alpha``, as it declares.
 
     >>> reads_labels("nca"), reads_labels("dpo")
     (True, False)
     """
-    log_ratios, scores = torch.tensor([[0.3, -0.2]]), torch.tensor([[2.0, 1.0]])
-    given = {"beta": 1.0, "policy_logps": log_ratios, "lengths": torch.ones_like(scores)}
-    tried = [LOSSES[name](log_ratios, scores, temperature_alpha=alpha, **given) for alpha in (0.1, 10.0)]
-    return not torch.equal(*tried)
+    function = LOSSES[name]
+    if name not in LOSSES.hashes:
+        return function in _READ_LABELS
+    parameters = inspect.signature(function).parameters.values()
+    return any(p.name in ("labels", "temperature_alpha") or p.kind is p.VAR_KEYWORD for p in parameters)

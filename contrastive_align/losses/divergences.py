@@ -13,12 +13,17 @@ log space: with a weight pi/q it stays right where the weight alone would be 0 a
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import re
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from contrastive_align.registry import Registry, place_of
 
 
 def kl(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
@@ -94,31 +99,85 @@ def alpha(a: float):
     return slope
 
 
-class _Slopes(dict):
+class _Slopes(Registry):
     def __missing__(self, name):
         """Build a member of the family ``alpha:<a>``; it is not stored, so that iterating gives the six names."""
         if isinstance(name, str) and (a := alpha_of(name)) is not None:
             return alpha(a)
         raise KeyError(name)
 
+    def __setitem__(self, name, slope):
+        super().__setitem__(name, slope)
+        if "log_weight" not in inspect.signature(slope).parameters:
+            dict.__setitem__(self, name, _weighted(slope))
 
-DIVERGENCES = _Slopes(kl=kl, reverse_kl=reverse_kl, js=js, tv=tv, chi2=chi2, reverse_chi2=reverse_chi2)
+
+def _weighted(slope: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(slope)
+    def weighted(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
+        return _exp(log_weight, like=log_t) * slope(log_t)
+
+    return weighted
+
+
+def _check_slope(name: str, slope: Callable[..., Tensor]) -> None:
+    log_t = torch.linspace(-5, 5, 101, dtype=torch.float64)
+    found = slope(log_t)
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    where = f"The divergence {name} ({place_of(slope)})"
+    if shape != tuple(log_t.shape):
+        raise ValueError(f"{where} returned {shape} for log t of shape {tuple(log_t.shape)}, expected the same shape.")
+    if not bool(found.isfinite().all()) or bool((found.diff() < -1e-9 * (1 + found[1:].abs())).any()):
+        raise ValueError(f"{where} falls or is not finite between log t = -5 and 5, expected the slope of a convex f.")
+
+
+DIVERGENCES = _Slopes(
+    "divergence",
+    {"kl": kl, "reverse_kl": reverse_kl, "js": js, "tv": tv, "chi2": chi2, "reverse_chi2": reverse_chi2},
+    _check_slope,
+)
+
+
+def register_divergence(name: str, slope: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Make an f-divergence of one's own known by a name, for ``divergence``.
+
+    Args:
+        name: free of case and punctuation, like those in ``DIVERGENCES``.
+        slope: from log t, t = pi / p, any shape, to f'(t), the same shape; +inf where p = 0, at log t = inf, unless it
+            is finite there. It may take ``log_weight``, too, as those of the package do (see above).
+
+    Raises:
+        ValueError: a name of the package's, another shape, or a slope that falls: f must be convex.
+
+    >>> _ = register_divergence("hellinger", lambda log_t: 1 - torch.exp(-log_t / 2))
+    >>> divergence("Hellinger")(torch.tensor([0.0, torch.inf]))
+    tensor([0., 1.])
+    >>> del DIVERGENCES["hellinger"]
+    """
+    return DIVERGENCES.register(name, slope)
+
 
 # Other common names of the same divergences.
 DIVERGENCE_ALIASES = {"forward_kl": "kl", "rkl": "reverse_kl", "jensen_shannon": "js", "total_variation": "tv"}
 
 
-def canonical_divergence_name(name: str) -> str:
+def canonical_divergence_name(name: str | Callable[..., Tensor]) -> str:
     """Return the key of ``DIVERGENCES`` for a name, whatever its case and punctuation, or ``alpha:<a>``.
+
+    ``file.py:function``, ``package.module:function`` and a callable are registered, see :meth:`Registry.find`.
 
     >>> canonical_divergence_name("Reverse-KL"), canonical_divergence_name("JS"), canonical_divergence_name("Alpha=.50")
     ('reverse_kl', 'js', 'alpha:0.5')
     """
-    if (a := alpha_of(name)) is not None:
+    if isinstance(name, str) and (a := alpha_of(name)) is not None:
         return f"alpha:{int(a) if a == int(a) else a}"
-    for spelling in (*DIVERGENCES, *DIVERGENCE_ALIASES):
-        if re.sub(r"[\W_]", "", spelling) == re.sub(r"[\W_]", "", name.lower()):
+    written = isinstance(name, str) and ":" not in name
+    for spelling in (*DIVERGENCES, *DIVERGENCE_ALIASES) if written else ():
+        if re.sub(r"[\W_]", "", spelling.lower()) == re.sub(r"[\W_]", "", name.lower()):
             return DIVERGENCE_ALIASES.get(spelling, spelling)
+    misspelt = isinstance(name, str) and name.lower().startswith("alpha")
+    if not misspelt and (found := DIVERGENCES.find(name)) is not None:
+        return found
     raise ValueError(
         f"Unknown divergence {name!r}. Known: {', '.join(DIVERGENCES)}, and alpha:<a> with a number <a>, such as "
         "alpha:0.5 or alpha:-1."
@@ -176,6 +235,8 @@ def divergence_value(name: str, log_pi: Tensor, log_p: Tensor) -> Tensor:
     (tensor(0.4000), tensor(0.3681))
     """
     name = canonical_divergence_name(name)
+    if name in DIVERGENCES.hashes:
+        raise ValueError(f"{DIVERGENCES.describe(name)} is known by its slope alone, and a value needs f itself.")
     for which, logs in (("log_pi", log_pi), ("log_p", log_p)):
         total = logs.detach().logsumexp(-1).flatten()
         wrong = ~(total.abs() < 1e-3)

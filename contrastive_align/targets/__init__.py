@@ -9,7 +9,7 @@ from contrastive_align.targets.evaluate import (
     evaluate_feature,
     evaluate_features,
 )
-from contrastive_align.targets.features import resolve_feature, weighted_sum
+from contrastive_align.targets.features import register_feature, resolve_feature, weighted_sum
 from contrastive_align.targets.fit import Fit, fit_lambdas
 from contrastive_align.targets.reachable import InfeasibleMoment
 from contrastive_align.targets.target import Constraint, Target, resolve_constraint
@@ -28,6 +28,7 @@ __all__ = [
     "evaluate_feature",
     "evaluate_features",
     "fit_lambdas",
+    "register_feature",
     "resolve_constraint",
     "resolve_feature",
     "weighted_sum",

@@ -5,6 +5,7 @@ spec                                                   value for each completion
 =====================================================  ==============================================================
 a callable                                             what the TRL reward function returns
 ``file.py:function``, ``package.module:function``      the same, found by name
+a name given to :func:`register_feature`               the same
 a model id or folder, or a loaded model                the score of a reward model (a sequence classifier, one logit)
 ``{contains: please}``                                 1 where the text is in it, else 0 (see :func:`contains`)
 ``{words: [art, arts]}``, ``{words: file.txt}``        1 where any of the words is in it as a whole word, else 0
@@ -24,15 +25,11 @@ Every mapping may also have a ``name``.
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import json
 import math
 import numbers
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +37,7 @@ from typing import Any
 
 import torch
 
+from contrastive_align.registry import Registry, load_function
 from contrastive_align.targets.classifiers import SCORER_OPTIONS, classifier, loaded_reward_model, reward_model
 from contrastive_align.targets.evaluate import Feature, FeatureError, call_feature, completion_text, shorten
 
@@ -76,7 +74,7 @@ def resolve_feature(
     if callable(spec):
         return Feature(spec, callable_name(spec))
     if isinstance(spec, str):
-        kind = "function" if ":" in spec else "reward_model"
+        kind = "function" if ":" in spec or spec in FUNCTIONS else "reward_model"
         if kind == "reward_model" and spec in KINDS:
             raise ValueError(f"{spec!r} is a kind of feature, expected what it is about: {{{spec}: ...}}.")
         return replace(KINDS[kind](spec, **(context if kind in MODEL_KINDS else {})), spec=spec)
@@ -269,40 +267,12 @@ def _longest_first(texts: list[str]) -> list[str]:
 def _function(value: Any) -> Feature:
     if callable(value):
         return resolve_feature(value)
-    place, _, name = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    if not place or not name:
-        raise ValueError(f"function: found {shorten(value)}, expected 'file.py:function' or 'package.module:function'.")
-    module = _import(place)
-    if not callable(getattr(module, name, None)):
-        there = [key for key, item in vars(module).items() if inspect.isfunction(item) and not key.startswith("_")]
-        raise AttributeError(f"{place} has no function {name!r}. It has: {', '.join(there) or 'none'}.")
-    return Feature(getattr(module, name), name)
-
-
-def _import(place: str) -> Any:
-    file = Path(place).expanduser().resolve() if place.endswith(".py") else None
-    if file and not file.is_file():
-        raise FileNotFoundError(f"No file {place!r} (looked for {file}), expected 'file.py:function'.")
+    if isinstance(value, str) and value in FUNCTIONS:
+        return Feature(FUNCTIONS[value], value)
     try:
-        return _load_file(file) if file else importlib.import_module(place)
-    except Exception as error:
-        hint = "" if file else ". For a file write 'file.py:function'."
-        raise ValueError(
-            f"{file or place} could not be imported, which raised {type(error).__name__}: {error}{hint}"
-        ) from error
-
-
-def _load_file(file: Path) -> Any:
-    name = f"features_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickle look a class up by its module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+        return Feature(load_function(value), value.rpartition(":")[2])
+    except ValueError as error:
+        raise ValueError(f"function: {error}") from error
 
 
 def _product(value: Any, *, context: dict[str, Any]) -> Feature:
@@ -337,6 +307,7 @@ def _combine(parts: list[Feature], merge: Callable[[Sequence[float | None]], flo
         values = [call_feature(part, prompts, completions, columns, none_allowed=True) for part in parts]
         return [merge(row) for row in zip(*values, strict=True)]
 
+    function.parts = [part.function for part in parts]  # whose sources decide its values
     return function
 
 
@@ -379,3 +350,20 @@ KINDS: dict[str, Callable[..., Feature]] = {
     "sum": _sum,
     "not": _not,
 }
+# Reward functions of one's own: names -> functions.
+FUNCTIONS = Registry("feature", {})
+
+
+def register_feature(name: str, function: Callable) -> Callable:
+    """Let specs name a reward function: ``resolve_feature(name)``, ``{function: name}``, ``--reward=name``.
+
+    Args:
+        name: anything but a kind of feature; it must not hold a colon.
+        function: a TRL reward function.
+
+    Raises:
+        ValueError: a name that is taken by a kind.
+    """
+    if name in KINDS or ":" in name:
+        raise ValueError(f"A feature cannot be named {name!r}, which is a kind, or reads as file:function.")
+    return FUNCTIONS.register(name, function)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from contrastive_align.registry import hash_of_user
 from contrastive_align.targets.evaluate import Feature, Text, evaluate_features, shorten
 from contrastive_align.targets.features import resolve_feature
 from contrastive_align.targets.fit import Fit, fit_lambdas, group_by_prompt
@@ -175,6 +176,11 @@ class Target:
     def names(self) -> list[str]:
         """The names of the J features."""
         return [feature.name for feature in self._features]
+
+    @property
+    def sources(self) -> dict[str, str | None]:
+        """The features' names and, of those that are the user's functions, a hash of the source."""
+        return {feature.name: hash_of_user(feature.function) for feature in self._features}
 
     @property
     def moments(self) -> Tensor:

@@ -66,6 +66,8 @@ from contrastive_align.trl_seam import (
 
 logger = logging.get_logger(__name__)
 
+FUNCTIONS_FILE = "functions.json"  # of a checkpoint: what decides its objective
+
 
 class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
     """What stands before the TRL class in the bases of every trainer of this package.
@@ -347,6 +349,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         if self.resumed_from is not None or self.reference_is_proven is None:
             self.reference_is_proven = False
         if self.resumed_from is not None:
+            check_functions(self.resumed_from, self.functions())
             self.load_state(self.resumed_from)
         self.begin_training(going_on=bool(resume_from_checkpoint))
         with freed_memory_kept(self.args.device.type):
@@ -359,6 +362,13 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
 
     def begin_training(self, *, going_on: bool) -> None:
         """Prepare the first step (to be overridden). ``going_on``: the caller asked to resume."""
+
+    def functions(self) -> dict[str, dict[str, str | None]]:
+        """Return option -> the names of the functions that decide the objective -> a hash of the source (user's only).
+
+        A checkpoint stores it, and a run is not resumed with others (to be overridden).
+        """
+        return {}
 
     @property
     def state_files(self) -> Sequence[str]:
@@ -382,6 +392,8 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of a checkpoint that is written again
+            with atomic_write(folder / FUNCTIONS_FILE) as file:
+                file.write(json.dumps(self.functions()).encode())
             if group is not None:
                 note = {"reference": self.start_description, "group": group, "logps": logps}
                 with atomic_write(folder / REFERENCE_FILE) as file:
@@ -514,6 +526,26 @@ def problem_with_checkpoint(folder: Path, needed: Sequence[str] = ()) -> str | N
         except (OSError, ValueError, SafetensorError) as error:
             return f"{file.name} cannot be read ({str(error).splitlines()[0]})"
     return None
+
+
+def check_functions(checkpoint: Path, now: dict[str, dict[str, str | None]]) -> None:
+    """Refuse to resume with another loss, divergence, condition or feature; older checkpoints say nothing of them.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    file = checkpoint / FUNCTIONS_FILE
+    for option, then in json.loads(file.read_text(encoding="utf-8")).items() if file.is_file() else ():
+        found = now.get(option, {})
+        changed = [name for name in found if name in then and then[name] != found[name]]
+        what = f"this run has {', '.join(found)}"
+        if changed:
+            what = f"the source of {', '.join(changed)} has changed since"
+        if found != then:
+            raise ValueError(
+                f"{checkpoint} was trained with {option} {', '.join(then)}, and {what}. Resume with the same, or start "
+                f"anew from its weights: model='{checkpoint}'."
+            )
 
 
 def save_tensors(value: Any, path: Path) -> None:

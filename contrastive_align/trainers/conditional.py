@@ -24,7 +24,7 @@ from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from contrastive_align.conditions import Condition, resolve_condition
+from contrastive_align.conditions import CONDITIONS, Condition, resolve_condition
 from contrastive_align.conditions.scored_rows import read_scored
 from contrastive_align.conditions.tokens import add_condition_tokens, with_trainable_rows
 from contrastive_align.data import GroupCollator
@@ -36,6 +36,7 @@ from contrastive_align.models.loading import eos_token_ids
 from contrastive_align.models.logps import completion_logps, completion_objective
 from contrastive_align.models.token_loss import token_loss
 from contrastive_align.pool import Pool, Sample, Table
+from contrastive_align.registry import hash_of_user
 from contrastive_align.report.card import add_section, how_to_ask
 from contrastive_align.sampling.decode import draw
 from contrastive_align.targets.evaluate import Feature
@@ -725,6 +726,13 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         super().finish_saving(folder)
         if self.args.should_save:
             self.best_condition().save(folder)
+
+    def functions(self) -> dict[str, dict[str, str | None]]:
+        """Return the condition and, where completions are sampled, the reward."""
+        kind = self.condition.kind
+        found = {"condition": {kind: CONDITIONS.hashes.get(kind)}}
+        feature = getattr(self.feedback, "feature", None)
+        return found if feature is None else found | {"reward": {feature.name: hash_of_user(feature.function)}}
 
     def objective(self) -> dict[str, Any]:
         """Condition and coefficients."""

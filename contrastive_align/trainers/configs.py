@@ -190,7 +190,8 @@ class ContrastiveConfig(DPOConfig):
         loss_type (`list[str]`, defaults to `["nca"]`):
             Names in ``contrastive_align.losses.LOSSES``: nca, info_nca, biased_nca, dpo, dpo_best_vs_rest,
             plackett_luce, sft. Free of case and punctuation (NCA, InfoNCA); TRL's sigmoid, nca_pair and bco_pair are
-            dpo, nca and biased_nca. Several are summed with ``loss_weights``.
+            dpo, nca and biased_nca. Several are summed with ``loss_weights``. One of your own is ``file.py:function``,
+            a name given to ``register_loss``, or in Python the function itself, of which the config keeps the name.
         temperature_alpha (`float`, defaults to `1e-4`):
             Labels are softmax(scores / temperature_alpha) over the completions of a group (NCA and InfoNCA). The
             default, the published run's, makes them one-hot unless scores are equal.
@@ -227,7 +228,7 @@ class ContrastiveConfig(DPOConfig):
     allow_pickled_adapter: bool = False
 
     def __post_init__(self):
-        if isinstance(self.loss_type, str):
+        if isinstance(self.loss_type, str) or callable(self.loss_type):
             self.loss_type = [self.loss_type]
         self.loss_type = [canonical_loss_name(name) for name in self.loss_type]
         _check_loss_weights(self.loss_type, self.loss_weights)
@@ -290,7 +291,8 @@ class FDPGConfig(RLOOConfig):
     Args:
         divergence (`str`, defaults to `"js"`):
             What is minimised between policy and target: kl (DPG, GDC, CDPG), reverse_kl (on `Target.from_reward` the
-            KL-controlled reward of RLHF), js, tv, chi2, reverse_chi2 or alpha:<a>.
+            KL-controlled reward of RLHF), js, tv, chi2, reverse_chi2 or alpha:<a>; or one of your own, as a loss is
+            given to :class:`~contrastive_align.ContrastiveConfig` (see ``register_divergence``).
         baseline (`str`, defaults to `"leave_one_out"`):
             Taken off the pseudo-reward: `"leave_one_out"`, the mean over the other samples of the prompt; `"window"`,
             the mean over all prompts of earlier steps; or `"none"`.

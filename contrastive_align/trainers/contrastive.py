@@ -19,7 +19,7 @@ from transformers.utils import logging
 from trl import DPOTrainer
 
 from contrastive_align.data import DataReport, GroupCollator, prepare_groups
-from contrastive_align.losses.contrastive import LOSSES, is_preference, reads_labels
+from contrastive_align.losses.contrastive import LOSSES, group_loss, is_preference, reads_labels
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.logps import completion_logps, per_completion
 from contrastive_align.trainers.base import AlignmentTrainer
@@ -323,18 +323,10 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         if training and self.reference_is_proven is False:
             self.prove_reference(policy.logps.detach(), ref_logps, policy.lengths)
 
-        terms = {
-            name: LOSSES[name](
-                log_ratios,
-                scores,
-                beta=self.args.beta,
-                temperature_alpha=self.args.temperature_alpha,
-                valid=valid,
-                policy_logps=policy.logps,
-                lengths=policy.lengths,
-            )
-            for name in self.loss_types
-        }
+        given = {"log_ratios": log_ratios, "scores": scores, "valid": valid, "lengths": policy.lengths}
+        given |= {"policy_logps": policy.logps, "ref_logps": ref_logps}
+        given |= {"beta": self.args.beta, "temperature_alpha": self.args.temperature_alpha}
+        terms = {name: group_loss(name, **given) for name in self.loss_types}
         losses = sum(weight * terms[name] for name, weight in zip(self.loss_types, self.loss_weights, strict=True))
         weights = inputs.get("group_weights", torch.ones_like(losses))
         groups = inputs.get("step_groups", weights.sum().clamp(min=1))
@@ -401,10 +393,14 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         self.last_evaluation = means
         return output
 
+    def functions(self) -> dict[str, dict[str, str | None]]:
+        """Return the losses."""
+        return {"loss_type": {name: LOSSES.hashes.get(name) for name in self.loss_types}}
+
     def objective(self) -> dict[str, Any]:
         """Losses and their coefficients."""
         args = self.args
-        found: dict[str, Any] = {"loss": " + ".join(args.loss_type), "beta": args.beta}
+        found: dict[str, Any] = {"loss": " + ".join(map(LOSSES.describe, args.loss_type)), "beta": args.beta}
         if args.loss_weights is not None:
             found["loss_weights"] = args.loss_weights
         if any(map(reads_labels, args.loss_type)):

@@ -22,7 +22,7 @@ from trl import RLOOTrainer
 from contrastive_align.data import GroupCollator
 from contrastive_align.data.formats import distinct_prompts
 from contrastive_align.losses import fdpg
-from contrastive_align.losses.divergences import mean_slope
+from contrastive_align.losses.divergences import DIVERGENCES, mean_slope
 from contrastive_align.losses.estimators import RunningLogZ
 from contrastive_align.models.logps import completion_logps
 from contrastive_align.sampling.decode import draw, seed_of
@@ -493,9 +493,14 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
                 weights = torch.load(file, map_location="cpu", weights_only=True)
             self.adaptive_proposal.load_state_dict(state["proposal"], weights, self.policy)
 
+    def functions(self) -> dict[str, dict[str, str | None]]:
+        """Return divergence and features."""
+        name = self.args.divergence
+        return {"divergence": {name: DIVERGENCES.hashes.get(name)}, "features": self.target.sources}
+
     def objective(self) -> dict[str, Any]:
         """Return divergence and target, for the model card."""
-        return {"divergence": self.args.divergence, "target": str(self.target)}
+        return {"divergence": DIVERGENCES.describe(self.args.divergence), "target": str(self.target)}
 
 
 def state_file(process: int) -> str:
