@@ -18,6 +18,7 @@ from contrastive_align.launch.datasets import DEMO_NAME, load_demo, load_splits
 from contrastive_align.report import Change, Summary
 from contrastive_align.sampling.decode import seed_of
 from contrastive_align.trainers import ContrastiveTrainer
+from contrastive_align.trainers.configs import AUTO
 
 
 DEMO_MODEL = {"max_length": 512, "learning_rate": 3e-4}
@@ -72,9 +73,11 @@ class ContrastiveRun(Run):
         weights = training.loss_weights or [1.0] * len(training.loss_type)
         named = zip(training.loss_type, weights, strict=True)
         losses = " + ".join(f"{weight:g} {loss}" if len(weights) > 1 else loss for loss, weight in named)
-        line = f"{losses}, beta={training.beta:g}, temperature_alpha={training.temperature_alpha:g}"
-        options = self.options("beta", "temperature_alpha", "learning_rate", "seed")
-        return line, {"loss_type": training.loss_type, "loss_weights": weights, **options}
+        temperature = {"temperature_alpha": self.trainer.temperature_alpha}
+        line = f"{losses}, beta={training.beta:g}, temperature_alpha={self.trainer.temperature_alpha:.4g}"
+        line += " (auto)" if training.temperature_alpha == AUTO else ""
+        options = self.options("beta", "learning_rate", "seed")
+        return line, {"loss_type": training.loss_type, "loss_weights": weights, **temperature, **options}
 
     def describe_data(self) -> dict[str, dict[str, Any]]:
         """Count groups and rows."""
@@ -93,6 +96,11 @@ class ContrastiveRun(Run):
         """Sample the bundled prompts for their mean reward."""
         if self.args.bundled_data:
             self.rewards_before = _demo_rewards(self.trainer, self.test_rows)
+
+    def after_saving(self) -> None:
+        """Describe the method again: a resumed run has the temperature of its checkpoint."""
+        line, options = self.describe()
+        self.summary.method |= {"line": line, **options}
 
     def measure(self) -> None:
         """Compare log-probs, and on bundled data rewards, before and after."""
