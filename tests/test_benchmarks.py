@@ -134,6 +134,25 @@ def test_the_pool_is_measured_in_each_of_its_states(monkeypatch, capsys):
     assert int(next(line for line in lines if "on disk" in line).split()[4]) > 100  # bytes a sample
 
 
+def test_temperatures_are_compared_seed_by_seed(monkeypatch, capsys, tmp_path):
+    """Of runs that are there already: the mean of the differences, and its standard error."""
+    monkeypatch.syspath_prepend(FOLDER)
+    temperature = importlib.import_module("temperature")
+    for loss in temperature.LOSSES:
+        for seed in (0, 1):
+            for alpha, reward in (("1e-4", 0.5 + seed), ("auto", 0.7 + 2 * seed)):
+                found = {"measure": reward, "best": -seed, "alpha": 0.25}
+                (tmp_path / f"demo-{loss}-{alpha}-{seed}.json").write_text(json.dumps(found))
+    monkeypatch.setattr(sys, "argv", ["temperature.py", "--data", "demo", "--seeds", "0", "1", "--out", str(tmp_path)])
+    temperature.main()
+    for name in ("temperature", "real_data"):
+        sys.modules.pop(name)
+    header, _, *rows = cells(capsys.readouterr().out)
+    assert tuple(header) == temperature.HEADER and [row[:2] for row in rows] == [["demo", "NCA"], ["demo", "InfoNCA"]]
+    change = ["1.000", "1.700", "+0.700 +- 0.500", "-0.500", "-0.500", "+0.000 +- 0.000"]
+    assert rows[0][2:] == ["0.25", "mean reward", *change]
+
+
 def test_synthetic_lengths(benchmarks):
     _, _, workloads, _ = benchmarks
     groups = workloads.groups_of("synthetic", 300, None)

@@ -18,6 +18,7 @@ from contrastive_align.losses import LOSSES
 from contrastive_align.report import Change, Summary
 from contrastive_align.sampling.decode import seed_of
 from contrastive_align.trainers import ContrastiveTrainer
+from contrastive_align.trainers.configs import AUTO
 
 
 DEMO_SAMPLES = {"per_prompt": 4, "max_new_tokens": 48}
@@ -55,10 +56,11 @@ class RewardRun(Run):
         named = zip(training.loss_type, weights, strict=True)
         named = [(LOSSES.describe(loss), weight) for loss, weight in named]
         losses = " + ".join(f"{weight:g} {loss}" if len(weights) > 1 else loss for loss, weight in named)
-        line = f"{losses}, beta={training.beta:g}, temperature_alpha={training.temperature_alpha:g}"
-        options = self.options("beta", "temperature_alpha", "learning_rate", "seed")
+        line = f"{losses}, beta={training.beta:g}, temperature_alpha={self.trainer.temperature_alpha:.4g}"
+        line += " (auto)" if training.temperature_alpha == AUTO else ""
+        found = {"loss_type": training.loss_type, "loss_weights": weights}
+        found |= {"temperature_alpha": self.trainer.temperature_alpha, **self.options("beta", "learning_rate", "seed")}
         sources = {name: LOSSES.describe(name) for name in training.loss_type if name in LOSSES.hashes}
-        found = {"loss_type": training.loss_type, "loss_weights": weights, **options}
         return line, found | ({"own_losses": sources} if sources else {})
 
     def describe_data(self) -> dict[str, dict[str, Any]]:
@@ -78,6 +80,11 @@ class RewardRun(Run):
         """Sample the bundled prompts for their mean reward."""
         if self.args.bundled_data:
             self.rewards_before = _demo_rewards(self.trainer, self.test_rows)
+
+    def after_saving(self) -> None:
+        """Describe the method again: a resumed run has the temperature of its checkpoint."""
+        line, options = self.describe()
+        self.summary.method |= {"line": line, **options}
 
     def measure(self) -> None:
         """Compare log-probs, and on bundled data rewards, before and after."""

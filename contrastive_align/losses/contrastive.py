@@ -24,6 +24,7 @@ gradient; a row without any valid column gives 0 and a finite gradient.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -403,37 +404,50 @@ def canonical_loss_name(name: str | Callable[..., Tensor]) -> str:
 
 
 def temperature_for_entropy(scores: Tensor, *, valid: Tensor | None = None, fraction: float = 0.5) -> float | None:
-    r"""Find the ``temperature_alpha`` at which the labels' mean entropy is a given share of its maximum.
+    r"""Find the ``temperature_alpha`` that puts the labels' mean entropy a given share of the way between its limits.
 
-    .. math:: \text{mean}_b\, H(p_b(\alpha)) = \text{fraction} \cdot \text{mean}_b \ln K_b
+    .. math:: \text{mean}_b\, H(p_b(\alpha)) = \text{mean}_b \big[ (1 - f) \ln m_b + f \ln K_b \big]
 
-    Solved by bisection on log alpha, in float64, over the groups whose scores differ and that are no preferences. Tied
-    best completions put a floor under the entropy; where the floor is above the wish, or no group has a signal, there
-    is no answer and ``None`` is returned.
+    A group has K completions, of which m share the best score: its labels' entropy rises with the temperature from
+    ln m to ln K, so that there is always a solution. Where no best scores tie, ``fraction=0.5`` means half of the
+    largest mean entropy. The mean is over the groups whose labels depend on the temperature. A preference does not
+    count, being hard at every temperature, nor does a group of equal scores, whose labels are uniform at every
+    temperature. Solved by bisection on log alpha, in float64.
+
+    Args:
+        scores: (B, K).
+        valid: (B, K) bool.
+        fraction: f above, between 0 (one-hot labels, ties apart) and 1 (uniform labels).
+
+    Returns:
+        The temperature, or None where no group's labels depend on it.
+
+    Raises:
+        ValueError: ``fraction`` is not between 0 and 1.
 
     >>> round(temperature_for_entropy(torch.tensor([[2.0, 1.0, 0.0]])), 3)
     0.593
     """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction is {fraction}, expected a number between 0 and 1, both excluded.")
     valid = _all_valid(scores) if valid is None else valid
     s = scores.double()
-    spreads = s.masked_fill(~valid, -torch.inf).amax(-1) - s.masked_fill(~valid, torch.inf).amin(-1)
-    signal = (spreads > 0) & ~is_preference(s, valid=valid)  # a preference is always hard
-    s, valid = s[signal], valid[signal]
-    if not len(s):
+    best = s.masked_fill(~valid, -torch.inf).amax(-1, keepdim=True)
+    below = valid & (s < best)
+    depends = below.any(-1) & ~is_preference(s, valid=valid)
+    if not depends.any():
         return None
-    wish = fraction * valid.sum(-1).double().log().mean()
-
-    def entropy(alpha: float) -> Tensor:
-        return label_entropy(target_labels(s, temperature_alpha=alpha, valid=valid)).mean()
-
-    spread = float(spreads[signal].max())
-    low, high = spread * 1e-9, spread * 1e9
-    if entropy(low) > wish or entropy(high) < wish:
-        return None
-    for _ in range(100):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if entropy(middle) < wish else (low, middle)
-    return (low * high) ** 0.5
+    s, valid, below, best = s[depends], valid[depends], below[depends], best[depends]
+    tied = (valid & ~below).sum(-1).double().log().mean()
+    uniform = valid.sum(-1).double().log().mean()
+    wish = (1 - fraction) * tied + fraction * uniform
+    gaps = (best - s)[below]
+    low, high = math.log(gaps.min()) - 7, math.log(gaps.max()) + 14  # at these, the limits to the last digit
+    for _ in range(60):
+        middle = (low + high) / 2
+        entropy = label_entropy(target_labels(s, temperature_alpha=math.exp(middle), valid=valid)).mean()
+        low, high = (middle, high) if entropy < wish else (low, middle)
+    return math.exp((low + high) / 2)
 
 
 def label_entropy(p: Tensor) -> Tensor:

@@ -116,6 +116,7 @@ PROPOSALS = ("policy", "kept")
 PROPOSAL_CRITERIA = ("kl", "tv", "js")
 BASELINES = ("leave_one_out", "window", "none")
 ON_BAD_ROW = ("raise", "drop")
+AUTO = "auto"
 
 
 def refuse_options(config: Any, base: type, table: dict[str, tuple[str, str]], trainer: str) -> None:
@@ -152,6 +153,23 @@ def check_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} is {value}, expected a finite number above 0.")
+
+
+def _number_or_auto(name: str, value: Any) -> float | str:
+    """Read a finite number above 0, or the word auto.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if str(value).strip().lower() == AUTO:
+        return AUTO
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name} is {value!r}, expected a finite number above 0, or {AUTO!r}.")
+    return number
 
 
 def describe_options(**choices: tuple[str, ...]) -> Callable[[Config], Config]:
@@ -192,9 +210,12 @@ class ContrastiveConfig(DPOConfig):
             plackett_luce, sft. Free of case and punctuation (NCA, InfoNCA); TRL's sigmoid, nca_pair and bco_pair are
             dpo, nca and biased_nca. Several are summed with ``loss_weights``. One of your own is ``file.py:function``,
             a name given to ``register_loss``, or in Python the function itself, of which the config keeps the name.
-        temperature_alpha (`float`, defaults to `1e-4`):
+        temperature_alpha (`float` or `"auto"`, defaults to `1e-4`):
             Labels are softmax(scores / temperature_alpha) over the completions of a group (NCA and InfoNCA). The
-            default, the published run's, makes them one-hot unless scores are equal.
+            default, the published run's, makes them one-hot unless scores are equal. `"auto"` is the temperature at
+            which their mean entropy over the training groups is half of the largest (midway between its limits, where
+            best scores tie): `trainer.temperature_alpha`, and a resumed run keeps its checkpoint's. Preferences stay
+            hard, and a stream needs a number.
         max_prompt_length (`int`, *optional*):
             Longest prompt in tokens; longer ones keep their end. Without it prompts stay whole and groups whose prompt
             leaves no room under `max_length` are dropped and counted.
@@ -219,7 +240,7 @@ class ContrastiveConfig(DPOConfig):
     """
 
     loss_type: list[str] = field(default_factory=lambda: ["nca"])
-    temperature_alpha: float = 1e-4
+    temperature_alpha: float | str | None = 1e-4  # None is refused: it makes HfArgumentParser read text
     max_prompt_length: int | None = None
     on_bad_row: str = "raise"
     layout: str = "auto"
@@ -234,7 +255,8 @@ class ContrastiveConfig(DPOConfig):
         _check_loss_weights(self.loss_type, self.loss_weights)
         refuse_options(self, DPOConfig, NOT_SUPPORTED_CONTRASTIVE, "ContrastiveTrainer")
         super().__post_init__()
-        check_positive(self, "beta", "per_device_train_batch_size", "per_device_eval_batch_size", "temperature_alpha")
+        check_positive(self, "beta", "per_device_train_batch_size", "per_device_eval_batch_size")
+        self.temperature_alpha = _number_or_auto("temperature_alpha", self.temperature_alpha)
         check_choices(self)
         if self.max_tokens_per_batch is not None:
             self._check_batches_by_tokens()

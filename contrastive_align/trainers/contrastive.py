@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -19,12 +21,19 @@ from transformers.utils import logging
 from trl import DPOTrainer
 
 from contrastive_align.data import DataReport, GroupCollator, prepare_groups
-from contrastive_align.losses.contrastive import LOSSES, group_loss, is_preference, reads_labels
+from contrastive_align.data.atomic import atomic_write
+from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_labels
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.logps import completion_logps, per_completion
 from contrastive_align.trainers.base import AlignmentTrainer
-from contrastive_align.trainers.configs import ContrastiveConfig
-from contrastive_align.trainers.metrics import Averages, Mean, batch_metrics, warn_of_one_hot_labels
+from contrastive_align.trainers.configs import AUTO, ContrastiveConfig
+from contrastive_align.trainers.labels import (
+    ANY_TEMPERATURE,
+    add_first_score_bonus,
+    auto_temperature,
+    warn_of_one_hot_labels,
+)
+from contrastive_align.trainers.metrics import Averages, Mean, batch_metrics
 from contrastive_align.trainers.reference import cached_reference_logps, reference_cache_file
 from contrastive_align.trainers.token_batches import GroupWeights, loader_by_tokens
 from contrastive_align.trl_seam import (
@@ -39,6 +48,8 @@ from contrastive_align.trl_seam import (
 
 
 logger = logging.get_logger(__name__)
+
+STATE_FILE = "contrastive_state.json"
 
 AnyDataset = Dataset | IterableDataset
 
@@ -123,6 +134,13 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
                 "max_tokens_per_batch needs to know the length of every group beforehand, and train_dataset is a "
                 "stream. Load it whole, or leave max_tokens_per_batch out."
             )
+        self.reads_labels = any(map(reads_labels, args.loss_type))
+        if self.reads_labels and args.temperature_alpha == AUTO and isinstance(train_dataset, IterableDataset):
+            raise ValueError(
+                "temperature_alpha='auto' is found from the scores of all training groups, and train_dataset is a "
+                "stream. Give a number (labels are softmax(scores / temperature_alpha); 1e-4 makes them one-hot), or "
+                "load the dataset whole."
+            )
         # Accelerate would have the main process read every stream and cut its batches by rows, and groups with them.
         args.accelerator_config.dispatch_batches = False
         model, processing_class, quantization_config, peft_config = self.load_start(
@@ -151,7 +169,12 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             peft_config=peft_config,
         )
         self._choose_layout_once()
-        if any(map(reads_labels, self.loss_types)):
+        self._auto_temperature = ANY_TEMPERATURE
+        if self.reads_labels and args.temperature_alpha == AUTO:
+            found = auto_temperature(self.train_dataset, first_score_bonus=args.first_score_bonus)
+            self._auto_temperature = broadcast_object_list([found])[0]
+            logger.info(f"temperature_alpha='auto' is {self.temperature_alpha:.4g} for these groups.")
+        elif self.reads_labels and isinstance(self.train_dataset, Dataset):
             warn_of_one_hot_labels(self.train_dataset, args.temperature_alpha)
         context = self.context_limits().get("the model's context")
         if context and (args.max_length is None or args.max_length > context):
@@ -159,6 +182,16 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
                 f"max_length={args.max_length} is above the model's context of {context} tokens: longer sequences "
                 f"leave the range it was trained for. Set max_length={context}."
             )
+
+    @property
+    def temperature_alpha(self) -> float:
+        """The number in use, in training and evaluation.
+
+        Under ``temperature_alpha="auto"`` it is that of the training groups, or of the checkpoint of a resumed run; 1.0
+        where nothing depends on it: no loss reads labels, or all groups are preferences or have equal scores.
+        """
+        given = self.args.temperature_alpha
+        return self._auto_temperature if given == AUTO else given
 
     @property
     def reference(self) -> Any:
@@ -296,6 +329,34 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         batch = self.to_device(self.data_collator([group]))
         return self.compute_ref_log_probs(self.reference_or_policy, batch)[batch["valid"]].tolist()
 
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def save_own_state(self, folder: Path) -> None:
+        """Write the temperature of the labels."""
+        if self.reads_labels and self.args.should_save:
+            with atomic_write(folder / STATE_FILE) as file:
+                file.write(json.dumps({"temperature_alpha": self.temperature_alpha}).encode())
+
+    def load_state(self, checkpoint: Path) -> None:
+        """Keep the checkpoint's temperature under ``temperature_alpha="auto"``; a number given now comes first."""
+        if not self.reads_labels or self.args.temperature_alpha != AUTO:
+            return
+        file = checkpoint / STATE_FILE
+        state = json.loads(file.read_text()) if file.is_file() else None
+        if state is None:
+            logger.warning(
+                f"{checkpoint} has no {STATE_FILE}, so that its temperature_alpha is not known; this run continues at "
+                f"{self.temperature_alpha:.4g} ('auto'). Versions that wrote no such file had 1e-4 as default: give "
+                "temperature_alpha the number that the checkpoint was trained at."
+            )
+            return
+        found, self._auto_temperature = self._auto_temperature, broadcast_object_list([state["temperature_alpha"]])[0]
+        if found != self._auto_temperature:
+            logger.warning(
+                f"temperature_alpha='auto' remains {self._auto_temperature:.4g}, as in {checkpoint}; the training "
+                f"groups would give {found:.4g}. For another temperature, give temperature_alpha a number."
+            )
+
     # ------------------------------------------------------------------------------------------------------- loss
 
     def compute_loss(
@@ -317,15 +378,15 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         cached = inputs["ref_logps"] if self.args.precompute_ref_log_probs else None
         ref_logps = cached if cached is not None else self.compute_ref_log_probs(self.reference_or_policy, inputs)
         policy = completion_logps(model, inputs, layout=self.layout, **router)
-        valid, scores = inputs["valid"], inputs["scores"].clone()
-        scores[:, 0] += self.args.first_score_bonus * ~is_preference(scores, valid=valid)
+        valid = inputs["valid"]
+        scores = add_first_score_bonus(inputs["scores"], valid, self.args.first_score_bonus)
         log_ratios = policy.logps - ref_logps
         if training and self.reference_is_proven is False:
             self.prove_reference(policy.logps.detach(), ref_logps, policy.lengths)
 
         given = {"log_ratios": log_ratios, "scores": scores, "valid": valid, "lengths": policy.lengths}
         given |= {"policy_logps": policy.logps, "ref_logps": ref_logps}
-        given |= {"beta": self.args.beta, "temperature_alpha": self.args.temperature_alpha}
+        given |= {"beta": self.args.beta, "temperature_alpha": self.temperature_alpha}
         terms = {name: group_loss(name, **given) for name in self.loss_types}
         losses = sum(weight * terms[name] for name, weight in zip(self.loss_types, self.loss_weights, strict=True))
         weights = inputs.get("group_weights", torch.ones_like(losses))
@@ -336,7 +397,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
 
         with torch.no_grad():
             metrics = batch_metrics(
-                policy, log_ratios, scores, valid, beta=self.args.beta, temperature_alpha=self.args.temperature_alpha
+                policy, log_ratios, scores, valid, beta=self.args.beta, temperature_alpha=self.temperature_alpha
             )
             everyone = torch.ones_like(losses)
             metrics["loss"] = (losses, everyone)
@@ -403,6 +464,6 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         found: dict[str, Any] = {"loss": " + ".join(map(LOSSES.describe, args.loss_type)), "beta": args.beta}
         if args.loss_weights is not None:
             found["loss_weights"] = args.loss_weights
-        if any(map(reads_labels, args.loss_type)):
-            found["temperature_alpha"] = args.temperature_alpha
+        if self.reads_labels:
+            found["temperature_alpha"] = self.temperature_alpha
         return found

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import IterableDataset
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers.utils import logging
 
-from contrastive_align.losses.contrastive import target_labels, temperature_for_entropy
+from contrastive_align.losses.contrastive import target_labels
 from contrastive_align.losses.estimators import (
     average_estimate,
     estimate_divergence,
@@ -22,8 +18,6 @@ from contrastive_align.losses.estimators import (
 from contrastive_align.models.logps import CompletionLogps, per_completion
 from contrastive_align.sampling import distinct_n
 
-
-logger = logging.get_logger(__name__)
 
 Metric = tuple[Tensor, Tensor]  # a value and a weight for each group
 
@@ -106,25 +100,6 @@ def batch_metrics(
         metrics["logits/chosen"] = per_group(policy.tokens["mean_logits"], best & pairs)
         metrics["logits/rejected"] = per_group(policy.tokens["mean_logits"], ~best & pairs)
     return metrics
-
-
-def warn_of_one_hot_labels(dataset: Any, temperature_alpha: float) -> None:
-    """Say so where one-hot labels throw explicit rewards away, and which temperature would not."""
-    if isinstance(dataset, IterableDataset):
-        return
-    rows = dataset[:10_000]["scores"]
-    scores = pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
-    valid = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
-    graded = [len(set(row)) > 2 for row in rows]
-    soft, hard = (target_labels(scores, temperature_alpha=a, valid=valid) for a in (temperature_alpha, 1e-12))
-    if not any(graded) or (soft - hard).abs().max() > 1e-3:
-        return
-    wish = temperature_for_entropy(scores, valid=valid)
-    advice = f" temperature_alpha={wish:.3g} would give half of the largest label entropy." if wish else ""
-    logger.warning(
-        f"temperature_alpha={temperature_alpha:g} makes the labels one-hot, although {sum(graded)} of {len(graded)} "
-        f"groups have more than two different scores: all but the best score is thrown away.{advice}"
-    )
 
 
 def _mean_of_others(values: Tensor, by_rank: Tensor, valid: Tensor) -> Tensor:

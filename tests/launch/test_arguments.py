@@ -137,6 +137,21 @@ def test_env_of_the_yaml_is_set(monkeypatch):
     assert from_yaml("env:\nbeta: 0.2\n").training.beta == 0.2
 
 
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("0.5", 0.5), ("1e-4", 1e-4), ("1.0e-4", 1e-4)])
+def test_the_temperature_is_a_number_or_auto(text, value):
+    assert parse([f"--temperature_alpha={text}"], prog="run_reward.py").training.temperature_alpha == value
+    assert from_yaml(f"temperature_alpha: {text}\n").training.temperature_alpha == value
+    assert from_yaml("temperature_alpha: 3\n", f"--temperature_alpha={text}").training.temperature_alpha == value
+
+
+@pytest.mark.parametrize(("text", "found"), [("warm", "'warm'"), ("0", "'0'"), ("nan", "'nan'"), ("", "None")])
+def test_another_temperature_is_refused(text, found):
+    with pytest.raises(UsageError) as error:
+        from_yaml(f"temperature_alpha: {text}\n")
+    expected = f"temperature_alpha is {found}, expected a finite number above 0, or 'auto'."
+    assert error.value.message == expected
+
+
 def test_yaml_anchors():
     assert from_yaml("beta: &value 0.2\ntemperature_alpha: *value\n").training.temperature_alpha == 0.2
     shared = "gradient_checkpointing_kwargs: &k {use_reentrant: false}\nlr_scheduler_kwargs: {<<: *k, num_cycles: 2}\n"

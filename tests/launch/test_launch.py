@@ -145,6 +145,23 @@ def test_faulty_rows_of_a_file(fault, drop, tmp_path, capsys):
         assert "row 2" in error and said in error, error
 
 
+def test_the_auto_temperature_is_printed_and_in_the_summary(tmp_path, capsys):
+    flags = ["--loss_type=InfoNCA", "--temperature_alpha=auto", f"--output_dir={tmp_path}", *SMALL]
+    flags += ["--save_strategy=steps", "--save_steps=1", "--per_device_train_batch_size=16"]
+    found = main([*flags, "--max_steps=1"]).method["temperature_alpha"]
+    written = json.loads((tmp_path / "summary.json").read_text())["method"]
+    shown = f"info_nca, beta=0.1, temperature_alpha={found:.4g} (auto)"
+    assert 0.01 < found < 1 and written["temperature_alpha"] == found and written["line"] == shown
+    assert shown in capsys.readouterr().out
+
+    state = tmp_path / "checkpoint-1" / "contrastive_state.json"
+    state.write_text(json.dumps({"temperature_alpha": 0.25}))
+    main([*flags, "--max_steps=2", "--resume_from_checkpoint=true"])
+    written = json.loads((tmp_path / "summary.json").read_text())["method"]
+    assert written["temperature_alpha"] == 0.25 and "temperature_alpha=0.25 (auto)" in written["line"]
+    assert f"- temperature_alpha: `{0.25}`" in (tmp_path / "README.md").read_text()
+
+
 def test_preferences_want_pairs(tmp_path, capsys):
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "a", "completions": ["b", "c"], "scores": [1, 0]}))

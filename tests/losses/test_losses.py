@@ -320,6 +320,41 @@ def test_temperature_for_entropy():
     half = label_entropy(target_labels(scores, temperature_alpha=alpha)).mean() / math.log(5)
     assert half.item() == pytest.approx(0.5, abs=1e-9)
     assert temperature_for_entropy(torch.ones(3, 4)) is None
+    with pytest.raises(ValueError, match="fraction is 1"):
+        temperature_for_entropy(scores, fraction=1)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e7])
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_temperature_for_entropy_is_a_plain_bisection(scale, fraction):
+    """Ragged groups with ties at the top, beside preferences and equal scores, which no temperature changes."""
+    rows = [[3.0, 3.0, 1.0], [0.5, 2.0], [0.0, -1.0, 0.25, 0.2], [4.0, 4.0, 4.0, 4.0, 1.0]]
+    k, tied = [3, 2, 4, 5], [2, 1, 1, 4]
+
+    def mean_entropy(alpha):
+        total = 0.0
+        for row in rows:
+            weights = [math.exp((score - max(row)) / alpha) for score in row]
+            total -= sum(w / sum(weights) * math.log(w / sum(weights)) for w in weights if w > 0)
+        return total / len(rows)
+
+    lower, upper = (sum(map(math.log, counts)) / 4 for counts in (tied, k))
+    low, high = 1e-9, 1e9
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if mean_entropy(middle) < lower + fraction * (upper - lower) else (low, middle)
+
+    # A preference is told by its scores (1, 0), whatever the others' scale.
+    together = [[scale * score for score in row] for row in rows] + [[1.0, 0.0], [7.0, 7.0, 7.0]]
+    scores = torch.full((6, 5), 99.0, dtype=torch.float64)
+    valid = torch.zeros(6, 5, dtype=torch.bool)
+    for i, row in enumerate(together):
+        scores[i, : len(row)], valid[i, : len(row)] = torch.tensor(row, dtype=torch.float64), True
+    assert temperature_for_entropy(scores, valid=valid, fraction=fraction) == pytest.approx(scale * low, rel=1e-9)
+
+
+def test_temperature_for_entropy_has_no_answer_where_no_label_depends_on_it():
+    assert temperature_for_entropy(torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 5.0]])) is None
 
 
 # ------------------------------------------------------------------------------------------------------------ the room

@@ -25,6 +25,7 @@ CASES = {
     # Three times the loss at a third of the learning rate is the same training.
     "tripled": {"accumulation": 4, "tripled": True, "like": "plain"},
     "resumed": {"resume": 2, "like": "plain"},
+    "auto_temperature": {"temperature_alpha": "auto"},
     "split_batches": {"split_batches": True},
     "streams": {"stream": True},
     # 4 batches a step, of at most 4 groups; the last step has fewer.
@@ -87,6 +88,7 @@ def main(model: str, out: str) -> None:
             lr_scheduler_type="constant",
             optim="sgd",
             beta=0.1,
+            temperature_alpha=case.get("temperature_alpha", 1e-4),
             num_train_epochs=2,
             max_steps=8 if case.get("stream") else -1,
             per_device_train_batch_size=size,
@@ -117,6 +119,7 @@ def main(model: str, out: str) -> None:
         results[name] = {
             "log": [e for e in trainer.state.log_history if "loss" in e],
             "seen": gather_object(seen),
+            "temperatures": gather_object([trainer.temperature_alpha]),
             "eval": {k: v for k, v in metrics.items() if "/" in k or k == "eval_loss"},
         }
         if trainer.is_world_process_zero():

@@ -10,12 +10,13 @@ import torch
 from datasets import Dataset, IterableDataset
 from distributed_worker import unpadded, watch
 from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 import contrastive_align.trainers.contrastive as module
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
-from contrastive_align.losses import LOSSES
+from contrastive_align.losses import LOSSES, label_entropy, target_labels, temperature_for_entropy
 from contrastive_align.models.shared_prompt import pack
 from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMismatch
 
@@ -484,6 +485,9 @@ def test_first_score_bonus_decides_ties(make):
         {"loss_type": ["nca"], "loss_weights": [1.0, 2.0]},
         {"train_sampling_strategy": "group_by_length"},
         {"temperature_alpha": 0.0},
+        {"temperature_alpha": "inf"},
+        {"temperature_alpha": "warm"},
+        {"temperature_alpha": None},
         {"beta": -0.1},
         {"beta": float("nan")},
         {"on_bad_row": "ignore"},
@@ -522,7 +526,88 @@ def test_one_hot_labels_are_reported_with_a_better_temperature(make, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             make(train_dataset=graded, **kwargs)
-        assert ("temperature_alpha=0.593 would give half" in caplog.text) is said
+        assert ("temperature_alpha='auto' (0.593 here) would use them all" in caplog.text) is said
+
+
+# ------------------------------------------------------------------------------------------- temperature_alpha="auto"
+
+
+def scores_of(dataset):
+    rows = [torch.tensor(row, dtype=torch.float64) for row in dataset["scores"]]
+    valid = pad_sequence([torch.ones_like(row, dtype=torch.bool) for row in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True), valid
+
+
+@pytest.mark.parametrize("bonus", [0.0, 0.5])
+def test_the_auto_temperature_is_the_one_of_the_training_groups(make, groups, bonus):
+    scores, valid = scores_of(groups)
+    scores[:, 0] += bonus
+    same = {"loss_type": "info_nca", "first_score_bonus": bonus, "max_steps": 2, "eval_dataset": groups.select([3, 5])}
+    auto = make(**same, temperature_alpha="Auto")
+    assert auto.args.temperature_alpha == "auto"
+    assert auto.temperature_alpha == temperature_for_entropy(scores, valid=valid)
+    given = make(**same, temperature_alpha=auto.temperature_alpha)
+    for trainer in (auto, given):
+        trainer.train()
+    assert largest_gap(weights(auto), weights(given)) == 0
+    assert {k: v for k, v in auto.evaluate().items() if "/" in k or k == "eval_loss"} == {
+        k: v for k, v in given.evaluate().items() if "/" in k or k == "eval_loss"
+    }
+
+
+def test_evaluation_takes_the_training_groups_temperature(make, groups):
+    held_out = Dataset.from_list([{**row, "scores": [2 * s for s in row["scores"]]} for row in groups.select(range(4))])
+    trainer = make(temperature_alpha="auto", eval_dataset=held_out)
+    scores, valid = scores_of(held_out)
+    labels = target_labels(scores, temperature_alpha=trainer.temperature_alpha, valid=valid)
+    assert trainer.evaluate()["eval_labels/entropy"] == pytest.approx(label_entropy(labels).mean().item(), abs=1e-6)
+
+
+def test_a_resumed_run_keeps_the_auto_temperature_of_its_checkpoint(make, groups, tmp_path, caplog):
+    logging.getLogger("transformers").propagate = True
+    logging.getLogger(module.__name__).propagate = True
+    kwargs = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1}
+    whole = make(temperature_alpha="auto", **kwargs)
+    whole.train()
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert json.loads((checkpoint / module.STATE_FILE).read_text()) == {"temperature_alpha": whole.temperature_alpha}
+
+    scaled = Dataset.from_list([{**row, "scores": [2 * score for score in row["scores"]]} for row in groups])
+    for told, expected, said in (
+        ({"temperature_alpha": "auto"}, whole.temperature_alpha, ""),
+        ({"temperature_alpha": "auto", "train_dataset": scaled}, whole.temperature_alpha, "'auto' remains"),
+        ({"temperature_alpha": 0.7, "train_dataset": scaled}, 0.7, ""),
+    ):
+        caplog.clear()
+        resumed = make(output_dir=str(tmp_path / "resumed"), **kwargs, **told)
+        with caplog.at_level(logging.WARNING):
+            resumed.train(resume_from_checkpoint=checkpoint)
+        assert resumed.temperature_alpha == resumed.objective()["temperature_alpha"] == expected
+        assert ("'auto' remains" in caplog.text) is bool(said)
+        if "train_dataset" not in told:
+            assert largest_gap(weights(whole), weights(resumed)) < 1e-6
+
+    (checkpoint / module.STATE_FILE).unlink()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        make(output_dir=str(tmp_path / "resumed"), **kwargs, temperature_alpha="auto").train(str(checkpoint))
+    assert "contrastive_state.json, so that its temperature_alpha is not known" in caplog.text
+
+
+def test_a_stream_needs_a_number_where_labels_are_read(make, groups):
+    def stream():
+        return IterableDataset.from_generator(lambda: iter(groups.to_list()))
+
+    with pytest.raises(ValueError, match=r"temperature_alpha='auto' is found .* is a stream\. Give a number"):
+        make(train_dataset=stream(), max_steps=1, temperature_alpha="auto")
+    make(train_dataset=stream(), max_steps=1, temperature_alpha=0.1)
+    assert make(train_dataset=stream(), max_steps=1, loss_type="dpo", temperature_alpha="auto").temperature_alpha == 1
+
+
+def test_pairs_stay_hard_at_the_auto_temperature(make, pairs):
+    trainer = make(train_dataset=pairs, eval_dataset=pairs, temperature_alpha="auto")
+    assert trainer.temperature_alpha == 1.0  # no label depends on it
+    assert trainer.evaluate()["eval_labels/entropy"] == 0
 
 
 @pytest.mark.parametrize(

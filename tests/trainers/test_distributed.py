@@ -47,6 +47,11 @@ def test_two_processes_equal_one(outcomes, case):
     assert two[case]["eval"] == pytest.approx(one[case]["eval"], rel=1e-4, abs=5e-6)
 
 
+def test_every_process_has_the_same_auto_temperature(outcomes):
+    (alone,), together = (outcomes[processes][0]["auto_temperature"]["temperatures"] for processes in (1, 2))
+    assert together == [alone, alone] and 0.01 < alone < 1
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("case", ["tokens", "tokens_alone"])
 def test_batches_by_tokens_train_on_every_group_once_a_pass(outcomes, case, processes):

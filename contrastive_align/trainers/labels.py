@@ -1,0 +1,56 @@
+"""The labels of the groups: the scores that they are made of, and their temperature."""
+
+from __future__ import annotations
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import logging
+
+from contrastive_align.losses.contrastive import is_preference, target_labels, temperature_for_entropy
+
+
+logger = logging.get_logger(__name__)
+
+ANY_TEMPERATURE = 1.0  # where no label depends on it
+
+
+def add_first_score_bonus(scores: Tensor, valid: Tensor, bonus: float) -> Tensor:
+    """Return the scores (B, K) with ``bonus`` added to each group's first, except in preferences."""
+    scores = scores.clone()
+    scores[:, 0] += bonus * ~is_preference(scores, valid=valid)
+    return scores
+
+
+def auto_temperature(dataset: Dataset, *, first_score_bonus: float) -> float:
+    """Return what ``temperature_alpha="auto"`` means for a dataset of tokenised groups.
+
+    This is :func:`~contrastive_align.losses.temperature_for_entropy` of its scores, or 1.0 where no group's labels
+    depend on the temperature: all are preferences or have equal scores.
+    """
+    scores, valid = _scores_of(dataset)
+    scores = add_first_score_bonus(scores, valid, first_score_bonus)
+    return temperature_for_entropy(scores, valid=valid) or ANY_TEMPERATURE
+
+
+def warn_of_one_hot_labels(dataset: Dataset, temperature_alpha: float) -> None:
+    """Warn where one-hot labels ignore all scores but the best, and name a temperature that does not."""
+    scores, valid = _scores_of(dataset, most=10_000)
+    levels = [len(row[ok].unique()) for row, ok in zip(scores, valid, strict=True)]
+    graded = sum(n > 2 for n in levels)
+    soft, hard = (target_labels(scores, temperature_alpha=a, valid=valid) for a in (temperature_alpha, 1e-12))
+    if not graded or (soft - hard).abs().max() > 1e-3:
+        return
+    logger.warning(
+        f"temperature_alpha={temperature_alpha:g} makes the labels one-hot, although {graded} of {len(levels)} groups "
+        "have more than two different scores: all but the best score is thrown away. temperature_alpha='auto' "
+        f"({temperature_for_entropy(scores, valid=valid):.3g} here) would use them all."
+    )
+
+
+def _scores_of(dataset: Dataset, most: int | None = None) -> tuple[Tensor, Tensor]:
+    rows = dataset[:most]["scores"]
+    scores = pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
+    valid = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
+    return scores, valid
