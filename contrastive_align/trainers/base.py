@@ -349,8 +349,8 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         if self.resumed_from is not None or self.reference_is_proven is None:
             self.reference_is_proven = False
         if self.resumed_from is not None:
-            check_functions(self.resumed_from, self.functions())
             self.load_state(self.resumed_from)
+            check_functions(self.resumed_from, self.functions())
         self.begin_training(going_on=bool(resume_from_checkpoint))
         with freed_memory_kept(self.args.device.type):
             return super().train(checkpoint, *args, **kwargs)

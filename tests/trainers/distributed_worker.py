@@ -129,6 +129,7 @@ def main(model: str, out: str) -> None:
         with open(f"{out}/results.json", "w") as file:
             json.dump(results, file)
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # else one process ends while another still talks to it
         torch.distributed.destroy_process_group()
 
 
