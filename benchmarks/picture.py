@@ -27,6 +27,7 @@ def trajectory(loss: str) -> tuple[list[int], list[float], list[float]]:
     args = ContrastiveConfig(
         output_dir=tempfile.mkdtemp(),
         loss_type=loss,
+        temperature_alpha=1e-4,
         learning_rate=3e-4,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=0.1,

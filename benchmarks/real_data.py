@@ -31,6 +31,7 @@ FLAGS = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": "0.1",
     "beta": "0.1",
+    "temperature_alpha": "1e-4",
     "per_device_train_batch_size": "2",
     "per_device_eval_batch_size": "4",
     "gradient_accumulation_steps": "4",

@@ -404,20 +404,20 @@ def canonical_loss_name(name: str | Callable[..., Tensor]) -> str:
 
 
 def temperature_for_entropy(scores: Tensor, *, valid: Tensor | None = None, fraction: float = 0.5) -> float | None:
-    r"""Find the ``temperature_alpha`` that puts the labels' mean entropy a given share of the way between its limits.
+    r"""Find the ``temperature_alpha`` at which the labels' mean entropy is a given share of its largest.
 
-    .. math:: \text{mean}_b\, H(p_b(\alpha)) = \text{mean}_b \big[ (1 - f) \ln m_b + f \ln K_b \big]
+    .. math:: \text{mean}_b\, H(p_b(\alpha)) = f\, \text{mean}_b \ln K_b
 
     A group has K completions, of which m share the best score: its labels' entropy rises with the temperature from
-    ln m to ln K, so that there is always a solution. Where no best scores tie, ``fraction=0.5`` means half of the
-    largest mean entropy. The mean is over the groups whose labels depend on the temperature. A preference does not
-    count, being hard at every temperature, nor does a group of equal scores, whose labels are uniform at every
-    temperature. Solved by bisection on log alpha, in float64.
+    ln m to ln K. Where so many tie that mean ln m is above the wish already, the wish is the share f of the way from
+    mean ln m to mean ln K, so that there is always a solution. The mean is over the groups whose labels depend on the
+    temperature. A preference does not count, being hard at every temperature, nor does a group of equal scores, whose
+    labels are uniform at every temperature. Solved by bisection on log alpha, in float64.
 
     Args:
         scores: (B, K).
         valid: (B, K) bool.
-        fraction: f above, between 0 (one-hot labels, ties apart) and 1 (uniform labels).
+        fraction: f above, between 0 (one-hot labels) and 1 (uniform labels).
 
     Returns:
         The temperature, or None where no group's labels depend on it.
@@ -440,7 +440,9 @@ def temperature_for_entropy(scores: Tensor, *, valid: Tensor | None = None, frac
     s, valid, below, best = s[depends], valid[depends], below[depends], best[depends]
     tied = (valid & ~below).sum(-1).double().log().mean()
     uniform = valid.sum(-1).double().log().mean()
-    wish = (1 - fraction) * tied + fraction * uniform
+    wish = fraction * uniform
+    if wish <= tied:
+        wish = (1 - fraction) * tied + fraction * uniform
     gaps = (best - s)[below]
     low, high = math.log(gaps.min()) - 7, math.log(gaps.max()) + 14  # at these, the limits to the last digit
     for _ in range(60):

@@ -210,12 +210,12 @@ class ContrastiveConfig(DPOConfig):
             plackett_luce, sft. Free of case and punctuation (NCA, InfoNCA); TRL's sigmoid, nca_pair and bco_pair are
             dpo, nca and biased_nca. Several are summed with ``loss_weights``. One of your own is ``file.py:function``,
             a name given to ``register_loss``, or in Python the function itself, of which the config keeps the name.
-        temperature_alpha (`float` or `"auto"`, defaults to `1e-4`):
-            Labels are softmax(scores / temperature_alpha) over the completions of a group (NCA and InfoNCA). The
-            default, the published run's, makes them one-hot unless scores are equal. `"auto"` is the temperature at
-            which their mean entropy over the training groups is half of the largest (midway between its limits, where
-            best scores tie): `trainer.temperature_alpha`, and a resumed run keeps its checkpoint's. Preferences stay
-            hard, and a stream needs a number.
+        temperature_alpha (`float` or `"auto"`, defaults to `"auto"`):
+            Labels are softmax(scores / temperature_alpha) over the completions of a group (NCA and InfoNCA). `"auto"`
+            is the temperature at which their mean entropy over the training groups is half of the largest (midway
+            between its limits, where tied best scores keep it above that): `trainer.temperature_alpha`, and a resumed
+            run keeps its checkpoint's. Preferences stay hard, and a stream needs a number. The published run's 1e-4
+            makes labels one-hot unless scores are equal.
         max_prompt_length (`int`, *optional*):
             Longest prompt in tokens; longer ones keep their end. Without it prompts stay whole and groups whose prompt
             leaves no room under `max_length` are dropped and counted.
@@ -240,7 +240,7 @@ class ContrastiveConfig(DPOConfig):
     """
 
     loss_type: list[str] = field(default_factory=lambda: ["nca"])
-    temperature_alpha: float | str | None = 1e-4  # None is refused: it makes HfArgumentParser read text
+    temperature_alpha: float | str | None = AUTO  # None is refused: it makes HfArgumentParser read text
     max_prompt_length: int | None = None
     on_bad_row: str = "raise"
     layout: str = "auto"

@@ -138,8 +138,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         if self.reads_labels and args.temperature_alpha == AUTO and isinstance(train_dataset, IterableDataset):
             raise ValueError(
                 "temperature_alpha='auto' is found from the scores of all training groups, and train_dataset is a "
-                "stream. Give a number (labels are softmax(scores / temperature_alpha); 1e-4 makes them one-hot), or "
-                "load the dataset whole."
+                "stream. Give a number (labels are softmax(scores / temperature_alpha); 1e-4 makes them one-hot, "
+                "which pairs are at any number), or load the dataset whole."
             )
         # Accelerate would have the main process read every stream and cut its batches by rows, and groups with them.
         args.accelerator_config.dispatch_batches = False

@@ -109,6 +109,7 @@ def test_defaults_are_for_what_was_not_given():
 
 def test_nothing_at_all_is_a_command_line():
     args = parse([], prog="run.py")
+    assert args.training.temperature_alpha == "auto"
     assert args.script.dataset_name is None and args.model.model_name_or_path is None and args.given == set()
 
 

@@ -339,10 +339,11 @@ def test_temperature_for_entropy_is_a_plain_bisection(scale, fraction):
         return total / len(rows)
 
     lower, upper = (sum(map(math.log, counts)) / 4 for counts in (tied, k))
+    wish = fraction * upper if fraction * upper > lower else lower + fraction * (upper - lower)
     low, high = 1e-9, 1e9
     for _ in range(200):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if mean_entropy(middle) < lower + fraction * (upper - lower) else (low, middle)
+        low, high = (middle, high) if mean_entropy(middle) < wish else (low, middle)
 
     # A preference is told by its scores (1, 0), whatever the others' scale.
     together = [[scale * score for score in row] for row in rows] + [[1.0, 0.0], [7.0, 7.0, 7.0]]

@@ -173,7 +173,7 @@ def test_a_stream_trains_like_the_dataset(make, groups):
     stream = IterableDataset.from_generator(lambda: iter(groups.to_list()))
     runs = []
     for dataset in (groups, stream):
-        trainer = make(train_dataset=dataset, max_steps=5, train_sampling_strategy="random")
+        trainer = make(train_dataset=dataset, max_steps=5, train_sampling_strategy="random", temperature_alpha=0.1)
         if dataset is groups:  # a stream comes in order
             trainer._get_train_sampler = torch.utils.data.SequentialSampler
         trainer.train()
@@ -317,7 +317,8 @@ def test_a_shuffled_stream_resumes(make, groups, tmp_path):
     def stream():
         return IterableDataset.from_generator(lambda: iter(groups.to_list())).shuffle(seed=3, buffer_size=10)
 
-    kwargs = {"max_steps": 9, "save_strategy": "steps", "save_steps": 7}  # a pass has 7 steps
+    # A pass has 7 steps.
+    kwargs = {"max_steps": 9, "save_strategy": "steps", "save_steps": 7, "temperature_alpha": 0.1}
     make(train_dataset=stream(), **kwargs).train()
     make(train_dataset=stream(), **kwargs).train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-7"))
 
@@ -420,8 +421,8 @@ def test_bf16_trains_and_checks_the_reference(make, tiny_llama):
 
 def test_precompute_refuses_a_stream(make, groups):
     stream = IterableDataset.from_generator(lambda: iter(groups.to_list()))
-    with pytest.raises(ValueError, match="stream"):
-        make(train_dataset=stream, precompute_ref_log_probs=True, max_steps=1)
+    with pytest.raises(ValueError, match="precompute_ref_log_probs=True needs a dataset with a length, found a stream"):
+        make(train_dataset=stream, precompute_ref_log_probs=True, max_steps=1, temperature_alpha=0.1)
 
 
 def test_trdpo_reference_moves_and_resuming_it_stops(make, tmp_path):
@@ -458,7 +459,7 @@ def test_every_loss_trains(make, pairs):
 
 def test_first_score_bonus_decides_ties(make):
     tied = Dataset.from_list([{"prompt": "Say it.", "completions": ["a", "b"], "scores": [1.0, 1.0]}] * 4)
-    trainer = make(train_dataset=tied, max_steps=1, first_score_bonus=0.01)
+    trainer = make(train_dataset=tied, max_steps=1, first_score_bonus=0.01, temperature_alpha=1e-4)
     trainer.train()
     assert logged(trainer, "labels/entropy")[0] == pytest.approx(0, abs=1e-6)
     trainer = make(train_dataset=tied, max_steps=1)
@@ -522,7 +523,12 @@ def test_one_hot_labels_are_reported_with_a_better_temperature(make, caplog):
     logging.getLogger("transformers").propagate = True
     logging.getLogger(module.__name__).propagate = True
     graded = Dataset.from_list([{"prompt": "Say", "completions": ["a", "b", "c"], "scores": [3.0, 2.0, 1.0]}] * 4)
-    for kwargs, said in (({}, True), ({"temperature_alpha": 1.0}, False), ({"loss_type": ["dpo"]}, False)):
+    for kwargs, said in (
+        ({"temperature_alpha": 1e-4}, True),
+        ({"temperature_alpha": 1.0}, False),
+        ({}, False),
+        ({"temperature_alpha": 1e-4, "loss_type": ["dpo"]}, False),
+    ):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             make(train_dataset=graded, **kwargs)
@@ -681,7 +687,7 @@ def test_model_card_cites_the_paper(make, tmp_path):
 
 @pytest.mark.parametrize(("loss", "labels"), [("info_nca", True), ("dpo", False)])
 def test_model_card_names_the_loss(make, loss, labels, tmp_path):
-    make(loss_type=loss, beta=0.25).create_model_card(model_name="mine")
+    make(loss_type=loss, beta=0.25, temperature_alpha=1e-4).create_model_card(model_name="mine")
     card = (tmp_path / "out" / "README.md").read_text()
     section = card.split("## Objective\n\n")[1].split("\n\n## ")[0]
     assert (

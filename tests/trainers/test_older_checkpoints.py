@@ -65,6 +65,7 @@ def build(kind, folder, *, base=OLDER / "base", condition="phrases"):
     lora = LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     if kind == "contrastive":
         options = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "beta": 0.1, "learning_rate": 0.3}
+        options["temperature_alpha"] = 1e-4  # the default of that time
         groups = demo.load_reward_dataset()["train"].select(range(12))
         args = ContrastiveConfig(str(folder), **options, **PLAIN)
         return ContrastiveTrainer(str(base), args=args, train_dataset=groups, **given)

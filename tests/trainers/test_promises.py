@@ -203,7 +203,7 @@ def test_streams_train_or_are_refused(column, tmp_path):
         return
     weights = []
     for dataset in (column.rows(), stream):
-        options = {"shuffle_dataset": False} if column.is_fdpg else {}
+        options = {"shuffle_dataset": False} if column.is_fdpg else {"temperature_alpha": 0.1}
         trainer = column.make(tmp_path, told={"train_dataset": dataset}, max_steps=3, **options)
         start = flat(trainer)
         trainer.train()  # the contrastive trainer's steps have all rows, in whatever order
