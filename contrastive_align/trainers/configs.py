@@ -240,7 +240,7 @@ class ContrastiveConfig(DPOConfig):
     """
 
     loss_type: list[str] = field(default_factory=lambda: ["nca"])
-    temperature_alpha: float | str | None = AUTO  # None is refused: it makes HfArgumentParser read text
+    temperature_alpha: float | str | None = "auto"  # None is refused: it makes HfArgumentParser read text
     max_prompt_length: int | None = None
     on_bad_row: str = "raise"
     layout: str = "auto"
