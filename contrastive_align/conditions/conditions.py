@@ -145,7 +145,10 @@ class Condition(ABC):
                 f"{folder} has no {FILE}. Give the folder of a model saved by conditional training."
             )
         try:
-            return resolve_condition(json.loads(path.read_text(encoding="utf-8")))
+            spec = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(spec, dict) and ":" in str(spec.get("kind")):  # a model's folder must not run code
+                raise ValueError(f"its kind {spec['kind']!r} names code, expected a kind that is defined already")
+            return resolve_condition(spec)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path} is damaged ({error}). Save the condition again, or copy it from the run."

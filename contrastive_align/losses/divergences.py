@@ -171,6 +171,8 @@ def canonical_divergence_name(name: str | Callable[..., Tensor]) -> str:
     """
     if isinstance(name, str) and (a := alpha_of(name)) is not None:
         return f"alpha:{int(a) if a == int(a) else a}"
+    if isinstance(name, str) and name in DIVERGENCES.hashes:  # every step asks; a file is read by the config alone
+        return name
     written = isinstance(name, str) and ":" not in name
     for spelling in (*DIVERGENCES, *DIVERGENCE_ALIASES) if written else ():
         if re.sub(r"[\W_]", "", spelling.lower()) == re.sub(r"[\W_]", "", name.lower()):

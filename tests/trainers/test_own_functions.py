@@ -12,7 +12,7 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, FDPGConfig, demo
-from contrastive_align.conditions import resolve_condition
+from contrastive_align.conditions import Condition, resolve_condition
 from contrastive_align.launch import cli
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.losses import (
@@ -224,3 +224,21 @@ def test_a_feature_and_a_condition_of_ones_own():
         "@dataclass(frozen=True, kw_only=True)\nclass Stars(Phrases):\n    kind = 'stars'\n"
     )
     assert resolve_condition("mine.py:Stars").kind == "stars" == resolve_condition("stars").kind
+
+
+def test_a_divergences_file_is_read_by_the_config_and_not_by_every_step():
+    Path("mine.py").write_text("print('read')\ndef slope(log_t):\n    return log_t\n")
+    name = FDPGConfig(output_dir="out", divergence="mine.py:slope", **OPTIONS).divergence
+    before = DIVERGENCES[name]
+    Path("mine.py").write_text("def slope(log_t):\n    return 2 * log_t + 0\n")
+    assert canonical_divergence_name(name) == name and DIVERGENCES[name] is before
+    FDPGConfig(output_dir="out", divergence="mine.py:slope", **OPTIONS)
+    assert DIVERGENCES[name](torch.ones(1)).item() == 2
+
+
+def test_a_models_folder_runs_no_code():
+    Path("evil.py").write_text("open('ran', 'w')\n")
+    Path("condition.json").write_text('{"kind": "evil.py:X"}')
+    with pytest.raises(ValueError, match="names code"):
+        Condition.load(".")
+    assert not Path("ran").exists()
