@@ -68,8 +68,13 @@ class Registry(dict[str, Any]):
             ValueError, FileNotFoundError, AttributeError: there is no such function, or it cannot serve.
         """
         if callable(given):
-            name = f"{given.__module__}.{getattr(given, '__qualname__', type(given).__qualname__)}"
-            if name not in self and ("<" in name or name.startswith("__main__.")):
+            written = _written(given)
+            name = base = f"{written.__module__}.{written.__qualname__}"
+            unfindable, number = "<" in name or name.startswith("__main__."), 1
+            while "<" in name and self.hashes.get(name, source_hash(given)) != source_hash(given):
+                number += 1
+                name = f"{base}#{number}"  # another lambda, or the same closure over other values
+            if name not in self and unfindable:
                 logger.warning(
                     f"The {self.kind} {name} ({place_of(given)}) cannot be found by its name: a run is resumed only "
                     "with it given again. Put it into a file, 'file.py:function'."
@@ -116,15 +121,26 @@ def is_own(function: Any) -> bool:
 
 
 def source_hash(function: Any) -> str:
-    """Hash the source of a function or class; where there is none, its code."""
+    """Hash the source of a function or class, or its code where there is none, and the plain values bound to it."""
     written = _written(function)
     try:
         source = inspect.getsource(written)
     except (TypeError, OSError):
         code = getattr(written, "__code__", None)
-        source = repr((code.co_code, code.co_consts, code.co_names)) if code is not None else repr(written)
-    bound = repr((function.args, sorted(function.keywords.items()))) if isinstance(function, partial) else ""
+        constants = [value for value in code.co_consts if _is_plain(value)] if code is not None else []
+        named = f"{written.__module__}.{written.__qualname__}"
+        source = repr((code.co_code, code.co_names, constants)) if code is not None else named
+    values = [*function.args, *sorted(function.keywords.items())] if isinstance(function, partial) else []
+    values += [cell.cell_contents for cell in getattr(written, "__closure__", None) or ()]
+    bound = repr([value for value in values if _is_plain(value)])
     return hashlib.sha256((source + bound).encode()).hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether the value's text is the same in every process."""
+    if isinstance(value, tuple | list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def hash_of_user(function: Any) -> str | None:

@@ -291,9 +291,7 @@ def sft(
     return (nll * best).sum(-1) / best.sum(-1).clamp(min=1)
 
 
-READABLE = (
-    *("log_ratios", "scores", "labels", "beta", "temperature_alpha", "valid", "policy_logps", "ref_logps", "lengths"),
-)
+READABLE = "log_ratios scores labels beta temperature_alpha valid policy_logps ref_logps lengths".split()
 
 
 def _check_loss(name: str, function: Callable[..., Tensor]) -> None:
@@ -351,12 +349,16 @@ def register_loss(name: str, function: Callable[..., Tensor]) -> Callable[..., T
 def group_loss(name: str, **values: Any) -> Tensor:
     """Return the (B,) values of a loss in ``LOSSES``, which is given those of ``READABLE`` that its parameters name.
 
+    A loss that does not name ``valid`` never meets a column that is not there: it is called for each K by itself.
+
     Raises:
         ValueError: a result of another shape, or without a gradient where the log-ratios have one.
     """
     function = LOSSES[name]
     parameters = inspect.signature(function).parameters
     everything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not everything and "valid" not in parameters and not values["valid"].all():
+        return _by_size(name, values)
     if everything or "labels" in parameters:
         labels = target_labels(values["scores"], temperature_alpha=values["temperature_alpha"], valid=values["valid"])
         values["labels"] = labels.to(values["log_ratios"].dtype)
@@ -374,6 +376,17 @@ def group_loss(name: str, **values: Any) -> Tensor:
             "log_ratios or policy_logps (not detached)."
         )
     return found
+
+
+def _by_size(name: str, values: dict[str, Any]) -> Tensor:
+    valid = values["valid"]
+    sizes, result = valid.sum(-1), values["log_ratios"].new_zeros(len(valid))
+    for k in filter(None, sizes.unique().tolist()):  # a group without a completion gives 0
+        rows = (sizes == k).nonzero()[:, 0]
+        there = valid[rows]
+        same = {key: v[rows][there].view(-1, k) if isinstance(v, Tensor) else v for key, v in values.items()}
+        result = result.index_put((rows,), group_loss(name, **same))
+    return result
 
 
 # TRL's names for the same losses.

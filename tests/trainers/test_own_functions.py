@@ -33,7 +33,7 @@ SOURCE = """
 def margin(log_ratios, labels, beta, scale=1.0):
     return -scale * beta * ((labels - 1 / labels.size(-1)) * log_ratios).sum(-1)
 
-def scalar(log_ratios, scores):
+def scalar(log_ratios, valid):
     return log_ratios.mean()
 
 def constant(scores):
@@ -242,3 +242,29 @@ def test_a_models_folder_runs_no_code():
     with pytest.raises(ValueError, match="names code"):
         Condition.load(".")
     assert not Path("ran").exists()
+
+
+def test_a_loss_that_names_no_valid_never_sees_a_column_that_is_not_there():
+    register_loss("count", lambda log_ratios: (0 * log_ratios + 1).sum(-1))
+    register_loss("no mask", lambda log_ratios, labels, beta: -(labels * (beta * log_ratios).log_softmax(-1)).sum(-1))
+    valid = torch.tensor([[True, True, False], [True, True, True], [False, False, False], [True, True, False]])
+    generator = torch.Generator().manual_seed(0)
+    log_ratios, scores = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    log_ratios = log_ratios.masked_fill(~valid, 1e6).requires_grad_()
+    given = {"scores": scores, "valid": valid, "lengths": valid.long(), "policy_logps": scores, "ref_logps": scores}
+    given |= {"log_ratios": log_ratios, "beta": 0.5, "temperature_alpha": 0.7}
+    assert group_loss("count", **given).tolist() == [2, 3, 0, 2]
+    expected = info_nca(log_ratios, scores, beta=0.5, temperature_alpha=0.7, valid=valid)
+    found = group_loss("no mask", **given)
+    assert torch.allclose(found, expected)
+    gradients = [torch.autograd.grad(loss.sum(), log_ratios)[0] for loss in (found, expected)]
+    assert torch.allclose(*gradients) and not gradients[0][~valid].any()
+
+
+def test_two_closures_are_two_losses():
+    def scaled(factor):
+        return lambda log_ratios: factor * log_ratios.sum(-1)
+
+    names = ContrastiveConfig(output_dir="out", loss_type=[scaled(1.0), scaled(2.0)], **OPTIONS).loss_type
+    assert names[1] == f"{names[0]}#2" and [LOSSES[name](torch.ones(1, 2)).item() for name in names] == [2, 4]
+    assert source_hash(scaled(1.0)) == source_hash(scaled(1.0)) != source_hash(scaled(2.0))
