@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -108,7 +109,10 @@ def main(argv: Sequence[str] | None = None) -> Any:
     args = run.parse(rest)
     if launching:
         return _launch(launching, [command, *rest])
-    return run(args).execute()
+    summary = run(args).execute()
+    # Joins the threads of the process group: gloo's abort a process that shuts down while they drop their last tensors.
+    gc.collect()
+    return summary
 
 
 def command_line() -> None:

@@ -1,5 +1,7 @@
 """Started by torchrun: log-probs and gradients of the shared layout, weights sharded by FSDP2 against whole."""
 
+import gc
+
 import torch
 import torch.distributed as dist
 from test_layout import ARCHITECTURES, add_head_over_plain, build, groups
@@ -35,3 +37,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # joins the process group's threads, which abort the process if they outlive it

@@ -11,6 +11,7 @@ from dataclasses import asdict
 
 import torch
 from datasets import Dataset
+from processes import end_processes
 from test_conditional_trainer import PROMPTS, build
 
 from contrastive_align import ConditionalTrainer
@@ -43,7 +44,7 @@ def weights(trainer):
     return {name.removeprefix("module."): p.detach() for name, p in trainer.model.named_parameters()}
 
 
-if __name__ == "__main__":
+def main():
     out, folder = sys.argv[1:]
     trainer = trained(folder)
     given = trainer.rewards_given(Dataset.from_dict({"prompt": PROMPTS[:3]}), conditions=["<quantile_0>"])
@@ -54,3 +55,8 @@ if __name__ == "__main__":
         ]
         found = {"samples": json.dumps(found), "reward_given": given["<quantile_0>"].tolist()}
         torch.save({**found, "weights": weights(trainer), "tripled": weights(tripled)}, out)
+
+
+if __name__ == "__main__":
+    main()
+    end_processes()

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
+from processes import end_processes
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 
@@ -128,10 +129,8 @@ def main(model: str, out: str) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         with open(f"{out}/results.json", "w") as file:
             json.dump(results, file)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # else one process ends while another still talks to it
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    end_processes()

@@ -11,6 +11,7 @@ from pathlib import Path
 import test_encoder_decoder
 import test_fdpg_trainer
 import torch
+from processes import end_processes
 from test_fdpg_trainer import make_tokenizer, moment_target, trained
 
 from contrastive_align import FDPGTrainer
@@ -34,7 +35,7 @@ def gradient(build, folder, trainer=FDPGTrainer, *, accumulation=1):
     return start - torch.nn.utils.parameters_to_vector(model.parameters()).detach()
 
 
-if __name__ == "__main__":
+def main():
     out, processes = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
     samples = 64 // processes  # two groups a step over all processes
     ways = {"plain": {}, "kept": {"proposal": "kept", "proposal_window": 2, "baseline": "window"}}
@@ -61,3 +62,8 @@ if __name__ == "__main__":
     }
     if trainer.accelerator.is_main_process:
         torch.save(found, out)
+
+
+if __name__ == "__main__":
+    main()
+    end_processes()

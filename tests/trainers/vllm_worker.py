@@ -10,6 +10,7 @@ from dataclasses import asdict
 import vllm_stand_in
 from accelerate.utils import gather_object
 from datasets import Dataset
+from processes import end_processes
 from test_conditional_trainer import PROMPTS, build, samples
 
 
@@ -34,7 +35,7 @@ def run(model, folder, processes):
     }
 
 
-if __name__ == "__main__":
+def main():
     model, out, folder = sys.argv[1:]
     engine = vllm_stand_in.install(model)
     trainer, found = run(model, folder, 2)
@@ -45,3 +46,8 @@ if __name__ == "__main__":
     if trainer.accelerator.is_main_process:
         with open(out, "w") as file:
             json.dump(found, file)
+
+
+if __name__ == "__main__":
+    main()
+    end_processes()
