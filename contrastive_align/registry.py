@@ -194,8 +194,8 @@ def _load_file(file: Path) -> Any:
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class up by its module
-    try:
-        spec.loader.exec_module(module)
+    try:  # not by exec_module, whose cache of bytecode takes an edit within the same second for the same file
+        exec(spec.loader.source_to_code(file.read_bytes(), str(file)), vars(module))
     except BaseException:
         del sys.modules[name]
         raise

@@ -22,7 +22,7 @@ from contrastive_align.data.formats import Text
 from contrastive_align.pool.draws import quantiles
 from contrastive_align.pool.files import Sample
 from contrastive_align.pool.pool import NEW, Table
-from contrastive_align.registry import Registry, load_function
+from contrastive_align.registry import Registry, load_function, place_of
 
 
 FILE = "condition.json"
@@ -65,7 +65,7 @@ class Condition(ABC):
 
     def __init_subclass__(cls) -> None:
         if "kind" in cls.__dict__:
-            CONDITIONS[cls.kind] = cls
+            CONDITIONS.register(cls.kind, cls)
 
     def __post_init__(self) -> None:
         check_form(self.form)
@@ -176,7 +176,13 @@ def resolve_condition(spec: str | Mapping[str, Any] | Condition) -> Condition:
         raise ValueError(f"The condition is {spec!r}, expected one of {sorted(CONDITIONS)}, or a mapping with 'kind'.")
     kind = options.get("kind")
     if isinstance(kind, str) and ":" in kind:
-        kind = getattr(load_function(kind), "kind", kind)
+        found = load_function(kind)
+        if not isinstance(found, type) or not issubclass(found, Condition) or "kind" not in vars(found):
+            raise ValueError(
+                f"The condition {kind} ({place_of(found)}) is no subclass of Condition with a kind of its own. Derive "
+                "it from Condition or Phrases, and write kind = 'a_name' into it."
+            )
+        kind = found.kind
     if not isinstance(kind, str) or kind not in CONDITIONS:
         raise ValueError(f"The condition's kind is {kind!r}, expected one of {sorted(CONDITIONS)}.")
     accepted = [f.name for f in fields(CONDITIONS[kind])]

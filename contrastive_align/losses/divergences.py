@@ -106,83 +106,137 @@ class _Slopes(Registry):
             return alpha(a)
         raise KeyError(name)
 
-    def __setitem__(self, name, slope):
-        super().__setitem__(name, slope)
-        if "log_weight" not in inspect.signature(slope).parameters:
-            dict.__setitem__(self, name, _weighted(slope))
+    def __setitem__(self, name, function):
+        super().__setitem__(name, function)
+        if name in self.hashes:
+            dict.__setitem__(self, name, _slope_of(function))
 
 
-def _weighted(slope: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    @functools.wraps(slope)
-    def weighted(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
-        return _exp(log_weight, like=log_t) * slope(log_t)
+def _slope_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return ``slope(log_t, log_weight)`` of a function that gives f(t) or f'(t)."""
+    if "log_weight" in inspect.signature(function).parameters:
+        return function
 
-    return weighted
+    @functools.wraps(function)
+    def slope(log_t: Tensor, log_weight: Tensor | float = 0.0) -> Tensor:
+        found = _derivative(function, log_t) if is_generator(function) else function(log_t)
+        weight = _exp(log_weight, like=log_t)
+        return torch.where(weight == 0, 0.0, weight * found.to(log_t.dtype))
+
+    return slope
 
 
-def _check_slope(name: str, slope: Callable[..., Tensor]) -> None:
-    log_t = torch.linspace(-5, 5, 101, dtype=torch.float64)
-    found = slope(log_t)
+def is_generator(function: Callable[..., Tensor]) -> bool:
+    """Whether a divergence of one's own is given by f(t), and not by its slope."""
+    return next(iter(inspect.signature(function).parameters), "") == "t"
+
+
+def _derivative(f: Callable[[Tensor], Tensor], log_t: Tensor) -> Tensor:
+    """Return f'(t) in float64; at t = inf, where p = 0, its limit, or inf where it goes on rising."""
+    absent = log_t == torch.inf
+    far = torch.tensor([40.0, 80.0], dtype=torch.float64, device=log_t.device)
+    with torch.enable_grad():
+        t = torch.cat([far, log_t.detach().double().masked_fill(absent, 0.0).flatten()]).exp().requires_grad_()
+        (found,) = torch.autograd.grad(f(t).sum(), t)
+    (near, limit), found = found[:2].tolist(), found[2:].view(log_t.shape)
+    return found.masked_fill(absent, limit if abs(limit - near) < 1e-6 * max(1.0, abs(limit)) else torch.inf)
+
+
+def _check_divergence(name: str, function: Callable[..., Tensor]) -> None:
+    where = f"The divergence {name} ({place_of(function)})"
+    log_t = torch.cat([torch.linspace(-5, 5, 101, dtype=torch.float64), torch.tensor([torch.inf])])
+    given = log_t[:-1].exp() if is_generator(function) else log_t
+    found = function(given)
     shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-    where = f"The divergence {name} ({place_of(slope)})"
-    if shape != tuple(log_t.shape):
-        raise ValueError(f"{where} returned {shape} for log t of shape {tuple(log_t.shape)}, expected the same shape.")
-    if not bool(found.isfinite().all()) or bool((found.diff() < -1e-9 * (1 + found[1:].abs())).any()):
-        raise ValueError(f"{where} falls or is not finite between log t = -5 and 5, expected the slope of a convex f.")
+    if shape != tuple(given.shape):
+        raise ValueError(f"{where} returned {shape} for numbers of shape {tuple(given.shape)}, expected this shape.")
+    if is_generator(function) and not abs(at_one := function(torch.ones(1, dtype=torch.float64)).item()) < 1e-6:
+        raise ValueError(f"{where} has f(1) = {at_one:.4g}, expected 0: a distribution is at no distance from itself.")
+    slopes = _slope_of(function)(log_t)
+    wrong = ~slopes.isfinite()
+    wrong[-1] = False
+    wrong[1:] |= ~(slopes.diff() >= -1e-9 * (1 + slopes[1:].abs().nan_to_num(posinf=0.0)))
+    if bool(wrong.any()):
+        at = int(wrong.long().argmax())
+        raise ValueError(
+            f"{where} has the slope {slopes[at].item():.4g} at t = {log_t[at].exp().item():.4g}"
+            f"{f', after {slopes[at - 1].item():.4g}' if at else ''}. Expected the slope of a convex f: finite, and "
+            "never falling up to t = inf, where the target has no mass; there it may be inf."
+        )
 
 
 DIVERGENCES = _Slopes(
     "divergence",
     {"kl": kl, "reverse_kl": reverse_kl, "js": js, "tv": tv, "chi2": chi2, "reverse_chi2": reverse_chi2},
-    _check_slope,
+    _check_divergence,
 )
 
 
-def register_divergence(name: str, slope: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def register_divergence(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Make an f-divergence of one's own known by a name, for ``divergence``.
 
     Args:
         name: free of case and punctuation, like those in ``DIVERGENCES``.
-        slope: from log t, t = pi / p, any shape, to f'(t), the same shape; +inf where p = 0, at log t = inf, unless it
-            is finite there. It may take ``log_weight``, too, as those of the package do (see above).
+        function: by the name of its first parameter it says what it returns, in the shape of its argument.
+            ``t`` = pi / p: the generator f(t), convex with f(1) = 0, whose slope autograd takes in float64.
+            ``log_t``: the slope f'(t) itself, in the dtype of log t; at log t = inf, where p = 0, its limit, or inf. It
+            may take ``log_weight``, too, as those of the package do (see above).
 
     Raises:
-        ValueError: a name of the package's, another shape, or a slope that falls: f must be convex.
+        ValueError: a name of the package's, another shape, f(1) other than 0, or a slope that falls: f must be convex.
 
+    >>> _ = register_divergence("le_cam", lambda t: (t - 1) ** 2 / (t + 1) / 2)
     >>> _ = register_divergence("hellinger", lambda log_t: 1 - torch.exp(-log_t / 2))
-    >>> divergence("Hellinger")(torch.tensor([0.0, torch.inf]))
-    tensor([0., 1.])
-    >>> del DIVERGENCES["hellinger"]
+    >>> divergence("LeCam")(torch.tensor([0.0, torch.inf])), divergence("Hellinger")(torch.tensor([0.0, torch.inf]))
+    (tensor([0.0000, 0.5000]), tensor([0., 1.]))
+    >>> del DIVERGENCES["hellinger"], DIVERGENCES["le_cam"]
     """
-    return DIVERGENCES.register(name, slope)
+    return DIVERGENCES.register(name, function)
 
 
 # Other common names of the same divergences.
 DIVERGENCE_ALIASES = {"forward_kl": "kl", "rkl": "reverse_kl", "jensen_shannon": "js", "total_variation": "tv"}
 
 
-def canonical_divergence_name(name: str | Callable[..., Tensor]) -> str:
+def canonical_divergence_name(name: str) -> str:
     """Return the key of ``DIVERGENCES`` for a name, whatever its case and punctuation, or ``alpha:<a>``.
 
-    ``file.py:function``, ``package.module:function`` and a callable are registered, see :meth:`Registry.find`.
+    ``file.py:function`` that is not registered yet is, see :func:`find_divergence`.
 
     >>> canonical_divergence_name("Reverse-KL"), canonical_divergence_name("JS"), canonical_divergence_name("Alpha=.50")
     ('reverse_kl', 'js', 'alpha:0.5')
     """
-    if isinstance(name, str) and (a := alpha_of(name)) is not None:
+    return _known_name(name) or find_divergence(name)
+
+
+def _known_name(name: str) -> str | None:
+    if (a := alpha_of(name)) is not None:
         return f"alpha:{int(a) if a == int(a) else a}"
-    if isinstance(name, str) and name in DIVERGENCES.hashes:  # every step asks; a file is read by the config alone
+    if name in DIVERGENCES:
         return name
-    written = isinstance(name, str) and ":" not in name
-    for spelling in (*DIVERGENCES, *DIVERGENCE_ALIASES) if written else ():
+    for spelling in (*DIVERGENCES, *DIVERGENCE_ALIASES):
         if re.sub(r"[\W_]", "", spelling.lower()) == re.sub(r"[\W_]", "", name.lower()):
             return DIVERGENCE_ALIASES.get(spelling, spelling)
-    misspelt = isinstance(name, str) and name.lower().startswith("alpha")
-    if not misspelt and (found := DIVERGENCES.find(name)) is not None:
+    return None
+
+
+def find_divergence(given: str | Callable[..., Tensor]) -> str:
+    """Register a divergence that is given as a function or by its place, and return its key; also that of a name.
+
+    A file is read anew, which :func:`canonical_divergence_name` does not: a run's config asks here, its steps there.
+
+    Raises:
+        ValueError: an unknown name, or what :func:`register_divergence` refuses.
+    """
+    named = isinstance(given, str) and (":" not in given or given.lower().startswith("alpha"))
+    if named and (known := _known_name(given)) is not None:
+        return known
+    misspelt = named and given.lower().startswith("alpha")
+    if not misspelt and (found := DIVERGENCES.find(given)) is not None:
         return found
     raise ValueError(
-        f"Unknown divergence {name!r}. Known: {', '.join(DIVERGENCES)}, and alpha:<a> with a number <a>, such as "
-        "alpha:0.5 or alpha:-1."
+        f"Unknown divergence {given!r}. Known: {', '.join(DIVERGENCES)}, alpha:<a> with a number <a>, such as "
+        "alpha:0.5 or alpha:-1, and one of your own as 'file.py:function'."
     )
 
 
@@ -237,7 +291,7 @@ def divergence_value(name: str, log_pi: Tensor, log_p: Tensor) -> Tensor:
     (tensor(0.4000), tensor(0.3681))
     """
     name = canonical_divergence_name(name)
-    if name in DIVERGENCES.hashes:
+    if name in DIVERGENCES.hashes and not is_generator(DIVERGENCES[name]):
         raise ValueError(f"{DIVERGENCES.describe(name)} is known by its slope alone, and a value needs f itself.")
     for which, logs in (("log_pi", log_pi), ("log_p", log_p)):
         total = logs.detach().logsumexp(-1).flatten()
@@ -247,6 +301,8 @@ def divergence_value(name: str, log_pi: Tensor, log_p: Tensor) -> Tensor:
                 f"{which} holds probabilities that sum to exp({total[wrong][0].item():.6g}), expected 1. Take the "
                 "logsumexp over all atoms (log Z) off first."
             )
+    if name in DIVERGENCES.hashes:
+        return _generated_value(DIVERGENCES[name], log_pi, log_p)
     if name == "tv":
         return (log_pi.exp() - log_p.exp()).abs().sum(-1) / 2
     if name == "js":
@@ -255,6 +311,17 @@ def divergence_value(name: str, log_pi: Tensor, log_p: Tensor) -> Tensor:
     a = {"kl": 0.0, "reverse_kl": 1.0, "chi2": -1.0, "reverse_chi2": 2.0}.get(name, alpha_of(name))
     scale = 2 if name in ("chi2", "reverse_chi2") else 1
     return scale * _alpha_terms(a, log_pi, log_p).sum(-1)
+
+
+def _generated_value(slope: Callable[..., Tensor], log_pi: Tensor, log_p: Tensor) -> Tensor:
+    """Return the sum of p f(pi/p), and of f'(inf) pi where p = 0."""
+    absent = log_p == -torch.inf
+    t = (log_pi - log_p).masked_fill(absent, 0.0).exp()
+    limit = slope(torch.full((1,), torch.inf, dtype=log_p.dtype, device=log_p.device))
+    outside = torch.where(absent & (log_pi > -torch.inf), log_pi.exp() * limit, 0.0)
+    f = slope.__wrapped__
+    inside = torch.where(f(t).isnan(), f(t.clamp(min=torch.finfo(t.dtype).tiny)), f(t))  # t log t at t = 0
+    return (log_p.exp() * inside + outside).sum(-1)
 
 
 def _alpha_terms(a: float, log_pi: Tensor, log_p: Tensor) -> Tensor:

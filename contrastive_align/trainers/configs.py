@@ -12,7 +12,7 @@ from trl import DPOConfig, RLOOConfig, SFTConfig
 
 from contrastive_align.docstrings import option_texts
 from contrastive_align.losses.contrastive import LOSSES, canonical_loss_name
-from contrastive_align.losses.divergences import DIVERGENCES, canonical_divergence_name
+from contrastive_align.losses.divergences import find_divergence
 from contrastive_align.models.layout import LAYOUTS
 
 
@@ -365,9 +365,7 @@ class FDPGConfig(RLOOConfig):
     def __post_init__(self):
         refuse_options(self, RLOOConfig, NOT_SUPPORTED_FDPG, "FDPGTrainer")
         super().__post_init__()
-        if ":" in str(self.divergence) and self.divergence in DIVERGENCES.hashes:
-            del DIVERGENCES[self.divergence]  # its file is read anew
-        self.divergence = canonical_divergence_name(self.divergence)
+        self.divergence = find_divergence(self.divergence)
         check_choices(self)
         check_positive(self, "baseline_window", "proposal_window", "max_importance_ratio", "beta", "fit_samples")
         if self.proposal == "kept" and (self.use_vllm or self.use_transformers_continuous_batching):

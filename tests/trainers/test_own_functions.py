@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_trainers import COLUMNS
 from transformers.trainer_utils import get_last_checkpoint
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, FDPGConfig, demo
-from contrastive_align.conditions import Condition, resolve_condition
+from contrastive_align.conditions import CONDITIONS, Condition, resolve_condition
 from contrastive_align.launch import cli
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.losses import (
     DIVERGENCES,
     LOSSES,
     canonical_divergence_name,
+    divergence_value,
     fdpg,
     group_loss,
     info_nca,
@@ -42,6 +44,7 @@ def constant(scores):
 def asks(log_ratios, weather):
     return log_ratios.sum(-1)
 """
+_, FDPG, _, CONDITIONAL = COLUMNS
 OPTIONS = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
 
 
@@ -49,7 +52,8 @@ OPTIONS = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": 
 def nothing_stays(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(SOURCE)
-    for registry in (LOSSES, DIVERGENCES):
+    yield
+    for registry in (LOSSES, DIVERGENCES, CONDITIONS):
         for name in registry.hashes.copy():
             del registry[name]
 
@@ -139,12 +143,13 @@ def test_the_config_stays_text(tmp_path):
     assert again.loss_type == args.loss_type
     (tmp_path / "pickled").write_bytes(pickle.dumps(args))
     code = (
-        "import pickle, sys; sys.path.insert(0, sys.argv[1]); args = pickle.load(open('pickled', 'rb'));"
+        "import pickle, sys; sys.path[:0] = sys.argv[1:]; args = pickle.load(open('pickled', 'rb'));"
         "from contrastive_align import ContrastiveConfig; from contrastive_align.losses import LOSSES;"
         "new = ContrastiveConfig(output_dir='out', loss_type=args.loss_type, use_cpu=True, bf16=False);"
         "assert new.loss_type == args.loss_type and LOSSES[new.loss_type[1]].__name__ == 'my_cross_entropy'"
     )
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], check=True)
+    folders = [str(folder) for folder in Path(__file__).parents[:2]]
+    subprocess.run([sys.executable, "-c", code, *folders], check=True)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +210,50 @@ def test_a_divergence_of_ones_own_is_what_the_packages_is():
         policy.grad = None
     assert torch.allclose(2 * found[0], found[1], rtol=1e-10)  # twice js, and a constant that does not matter
     assert FDPGConfig(output_dir="out", divergence="Mine", **OPTIONS).divergence == "mine"
-    Path("mine.py").write_text("def slope(log_t):\n    return -log_t\n")
-    with pytest.raises(ValueError, match=r"mine.py:slope \(mine.py:1\) falls or is not finite"):
-        canonical_divergence_name("mine.py:slope")
+
+
+GENERATORS = {
+    "kl": lambda t: -t.log() + t - 1,
+    "reverse_kl": lambda t: t * t.log(),
+    "js": lambda t: t * t.log() - (1 + t) * ((1 + t) / 2).log(),
+    "tv": lambda t: (t - 1).abs() / 2,
+    "chi2": lambda t: 1 / t - 1 + t - 1,
+    "reverse_chi2": lambda t: (t - 1) ** 2,
+}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_generators_slope_and_value_are_those_of_the_package(name):
+    register_divergence("mine", GENERATORS[name])
+    log_t = torch.tensor([-30.0, -2.0, 0.0, 0.5, 9.0, torch.inf], dtype=torch.float64)
+    slope, expected = DIVERGENCES["mine"], DIVERGENCES[name]
+    constant = slope(log_t[2:3]) - expected(log_t[2:3])  # which has no effect on the gradient
+    assert torch.allclose(slope(log_t), expected(log_t) + constant, rtol=1e-9, atol=1e-9)
+    assert slope(log_t, torch.tensor(-torch.inf).expand(6))[-1] == 0
+    generator = torch.Generator().manual_seed(0)
+    log_pi, log_p = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64).log_softmax(-1)
+    cut = torch.tensor([-torch.inf, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    for sides in ((log_pi, log_p), ((log_pi + cut).log_softmax(-1), log_p), (log_pi, (log_p + cut).log_softmax(-1))):
+        value = divergence_value(name, *sides) * (2 if name == "js" else 1)
+        assert torch.allclose(divergence_value("mine", *sides), value, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda t: 1 - t**2, "has the slope .* Expected the slope of a convex f"),
+        (lambda t: t**2, r"has f\(1\) = 1, expected 0"),
+        (lambda log_t: -log_t, "has the slope 4.9 at t = 0.007447, after 5"),
+        (lambda log_t: log_t.masked_fill(log_t == torch.inf, -1.0), "has the slope -1 at t = inf, after 5"),
+        (lambda log_t: log_t - log_t.masked_fill(log_t < torch.inf, 0.0), "has the slope nan at t = inf"),
+        (lambda log_t: 1 / log_t.clamp(min=0), "has the slope inf at t = 0.006738"),
+        (lambda log_t: log_t.sum(), r"returned \(\) for numbers of shape \(102,\)"),
+    ],
+)
+def test_what_is_no_divergence_is_refused_with_name_and_line(function, said):
+    with pytest.raises(ValueError, match=rf"The divergence mine \(test_own_functions.py:\d+\) {said}"):
+        register_divergence("mine", function)
+    assert "mine" not in DIVERGENCES
 
 
 def test_a_feature_and_a_condition_of_ones_own():
@@ -224,6 +270,65 @@ def test_a_feature_and_a_condition_of_ones_own():
         "@dataclass(frozen=True, kw_only=True)\nclass Stars(Phrases):\n    kind = 'stars'\n"
     )
     assert resolve_condition("mine.py:Stars").kind == "stars" == resolve_condition("stars").kind
+    Path("mine.py").write_text(Path("mine.py").read_text().replace("kind = 'stars'", "pass"))
+    with pytest.raises(
+        ValueError, match=r"mine.py:Stars \(mine.py:3\) is no subclass of Condition with a kind of its own"
+    ):
+        resolve_condition("mine.py:Stars")
+    with pytest.raises(ValueError, match="The condition 'phrases' is the package's own"):
+        type("Mine", (Condition,), {"kind": "phrases"})
+
+
+def test_a_divergence_and_a_feature_resume_with_the_same_source_alone(tmp_path):
+    Path("mine.py").write_text("def le_cam(t):\n    return (t - 1) ** 2 / (t + 1) / 2\n")
+    longer = "def longer(completion_ids, **columns):\n    return [float(len(ids)) for ids in completion_ids]\n"
+    Path("yours.py").write_text(longer)
+
+    def run(resume=None, feature="yours.py:longer", **options):
+        saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "divergence": "mine.py:le_cam"}
+        trainer = FDPG.make(tmp_path / "run", told={"reward_funcs": feature}, **{**saving, **options})
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole, checkpoint = run(), str(tmp_path / "run" / "checkpoint-1")
+    assert torch.equal(weights(whole), weights(run(checkpoint)))
+    assert whole.objective()["divergence"] == "mine.py:le_cam (mine.py:1)"
+    with pytest.raises(ValueError, match=r"was trained with divergence mine.py:le_cam, and this run has js"):
+        run(checkpoint, divergence="js")
+    with pytest.raises(ValueError, match=r"it has the features .*longer.*this target has"):
+        run(checkpoint, feature=lambda completion_ids, **columns: [0.0 for _ in completion_ids])
+    Path("yours.py").write_text(longer.replace("len(ids)", "2 * len(ids)"))
+    with pytest.raises(ValueError, match=r"the source of .*longer.* has changed since"):
+        run(checkpoint)
+    Path("yours.py").write_text(longer)
+    Path("mine.py").write_text("def le_cam(t):\n    return (t - 1) ** 2 / (t + 1)\n")
+    with pytest.raises(ValueError, match=r"the source of mine.py:le_cam has changed since"):
+        run(checkpoint)
+
+
+def test_a_condition_and_a_reward_resume_with_the_same_source_alone(tmp_path):
+    stars = (
+        "from dataclasses import dataclass\nfrom contrastive_align.conditions import Phrases\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Rated(Phrases):\n    kind = 'rated'\n"
+    )
+    Path("mine.py").write_text(stars)
+
+    def lengths(completion_ids, **columns):
+        return [float(len(ids)) for ids in completion_ids]
+
+    def run(resume=None, reward=lengths):
+        told = {"condition": "mine.py:Rated", "reward_funcs": reward}
+        trainer = CONDITIONAL.make(tmp_path / "run", told=told, max_steps=2, save_strategy="steps", save_steps=1)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole, checkpoint = run(), str(tmp_path / "run" / "checkpoint-1")
+    assert torch.equal(weights(whole), weights(run(checkpoint)))
+    with pytest.raises(ValueError, match="was trained with reward lengths, and this run has <lambda>"):
+        run(checkpoint, reward=lambda completion_ids, **columns: [0.0 for _ in completion_ids])
+    Path("mine.py").write_text(stars + "    def text(self, *args):\n        return super().text(*args) + '!'\n")
+    with pytest.raises(ValueError, match=r"the source of .* has changed since"):
+        run(checkpoint)
 
 
 def test_a_divergences_file_is_read_by_the_config_and_not_by_every_step():
