@@ -23,7 +23,7 @@ MEANT = {
     "model_name_or_path": (
         "adapter_path, lora_path, lora_weights, peft_path, model, model_name, model_path, model_id, "
         "base_model, pretrain, actor_model, checkpoint_path, pretrained_model_name_or_path, policy, "
-        "sft_model_path, adapter_name_or_path, ref_model, reference_model"
+        "sft_model_path, adapter_name_or_path"
     ),
     "model_revision": "revision",
     "dataset_name": (
@@ -155,6 +155,51 @@ MEANT = {
     "adam_beta2": "beta2",
     "help": "usage, h, info, man",
 }
+# What needs no option, or has another place than the command line.
+NO_OPTION = {
+    "tokenizer, tokenizer_name, tokenizer_path, tokenizer_type, tokenizer_name_or_path, processor": (
+        "The tokenizer is that in the model's folder"
+    ),
+    "template, chat_template, apply_chat_template, chat_template_path, system_prompt, default_system": (
+        "The tokenizer's own chat template renders conversations; a system prompt is the first message of a row's "
+        "'prompt'"
+    ),
+    "prompt_key, input_key, output_key, chosen_key, rejected_key, prompt_column, chosen_column, rejected_column, "
+    "completions_column, response_column, columns, text_column": (
+        "Columns are known by their names: prompt, completions and scores, or prompt, chosen and rejected"
+    ),
+    "num_processes, num_machines, tensor_parallel_size, tp_size, tp, gpu_memory_utilization, zero3, zero2, fsdp2": (
+        "Processes and engines are those of --accelerate_config, such as multi_gpu, zero2, zero3 or fsdp2"
+    ),
+    "early_stopping, early_stopping_patience, patience": (
+        "Early stopping is transformers' EarlyStoppingCallback, which a trainer takes in Python"
+    ),
+    "shuffle, shuffle_dataset, no_shuffle": "The rows are shuffled in every pass, by --seed",
+    "overwrite_cache, reload": "Files are read anew when they have changed",
+    "stage, do_train, do_predict": "The command says what is trained, such as contrastive-align preference",
+    "simpo_gamma, orpo_alpha, kto_weight, pref_ftx, cpo_alpha, gamma": (
+        "Losses on pairs alone (SimPO, ORPO, KTO) are in TRL; --loss_type nca sft mixes the likelihood of the best in"
+    ),
+    "upcast, pure_bf16, half_precision, amp": (
+        "Precision is --bf16 or --fp16 for the computation, --dtype for the weights"
+    ),
+    "plot_loss, visual_inference": "--report_to=tensorboard draws the curves",
+    "reference, ref_model, reference_model, ref_model_name, ref_model_path, reference_model_name_or_path, "
+    "reference_free, sync_ref": "The reference is the model that training starts from",
+    "num_generations, num_responses, num_candidates, responses_per_prompt, group_num, group_size, k, n, num_samples, "
+    "n_samples, generate_max_length, max_new_tokens, max_completion_length, max_completion_len, max_response_length, "
+    "top_p, topp, top_k, topk, min_p, sampling_params, use_vllm, vllm_server, vllm_tp, vllm_mode": (
+        "Only contrastive-align fdpg and conditional sample completions; this command reads them from the data"
+    ),
+    "num_beams, do_sample": "Completions are always sampled; there is no beam search",
+    "logging_dir, log_dir, tb_dir, tensorboard_dir": (
+        "TensorBoard's files lie in the output_dir; the environment variable TENSORBOARD_LOGGING_DIR moves them"
+    ),
+    "soft_labels, one_hot, hard_labels": (
+        "--temperature_alpha decides how soft the labels are: near 0, the best completion takes all"
+    ),
+}
+_SENTENCES = {guess: text for guesses, text in NO_OPTION.items() for guess in guesses.split(", ")}
 _OPTIONS: dict[str, list[str]] = {}  # guess -> the options that may be meant
 for _option, _guesses in MEANT.items():
     for _guess in _guesses.split(", "):
@@ -163,6 +208,8 @@ for _option, _guesses in MEANT.items():
 
 def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
     """Return the sentence that offers the option that is meant: by ``MEANT``, by its words, or by its spelling.
+
+    ``NO_OPTION`` has sentences for what no option does.
 
     >>> nearest("lr", ["learning_rate", "lora_r"], "--"), nearest("betta", ["beta", "bf16"])
     (". Did you mean '--learning_rate'?", ". Did you mean 'beta'?")
@@ -173,9 +220,14 @@ def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
     same_words = [option for option in known if set(words.split("_")) < set(option.split("_"))]
     if words in meant:
         found = meant[words]
+    elif words in _SENTENCES and prefix:
+        return f". {_SENTENCES[words]}."
     elif same_words and len(words) > 3:
         found = sorted(same_words, key=lambda option: (len(option), option))
     else:
-        near = difflib.get_close_matches(words, [guess for guess in meant if len(guess) > 2], 1, 0.7)
+        near = difflib.get_close_matches(
+            words, [guess for guess in meant if guess[0] == words[0] and guess[2:]], 1, 0.7
+        )
+        near = near or difflib.get_close_matches(words, [guess for guess in meant if len(guess) > 2], 1, 0.85)
         found = meant[near[0]] if near else []
     return f". Did you mean '{prefix}{found[0]}'?" if found else ". See --help for all."

@@ -12,7 +12,7 @@ from trl import DatasetMixtureConfig, ModelConfig
 from contrastive_align import demo
 from contrastive_align.launch import cli
 from contrastive_align.launch.help import GROUPS, SHOWN_AS, WIDTH, read_options
-from contrastive_align.launch.usage import MEANT, UsageError, nearest
+from contrastive_align.launch.usage import MEANT, NO_OPTION, UsageError, nearest
 
 
 def known(command):
@@ -120,6 +120,15 @@ def test_the_option_that_is_meant_is_offered():
     assert len(guesses) >= 60
     wrong = [g for g in guesses if nearest(g[1], known(g[0])[0], "--") != f". Did you mean '--{g[2]}'?"]
     assert not wrong
+
+
+def test_what_no_option_does_is_said():
+    options = known("reward")[0]
+    said = {name: nearest(name, options, "--") for name in ("tokenizer", "chat_template", "tp_size", "num_responses")}
+    assert all(". " in text and "Did you mean" not in text for text in said.values()), said
+    assert nearest("num_responses", known("fdpg")[0], "--") == ". Did you mean '--num_generations'?"
+    guesses = [guess for guesses in NO_OPTION for guess in guesses.split(", ")]
+    assert len(set(guesses)) == len(guesses) and not set(guesses) & options
 
 
 def test_what_is_offered_exists():
