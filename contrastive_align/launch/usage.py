@@ -176,7 +176,7 @@ NO_OPTION = {
     ),
     "shuffle, shuffle_dataset, no_shuffle": "The rows are shuffled in every pass, by --seed",
     "overwrite_cache, reload": "Files are read anew when they have changed",
-    "stage, do_train, do_predict": "The command says what is trained, such as contrastive-align preference",
+    "stage": "The command says what is trained, such as contrastive-align preference",
     "simpo_gamma, orpo_alpha, kto_weight, pref_ftx, cpo_alpha, gamma": (
         "Losses on pairs alone (SimPO, ORPO, KTO) are in TRL; --loss_type nca sft mixes the likelihood of the best in"
     ),
