@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from contrastive_align.conditions.conditions import Condition
-from contrastive_align.data.formats import PROMPT_COLUMNS, BadRow, Group, Text
+from contrastive_align.data.formats import Group
+from contrastive_align.data.messages import Text
+from contrastive_align.data.rows import BadRow
 from contrastive_align.data.tokenise import NoRoom, tokenise_group, tokenise_prompt
 from contrastive_align.pool.files import Sample
 
@@ -23,6 +25,7 @@ logger = logging.get_logger(__name__)
 SINGLE = ("completion", "score", "feedback", "finished")
 LISTS = ("completions", "scores", "feedbacks", "finished")
 _ALIASES = {"response": "completion", "responses": "completions", "reward": "score", "rewards": "scores"}
+PROMPT_COLUMNS = ("prompt", "instruction")
 TEMPLATE_ALLOWANCE = 256  # tokens; no chat template adds more. A token has a byte at least, so bytes bound tokens.
 
 
@@ -189,7 +192,13 @@ def _tokens(
     except BadRow as error:
         raise type(error)(f"{where}: {error}") from error
     if not ids.moved_boundary or not isinstance(prompt, str):
-        return ids.completion_ids[0], not ids.cut_completions
+        tokens, whole = ids.completion_ids[0], not ids.cut_completions
+        if (
+            whole and tokenizer.eos_token_id not in tokens
+        ):  # the template leaves the turn open, and a sample ends in EOS
+            room = max_length is None or len(ids.prompt_ids) + len(tokens) < max_length
+            return [*tokens, tokenizer.eos_token_id] if room else tokens, room
+        return tokens, whole
     # Together, prompt and completion would change the prompt's last token. At inference the prompt stands alone, so
     # the completion is tokenised alone too.
     alone = [*tokenizer(text=completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]

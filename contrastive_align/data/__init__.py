@@ -1,18 +1,23 @@
 """From a dataset's rows to groups, to token ids, to batches."""
 
 from contrastive_align.data.collate import GroupCollator
-from contrastive_align.data.formats import BadRow, Group, detect_spelling, distinct_prompts, read_group
-from contrastive_align.data.tokenise import DataReport, prepare_groups, tokenise_group
+from contrastive_align.data.formats import Group, distinct_prompts
+from contrastive_align.data.rows import BadRow
+from contrastive_align.data.shapes import SHAPES, Options, Reading, recognise
+from contrastive_align.data.tokenise import DataReport, prepare_groups, read_shape, tokenise_group
 
 
 __all__ = [
+    "SHAPES",
     "BadRow",
     "DataReport",
     "Group",
     "GroupCollator",
-    "detect_spelling",
+    "Options",
+    "Reading",
     "distinct_prompts",
     "prepare_groups",
-    "read_group",
+    "read_shape",
+    "recognise",
     "tokenise_group",
 ]

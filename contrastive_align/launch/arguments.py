@@ -171,6 +171,9 @@ def _read_config(path: str) -> dict[str, Any]:
     env = config.pop("env", None) or {}
     if not isinstance(env, dict):
         raise UsageError(f"{path}: 'env' is a {type(env).__name__}, expected 'NAME: value' lines.")
+    for key, value in env.items():
+        if not isinstance(key, str) or not key or value is None or isinstance(value, dict | list):
+            raise UsageError(f"{path}: 'env' has {key!r}: {value!r}, expected the name of a variable and its text.")
     os.environ.update({key: str(value) for key, value in env.items()})
     return config
 

@@ -8,8 +8,10 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 
 from contrastive_align import demo
-from contrastive_align.data import DataReport, detect_spelling
-from contrastive_align.data.tokenise import tokenise_prompt
+from contrastive_align.data import DataReport, read_shape
+from contrastive_align.data.shapes import read_options
+from contrastive_align.data.tokenise import TOKEN_COLUMNS, tokenise_prompt
+from contrastive_align.launch.arguments import Arguments
 from contrastive_align.launch.ask import sample_trained
 from contrastive_align.launch.common import Run, model_arguments
 from contrastive_align.launch.datasets import DEMO_NAME, load_demo, load_splits
@@ -23,6 +25,7 @@ from contrastive_align.trainers.configs import AUTO
 
 DEMO_SAMPLES = {"per_prompt": 4, "max_new_tokens": 48}
 MEASURED_TRAIN_GROUPS = 256
+PAIR_SHAPES = ("pairs", "last_turn", "compared")  # of data/shapes.py
 
 
 class RewardRun(Run):
@@ -99,13 +102,21 @@ class PreferenceRun(RewardRun):
 
     command = "preference"
 
+    @classmethod
+    def defaults(cls, args: Arguments) -> dict[str, Any]:
+        """Keep pairs hard, whatever ratings stand beside them."""
+        return {**super().defaults(args), "hard_pairs": True}
+
     def load_data(self) -> tuple[Any, Any, str]:
         """Load the groups, which must be pairs."""
         train, test, name = super().load_data()
-        first = next(iter(train))
-        if detect_spelling(list(first), first) != "preference":
+        training = self.args.training
+        options = read_options(training.columns, training.score_column, training.hard_pairs)
+        reading = read_shape(train, options, name)
+        if reading is None or reading.shape not in PAIR_SHAPES:
+            columns = reading.read_columns if reading else TOKEN_COLUMNS
             raise UsageError(
-                f"{name} has scored completions (columns {sorted(first)}), expected 'chosen' and 'rejected'. Use "
+                f"{name} has scored completions (columns {sorted(columns)}), expected 'chosen' and 'rejected'. Use "
                 "contrastive-align reward, which takes any number of them."
             )
         return train, test, name

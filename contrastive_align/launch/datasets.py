@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,23 @@ from trl import DatasetMixtureConfig, get_dataset
 
 from contrastive_align import demo
 from contrastive_align.conditions import AttributeCondition, Condition
-from contrastive_align.data import BadRow, detect_spelling, read_group
-from contrastive_align.data.formats import PROMPT_COLUMNS, ROW, UNREADABLE
+from contrastive_align.data import Options, read_shape
+from contrastive_align.data.files import KINDS, FileProblem, folder_files, kind_of, prompts_of, read_files
+from contrastive_align.data.formats import with_system
+from contrastive_align.data.messages import as_text
+from contrastive_align.data.rows import RAW, ROW, BadRow, values_of
+from contrastive_align.data.shapes import SAMPLE, Prompt, Table, by_key, find_prompt, key_of, read_options
+from contrastive_align.data.tokenise import join_rows
 from contrastive_align.launch.arguments import Arguments, RunArguments
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.trl_seam import DatasetConfig
 
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 # Columns of groups and pairs, which are dropped where a dataset serves for its prompts alone.
 NOT_PROMPTS = ("completion", "completions", "scores", "responses", "rewards", "chosen", "rejected", "completion_ids")
 SCORES = ("score", "scores", "reward", "rewards")  # names of a column of scores, without --score_column
 FEEDBACK = ("feedback", "feedbacks")
+PROMPT_COLUMNS = ("prompt", "instruction")
 DEMO_NAME = "the bundled demo data"
 Splits = DatasetDict | IterableDatasetDict
 
@@ -51,13 +56,18 @@ def load_splits(args: Arguments, *, on_bad_row: str | None = None) -> tuple[Any,
     if mixture.datasets:
         splits = _load_mixture(script, mixture, wants_eval)
     else:
-        splits = _load_named(script.dataset_name, script.dataset_config, script.dataset_streaming, on_bad_row)
+        splits = _load_named(script.dataset_name, script.dataset_config, script.dataset_streaming)
     train_name, test_name = script.dataset_train_split, script.dataset_test_split
     if train_name not in splits:
         raise UsageError(f"the dataset has no split '{train_name}', but {sorted(splits)}. Set --dataset_train_split.")
     train, test = splits[train_name], splits.get(test_name)
+    if on_bad_row is not None:
+        train, test = (
+            rows and _joined(args, rows, name, on_bad_row) for rows, name in ((train, "train"), (test, "eval"))
+        )
     if isinstance(train, Dataset) and mixture.test_split_size is not None:
-        train = train.add_column(ROW, range(len(train)))  # errors name the row of the file, not of the shuffled split
+        if ROW not in train.column_names:  # errors name the row of the file, not of the shuffled split
+            train = train.add_column(ROW, range(len(train)))
     if test is None and mixture.test_split_size is not None:
         if not isinstance(train, Dataset):
             raise UsageError("--test_split_size needs the whole dataset, found a stream. Name a --dataset_test_split.")
@@ -67,6 +77,25 @@ def load_splits(args: Arguments, *, on_bad_row: str | None = None) -> tuple[Any,
         fix = "Set --dataset_test_split, split some off with --test_split_size=0.1, or set --eval_strategy=no."
         raise UsageError(f"{found}. {fix}")
     return take(train, script.max_train_samples), take(test, script.max_eval_samples)
+
+
+def _joined(args: Arguments, rows: Any, name: str, on_bad_row: str) -> Any:
+    """Join the rows of a prompt where a row has one answer, before any are split off or left out."""
+    training = args.training
+    options = read_options(training.columns, training.score_column, training.hard_pairs)
+    reading = read_shape(rows, options, name)
+    if reading is None or not reading.joined or not isinstance(rows, Dataset):
+        return rows
+    joined, counts = join_rows(rows, reading, on_bad_row=on_bad_row, name=name)
+    args.notes.append(
+        f"{name}: {counts['rows']} rows of one answer each are {len(joined)} groups; dropped: {counts['dropped']} "
+        "rows, "
+        f"{counts['single_answers']} prompts with one answer"
+    )
+    first = next(iter(counts["dropped_because"].values()), None)
+    args.notes += [f"the first row dropped: {first}"] if first else []
+    training.columns, training.score_column = None, None  # the groups have the canonical ones
+    return joined
 
 
 def take(dataset: Any, n: int | None) -> Any:
@@ -108,16 +137,41 @@ def load_scored(args: Arguments, condition: Condition, **columns: Any) -> tuple[
 def from_rows(rows: Any, name: str) -> Dataset:
     """Check the prompts and return the rows in memory, without the columns of completions and scores."""
     checked: list[dict[str, Any]] = []
+    plain = []
     for number, row in enumerate(rows):
-        if "prompt" not in row:
-            raise UsageError(f"{name}, row {number}: no 'prompt', only {sorted(row)}. Rename the column that has it.")
-        if not is_prompt(row["prompt"]):
-            found = f"{name}, row {number}: 'prompt' is {str(row['prompt'])[:80]!r}"
-            raise UsageError(f"{found}, expected a text, or messages up to the user's.")
-        checked.append({key: value for key, value in row.items() if key not in NOT_PROMPTS})
+        try:
+            plain.append(values_of(row, f"{name}, row {row.get(ROW, number)}"))
+        except BadRow as error:
+            raise UsageError(str(error)) from error
+    prompt = _prompt_of(plain)
+    for number, row in enumerate(plain):
+        where = f"{name}, row {number}"
+        if prompt.main is None or (keyed := by_key(row, Options())).get(prompt.main) is None:
+            raise UsageError(f"{where}: no 'prompt', only {sorted(row)}. Rename the column that has it.")
+        told = _read_prompt(prompt, keyed, where)
+        if not is_prompt(told):
+            raise UsageError(f"{where}: 'prompt' is {str(told)[:80]!r}, expected a text, or messages up to the user's.")
+        left = {key: value for key, value in row.items() if key not in NOT_PROMPTS and key_of(key) not in prompt.keys}
+        checked.append({"prompt": told, **left})
     if not checked:
         raise UsageError(f"{name} has no rows, expected at least one prompt.")
     return Dataset.from_list(checked)
+
+
+def _prompt_of(rows: list[dict[str, Any]]) -> Prompt:
+    names = {key_of(name): name for row in rows[:SAMPLE] for name in row}
+    return find_prompt(
+        Table([by_key(row, Options()) for row in rows[:SAMPLE]], names, Options()), map(key_of, NOT_PROMPTS)
+    )
+
+
+def _read_prompt(prompt: Prompt, row: dict[str, Any], where: str) -> Any:
+    try:
+        found = prompt.read(row, where)
+        text = with_system(as_text(found["prompt"], f"{where}: 'prompt'"), found["system"], where)
+    except BadRow as error:
+        raise UsageError(str(error)) from error
+    return text
 
 
 def repeat(rows: Dataset, at_least: int) -> Dataset:
@@ -152,6 +206,7 @@ def with_feedback(
     ``negate_score`` is for scores of which lower is better (toxicity). Feedback is words, or JSON objects for the
     condition ``attributes``; without a ``feedback_column``, the columns with the names of its attributes are joined.
     """
+    dataset = typed(dataset) if isinstance(dataset, Dataset) else dataset
     if not isinstance(dataset, Dataset):
         raise UsageError("scored completions are sorted by their scores, so they cannot be a stream. Leave it out.")
     for option, name in (("score_column", score_column), ("feedback_column", feedback_column)):
@@ -183,7 +238,9 @@ def with_feedback(
 
 def _load_mixture(script: RunArguments, mixture: DatasetMixtureConfig, want_eval: bool) -> Splits:
     # The caller splits into training and evaluation rows, with the run's seed.
-    whole = dataclasses.replace(mixture, datasets=[_as_builder(d) for d in mixture.datasets], test_split_size=None)
+    alone = all(kind_of(Path(part.path)) for part in mixture.datasets)
+    parts = [_read_part(part, alone=alone) for part in mixture.datasets]
+    whole = dataclasses.replace(mixture, datasets=parts, test_split_size=None)
     splits = get_dataset(whole)
     if want_eval and mixture.test_split_size is None:  # each part's own test split
         parts = [dataclasses.replace(d, split=script.dataset_test_split, fraction=None) for d in whole.datasets]
@@ -193,35 +250,62 @@ def _load_mixture(script: RunArguments, mixture: DatasetMixtureConfig, want_eval
     return splits
 
 
-def _as_builder(part: DatasetConfig) -> DatasetConfig:
-    """Give a local file the form that ``datasets.load_dataset`` reads: a builder and ``data_files``."""
+def _read_part(part: DatasetConfig, *, alone: bool) -> DatasetConfig:
+    """Read a part that is a local file and point to the Arrow file of its rows; ``alone``: all parts are local files."""
     path = Path(part.path).expanduser()
-    if path.suffix.lower() not in BUILDERS:
+    if kind_of(path) is None:
         return part
     _check_file(part.path, path)
-    return dataclasses.replace(part, path=BUILDERS[path.suffix.lower()], data_files=str(path))
+    rows = _read(path, [path], streaming=False)
+    if RAW in rows.column_names and (part.columns or not alone):
+        rows = typed(rows)
+    elif ROW in rows.column_names:
+        rows = rows.remove_columns(ROW)  # rows of several files have no numbers in common
+        rows = rows.map(lambda row: row, load_from_cache_file=False)
+    return dataclasses.replace(part, path="arrow", data_files=rows.cache_files[0]["filename"])
 
 
-def _load_named(name: str, config: str | None, streaming: bool, on_bad_row: str | None) -> Splits:
+def typed(rows: Dataset) -> Dataset:
+    """Return the rows of a file as columns of one type each.
+
+    Raises:
+        UsageError: rows whose values have several types.
+    """
+    if RAW not in rows.column_names:
+        return rows
+    try:
+        return Dataset.from_generator(_plain_rows, gen_kwargs={"rows": rows})
+    except DatasetGenerationError as error:
+        raise UsageError(f"rows have values of several types in one column: {error.__cause__ or error}") from error
+
+
+def _plain_rows(rows: Dataset) -> Iterator[dict[str, Any]]:
+    found = [values_of(row, f"row {row[ROW]}") for row in rows]
+    columns = dict.fromkeys(name for row in found for name in row)
+    yield from ({**columns, **row} for row in found)
+
+
+def _load_named(name: str, config: str | None, streaming: bool) -> Splits:
     path = Path(name).expanduser()
-    builder = BUILDERS.get(path.suffix.lower())
-    if config is not None and (builder or path.is_file()):
+    if config is not None and (kind_of(path) or path.is_file()):
         raise UsageError(f"'dataset_config' is {config!r}, but '{name}' is a file and has none. Leave it out.")
-    if builder:
-        return _load_file(name, path, builder, streaming, on_bad_row)
+    if kind_of(path) and not path.is_dir():
+        _check_file(name, path)
+        return _splits({"train": _read(path, [path], streaming)}, streaming)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():  # written by save_to_disk
         saved = load_from_disk(str(path))
         splits = DatasetDict({"train": saved}) if isinstance(saved, Dataset) else saved
         streams = {split: rows.to_iterable_dataset() for split, rows in splits.items()} if streaming else {}
         return IterableDatasetDict(streams) if streaming else splits
     if path.is_dir():
-        return load_dataset(str(path), name=config, streaming=streaming)
+        splits = {split: _read(path, files, streaming) for split, files in folder_files(path).items()}
+        return _splits(splits, streaming) if splits else load_dataset(str(path), name=config, streaming=streaming)
     if path.is_file():
-        raise UsageError(f"'{name}' ends in '{path.suffix}', expected one of {', '.join(BUILDERS)}, or a folder.")
+        raise UsageError(f"'{name}' ends in '{path.suffix}', expected one of {', '.join(KINDS)}, or a folder.")
     looks_local = os.path.isabs(name) or name.startswith(("~", ".")) or name.count("/") > 1
     if looks_local or (path.suffix[1:].isalpha() and path.parent.is_dir()):  # not the .5 of a hub name
         raise UsageError(
-            f"no file or folder '{name}' (looked in {Path.cwd()}){_neighbour(path)} Files end in {', '.join(BUILDERS)}."
+            f"no file or folder '{name}' (looked in {Path.cwd()}){_neighbour(path)} Files end in {', '.join(KINDS)}."
         )
     try:
         return load_dataset(name, name=config, streaming=streaming)
@@ -229,18 +313,15 @@ def _load_named(name: str, config: str | None, streaming: bool, on_bad_row: str 
         raise UsageError(f"'{name}' is no local file or folder, and the hub cannot be reached: {error}") from error
 
 
-def _load_file(name: str, path: Path, builder: str, streaming: bool, on_bad_row: str | None) -> Splits:
-    _check_file(name, path)
-    if not path.stat().st_size:
-        raise UsageError(f"'{name}' is empty, expected at least one row.")
+def _splits(splits: Mapping[str, Any], streaming: bool) -> Splits:
+    return IterableDatasetDict(splits) if streaming else DatasetDict(splits)
+
+
+def _read(path: Path, files: list[Path], streaming: bool) -> Any:
     try:
-        return load_dataset(builder, data_files=str(path), streaming=streaming)
-    except DatasetGenerationError as error:
-        if builder == "json":
-            return _read_json_lines(path, error, on_bad_row)
-        raise UsageError(f"'{name}' cannot be read as {builder}: {error.__cause__ or error}") from error
-    except ValueError as error:
-        raise UsageError(f"'{name}' cannot be read as {builder}: {error}") from error
+        return read_files(files, streaming=streaming)
+    except FileProblem as error:
+        raise UsageError(f"{error}") from error
 
 
 def _check_file(name: str, path: Path) -> None:
@@ -254,57 +335,12 @@ def _neighbour(path: Path) -> str:
     return f". Did you mean '{folder / near[0]}'?" if near else "."
 
 
-def _read_json_lines(path: Path, error: Exception, on_bad_row: str | None) -> Splits:
-    """Read a JSON file whose rows do not form one table; report the first bad row, or drop bad rows."""
-    try:
-        found = _json_rows(path)
-    except ValueError as broken:
-        raise UsageError(f"{path} cannot be read: {broken}") from error
-    rows, problems = [], []
-    for number, row in enumerate(found):
-        try:
-            if isinstance(row, Exception):
-                raise ValueError(f"not JSON: {row}")
-            if not isinstance(row, dict):
-                raise ValueError(f"{type(row).__name__}, expected an object with columns.")
-            if on_bad_row is not None:
-                read_group(row, number, detect_spelling(list(row), row), source=path.name)
-        except ValueError as bad:
-            bad = bad if isinstance(bad, BadRow) else BadRow(f"{path.name}, row {number}: {bad}")
-            if on_bad_row != "drop":
-                raise bad from error
-            problems.append(str(bad))
-            rows.append({UNREADABLE: str(bad)})  # dropped and counted later, so that all other rows keep their numbers
-        else:
-            rows.append(row)
-    if len(problems) == len(rows):
-        raise UsageError(f"{path}: no row can be used. The first problem: {problems[0]}") from error
-    columns = dict.fromkeys(column for row in rows for column in row)
-    return DatasetDict({"train": Dataset.from_list([columns | row for row in rows])})
-
-
-def _json_rows(path: Path) -> list[Any]:
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    rows = []
-    for line in text.split("\n"):  # splitlines() would also split at line separators within strings
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                rows.append(error)
-    return rows
-
-
 def _read_lines(path: Path) -> Dataset:
     _check_file(str(path), path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8, one prompt a line.") from error
-    lines = [line.rstrip("\r") for line in text.split("\n")]
-    return from_rows([{"prompt": line} for line in lines if line.strip()], str(path))
+        return from_rows([{"prompt": line} for line in prompts_of(path)], str(path))
+    except FileProblem as error:
+        raise UsageError(f"{error}") from error
 
 
 def _first(dataset: Dataset, names: tuple[str, ...]) -> str | None:

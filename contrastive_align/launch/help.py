@@ -19,7 +19,7 @@ GROUPS = {
     "Prompts and feedback": (
         "prompt, reward, reward_weights, judge, condition, score_column, negate_score, feedback_column, features"
     ),
-    "Rows": "max_train_samples, max_eval_samples, max_prompt_length, on_bad_row",
+    "Rows": "max_train_samples, max_eval_samples, max_prompt_length, columns, on_bad_row, hard_pairs",
     "Objective": (
         "loss_type, temperature_alpha, first_score_bonus, divergence, beta, kl_coef, kl_direction, kl_target, "
         "entropy_coef, entropy_target, coef_horizon, baseline, baseline_window, max_importance_ratio, fit_samples, "

@@ -89,6 +89,10 @@ MEANT = {
         "rm, reward_pretrain, remote_rm_url, custom_reward_function, score, reward_model_name_or_path, "
         "reward_funcs"
     ),
+    "columns": (
+        "prompt_key, input_key, output_key, chosen_key, rejected_key, prompt_column, chosen_column, rejected_column, "
+        "completions_column, response_column, column, text_column, column_mapping, field_mapping, remove_columns"
+    ),
     "reward_weights": "reward_weight, reward_scale",
     "features": "constraints, feature, constraint, target, moments",
     "condition": "conditions, quantiles, control, control_tokens, phrases",
@@ -163,10 +167,6 @@ NO_OPTION = {
     "template, chat_template, apply_chat_template, chat_template_path, system_prompt, default_system": (
         "The tokenizer's own chat template renders conversations; a system prompt is the first message of a row's "
         "'prompt'"
-    ),
-    "prompt_key, input_key, output_key, chosen_key, rejected_key, prompt_column, chosen_column, rejected_column, "
-    "completions_column, response_column, columns, text_column": (
-        "Columns are known by their names: prompt, completions and scores, or prompt, chosen and rejected"
     ),
     "num_processes, num_machines, tensor_parallel_size, tp_size, tp, gpu_memory_utilization, zero3, zero2, fsdp2": (
         "Processes and engines are those of --accelerate_config, such as multi_gpu, zero2, zero3 or fsdp2"

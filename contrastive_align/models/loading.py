@@ -344,6 +344,18 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def embedding_rows(model: str | nn.Module) -> int | None:
+    """Return how many tokens a model, or the one that a name stands for, has an embedding of; None if it is unknown."""
+    if isinstance(model, nn.Module):
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        return rows if isinstance(rows, int) and rows > 0 else None
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+    except (OSError, ValueError):  # a name that needs further arguments, which the trainer gives when it loads it
+        return None
+    return getattr(config, "vocab_size", None)
+
+
 def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a completion: the tokenizer's EOS, then those of the generation config.
 

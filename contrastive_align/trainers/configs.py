@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, RLOOConfig, SFTConfig
 
+from contrastive_align.data.shapes import read_options
 from contrastive_align.docstrings import option_texts
 from contrastive_align.losses.contrastive import LOSSES, canonical_loss_name
 from contrastive_align.losses.divergences import find_divergence
@@ -222,6 +223,14 @@ class ContrastiveConfig(DPOConfig):
         on_bad_row (`str`, defaults to `"raise"`):
             `"raise"` stops at the first row that cannot be trained on, with row and column; `"drop"` leaves such rows
             out, counts them and shows the first.
+        columns (`str` or `dict`, *optional*):
+            Which column is which part of a group, where its name does not say: `prompt=question,completions=answers`,
+            or a mapping. Parts: prompt, system, history, completions, scores, completion, score, chosen, rejected, tools.
+            `prompt=` with nothing after it: the prompt is what chosen and rejected share.
+        score_column (`str`, *optional*):
+            The column that is the score, where several may be: `helpfulness`.
+        hard_pairs (`bool`, defaults to `False`):
+            Pairs are scores (1, 0), whatever ratings stand beside them; `contrastive-align preference` sets it.
         layout (`str`, defaults to `"auto"`):
             `"shared"`: the completions of a group share one copy of their prompt, which is computed once. `"padded"`: a
             row for each completion. `"auto"` tries the first on a small batch and takes the second, with a warning,
@@ -243,6 +252,9 @@ class ContrastiveConfig(DPOConfig):
     temperature_alpha: float | str | None = "auto"  # None is refused: it makes HfArgumentParser read text
     max_prompt_length: int | None = None
     on_bad_row: str = "raise"
+    columns: str | None = None  # or a mapping, which HfArgumentParser would refuse to read from text
+    score_column: str | None = None
+    hard_pairs: bool = False
     layout: str = "auto"
     max_tokens_per_batch: int | None = None
     first_score_bonus: float = 0.0
@@ -258,6 +270,7 @@ class ContrastiveConfig(DPOConfig):
         check_positive(self, "beta", "per_device_train_batch_size", "per_device_eval_batch_size")
         self.temperature_alpha = _number_or_auto("temperature_alpha", self.temperature_alpha)
         check_choices(self)
+        read_options(self.columns, self.score_column)
         if self.max_tokens_per_batch is not None:
             self._check_batches_by_tokens()
         if self.max_prompt_length is not None:

@@ -22,8 +22,10 @@ from trl import DPOTrainer
 
 from contrastive_align.data import DataReport, GroupCollator, prepare_groups
 from contrastive_align.data.atomic import atomic_write
+from contrastive_align.data.shapes import read_options
 from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_labels
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
+from contrastive_align.models.loading import embedding_rows
 from contrastive_align.models.logps import completion_logps, per_completion
 from contrastive_align.trainers.base import AlignmentTrainer
 from contrastive_align.trainers.configs import AUTO, ContrastiveConfig
@@ -149,6 +151,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         if data_collator is None:
             score_dtype = torch.float32 if args.device.type == "mps" else torch.float64  # which mps does not have
             data_collator = GroupCollator(processing_class.pad_token_id, args.pad_to_multiple_of, score_dtype)
+        self.vocabulary = embedding_rows(model)
         self.data_reports: dict[str, DataReport] = {}
         self.last_evaluation: dict[str, Mean] = {}  # with standard errors
         self.reference_is_given = ref_model is not None
@@ -227,6 +230,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
                 on_bad_row=args.on_bad_row,
                 num_proc=args.dataset_num_proc,
                 name=name,
+                options=read_options(args.columns, args.score_column, args.hard_pairs),
+                vocabulary=self.vocabulary,
             )
         self.data_reports[name] = report
         for line in report.lost():

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from reading import read
 
-from contrastive_align.data import BadRow, Group, detect_spelling, distinct_prompts, read_group
+from contrastive_align.data import BadRow, Group, Options, distinct_prompts, recognise
+from contrastive_align.data.formats import TooFew
 
 
 def user(text: str) -> dict:
@@ -20,8 +22,8 @@ def system(text: str) -> dict:
     return {"role": "system", "content": text}
 
 
-def read(row: dict, number: int = 17, source: str = "") -> Group:
-    return read_group(row, number, detect_spelling(list(row), row), source=source)
+def shape_of(row: dict, **options) -> str:
+    return recognise([row], list(row), Options(**options)).shape
 
 
 def refused(row: dict, *parts: str) -> str:
@@ -74,21 +76,30 @@ def test_letters_are_read_by_number_and_short_rows_are_ragged():
 
 
 def test_explicit_scores_go_before_a_preference():
-    assert detect_spelling(["prompt", "chosen", "rejected", "completions", "scores"]) == "canonical"
-    assert detect_spelling(["prompt", "chosen", "rejected", "score_chosen", "score_rejected"]) == "preference"
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert shape_of({**pair, **PLAIN}) == "lists" and shape_of(pair) == "pairs"
+    rated = {**pair, "score_chosen": 3, "score_rejected": 5}
+    assert read(rated).scores == [3, 5] and read(pair).scores == [1, 0]
 
 
-def test_a_bad_first_row_does_not_hide_the_spelling():
-    for completions in (None, []):
-        row = {"instruction": "p", "completions": completions}
-        assert detect_spelling(list(row), row) == "ultrafeedback"
+def test_bad_first_rows_do_not_hide_the_shape():
+    good = {"instruction": "p", "completions": [{"response": "a", "overall_score": 1}, {"response": "b", "overall_score": 0}]}
+    rows = [{"instruction": "p", "completions": None}, {"instruction": "p", "completions": []}, good, good, good]
+    assert recognise(rows, list(good), Options()).shape == "nested"
 
 
-def test_unknown_columns_name_what_was_found_and_what_is_understood():
-    with pytest.raises(ValueError, match=r"\['answer', 'question'\].*prompt \+ completions \+ scores.*rename_column"):
-        detect_spelling(["question", "answer"])
-    with pytest.raises(ValueError, match="No groups found"):
+def test_unknown_columns_say_what_was_found_and_what_to_type():
+    with pytest.raises(ValueError, match=r"'verse' \(text\), 'chorus' \(text\), 'hits' \(number\).*--columns prompt=verse,completion="):
+        read({"verse": "Roses are", "chorus": "red", "hits": 3})
+    with pytest.raises(ValueError, match=r"No groups found in the columns 'prompt' \(text\), 'completions' \(list\)"):
         read({"prompt": "p", "completions": ["a", "b"]})  # no scores anywhere
+    columns = {"prompt": "verse", "completions": "lines", "scores": "hits"}
+    row = {"verse": "Roses are", "lines": ["red", "blue"], "hits": [2, 1], "chorus": "la"}
+    assert read(row, columns=columns) == Group("Roses are", ["red", "blue"], [2.0, 1.0])
+    with pytest.raises(ValueError, match=r"no column 'vers'.*Did you mean 'verse'\?"):
+        read(row, columns={"prompt": "vers"})
+    with pytest.raises(ValueError, match="'verse' is no part of a group"):
+        read(row, columns={"verse": "verse"})
 
 
 def test_preference_with_and_without_prompt():
@@ -115,11 +126,13 @@ def test_an_implicit_prompt_needs_two_completions(chosen, rejected):
 
 def test_chosen_equal_to_rejected():
     for value in ("same", [assistant("same")]):
-        refused({"prompt": "p", "chosen": value, "rejected": value}, "'chosen' and 'rejected' are the same", "Drop")
+        with pytest.raises(TooFew, match="of 2 completions 0 are left once equal ones are taken out"):
+            read({"prompt": "p", "chosen": value, "rejected": value})
 
 
 def test_completions_without_a_common_beginning_have_no_implicit_prompt():
-    refused({"chosen": "yes", "rejected": "no"}, "'prompt'", "empty")
+    refused({"chosen": "yes", "rejected": "no"}, "no prompt", "share '' at most", "'prompt' column")
+    refused({"chosen": "14", "rejected": "15"}, "share '1' at most")
 
 
 # ------------------------------------------------------------------------------------------------ forms of dialogue
@@ -134,25 +147,26 @@ def test_whole_dialogues_under_a_string_prompt():
         "score_chosen": 8.0,
         "score_rejected": 3.0,
     }
-    assert read(row) == Group([user("Hi")], [[assistant("Hello")], [assistant("Go")]], [1.0, 0.0])
+    assert read(row) == Group([user("Hi")], [[assistant("Hello")], [assistant("Go")]], [8.0, 3.0])
 
 
 def test_whole_dialogues_in_letters_and_with_equal_answers():
     answers = ["a", "a", "b"]
     row = {"prompt": "Hi", **{f"A{i}": [user("Hi"), assistant(a)] for i, a in enumerate(answers)}}
     row |= {f"score_A{i}": i for i in range(3)}
-    assert read(row) == Group([user("Hi")], [[assistant(a)] for a in answers], [0.0, 1.0, 2.0])
-    row |= {f"A{i}": [user("Hi"), assistant("a")] for i in range(3)}  # all equal: the last turn is still the answer
-    assert read(row) == Group([user("Hi")], [[assistant("a")]] * 3, [0.0, 1.0, 2.0])
+    with pytest.raises(TooFew):  # of the two "a" neither is right
+        read(row)
+    assert read({**row, "score_A1": 0}) == Group([user("Hi")], [[assistant("a")], [assistant("b")]], [0.0, 2.0])
+    assert read({**row, "A1": [user("Hi"), assistant("c")]}).completions == [[assistant(a)] for a in "acb"]
 
 
 def test_a_list_prompt_repeated_inside_the_completions_is_taken_out_as_it_stands():
-    prompt = [user("1")]
-    row = {"prompt": prompt, "scores": [1, 0]}
-    row["completions"] = [[*prompt, assistant("x"), user("2"), assistant(a)] for a in "ab"]
+    prompt = [user("1"), assistant("x"), user("2")]
+    row = {"prompt": prompt, "scores": [1, 0], "completions": [[*prompt, assistant(a)] for a in "ab"]}
     group = read(row)
-    assert group.prompt == prompt
-    assert group.completions == [[assistant("x"), user("2"), assistant(a)] for a in "ab"]
+    assert group.prompt == prompt and group.completions == [[assistant(a)] for a in "ab"]
+    row["prompt"] = prompt[:1]
+    refused(row, "'completions'[0] has a turn of the user inside", "End the prompt with the user's last turn")
 
 
 def test_dialogues_of_another_prompt_are_refused():
@@ -234,7 +248,8 @@ def test_unicode_passes_untouched():
         ({"scores": [10**400, 0, 0]}, ["'scores'[0] is inf"]),
         ({"scores": [0, 1e39, 0]}, ["'scores'[1] is 1e+39", "float32"]),
         ({"scores": [1, None, 0]}, ["'scores'[1] is missing", "Fill it in or drop"]),
-        ({"scores": [1, "0.5", 0]}, ["'scores'[1] is '0.5'", "not a str", "drop"]),
+        ({"scores": [1, "half", 0]}, ["'scores'[1] is 'half'", "a finite number", "drop"]),
+        ({"scores": [1, "4,5", 0]}, ["Write decimals with a point"]),
         ({"scores": [[1], 0, 0]}, ["'scores'[0] is [1]", "not a list"]),
         ({"scores": None}, ["'scores' is missing"]),
         ({"scores": 3.0}, ["'scores' is 3.0", "a list with one entry per completion"]),
@@ -245,7 +260,8 @@ def test_unicode_passes_untouched():
         ({"completions": ["a", "", "c"]}, ["'completions'[1] is empty", "drop"]),
         ({"completions": ["a", "b", " \n"]}, ["'completions'[2] is empty"]),
         ({"completions": ["a", None, "c"]}, ["'completions'[1] is empty"]),
-        ({"completions": ["a", 5, "c"]}, ["'completions'[1] is 5", "text or a list of messages"]),
+        ({"completions": ["a", True, "c"]}, ["'completions'[1] is True", "text or a list of messages"]),
+        ({"completions": ["a", 10**20, "c"]}, ["'completions'[1] is 1000"]),
         ({"completions": [["a"], ["b"], ["c"]]}, ["'completions'[0][0] is 'a'", "'role' among"]),
         ({"completions": [[], [assistant("b")], [assistant("c")]]}, ["'completions'[0] is empty"]),
         (
@@ -254,12 +270,12 @@ def test_unicode_passes_untouched():
         ),
         ({"prompt": ""}, ["'prompt' is empty", "drop"]),
         ({"prompt": " \n\t"}, ["'prompt' is empty"]),
-        ({"prompt": None}, ["'prompt' is missing"]),
+        ({"prompt": None}, ["'prompt' is empty"]),
         ({"prompt": []}, ["'prompt' is empty"]),
         ({"prompt": 3}, ["'prompt' is 3", "text or a list of messages"]),
-        ({"prompt": ["Hi"]}, ["'prompt'[0] is 'Hi'", "expected a message"]),
+        ({"prompt": ["Hi", "Ho"]}, ["'prompt'[0] is 'Hi'", "expected a message"]),
         ({"prompt": [user("  ")]}, ["'prompt'[0] has an empty 'content' (role 'user')"]),
-        ({"prompt": [{"role": "human", "content": "x"}]}, ["'prompt'[0] is", "'human'", "'role' among"]),
+        ({"prompt": [{"role": "narrator", "content": "x"}]}, ["'prompt'[0] is", "'narrator'", "'role' among"]),
         ({"prompt": [user("a"), assistant("b")]}, ["'prompt' ends with the role 'assistant'", "user's turn last"]),
         ({"prompt": [system("a")]}, ["'prompt' ends with the role 'system'"]),
         ({"prompt": [assistant("a"), user("b")]}, ["['assistant', 'user']", "user first"]),
@@ -292,7 +308,7 @@ def test_errors_name_the_column_as_the_dataset_spells_it():
     refused({"instruction": "", "responses": ["a", "b"], "rewards": [1, 0]}, "'instruction' is empty")
     items = [{"response": "a", "overall_score": 1.0}, {"response": "b", "overall_score": None}]
     refused({"instruction": "p", "completions": items}, "'overall_score'[1] is missing")
-    refused({"instruction": "p", "completions": [items[0], "b"]}, "'completions'[1] is 'b'", "response with its score")
+    refused({"instruction": "p", "completions": [items[0], "b"]}, "'completions'[1] is 'b'", "an object with")
     refused({"instruction": "p", "completions": [items[0], {"overall_score": 1}]}, "'completions'[1] is empty")
 
 
@@ -304,11 +320,6 @@ def test_long_values_are_shortened_in_the_error():
 def test_what_counts_as_a_number(score):
     scores = read({**PLAIN, "scores": [score, 0, 0]}).scores
     assert scores[0] == float(score) and all(type(s) is float for s in scores)
-
-
-def test_the_error_without_a_source_begins_with_the_row():
-    with pytest.raises(BadRow, match=r"^row 3: 'scores' has 1 numbers for 2 completions"):
-        read_group({"prompt": "p", "completions": ["a", "b"], "scores": [1]}, 3, "canonical")
 
 
 def test_the_row_is_not_changed_by_reading():

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, IterableDataset, load_dataset
+from reading import read
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import DPOTrainer
 
 from contrastive_align import demo
-from contrastive_align.data import BadRow, Group, prepare_groups, read_group, tokenise, tokenise_group
+from contrastive_align.data import BadRow, Group, prepare_groups, tokenise, tokenise_group
 from contrastive_align.data.tokenise import NoRoom
 
 
@@ -102,7 +103,7 @@ TALKS = [
     },
     {
         "prompt": [turn("system", "Be kind."), turn("user", "a"), turn("assistant", "b"), turn("user", "ab")],
-        "chosen": [turn("assistant", "one"), turn("user", "more"), turn("assistant", "two")],
+        "chosen": [turn("assistant", "one and two")],
         "rejected": [turn("assistant", "one and a half")],
     },
 ]
@@ -120,7 +121,7 @@ def test_pairs_are_tokenised_as_trl_tokenises_them(name):
         assert as_pairs(ours(rows, tokenizer)[0]) == expected
 
 
-@pytest.mark.parametrize("name", [n for n in TOKENIZERS if n != "open_turns"])
+@pytest.mark.parametrize("name", TOKENIZERS)
 def test_dialogues_are_tokenised_as_trl_tokenises_them(name):
     tokenizer = TOKENIZERS[name]()
     expected = [(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in trl_pairs(TALKS, tokenizer)]
@@ -153,24 +154,21 @@ def test_where_trl_trains_two_eos_there_is_one():
         assert [[*c, eos] for c in completions] == [row["chosen_ids"], row["rejected_ids"]]
 
 
-def test_where_trl_trains_no_eos_there_is_one():
-    tokenizer = TOKENIZERS["open_turns"]()
-    eos = tokenizer.eos_token_id
-    theirs = trl_pairs(TALKS, tokenizer)
-    for (prompt, *completions), row in zip(as_pairs(ours(TALKS, tokenizer)[0]), theirs, strict=True):
-        assert prompt == row["prompt_ids"]
-        assert completions == [[*row["chosen_ids"], eos], [*row["rejected_ids"], eos]]
-
-
 # ------------------------------------------------------------------------------------------------- one BOS, one EOS
 
 
-@pytest.mark.parametrize("rows", [PAIRS, TALKS[:1]], ids=["plain", "dialogues"])
+TALKS_ONE = TALKS[:1]
+
+
+@pytest.mark.parametrize("rows", [PAIRS, TALKS_ONE], ids=["plain", "dialogues"])
 def test_one_bos_at_most_and_one_eos_exactly(tokenizer, rows):
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     for row in rows:
-        ids = tokenise_group(read_group(row, 0, "preference"), tokenizer)
+        ids = tokenise_group(read(row), tokenizer)
         for completion in ids.completion_ids:
+            if rows is TALKS_ONE and tokenizer.chat_template == OPEN:
+                assert eos not in completion  # a turn ends as its template ends it
+                continue
             assert completion.count(eos) == 1
             after = tokenizer.decode(completion[completion.index(eos) + 1 :])
             assert after in ("", "\n")  # a template may close the line after the turn
@@ -183,7 +181,7 @@ def test_nothing_of_the_text_is_lost(name):
     tokenizer = TOKENIZERS[name]()
     bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
     for row in PAIRS:
-        ids = tokenise_group(read_group(row, 0, "preference"), tokenizer)
+        ids = tokenise_group(read(row), tokenizer)
         texts = [tokenizer.decode(ids.prompt_ids + c) for c in ids.completion_ids]
         assert [t.removeprefix(bos) for t in texts] == [row["prompt"] + row[c] + eos for c in ("chosen", "rejected")]
 
@@ -214,12 +212,12 @@ def test_dialogues_without_a_chat_template_are_refused_with_the_way_out(plain):
 
 
 def test_what_the_row_brings_for_the_template_reaches_it():
-    template = "{{ (tools | length) if tools else 0 }}{{ style or '' }}" + CLOSED
+    template = "{{ (tools | map(attribute='function.name') | join) if tools else 0 }}{{ style or '' }}" + CLOSED
     tokenizer = tokenizer_of_characters(template)
     tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {}}}]
     rows = [{**TALKS[0], "tools": json.dumps(tools), "chat_template_kwargs": {"style": "x"}}]
     pair = as_pairs(ours(rows, tokenizer)[0])
-    assert tokenizer.decode(pair[0][0]).startswith("1xuser: ")
+    assert tokenizer.decode(pair[0][0]).startswith("fxuser: ")
     theirs = trl_pairs(rows, tokenizer)[0]
     assert pair == [(theirs["prompt_ids"], theirs["chosen_ids"], theirs["rejected_ids"])]
 
@@ -262,7 +260,7 @@ def test_an_eos_that_the_tokenizer_adds_to_the_prompt_is_no_moved_boundary(name)
 def test_a_template_that_drops_the_completion_is_refused():
     drops = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     tokenizer = tokenizer_of_characters(drops)
-    with pytest.raises(BadRow, match=r"^train, row 0: completion 0 has no token of its own.*chat template"):
+    with pytest.raises(BadRow, match=r"^train, row 0: the chat template leaves out a text of completion 0: 'Please sit.'"):
         ours(TALKS[:1], tokenizer)
 
 
@@ -385,7 +383,7 @@ def test_the_cache_gives_the_same_rows_and_the_same_report(plain, tmp_path, monk
     def not_again(*args, **kwargs):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(tokenise, "tokenise_group", not_again)
+    monkeypatch.setattr(tokenise, "tokenise_groups", not_again)
     second, again = ours(dataset, plain, on_bad_row="drop")
     assert again == report and second.to_list() == first.to_list()
     with pytest.raises(AssertionError, match="tokenised again"):  # other options, other ids
@@ -452,7 +450,7 @@ def test_a_stream_gives_the_rows_of_the_whole_dataset(plain, make):
     kept, report = ours(make(MIXED), plain, on_bad_row="drop")
     for _ in range(2):  # every epoch
         assert [{k: r[k] for k in ("prompt_ids", "completion_ids", "scores")} for r in kept] == whole.to_list()
-    assert (report.spelling, report.groups) == ("canonical", None)
+    assert (report.spelling, report.groups) == ("lists", None)
 
 
 def test_a_bad_row_of_a_stream_raises_when_it_is_read(plain):

@@ -12,6 +12,7 @@ from trl.scripts.utils import DatasetConfig
 
 from contrastive_align import demo
 from contrastive_align.data import BadRow, prepare_groups
+from contrastive_align.data.rows import values_of
 from contrastive_align.launch.arguments import Arguments, RunArguments
 from contrastive_align.launch.datasets import load_splits
 from contrastive_align.launch.usage import UsageError
@@ -22,6 +23,7 @@ def row(n: int) -> dict:
 
 
 ROWS = [row(n) for n in range(10)]
+COLUMNS = {"columns": None, "score_column": None, "hard_pairs": False}
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +42,14 @@ def write(name: str, rows: list, *, encoding: str = "utf-8") -> str:
 def load(
     name: str | None = None, mixture: dict | None = None, *, want_eval=False, seed=0, on_bad_row="raise", **script
 ):
-    training = SimpleNamespace(eval_strategy="epoch" if want_eval else "no", do_eval=False, seed=seed)
+    training = SimpleNamespace(eval_strategy="epoch" if want_eval else "no", do_eval=False, seed=seed, **COLUMNS)
     mixture = DatasetMixtureConfig(**(mixture or {}))
     args = Arguments(RunArguments(dataset_name=name, **script), training, ModelConfig(), mixture, set(), [])
     return load_splits(args, on_bad_row=on_bad_row)
+
+
+def prompts_in(rows) -> list[str]:
+    return [values_of(row, "")["prompt"] for row in rows]
 
 
 def refused(capsys, act, *parts: str) -> None:
@@ -89,7 +95,7 @@ def test_every_kind_of_file_and_folder_is_a_dataset_name(kind, streaming):
     groups, report = prepare_groups(train, tokenizer, max_length=None, max_prompt_length=None, on_bad_row="raise")
     texts = [[tokenizer.decode(r["prompt_ids"] + c) for c in r["completion_ids"]] for r in groups]
     assert texts == [[r["prompt"] + c + "<eos>" for c in r["completions"]] for r in ROWS]
-    assert report.spelling == "canonical"
+    assert report.spelling == "lists"
     assert (test is None) == (kind != "saved_splits")
 
 
@@ -105,7 +111,7 @@ def test_first_rows_only():
     write("rows/test.jsonl", ROWS)
     for streaming in (False, True):
         train, test = load("rows", dataset_streaming=streaming, max_train_samples=3, max_eval_samples=99)
-        assert [r["prompt"] for r in train] == ["q0:", "q1:", "q2:"] and len(list(test)) == 10
+        assert prompts_in(train) == ["q0:", "q1:", "q2:"] and len(list(test)) == 10
 
 
 @pytest.mark.parametrize(
@@ -116,9 +122,9 @@ def test_first_rows_only():
         ("./rows", ["no file or folder './rows'", ".parquet"]),
         ("/no/such/folder", ["no file or folder '/no/such/folder'"]),
         ("rows.jsnl", ["no file or folder 'rows.jsnl'", "Did you mean 'rows.jsonl'?"]),
-        ("notes.txt", ["'notes.txt' ends in '.txt', expected one of .json, .jsonl, .parquet, .csv, or a folder"]),
+        ("notes.doc", ["'notes.doc' ends in '.doc', expected one of .json, .jsonl", ", or a folder"]),
         ("empty.jsonl", ["'empty.jsonl' is empty"]),
-        ("none.json", ["'none.json' cannot be read as json"]),
+        ("none.json", ["'none.json' has no rows"]),
         ("broken.parquet", ["'broken.parquet' cannot be read as parquet"]),
         ("org/model-2.5", ["'org/model-2.5' is no local file or folder, and the hub cannot be reached"]),
         ("org/name", ["'org/name' is no local file or folder, and the hub cannot be reached"]),
@@ -126,7 +132,7 @@ def test_first_rows_only():
 )
 def test_a_name_that_leads_nowhere_is_a_clean_error(capsys, name, parts):
     write("rows.jsonl", ROWS)
-    write("notes.txt", ["x"])
+    write("notes.doc", ["x"])
     write("broken.parquet", ["x"])
     Path("empty.jsonl").write_text("")
     Path("none.json").write_text("[]")
@@ -166,11 +172,11 @@ def test_named_splits():
 def test_rows_split_off_are_seeded_and_disjoint(capsys):
     write("rows.jsonl", ROWS)
     first, again = (load("rows.jsonl", {"test_split_size": 0.3}, want_eval=True, seed=7) for _ in range(2))
-    assert [d["prompt"][:] for d in first] == [d["prompt"][:] for d in again]
-    prompts = [set(d["prompt"]) for d in first]
+    assert [prompts_in(d) for d in first] == [prompts_in(d) for d in again]
+    prompts = [set(prompts_in(d)) for d in first]
     assert (len(prompts[0]), len(prompts[1]), len(prompts[0] | prompts[1])) == (7, 3, 10)
     other, _ = load("rows.jsonl", {"test_split_size": 0.3}, seed=8)
-    assert other["prompt"][:] != first[0]["prompt"][:]
+    assert prompts_in(other) != prompts_in(first[0])
     refused(capsys, lambda: load("rows.jsonl", {"test_split_size": 0.3}, dataset_streaming=True), "found a stream")
 
 
@@ -182,7 +188,7 @@ def test_local_files_mix():
     write("b/train.jsonl", ROWS[4:])
     parts = [DatasetConfig(path="a.jsonl", split="train[:50%]"), DatasetConfig(path="b")]
     train, test = load(mixture={"datasets": parts})
-    assert train["prompt"][:] == [f"q{n}:" for n in (0, 1, 4, 5, 6, 7, 8, 9)] and test is None
+    assert prompts_in(train) == [f"q{n}:" for n in (0, 1, 4, 5, 6, 7, 8, 9)] and test is None
 
 
 def test_a_mixture_takes_each_parts_test_split():
@@ -191,15 +197,15 @@ def test_a_mixture_takes_each_parts_test_split():
         write(f"{name}/test.jsonl", ROWS[4:6])
     parts = [DatasetConfig(path=name, split="train[:50%]") for name in "ab"]
     train, test = load(mixture={"datasets": parts}, want_eval=True)
-    assert train["prompt"][:] == ["q0:", "q1:"] * 2 and test["prompt"][:] == ["q4:", "q5:"] * 2
+    assert prompts_in(train) == ["q0:", "q1:"] * 2 and prompts_in(test) == ["q4:", "q5:"] * 2
 
 
 def test_a_mixture_is_split_with_the_seed():
     write("a.jsonl", ROWS)
     mixture = {"datasets": [DatasetConfig(path="a.jsonl")], "test_split_size": 3}
     runs = [load(mixture=dict(mixture), want_eval=True, seed=seed) for seed in (1, 1, 2)]
-    assert [d["prompt"][:] for d in runs[0]] == [d["prompt"][:] for d in runs[1]]
-    assert runs[0][0]["prompt"][:] != runs[2][0]["prompt"][:]
+    assert [prompts_in(d) for d in runs[0]] == [prompts_in(d) for d in runs[1]]
+    assert prompts_in(runs[0][0]) != prompts_in(runs[2][0])
     assert len(runs[0][0]) == 7 and len(runs[0][1]) == 3
 
 
@@ -215,14 +221,15 @@ def test_a_missing_part_is_a_clean_error(capsys):
 BROKEN = [row(0), "{oops", row(2), '["a list"]', {**row(4), "scores": [1.0]}, row(5)]
 
 
-def groups_of(train: Dataset):
+def groups_of(train: Dataset, on_bad_row: str = "drop"):
     tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_PATH)
-    return prepare_groups(train, tokenizer, max_length=None, max_prompt_length=None, on_bad_row="drop")
+    return prepare_groups(train, tokenizer, max_length=None, max_prompt_length=None, on_bad_row=on_bad_row)
 
 
 def test_a_broken_line_is_named():
-    with pytest.raises(BadRow, match=r"^rows\.jsonl, row 1: not JSON: "):
-        load(write("rows.jsonl", BROKEN))
+    train, _ = load(write("rows.jsonl", BROKEN))
+    with pytest.raises(BadRow, match=r"^rows\.jsonl, row 1 \(line 2\): not JSON: "):
+        groups_of(train, on_bad_row="raise")
 
 
 def test_broken_lines_are_dropped_and_counted_under_their_own_numbers():
@@ -230,31 +237,34 @@ def test_broken_lines_are_dropped_and_counted_under_their_own_numbers():
     kept, report = groups_of(train)
     assert (len(kept), report.rows, report.dropped) == (3, 6, 3)
     assert list(report.dropped_because) == ["1", "3", "4"]
-    assert report.dropped_because["1"].startswith("rows.jsonl, row 1: not JSON: ")
-    assert "row 3: list, expected an object with columns" in report.dropped_because["3"]
+    assert report.dropped_because["1"].startswith("rows.jsonl, row 1 (line 2): not JSON: ")
+    assert "row 3 (line 4): the row is ['a list'], expected an object with columns" in report.dropped_because["3"]
     assert "row 4: 'scores' has 1 numbers for 2 completions" in report.dropped_because["4"]
 
 
 def test_a_broken_first_line_leaves_the_spelling_and_the_columns():
     tools = [{"type": "function", "function": {"name": "f"}}]
-    pair = {"prompt": "q:", "chosen": "a", "rejected": "b", "tools": json.dumps(tools)}
+    pair = {
+        "prompt": [{"role": "user", "content": "call f"}],
+        "chosen": "a",
+        "rejected": "b",
+        "tools": json.dumps(tools),
+    }
     train, _ = load(write("rows.jsonl", ["{oops", pair, pair]), on_bad_row="drop")
-    assert train[1]["tools"] == json.dumps(tools)
     kept, report = groups_of(train)
-    assert (report.spelling, report.dropped, len(kept)) == ("preference", 1, 2)
+    assert (report.spelling, report.dropped, len(kept)) == ("pairs", 1, 2)
 
 
 def test_line_separators_inside_of_strings_do_not_end_a_row():
     odd = {**row(0), "prompt": "one\u2028two\x85three\x0bfour"}
     train, _ = load(write("rows.jsonl", [odd, "{oops", row(2)]), on_bad_row="drop")
-    assert train[0]["prompt"] == odd["prompt"]
+    assert prompts_in(train.select([0])) == [odd["prompt"]]
     assert groups_of(train)[1].dropped == 1
 
 
-def test_a_file_without_a_single_good_row(capsys):
-    refused(
-        capsys, lambda: load(write("rows.jsonl", ["{oops", "[1]"]), on_bad_row="drop"), "no row can be used", "row 0"
-    )
+def test_a_file_without_a_single_good_row():
+    with pytest.raises(BadRow, match=r"rows.jsonl, row 0 \(line 1\): not JSON"):
+        load(write("rows.jsonl", ["{oops", "[1]"]), on_bad_row="drop")
 
 
 @pytest.mark.parametrize("scores", [[1.0, float("nan")], [1.0, "x"], [1.0, None]])

@@ -1,0 +1,506 @@
+"""Files as they are: bytes -> rows, whose text is text.
+
+A row of a text file (JSON, JSON lines, a table) is kept as JSON text until it is read, so that Arrow guesses no dates
+in it, fills no None into it, and one odd row spoils no other. Parquet and Arrow files have types of their own, which stay.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import hashlib
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDatasetDict, Value
+from datasets.exceptions import DatasetGenerationError
+
+from contrastive_align.data import rows as rows_module
+from contrastive_align.data.rows import DECIMAL_COMMA, RAW, ROW, UNREADABLE, check_text, parse_object
+
+
+KINDS = {
+    ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "table", ".tsv": "table", ".xlsx": "sheet",
+    ".parquet": "parquet", ".arrow": "arrow", ".txt": "lines",
+}  # fmt: skip
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2"}
+# What a split's file or folder is called, as the hub reads it.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+BOMS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+DELIMITERS = ",;\t|"
+SNIFFED = 1 << 16  # characters by which a table's delimiter is found
+_FEATURES = Features({ROW: Value("int64"), RAW: Value("string"), UNREADABLE: Value("string")})
+_SOURCE = hashlib.sha256(b"".join(Path(f).read_bytes() for f in (__file__, rows_module.__file__))).hexdigest()
+
+
+class FileProblem(ValueError):
+    """A file that cannot be read at all, with its name, what was found and the way out."""
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a file's name says of it."""
+
+    kind: str
+    compression: str | None
+
+
+def kind_of(path: Path) -> FileKind | None:
+    """Return what a file's name says of it, or None for an ending that is not known.
+
+    >>> kind_of(Path("groups.jsonl.gz"))
+    FileKind(kind='json', compression='gzip')
+    """
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    suffix = (Path(path.stem) if compression else path).suffix.lower()
+    return FileKind(KINDS[suffix], compression) if suffix in KINDS else None
+
+
+def read_files(paths: list[Path], *, streaming: bool = False) -> Dataset | IterableDataset:
+    """Read the rows of one split.
+
+    Returns:
+        Columns ``__row__``, ``__json__`` and ``__unreadable__`` (the error of a row that is no row); of Parquet and
+        Arrow files, their own.
+
+    Raises:
+        FileProblem: a file that is no such file.
+        BadRow: never; a row that cannot be read is kept with its error, and counted later.
+    """
+    kinds = {kind_of(path).kind if kind_of(path) else None for path in paths}
+    typed = kinds & {"parquet", "arrow"}
+    if None in kinds or (typed and len(kinds) > 1):
+        raise FileProblem(
+            f"{', '.join(p.name for p in paths)}: files of one split, expected all of one kind, as .jsonl."
+        )
+    for path in paths:
+        if not path.stat().st_size:
+            raise FileProblem(f"'{path}' is empty, expected at least one row.")
+    if kinds == {"arrow"} and not streaming and len(paths) == 1:
+        return _open_arrow(paths[0])
+    features = _schema(paths[0]) if typed else _FEATURES
+    if not typed:
+        _check_same_columns(paths)
+    # The key of the cache: files that changed, and other code, are read again.
+    stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    told = {"paths": [str(path) for path in paths], "stamps": [str(stamps)] * len(paths), "source": _SOURCE}
+    if streaming:
+        return IterableDataset.from_generator(_generate, gen_kwargs=told, features=features)
+    try:
+        found = Dataset.from_generator(_generate, gen_kwargs=told, features=features)
+        if not len(found):
+            raise FileProblem(f"'{paths[0]}' has no rows, expected at least one.")
+        return found
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise FileProblem(f"'{paths[0]}' has no rows, expected at least one.") from error
+    except DatasetGenerationError as error:
+        cause = error.__cause__
+        if isinstance(cause, FileProblem):
+            raise cause from None
+        raise FileProblem(f"{paths[0]} cannot be read: {cause or error}") from error
+
+
+def folder_files(folder: Path) -> dict[str, list[Path]]:
+    """Return split -> the files of a folder, told by the names of files and of the folders around them."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        known = kind_of(path)
+        if (
+            path.is_file()
+            and known
+            and known.kind != "lines"
+            and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+        ):
+            words = set(re.split(r"[^a-z]+", str(path.relative_to(folder)).lower()))
+            split = next((split for split, names in SPLITS.items() if words & set(names)), "train")
+            found.setdefault(split, []).append(path)
+    return found
+
+
+def read_folder(folder: Path, *, streaming: bool = False) -> DatasetDict | IterableDatasetDict | None:
+    """Read a folder's splits; None where it has no file of a kind that is known."""
+    splits = {split: read_files(paths, streaming=streaming) for split, paths in folder_files(folder).items()}
+    return (IterableDatasetDict if streaming else DatasetDict)(splits) if splits else None
+
+
+def prompts_of(path: Path) -> list[str]:
+    """Return the lines of a text file that are not empty: one prompt each."""
+    with _text(path, kind_of(path).compression if kind_of(path) else None) as file:
+        lines = file.read().split("\n")  # splitlines() would also split at line separators inside of a prompt
+    return [line.rstrip("\r") for line in lines if line.strip()]
+
+
+# ---------------------------------------------------------------------------------------------------------- the bytes
+
+
+@contextmanager
+def _bytes(path: Path, compression: str | None) -> Iterator[BinaryIO]:
+    if compression is None:
+        with open(path, "rb") as file:
+            yield file
+        return
+    with pa.input_stream(str(path), compression=compression) as stream:
+        yield io.BufferedReader(stream)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _text(path: Path, compression: str | None) -> Iterator[TextIO]:
+    """Open a file as text: UTF-8, or what its byte order mark says."""
+    with _bytes(path, compression) as file:
+        try:
+            head = file.peek(4)[:4]  # type: ignore[attr-defined]
+        except OSError as error:
+            raise FileProblem(f"{path} is no {compression} file: {error}") from error
+        encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), "utf-8")
+        try:
+            yield io.TextIOWrapper(file, encoding=encoding, newline="")
+        except UnicodeDecodeError as error:
+            raise FileProblem(
+                f"{path} is not {encoding.upper().removesuffix('-SIG')} text: {error.reason} (byte "
+                f"{error.object[error.start]:#04x}). Save it "
+                "as UTF-8."
+            ) from error
+        except (OSError, EOFError) as error:
+            raise FileProblem(f"{path} cannot be read to its end: {error}") from error
+
+
+def _generate(paths: list[str], stamps: list[str], source: str) -> Iterator[dict[str, Any]]:
+    number = 0
+    for path in map(Path, paths):
+        known = kind_of(path)
+        for row in READERS[known.kind](path, known.compression):
+            yield {**row, ROW: number} if known.kind not in ("parquet", "arrow") else row
+            number += 1
+
+
+def _row(values: dict[str, Any]) -> dict[str, Any]:
+    return {RAW: json.dumps(values, ensure_ascii=False), UNREADABLE: None}
+
+
+def _bad(path: Path, place: str, problem: Any) -> dict[str, Any]:
+    return {RAW: None, UNREADABLE: f"{path.name}, {place}: {problem}"}
+
+
+# --------------------------------------------------------------------------------------------------------------- JSON
+
+
+def _read_json(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
+    with _text(path, compression) as file:
+        head = file.read(SNIFFED)
+        rest = _from_array(path, head, file) if _is_one_value(head) else _lines(head, file)
+        row = 0
+        for line, text in rest:
+            try:
+                check_text(parse_object(text), "the row")
+            except ValueError as error:
+                yield _bad(path, f"row {row} (line {line})", error)
+            else:
+                yield {RAW: text, UNREADABLE: None}
+            row += 1
+
+
+def _is_one_value(head: str) -> bool:
+    """Whether a JSON file is one list or object over several lines, and not a row a line."""
+    start = head.lstrip()
+    if start.startswith("["):
+        return True
+    if not start.startswith("{"):
+        return False
+    try:
+        json.loads(start.split("\n", 1)[0])
+    except ValueError:
+        return "\n" in start and start.split("\n", 1)[0].strip() in ("{", '{"data": [', '{"rows": [')
+    except RecursionError:
+        return False
+    return False
+
+
+def _lines(head: str, file: TextIO) -> Iterator[tuple[int, str]]:
+    number, left = 0, head
+    while True:
+        *lines, left = left.split("\n")  # splitlines() would also split at line separators inside of strings
+        for line in lines:
+            number += 1
+            if line.strip():
+                yield number, line.strip("\r ")
+        more = file.read(SNIFFED)
+        if not more:
+            break
+        left += more
+    if left.strip():
+        yield number + 1, left.strip("\r ")
+
+
+def _from_array(path: Path, head: str, file: TextIO) -> Iterator[tuple[int, str]]:
+    """Cut the rows out of a list, or of the one list that an object holds, as they are written."""
+    text = head + file.read()
+    decoder, at = json.JSONDecoder(), len(text) - len(text.lstrip())
+    if text[at] == "{":
+        try:
+            whole = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise FileProblem(f"{path} is not JSON: {error}") from error
+        lists = [
+            key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)
+        ]
+        if len(lists) != 1:
+            raise FileProblem(
+                f"{path} is one object with the keys {list(whole)[:8]}, expected a list of rows, or an object a line."
+            )
+        yield from ((0, json.dumps(row, ensure_ascii=False)) for row in whole[lists[0]])
+        return
+    at += 1
+    first = True
+    while True:
+        at = _skip(text, at)
+        if text[at : at + 1] == "]":
+            if text[_skip(text, at + 1) :]:
+                raise FileProblem(f"{path} goes on after the end of its list (line {text.count(chr(10), 0, at) + 1}).")
+            return
+        if not first:
+            if text[at : at + 1] != ",":
+                raise FileProblem(f"{path} is not JSON: expected ',' or ']' in line {text.count(chr(10), 0, at) + 1}.")
+            at = _skip(text, at + 1)
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise FileProblem(f"{path} is not JSON: {error}. A list of rows ends with ']'.") from error
+        yield text.count("\n", 0, at) + 1, text[at:end]
+        at, first = end, False
+
+
+def _skip(text: str, at: int) -> int:
+    while at < len(text) and text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+
+def _read_table(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(sys.maxsize)
+    with _text(path, compression) as file:
+        head = file.read(SNIFFED)
+        delimiter = sniff_delimiter(head, tabs=".tsv" in [suffix.lower() for suffix in path.suffixes])
+        table = csv.reader(_chained(head, file), delimiter=delimiter, strict=True)
+        try:
+            cells = ((table.line_num, row) for row in table if row)
+            yield from _from_cells(path, cells, decimal_comma=delimiter != ",")
+        except csv.Error as error:
+            raise FileProblem(
+                f"{path}, line {table.line_num}: {error}. Close every quotation mark, or double it."
+            ) from error
+
+
+def _chained(head: str, file: TextIO) -> Iterator[str]:
+    """Yield lines with their ends, as csv wants them."""
+    left = head
+    while True:
+        *lines, left = left.split("\n")
+        yield from (f"{line}\n" for line in lines)
+        more = file.read(SNIFFED)
+        if not more:
+            break
+        left += more
+    if left:
+        yield left
+
+
+def sniff_delimiter(head: str, *, tabs: bool = False) -> str:
+    r"""Return the delimiter under which the first rows have the most cells, as many in each.
+
+    >>> sniff_delimiter("prompt;score\nHow, then?;4,5\n")
+    ';'
+    """
+
+    def quality(delimiter: str) -> tuple[float, int]:
+        lines = list(_chained(head, io.StringIO()))
+        lines = lines[: max(1, len(lines) - 1)][:200]
+        try:
+            widths = [len(row) for row in csv.reader(lines, delimiter=delimiter) if row]
+        except csv.Error:
+            return 0.0, 0
+        if not widths or widths[0] < 2:
+            return 0.0, 0
+        return sum(width == widths[0] for width in widths) / len(widths), widths[0]
+
+    if tabs and "\t" in head.split("\n", 1)[0]:
+        return "\t"
+    best = max(DELIMITERS, key=quality)
+    return best if quality(best)[1] else ","
+
+
+def _from_cells(path: Path, rows: Iterable[tuple[int, list[Any]]], *, decimal_comma: bool) -> Iterator[dict[str, Any]]:
+    """Make rows of a table's cells, all text; an empty cell is None."""
+    rows = iter(rows)
+    _, header = next(rows, (0, []))
+    header = [str(name).strip() if name is not None else "" for name in header]
+    while header and not header[-1]:
+        header.pop()
+    twice = [name for i, name in enumerate(header) if name in header[:i]]
+    if not header or twice or "" in header:
+        found = f"'{twice[0]}' twice" if twice else f"{header}"
+        raise FileProblem(f"{path}: the first line has the names {found}, expected a name for each column.")
+    for number, (line, cells) in enumerate(rows):
+        if (len(cells) > len(header) and any(cell not in (None, "") for cell in cells[len(header) :])) or len(
+            cells
+        ) < len(header):
+            yield _bad(
+                path,
+                f"row {number} (line {line})",
+                f"{len(cells)} cells for {len(header)} columns, expected one each. A text that holds the "
+                "delimiter stands in quotation marks.",
+            )
+            continue
+        values = {name: None if cell in (None, "") else cell for name, cell in zip(header, cells, strict=False)}
+        if not any(values.values()):
+            continue
+        yield _row(values | ({DECIMAL_COMMA: True} if decimal_comma else {}))
+
+
+def _read_sheet(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
+    try:
+        from openpyxl import load_workbook
+    except ImportError as error:
+        raise FileProblem(
+            f"Reading {path.name} needs openpyxl: pip install 'contrastive-align[data]'. Or save the sheet as CSV."
+        ) from error
+    with _bytes(path, compression) as file:
+        try:
+            book = load_workbook(io.BytesIO(file.read()), read_only=True, data_only=True)
+        except Exception as error:  # of zipfile, of XML, of its own
+            raise FileProblem(f"{path} cannot be read as a spreadsheet: {error}. Save the sheet as CSV.") from error
+    full = [
+        sheet
+        for sheet in book.worksheets
+        if any(any(c is not None for c in row) for row in sheet.iter_rows(values_only=True))
+    ]
+    if len(full) != 1:
+        names = [sheet.title for sheet in full]
+        raise FileProblem(
+            f"{path} has {len(full)} sheets with cells {names}, expected one. Save the one you mean as CSV."
+        )
+    cells = ([_cell(value) for value in row] for row in full[0].iter_rows(values_only=True))
+    numbered = ((line, row) for line, row in enumerate(cells, start=1) if any(cell is not None for cell in row))
+    yield from _from_cells(path, _filled(numbered), decimal_comma=False)
+
+
+def _filled(rows: Iterable[tuple[int, list[Any]]]) -> Iterator[tuple[int, list[Any]]]:
+    """Fill rows up to the width of the first: a sheet leaves out empty cells at the end."""
+    width = 0
+    for line, cells in rows:
+        width = width or len(cells)
+        yield line, cells + [None] * (width - len(cells))
+
+
+def _cell(value: Any) -> str | None:
+    """Return a spreadsheet's cell as text: 5, not 5.0; TRUE; 2021-01-11."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    if hasattr(value, "isoformat"):
+        return value.isoformat().removesuffix("T00:00:00")
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------- with types
+
+
+def _schema(path: Path) -> Features:
+    known = kind_of(path)
+    with _bytes(path, known.compression if known else None) as file:
+        try:
+            schema = pq.ParquetFile(file).schema_arrow if known.kind == "parquet" else _arrow_reader(path).schema
+        except (pa.ArrowException, OSError) as error:
+            raise FileProblem(f"'{path}' cannot be read as {known.kind}: {error}") from error
+    return Features.from_arrow_schema(schema)
+
+
+def _read_parquet(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
+    with _bytes(path, compression) as file:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
+            yield from batch.to_pylist()
+
+
+def _arrow_reader(path: Path) -> Any:
+    source = pa.memory_map(str(path))
+    try:
+        return pa.ipc.open_stream(source)
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(source)
+
+
+def _read_arrow(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
+    reader = _arrow_reader(path)
+    batches = reader if hasattr(reader, "__iter__") else (reader.get_batch(i) for i in range(reader.num_record_batches))
+    for batch in batches:
+        yield from batch.to_pylist()
+
+
+def _open_arrow(path: Path) -> Dataset:
+    try:
+        return Dataset.from_file(str(path))
+    except (pa.ArrowException, OSError):
+        try:
+            return Dataset(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+        except (pa.ArrowException, OSError) as error:
+            raise FileProblem(f"{path} cannot be read as arrow: {error}") from error
+
+
+def _read_prompts(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
+    yield from (_row({"prompt": line}) for line in prompts_of(path))
+
+
+READERS: dict[str, Callable[[Path, str | None], Iterator[dict[str, Any]]]] = {
+    "json": _read_json,
+    "table": _read_table,
+    "sheet": _read_sheet,
+    "parquet": _read_parquet,
+    "arrow": _read_arrow,
+    "lines": _read_prompts,
+}
+
+
+def _check_same_columns(paths: list[Path]) -> None:
+    """Refuse files of one split whose first rows have other columns."""
+    if len(paths) < 2:
+        return
+    seen: tuple[Path, set[str]] | None = None
+    for path in paths:
+        known = kind_of(path)
+        first = next((row for row in READERS[known.kind](path, known.compression) if row[RAW]), None)
+        if first is None:
+            continue
+        columns = set(parse_object(first[RAW])) - {DECIMAL_COMMA}
+        if seen is not None and columns != seen[1]:
+            raise FileProblem(
+                f"{seen[0].name} has the columns {sorted(seen[1])} and {path.name} {sorted(columns)}, expected "
+                "the same in all "
+                "files of a split. Give one file, or name the files of other splits test.. or validation.. ."
+            )
+        seen = seen or (path, columns)

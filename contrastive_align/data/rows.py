@@ -1,0 +1,135 @@
+"""Rows as they come from files and datasets: what marks a bad one, and how the text of a row is parsed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+
+FIX = "Correct the row or drop it (on_bad_row='drop')."
+ROW = "__row__"  # the number of a row in the file, before shuffling and splitting
+RAW = "__json__"  # the row as JSON text, of which Arrow guesses no types
+UNREADABLE = "__unreadable__"  # the error of a row that the reader of a file could not read
+DECIMAL_COMMA = "__decimal_comma__"  # in a row: its numbers may be written 4,5
+OWN_COLUMNS = (ROW, RAW, UNREADABLE)
+LARGEST_INTEGER = 2**63 - 1
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class BadRow(ValueError):
+    """A row that cannot be trained on: its place, what was found and expected, and how to fix it."""
+
+
+class Literal(float):
+    """A number with decimals that remembers how it was written: an answer 1.50 is the text "1.50".
+
+    >>> parse_object('{"answer": 1.50}')["answer"].text
+    '1.50'
+    """
+
+    text: str
+
+    def __new__(cls, text: str) -> Literal:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __getnewargs__(self) -> tuple[str]:
+        return (self.text,)
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """Parse a row's JSON object.
+
+    Raises:
+        ValueError: no JSON, no object, or a key that stands twice; says what was found.
+    """
+    try:
+        row = json.loads(text, parse_float=Literal, object_pairs_hook=_without_repeats)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}. {FIX}") from error
+    except RecursionError as error:
+        raise ValueError(f"JSON that is nested too deeply. {FIX}") from error
+    if not isinstance(row, dict):
+        found = "null" if row is None else f"{short(row)}"
+        raise ValueError(f"the row is {found}, expected an object with columns. {FIX}")
+    return row
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key '{twice}' stands twice in one object, expected each once. {FIX}")
+    return found
+
+
+def values_of(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the columns of a row, parsed where they are JSON text.
+
+    Raises:
+        BadRow: the reader of the file could not read it.
+    """
+    if row.get(UNREADABLE):
+        raise BadRow(row[UNREADABLE])
+    if row.get(RAW) is not None:
+        try:
+            return parse_object(row[RAW])
+        except ValueError as error:
+            raise BadRow(f"{where}: {error}") from error
+    return {name: value for name, value in row.items() if name not in OWN_COLUMNS}
+
+
+def check_text(value: Any, what: str) -> None:
+    """Refuse half a UTF-16 pair, which no tokenizer reads, anywhere in a value.
+
+    Raises:
+        BadRow: there is one.
+    """
+    if isinstance(value, str):
+        if _SURROGATE.search(value):
+            raise BadRow(
+                f"{what} holds half of a character (a lone surrogate such as \\ud83d), which is no valid text. {FIX}"
+            )
+    elif isinstance(value, Mapping):
+        for item in value.items():
+            check_text(list(item), what)
+    elif isinstance(value, list):
+        for item in value:
+            check_text(item, what)
+
+
+def parsed(value: Any) -> Any:
+    """Parse a cell that holds a JSON list or object as text; return any other value as it is.
+
+    >>> parsed('["a", "b"]'), parsed("[sic]"), parsed("[1] is a footnote")
+    (['a', 'b'], '[sic]', '[1] is a footnote')
+    """
+    if isinstance(value, str) and value[:1] in "[{ \n" and value.strip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value, parse_float=Literal)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def text_of(value: Any) -> Any:
+    """Return the text of an answer that is a number, as it is written; any other value as it is.
+
+    >>> text_of(14), text_of(True)
+    ('14', True)
+    """
+    if isinstance(value, Literal):
+        return value.text
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER:
+        return str(value)
+    return repr(value) if isinstance(value, float) and value == value else value
+
+
+def short(value: Any) -> str:
+    """Return the value's text, shortened for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
