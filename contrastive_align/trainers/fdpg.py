@@ -23,6 +23,7 @@ from contrastive_align.data import GroupCollator
 from contrastive_align.data.formats import distinct_prompts
 from contrastive_align.losses import fdpg
 from contrastive_align.losses.divergences import DIVERGENCES, mean_slope
+from contrastive_align.models.loading import decoder_start_token
 from contrastive_align.losses.estimators import RunningLogZ
 from contrastive_align.models.logps import completion_logps
 from contrastive_align.sampling.decode import draw, seed_of
@@ -36,7 +37,6 @@ from contrastive_align.trainers.encoder_decoder import (
     EncoderDecoderCollator,
     add_encoder_decoder_head,
     check_options_for_encoder_decoder,
-    decoder_start_token,
     encoder_decoder_logps,
 )
 from contrastive_align.trainers.metrics import distribution_metrics
