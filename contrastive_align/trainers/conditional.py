@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -112,15 +111,13 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         tags=("trl", "contrastive-align", "conditional"),
         paper="Quark: Controllable Text Generation with Reinforced Unlearning",
         arxiv="2205.13636",
-        citation=textwrap.dedent("""\
-            @inproceedings{lu2022quark,
-                title        = {{Quark: Controllable Text Generation with Reinforced Unlearning}},
-                author       = {Ximing Lu and Sean Welleck and Jack Hessel and Liwei Jiang and Lianhui Qin and Peter West and Prithviraj Ammanabrolu and Yejin Choi},
-                year         = 2022,
-                booktitle    = {Advances in Neural Information Processing Systems 35},
-                eprint       = {2205.13636},
-                archivePrefix = {arXiv},
-            }"""),  # noqa: E501
+        key="lu2022quark",
+        authors=(
+            "Ximing Lu and Sean Welleck and Jack Hessel and Liwei Jiang and Lianhui Qin and Peter West and Prithviraj "
+            "Ammanabrolu and Yejin Choi"
+        ),
+        year=2022,
+        venue="Advances in Neural Information Processing Systems 35",
     )
 
     def __init__(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,15 +100,10 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         tags=("trl", "contrastive-align", "nca"),
         paper="Noise Contrastive Alignment of Language Models with Explicit Rewards",
         arxiv="2402.05369",
-        citation=textwrap.dedent("""\
-            @inproceedings{chen2024noise,
-                title        = {{Noise Contrastive Alignment of Language Models with Explicit Rewards}},
-                author       = {Huayu Chen and Guande He and Lifan Yuan and Ganqu Cui and Hang Su and Jun Zhu},
-                year         = 2024,
-                booktitle    = {Advances in Neural Information Processing Systems 37},
-                eprint       = {2402.05369},
-                archivePrefix = {arXiv},
-            }"""),
+        key="chen2024noise",
+        authors="Huayu Chen and Guande He and Lifan Yuan and Ganqu Cui and Hang Su and Jun Zhu",
+        year=2024,
+        venue="Advances in Neural Information Processing Systems 37",
     )
 
     def __init__(

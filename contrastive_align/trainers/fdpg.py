@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,15 +95,13 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         tags=("trl", "contrastive-align", "fdpg"),
         paper="Aligning Language Models with Preferences through f-divergence Minimization",
         arxiv="2302.08215",
-        citation=textwrap.dedent("""\
-            @inproceedings{go2023aligning,
-                title        = {{Aligning Language Models with Preferences through f-divergence Minimization}},
-                author       = {Dongyoung Go and Tomasz Korbak and Germ{\\'{a}}n Kruszewski and Jos Rozen and Nahyeon Ryu and Marc Dymetman},
-                year         = 2023,
-                booktitle    = {International Conference on Machine Learning},
-                eprint       = {2302.08215},
-                archivePrefix = {arXiv},
-            }"""),  # noqa: E501
+        key="go2023aligning",
+        authors=(
+            r"Dongyoung Go and Tomasz Korbak and Germ{\'{a}}n Kruszewski and Jos Rozen and Nahyeon Ryu and "
+            "Marc Dymetman"
+        ),
+        year=2023,
+        venue="International Conference on Machine Learning",
     )
 
     def __init__(
