@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from contrastive_align.sampling.decode import draw
 from contrastive_align.targets.evaluate import Feature
 from contrastive_align.targets.features import weighted_sum
 from contrastive_align.trainers import evaluation, rounds
-from contrastive_align.trainers.base import AlignmentTrainer, keep_adapter_as_reference
+from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset, keep_adapter_as_reference
 from contrastive_align.trainers.configs import ConditionalConfig
 from contrastive_align.trainers.samplers import AdapterServer, VLLMSampler, check_vllm_options, check_vllm_tokens
 from contrastive_align.trl_seam import (
@@ -58,8 +58,6 @@ logger = logging.get_logger(__name__)
 
 STATE_FILE = "conditional_state.json"
 PROBED = 64  # completion tokens on which policy and reference are compared at the start
-
-AnyDataset = Dataset | IterableDataset
 
 
 class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTrainer):
@@ -126,7 +124,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         args: ConditionalConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: AnyDataset | None = None,
-        eval_dataset: AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset] | None = None,
+        eval_dataset: EvalDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_loss_func: Callable | None = None,
         compute_metrics: Callable | None = None,
@@ -165,15 +163,14 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         if args.use_vllm:
             check_vllm_options(args, online=self.online, sampler=sampler, quantised=quantization_config is not None)
         self._uses_vllm = args.use_vllm
-        model, processing_class, quantization_config, peft_config = self.load_start(
-            model, args, processing_class, quantization_config, peft_config
-        )
-        adapter = peft_config is not None or is_peft_model(model)
+        start = self.load_start(model, args, processing_class, quantization_config, peft_config)
+        model, processing_class = start["model"], start["processing_class"]
+        adapter = start["peft_config"] is not None or is_peft_model(model)
         self.has_reference = args.kl_coef != 0
         self.reference = self.frozen_copy(model) if self.has_reference and not adapter else None
         if self.has_reference and is_peft_model(model):
             keep_adapter_as_reference(model)
-        peft_config = self._add_tokens(model, processing_class, peft_config, args)
+        start["peft_config"] = self._add_tokens(model, processing_class, start["peft_config"], args)
         if args.unfrozen_layers_ratio < 1:
             freeze_lower_layers(model, args.unfrozen_layers_ratio, adapter)
         if args.disable_dropout:
@@ -181,17 +178,14 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
         with nothing_loaded_by_trl(args):
             super().__init__(
-                model=model,
+                **start,
                 args=args,
                 data_collator=rounds.ConditionedCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
             )
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
             keep_rows_precise(self.model)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
@@ -30,7 +30,14 @@ from contrastive_align.targets import Target
 from contrastive_align.targets.evaluate import columns_of
 from contrastive_align.targets.features import weighted_sum
 from contrastive_align.trainers.adaptive_proposal import AdaptiveProposal, WindowBaseline
-from contrastive_align.trainers.base import AlignmentTrainer, compile_layers, disable_functional_dropout, save_tensors
+from contrastive_align.trainers.base import (
+    AlignmentTrainer,
+    AnyDataset,
+    EvalDataset,
+    compile_layers,
+    disable_functional_dropout,
+    save_tensors,
+)
 from contrastive_align.trainers.configs import FDPGConfig
 from contrastive_align.trainers.encoder_decoder import (
     EncoderDecoderCollator,
@@ -48,8 +55,6 @@ logger = logging.get_logger(__name__)
 FIT_SAMPLES_PER_PROMPT = 256
 TARGET_FILE = "target.json"
 PROPOSAL_FILE = "proposal.pt"
-
-AnyDataset = Dataset | IterableDataset
 
 
 class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
@@ -110,7 +115,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         reward_funcs: Any = None,
         args: FDPGConfig | None = None,
         train_dataset: AnyDataset | None = None,
-        eval_dataset: AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset] | None = None,
+        eval_dataset: EvalDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -124,23 +129,18 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         self.refuse_arguments(model, processing_class, peft_config, reward_processing_classes=reward_processing_classes)
         check_enough_prompts(train_dataset, args)
         self.target = target_of(target, reward_funcs, args)
-        model, processing_class, quantization_config, peft_config = self.load_start(
-            model, args, processing_class, quantization_config, peft_config
-        )
-        adapter = peft_config is not None or is_peft_model(model)
-        self.reference: PreTrainedModel | None = None if adapter else self.frozen_copy(model)
+        start = self.load_start(model, args, processing_class, quantization_config, peft_config)
+        adapter = start["peft_config"] is not None or is_peft_model(start["model"])
+        self.reference: PreTrainedModel | None = None if adapter else self.frozen_copy(start["model"])
         with nothing_loaded_by_trl(args):
             super().__init__(
-                model=model,
+                **start,
                 reward_funcs=[features_are_read_by_the_target] * len(args.reward_weights or [1.0]),
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
             )
         if self.aux_loss_enabled:
             raise ValueError("A router loss has no place in the target. Set router_aux_loss_coef=0.")
