@@ -22,8 +22,8 @@ from contrastive_align.data import GroupCollator
 from contrastive_align.data.formats import distinct_prompts
 from contrastive_align.losses import fdpg
 from contrastive_align.losses.divergences import DIVERGENCES, mean_slope
-from contrastive_align.models.loading import decoder_start_token
 from contrastive_align.losses.estimators import RunningLogZ
+from contrastive_align.models.loading import decoder_start_token
 from contrastive_align.models.logps import completion_logps
 from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.targets import Target
@@ -301,7 +301,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         keys = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in prompt_ids]
         log_z = self._log_z_of(keys, target_log_scores - proposal_logps)
         logs = {"policy_logps": policy_logps, "proposal_logps": proposal_logps, "target_log_scores": target_log_scores}
-        self._log_groups(rows, completion_ids, phi, keys, base_logps, log_z, **logs)
+        self._log_groups(rows, completion_ids, keys, phi=phi, base_logps=base_logps, log_z=log_z, **logs)
         more = {"proposal_logps": proposal_logps, "target_log_scores": target_log_scores, "log_z": log_z}
         if self.baseline is not None:
             more["baseline"] = self._window_baseline(log_z, **logs)
@@ -402,22 +402,19 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         self,
         rows: list[dict[str, Any]],
         completion_ids: Sequence[Sequence[list[int]]],
-        phi: Tensor,
         keys: list[str],
-        base_logps: Tensor,
-        log_z: Tensor,
+        *,
+        phi: Tensor,
         **logs: Tensor,
     ) -> None:
         training, gather = self.model.training, self.accelerator.gather
-        k = base_logps.size(1)
+        k = phi.size(1)
         lengths = torch.tensor([[len(ids) for ids in group] for group in completion_ids], device=phi.device)
         ended = torch.tensor(
             [[ids[-1] in self.eos_token_ids for ids in group] for group in completion_ids], device=phi.device
         )
         metrics = distribution_metrics(
             **{name: gather(tensor) for name, tensor in logs.items()},
-            base_logps=gather(base_logps),
-            log_z=gather(log_z),
             phi=gather(phi),
             names=self.target.names,
             keys=gather_object(keys),
@@ -524,8 +521,7 @@ def target_of(target: Target | None, reward_funcs: Any, args: FDPGConfig) -> Tar
         raise ValueError(
             "Nothing to train towards. Give target=Target([...]), or reward_funcs for base * exp(reward / beta)."
         )
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    return Target.from_reward(weighted_sum(functions, args.reward_weights), args.beta)
+    return Target.from_reward(weighted_sum(reward_funcs, args.reward_weights), args.beta)
 
 
 def check_enough_prompts(dataset: Dataset | IterableDataset | None, args: FDPGConfig) -> None:
