@@ -215,8 +215,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             if args.reward_weights is not None:
                 raise ValueError("reward_weights weighs reward_funcs, and none are given. Leave it out.")
             return None
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        return self.feedback_by(weighted_sum(functions, args.reward_weights, trust_remote_code=args.trust_remote_code))
+        reward = weighted_sum(reward_funcs, args.reward_weights, trust_remote_code=args.trust_remote_code)
+        return self.feedback_by(reward)
 
     def feedback_by(self, feature: Feature) -> rounds.RewardFeedback:
         """Feedback by a reward; set as ``trainer.feedback``, evaluation on scored data has rewards too."""
@@ -349,7 +349,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     def too_long(self, dataset: Dataset, name: str, condition: Condition) -> list[int]:
         """Return the rows whose prompt leaves no room for a completion, with a warning that they are left out."""
         limits = self.context_limits() | {"max_completion_length": self.args.max_completion_length}
-        return rounds.prompts_without_room(dataset, condition, self.encode, self._room(), name=name, limits=limits)
+        conditioned = rounds.ConditionedPrompts(condition, self.encode, self._room())
+        return rounds.prompts_without_room(dataset, conditioned, name=name, limits=limits)
 
     def _room(self) -> int:
         """Tokens that a prompt with its condition may have, so that the longest completion fits behind it."""
@@ -466,22 +467,17 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             raise ValueError("return_outputs=True is not supported: no logits are built. Read the logged metrics.")
         if self.model.training and self.has_reference and self.reference_is_proven is False:
             self._prove_reference_on(model, inputs)
-        reference = None
+
+        def as_reference(hidden, labels, weight, bias, scale, softcap):
+            return {"reference": (hidden, weight, bias), "ref_scale": scale, "ref_softcap": softcap}
+
+        reference: dict[str, Any] = {}
         if self.has_reference:
+            unconditioned = rounds.without_condition(inputs)
             with self.sampling_from(reference=True) as reference_model:
-                reference = completion_objective(
-                    reference_model, rounds.without_condition(inputs), lambda *head: head, layout=self.layout
-                )
+                reference = completion_objective(reference_model, unconditioned, as_reference, layout=self.layout)
 
         def objective(hidden, labels, weight, bias, scale, softcap):
-            options = {}
-            if reference is not None:
-                ref_hidden, _, ref_weight, ref_bias, ref_scale, ref_softcap = reference
-                options = {
-                    "reference": (ref_hidden, ref_weight, ref_bias),
-                    "ref_scale": ref_scale,
-                    "ref_softcap": ref_softcap,
-                }
             return token_loss(
                 hidden,
                 weight,
@@ -493,7 +489,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
                 entropy_coef=self.entropy_coef.value,
                 kl_direction=self.args.kl_direction,
                 outside=tuple(self.condition_ids),
-                **options,
+                **reference,
             )
 
         terms = completion_objective(model, inputs, objective, layout=self.layout)
@@ -599,16 +595,19 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         return metrics
 
     def rewards_given(self, dataset: Dataset, *, conditions: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Return the mean reward of each prompt's completions under each condition; ``"nothing"`` is none.
+        """Return the mean reward of each prompt's completions under each condition.
 
-        NaN for prompts without a scored completion, and for prompts that are too long (a warning is logged). A
-        prompt's seeds are the same under every condition and in every evaluation (not with ``use_vllm``).
+        A prompt's seeds are the same under every condition and in every evaluation (not with ``use_vllm``).
+
+        Args:
+            conditions: names of conditions, ``"nothing"`` for none; by default all.
+
+        Returns:
+            Name -> (rows,), NaN for prompts without a scored completion, and for prompts that are too long (a warning
+            is logged).
         """
-        best = self.best_condition()
-        usable = np.setdiff1d(np.arange(len(dataset)), self.too_long(dataset, "eval_dataset", best))
-        options = {"num_generations": self.args.num_generations, "seed": self.args.seed, "conditions": conditions}
         with self._unchanged_weights():
-            return evaluation.rewards_given(dataset, usable, best, self.generate, self.feedback, **options)
+            return evaluation.rewards_given(self, dataset, conditions)
 
     def nll_given(
         self, samples: Sequence[Sample], texts: Sequence[str | None], *, reference: bool = False
@@ -619,21 +618,14 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             reference: by the reference in place of the policy.
 
         Returns:
-            (N,) negative log-likelihoods in nats and (N,) tokens.
+            (N,) negative log-likelihoods in nats, summed over the completion's tokens, and (N,) tokens.
         """
         prompts = [
             self.encode(s.prompt if text is None else self.condition.apply(s.prompt, text))
             for s, text in zip(samples, texts, strict=True)
         ]
         with self.sampling_from(reference=reference) as model:
-            return evaluation.negative_log_likelihoods(
-                model,
-                prompts,
-                [s.completion_ids for s in samples],
-                layout=self.layout,
-                pad_token_id=self.processing_class.pad_token_id,
-                device=self.accelerator.device,
-            )
+            return evaluation.negative_log_likelihoods(self, model, prompts, [s.completion_ids for s in samples])
 
     def _log_round(self, number: int, table: Table, through: int) -> None:
         logs = evaluation.round_metrics(number, table, self.condition, online=self.online)
