@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -229,10 +229,8 @@ class Client:
             self._slots.release()
 
     async def _sleep(self, seconds: float) -> None:
-        try:
+        with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._stop.wait(), seconds)
-        except asyncio.TimeoutError:
-            pass
 
     async def _attempt(
         self, path: str, body: Mapping[str, Any], read: Callable[[str], Answer], faults: list[Fault]
@@ -372,14 +370,12 @@ def check_number(name: str, value: Any, expected: str, *, allowed: bool = True) 
         raise ValueError(f"{name}: found {value!r}, expected {expected}.")
 
 
-def check_model(model: Any) -> None:
-    """Raise ValueError unless the model's name is a text that is not empty."""
+def check_endpoint(base_url: Any, model: Any, *, concurrency: Any, timeout: Any, max_retries: Any) -> None:
+    """Raise ValueError unless the options have a meaning and the address, which is printed with them, no secret."""
+    check_counts(concurrency=(concurrency, 1), max_retries=(max_retries, 0))
+    check_number("timeout", timeout, "seconds, more than 0", allowed=timeout != 0)
     if not isinstance(model, str) or not model:
         raise ValueError(f"model: found {model!r}, expected the model's name at the endpoint.")
-
-
-def check_address(base_url: Any) -> None:
-    """Raise ValueError unless the address is None or an HTTP address without anything secret: options are printed."""
     if base_url is None:
         return
     parts = urlsplit(base_url) if isinstance(base_url, str) else None

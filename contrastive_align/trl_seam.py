@@ -53,7 +53,24 @@ class Method:
     tags: tuple[str, ...]
     paper: str
     arxiv: str
-    citation: str
+    key: str  # of the BibTeX entry
+    authors: str
+    year: int
+    venue: str
+
+    @property
+    def citation(self) -> str:
+        """The paper's BibTeX entry."""
+        entry = {
+            "title": f"{{{{{self.paper}}}}}",
+            "author": f"{{{self.authors}}}",
+            "year": self.year,
+            "booktitle": f"{{{self.venue}}}",
+            "eprint": f"{{{self.arxiv}}}",
+            "archivePrefix": "{arXiv}",
+        }
+        lines = "".join(f"    {name:<12} = {value},\n" for name, value in entry.items())
+        return f"@inproceedings{{{self.key},\n{lines}}}"
 
 
 class Members:

@@ -15,15 +15,7 @@ from transformers.utils import logging
 from contrastive_align.judge.answers import Unparsable, Verdict, answers_from, read_template, render
 from contrastive_align.judge.client import JudgeError, ask, judge_client
 from contrastive_align.judge.ledger import AnswerCache, content_key
-from contrastive_align.openai_client import (
-    Client,
-    Fault,
-    check_address,
-    check_counts,
-    check_model,
-    check_number,
-    run_to_end,
-)
+from contrastive_align.openai_client import Client, Fault, check_counts, check_endpoint, check_number, run_to_end
 
 
 __all__ = ["Judge", "JudgeError", "Verdict", "resolve_judge"]
@@ -75,12 +67,10 @@ class Judge:
         max_tokens: int = 256,
         max_words: int = 10,
     ) -> None:
-        check_counts(concurrency=(concurrency, 1), max_retries=(max_retries, 0), max_tokens=(max_tokens, 1))
-        check_counts(max_words=(max_words, 1), budget=(0 if budget is None else budget, 0))
-        check_number("timeout", timeout, "seconds, more than 0", allowed=timeout != 0)
+        check_endpoint(base_url, model, concurrency=concurrency, timeout=timeout, max_retries=max_retries)
+        check_counts(max_tokens=(max_tokens, 1), max_words=(max_words, 1))
+        check_counts(budget=(0 if budget is None else budget, 0))
         check_number("temperature", temperature, "a number of at least 0")
-        check_model(model)
-        check_address(base_url)
         self._answers = answers_from(answers, max_words)
         self._template = read_template(prompt, self._answers)
         self._base_url, self._timeout = base_url, timeout
@@ -121,12 +111,10 @@ class Judge:
             else:
                 new.append(job)
         self._count(items=len(prompts), repeated=len(prompts) - len(jobs))
-        if new:
-            try:
+        try:
+            if new:
                 run_to_end(self._ask_all(new))
-            finally:
-                self._count_outcomes(jobs)
-        else:
+        finally:
             self._count_outcomes(jobs)
         verdicts: list[Verdict | None] = [None] * len(prompts)
         for job in jobs.values():

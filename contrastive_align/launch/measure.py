@@ -46,15 +46,15 @@ def measure(
     per_prompt = math.ceil(samples / len(rows))
     remarks: list[str] = []
     with trainer.sampling_from(reference=True) as model:
-        base = _Measured(trainer, rows, _Policy(trainer, model, seed, of_base=True), per_prompt)
+        base = _Measured(trainer, rows, _proposal(trainer, model, seed, of_base=True), per_prompt)
     columns = {"base": base.column(base.logps), "target": {}}
     with trainer.sampling_from() as model:
-        tuned = _Measured(trainer, rows, _Policy(trainer, model, seed + 1), per_prompt)
+        tuned = _Measured(trainer, rows, _proposal(trainer, model, seed + 1), per_prompt)
         columns["tuned"] = tuned.column(tuned.logps)
         columns["target"] = max(base, tuned, key=lambda measured: measured.ess).target_column()
         if acceptance is not None:
             try:
-                columns["tuned+QRS"] = tuned.qrs_column(_Policy(trainer, model, seed + 2), acceptance, remarks)
+                columns["tuned+QRS"] = tuned.qrs_column(_proposal(trainer, model, seed + 2), acceptance, remarks)
             except ValueError as error:
                 remarks.append(f"no quasi-rejection sampling: {error}")
     return columns, remarks
@@ -195,25 +195,13 @@ class Count(Number):
         return str(self.value)
 
 
-class _Policy(PolicyProposal):
-    """The policy or its base, with prompts tokenised as the trainer does."""
-
-    def __init__(self, trainer: FDPGTrainer, model: Any, seed: int, *, of_base: bool = False) -> None:
-        base = trainer.reference
-        if of_base:  # a frozen copy is its own base; with an adapter the base is the model with its adapter off
-            base = None if base is not None else model
-        super().__init__(
-            model,
-            trainer.processing_class,
-            base=base,
-            max_new_tokens=trainer.max_completion_length,
-            eos_token_ids=trainer.eos_token_ids,
-            seed=seed,
-        )
-        self._trainer = trainer
-
-    def _encode(self, prompt: Any) -> list[int]:
-        return self._trainer.prompt_ids_of([prompt])[0]
+def _proposal(trainer: FDPGTrainer, model: Any, seed: int, *, of_base: bool = False) -> PolicyProposal:
+    """Return what samples from the policy, or from its base."""
+    base = trainer.reference
+    if of_base:  # a frozen copy is its own base; with an adapter the base is the model with its adapter off
+        base = None if base is not None else model
+    options = {"max_new_tokens": trainer.max_completion_length, "eos_token_ids": trainer.eos_token_ids}
+    return PolicyProposal(model, trainer.processing_class, base=base, seed=seed, **options)
 
 
 def _number(estimate: losses.Estimate) -> Number:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from contrastive_align.data.collate import GroupCollator
 from contrastive_align.models.logps import CompletionLogps, add_head, completion_logps, per_completion
 from contrastive_align.models.shared_prompt import ATTENTION_NAME, LastMlp, record_windows
 
@@ -191,20 +190,11 @@ def _small_batches(model: PreTrainedModel) -> list[dict[str, Tensor]]:
     """Return two ragged groups of random tokens, and the same groups with another second completion."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.size(0)
-    rows = []
+    groups = []
     for lengths in ((5, 3, 7, 1), (11, 4, 6)):  # a prompt and its completions
-        prompt, *completions = (torch.randint(vocabulary, (n,), generator=generator) for n in lengths)
-        rows += [(prompt, completion) for completion in completions]
-
-    def padded(row_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        return pad_sequence([row_of(prompt, completion) for prompt, completion in rows], batch_first=True)
-
-    batch = {
-        "input_ids": padded(lambda prompt, completion: torch.cat([prompt, completion])),
-        "attention_mask": padded(lambda prompt, completion: torch.ones(len(prompt) + len(completion)).long()),
-        "completion_mask": padded(lambda *row: torch.cat([torch.full_like(ids, i) for i, ids in enumerate(row)])),
-        "valid": torch.tensor([[True, True, True], [True, True, False]]),
-    }
+        prompt, *completions = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths)
+        groups.append({"prompt_ids": prompt, "completion_ids": completions, "scores": [0.0] * len(completions)})
+    batch = GroupCollator(0, score_dtype=torch.float32)(groups)  # mps has no float64
     changed = batch["input_ids"].clone()
     words = batch["completion_mask"][1].bool()
     changed[1, words] = (changed[1, words] + 1 + vocabulary // 2) % vocabulary

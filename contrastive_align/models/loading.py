@@ -152,11 +152,9 @@ def _merge(
         )
     with _base_is_named(base_id, adapter):
         base = create_model_from_path(base_id, revision=base_revision, **{**model_init_kwargs, "device_map": None})
-    tokenizer = AutoTokenizer.from_pretrained(
-        tokenizer_source,
-        revision=adapter_revision if tokenizer_source == adapter else base_revision,
-        trust_remote_code=model_init_kwargs["trust_remote_code"],
-    )
+    revision = adapter_revision if tokenizer_source == adapter else base_revision
+    trust = model_init_kwargs["trust_remote_code"]
+    tokenizer = load_tokenizer(tokenizer_source, revision=revision, trust_remote_code=trust)
     _add_adapter_rows(base, tokenizer)
     model = PeftModel.from_pretrained(base, adapter, revision=adapter_revision).eval()
     before = _probe_logps(model)
@@ -367,6 +365,20 @@ def eos_token_ids(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[
     generated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = [tokenizer.eos_token_id, *(generated if isinstance(generated, list) else [generated])]
     return list(dict.fromkeys(token for token in found if token is not None))
+
+
+def decoder_start_token(model: PreTrainedModel) -> int:
+    """Return the token the decoder begins with.
+
+    Raises:
+        ValueError: neither the config nor the generation config names one.
+    """
+    for config in (model.config, model.generation_config):
+        if getattr(config, "decoder_start_token_id", None) is not None:
+            return config.decoder_start_token_id
+    raise ValueError(
+        f"{type(model).__name__} names no decoder_start_token_id. Set model.config.decoder_start_token_id."
+    )
 
 
 @torch.no_grad()

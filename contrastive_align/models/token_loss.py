@@ -6,29 +6,17 @@ the forward pass also computes the gradient of every chunk, and nothing is compu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from contrastive_align.losses import conditional
+from contrastive_align.losses import ConditionalTerms, conditional
 from contrastive_align.models.cpu.head import HeadWeights
 
 
 CHUNK_LOGITS = 2**23  # logits of the policy in memory at once
 BLOCK_LOGITS = 2**19  # logits of a chunk that a CPU takes through the loss at once, which fit into its cache
 NEGLIGIBLE = 1e-20  # smaller slopes become 0: as denormal numbers they would slow the products 30 times
-
-
-@dataclass
-class TokenTerms:
-    """``loss`` is a scalar with a gradient; the other terms are (n,), in nats per token, without a gradient."""
-
-    loss: Tensor
-    nll: Tensor
-    kl: Tensor
-    entropy: Tensor
 
 
 def token_loss(
@@ -47,7 +35,7 @@ def token_loss(
     kl_direction: str,
     outside: tuple[int, ...] = (),
     weights: Tensor | None = None,
-) -> TokenTerms:
+) -> ConditionalTerms:
     r"""Sum :func:`~contrastive_align.losses.conditional` over the completion tokens of a batch, with weights.
 
     .. math:: L = \sum_t w_t\, \ell_t(z_t), \qquad
@@ -68,7 +56,7 @@ def token_loss(
             its values are not finite.
 
     Returns:
-        The scalar loss and the three terms of every token.
+        ``loss``, a scalar with a gradient; the other terms are (n,), in nats per token, without a gradient.
 
     Raises:
         ValueError: the cases of :func:`~contrastive_align.losses.conditional`, or shapes that do not match.
@@ -90,7 +78,7 @@ def token_loss(
         scored = (ref_hidden, _ChunkedHead(ref_weight, ref_bias, ref_scale, ref_softcap))
     terms = dict(kl_coef=kl_coef, entropy_coef=entropy_coef, kl_direction=kl_direction, outside=tuple(outside))
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return TokenTerms(*_TokenLoss.apply(hidden, weight, bias, labels, weights, policy, scored, terms, wanted))
+    return ConditionalTerms(*_TokenLoss.apply(hidden, weight, bias, labels, weights, policy, scored, terms, wanted))
 
 
 class _TokenLoss(torch.autograd.Function):

@@ -24,6 +24,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from contrastive_align.models.loading import decoder_start_token
+
 
 KEEP_ENDED = 0.25  # ended rows are dropped at a larger share: dropping copies the cache of the running rows
 SCORED_AT_ONCE = 2**24  # logits in memory at once when completions are scored
@@ -325,15 +327,9 @@ class _ModelInterface:
         takes = frozenset(inspect.signature(type(base).forward).parameters)
         cached = "past_key_values" in takes and base._supports_default_dynamic_cache()
         encoder_decoder = bool(base.config.is_encoder_decoder)
-        start = None
-        if encoder_decoder:
-            configs = (base.config, base.generation_config)
-            start = next((s for c in configs if (s := getattr(c, "decoder_start_token_id", None)) is not None), None)
-            if start is None or not cached:
-                raise NotImplementedError(
-                    f"{type(base).__name__} has decoder_start_token_id={start} and {'a' if cached else 'no'} cache: an "
-                    "encoder-decoder model needs both. Set model.config.decoder_start_token_id."
-                )
+        start = decoder_start_token(base) if encoder_decoder else None
+        if encoder_decoder and not cached:
+            raise NotImplementedError(f"{type(base).__name__} has no cache, which an encoder-decoder model needs here.")
         return cls(base, takes, cached, cached and not base._is_stateful, encoder_decoder, start)
 
     def check_lengths(self, prompts: list[int], new: int) -> None:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from contrastive_align.sampling.estimates import QRSEstimate, qrs_estimates
 from contrastive_align.sampling.samples import Proposal, Samples
+from contrastive_align.targets.fit import group_by_prompt
 
 
 if TYPE_CHECKING:
@@ -55,19 +55,10 @@ class QRSResult:
 
         Stopping when enough are accepted favours lucky batches a little; separate samples avoid this bias.
         """
-        order, sizes = torch.argsort(self.proposed_index, stable=True), self.proposed.tolist()
-
-        def grid(values: Tensor, fill: float) -> Tensor:
-            return pad_sequence(values[order].split(sizes), batch_first=True, padding_value=fill)
-
-        return qrs_estimates(
-            grid(self.target_log_scores, -torch.inf),
-            grid(self.proposal_logps, 0.0),
-            betas,
-            log_weights=grid(torch.zeros_like(self.proposal_logps), -torch.inf),
-            features=grid(self.proposed_phi, 0.0),
-            log_z=log_z,
-        )
+        numbers = torch.cat([torch.stack([self.target_log_scores, self.proposal_logps], -1), self.proposed_phi], -1)
+        numbers, log_weights, _ = group_by_prompt(numbers, torch.zeros(len(numbers)), self.proposed_index)
+        scores, logps, phi = numbers[..., 0], numbers[..., 1], numbers[..., 2:]
+        return qrs_estimates(scores, logps, betas, log_weights=log_weights, features=phi, log_z=log_z)
 
 
 class QuasiRejectionSampler:

@@ -14,10 +14,7 @@ from contrastive_align.openai_client import (
     Client,
     Fault,
     UnreadableBody,
-    check_address,
-    check_counts,
-    check_model,
-    check_number,
+    check_endpoint,
     read_json,
     run_to_end,
 )
@@ -72,10 +69,7 @@ class ServerSampler:
         max_retries: int = 5,
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:
-        check_counts(concurrency=(concurrency, 1), max_retries=(max_retries, 0))
-        check_number("timeout", timeout, "seconds, more than 0", allowed=timeout != 0)
-        check_model(model)
-        check_address(base_url)
+        check_endpoint(base_url, model, concurrency=concurrency, timeout=timeout, max_retries=max_retries)
         self.base_url, self.model = base_url, model
         self.adapter: str | None = None
         self._concurrency, self._timeout, self._max_retries = concurrency, timeout, max_retries

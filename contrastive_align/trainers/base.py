@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object, is_peft_model, tqdm
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -67,6 +68,9 @@ from contrastive_align.trl_seam import (
 logger = logging.get_logger(__name__)
 
 FUNCTIONS_FILE = "functions.json"  # of a checkpoint: what decides its objective
+
+AnyDataset = Dataset | IterableDataset
+EvalDataset = AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset]
 
 
 class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
@@ -154,11 +158,12 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         processing_class: PreTrainedTokenizerBase | None,
         quantization_config: BitsAndBytesConfig | None,
         peft_config: Any,
-    ) -> tuple[Any, PreTrainedTokenizerBase, BitsAndBytesConfig | None, Any]:
+    ) -> dict[str, Any]:
         """Resolve a model id, which may be that of an adapter, to the start of the run, and load its tokenizer.
 
         Returns:
-            model (or its name), tokenizer, and what is left of the quantisation and of the adapter to be added.
+            Arguments for TRL's ``__init__``: ``model`` (or its name), ``processing_class``, and what is left of
+            ``quantization_config`` and of ``peft_config``, the adapter to be added.
 
         Raises:
             ValueError: an encoder-decoder that the trainer does not take, or an ``output_dir`` that holds weights of
@@ -215,7 +220,8 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
             if not self.loads_model:
                 args.model_init_kwargs = None
         check_output_dir(args.output_dir, adapter=peft_config is not None or isinstance(model, PeftModel))
-        return model, processing_class, quantization_config, peft_config
+        found = {"model": model, "processing_class": processing_class}
+        return found | {"quantization_config": quantization_config, "peft_config": peft_config}
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise ValueError where the trainer cannot use the tokenizer, before a model is loaded (to be overridden)."""

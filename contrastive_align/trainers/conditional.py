@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import math
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import is_peft_model
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -42,7 +41,7 @@ from contrastive_align.sampling.decode import draw
 from contrastive_align.targets.evaluate import Feature
 from contrastive_align.targets.features import weighted_sum
 from contrastive_align.trainers import evaluation, rounds
-from contrastive_align.trainers.base import AlignmentTrainer, keep_adapter_as_reference
+from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset, keep_adapter_as_reference
 from contrastive_align.trainers.configs import ConditionalConfig
 from contrastive_align.trainers.samplers import AdapterServer, VLLMSampler, check_vllm_options, check_vllm_tokens
 from contrastive_align.trl_seam import (
@@ -59,8 +58,6 @@ logger = logging.get_logger(__name__)
 
 STATE_FILE = "conditional_state.json"
 PROBED = 64  # completion tokens on which policy and reference are compared at the start
-
-AnyDataset = Dataset | IterableDataset
 
 
 class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTrainer):
@@ -112,15 +109,13 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         tags=("trl", "contrastive-align", "conditional"),
         paper="Quark: Controllable Text Generation with Reinforced Unlearning",
         arxiv="2205.13636",
-        citation=textwrap.dedent("""\
-            @inproceedings{lu2022quark,
-                title        = {{Quark: Controllable Text Generation with Reinforced Unlearning}},
-                author       = {Ximing Lu and Sean Welleck and Jack Hessel and Liwei Jiang and Lianhui Qin and Peter West and Prithviraj Ammanabrolu and Yejin Choi},
-                year         = 2022,
-                booktitle    = {Advances in Neural Information Processing Systems 35},
-                eprint       = {2205.13636},
-                archivePrefix = {arXiv},
-            }"""),  # noqa: E501
+        key="lu2022quark",
+        authors=(
+            "Ximing Lu and Sean Welleck and Jack Hessel and Liwei Jiang and Lianhui Qin and Peter West and Prithviraj "
+            "Ammanabrolu and Yejin Choi"
+        ),
+        year=2022,
+        venue="Advances in Neural Information Processing Systems 35",
     )
 
     def __init__(
@@ -129,7 +124,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         args: ConditionalConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: AnyDataset | None = None,
-        eval_dataset: AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset] | None = None,
+        eval_dataset: EvalDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_loss_func: Callable | None = None,
         compute_metrics: Callable | None = None,
@@ -168,15 +163,14 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         if args.use_vllm:
             check_vllm_options(args, online=self.online, sampler=sampler, quantised=quantization_config is not None)
         self._uses_vllm = args.use_vllm
-        model, processing_class, quantization_config, peft_config = self.load_start(
-            model, args, processing_class, quantization_config, peft_config
-        )
-        adapter = peft_config is not None or is_peft_model(model)
+        start = self.load_start(model, args, processing_class, quantization_config, peft_config)
+        model, processing_class = start["model"], start["processing_class"]
+        adapter = start["peft_config"] is not None or is_peft_model(model)
         self.has_reference = args.kl_coef != 0
         self.reference = self.frozen_copy(model) if self.has_reference and not adapter else None
         if self.has_reference and is_peft_model(model):
             keep_adapter_as_reference(model)
-        peft_config = self._add_tokens(model, processing_class, peft_config, args)
+        start["peft_config"] = self._add_tokens(model, processing_class, start["peft_config"], args)
         if args.unfrozen_layers_ratio < 1:
             freeze_lower_layers(model, args.unfrozen_layers_ratio, adapter)
         if args.disable_dropout:
@@ -184,17 +178,14 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
         with nothing_loaded_by_trl(args):
             super().__init__(
-                model=model,
+                **start,
                 args=args,
                 data_collator=rounds.ConditionedCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
             )
         if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
             keep_rows_precise(self.model)
@@ -224,8 +215,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             if args.reward_weights is not None:
                 raise ValueError("reward_weights weighs reward_funcs, and none are given. Leave it out.")
             return None
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        return self.feedback_by(weighted_sum(functions, args.reward_weights, trust_remote_code=args.trust_remote_code))
+        reward = weighted_sum(reward_funcs, args.reward_weights, trust_remote_code=args.trust_remote_code)
+        return self.feedback_by(reward)
 
     def feedback_by(self, feature: Feature) -> rounds.RewardFeedback:
         """Feedback by a reward; set as ``trainer.feedback``, evaluation on scored data has rewards too."""
@@ -358,7 +349,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     def too_long(self, dataset: Dataset, name: str, condition: Condition) -> list[int]:
         """Return the rows whose prompt leaves no room for a completion, with a warning that they are left out."""
         limits = self.context_limits() | {"max_completion_length": self.args.max_completion_length}
-        return rounds.prompts_without_room(dataset, condition, self.encode, self._room(), name=name, limits=limits)
+        conditioned = rounds.ConditionedPrompts(condition, self.encode, self._room())
+        return rounds.prompts_without_room(dataset, conditioned, name=name, limits=limits)
 
     def _room(self) -> int:
         """Tokens that a prompt with its condition may have, so that the longest completion fits behind it."""
@@ -475,22 +467,17 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             raise ValueError("return_outputs=True is not supported: no logits are built. Read the logged metrics.")
         if self.model.training and self.has_reference and self.reference_is_proven is False:
             self._prove_reference_on(model, inputs)
-        reference = None
+
+        def as_reference(hidden, labels, weight, bias, scale, softcap):
+            return {"reference": (hidden, weight, bias), "ref_scale": scale, "ref_softcap": softcap}
+
+        reference: dict[str, Any] = {}
         if self.has_reference:
+            unconditioned = rounds.without_condition(inputs)
             with self.sampling_from(reference=True) as reference_model:
-                reference = completion_objective(
-                    reference_model, rounds.without_condition(inputs), lambda *head: head, layout=self.layout
-                )
+                reference = completion_objective(reference_model, unconditioned, as_reference, layout=self.layout)
 
         def objective(hidden, labels, weight, bias, scale, softcap):
-            options = {}
-            if reference is not None:
-                ref_hidden, _, ref_weight, ref_bias, ref_scale, ref_softcap = reference
-                options = {
-                    "reference": (ref_hidden, ref_weight, ref_bias),
-                    "ref_scale": ref_scale,
-                    "ref_softcap": ref_softcap,
-                }
             return token_loss(
                 hidden,
                 weight,
@@ -502,7 +489,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
                 entropy_coef=self.entropy_coef.value,
                 kl_direction=self.args.kl_direction,
                 outside=tuple(self.condition_ids),
-                **options,
+                **reference,
             )
 
         terms = completion_objective(model, inputs, objective, layout=self.layout)
@@ -608,16 +595,19 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         return metrics
 
     def rewards_given(self, dataset: Dataset, *, conditions: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-        """Return the mean reward of each prompt's completions under each condition; ``"nothing"`` is none.
+        """Return the mean reward of each prompt's completions under each condition.
 
-        NaN for prompts without a scored completion, and for prompts that are too long (a warning is logged). A
-        prompt's seeds are the same under every condition and in every evaluation (not with ``use_vllm``).
+        A prompt's seeds are the same under every condition and in every evaluation (not with ``use_vllm``).
+
+        Args:
+            conditions: names of conditions, ``"nothing"`` for none; by default all.
+
+        Returns:
+            Name -> (rows,), NaN for prompts without a scored completion, and for prompts that are too long (a warning
+            is logged).
         """
-        best = self.best_condition()
-        usable = np.setdiff1d(np.arange(len(dataset)), self.too_long(dataset, "eval_dataset", best))
-        options = {"num_generations": self.args.num_generations, "seed": self.args.seed, "conditions": conditions}
         with self._unchanged_weights():
-            return evaluation.rewards_given(dataset, usable, best, self.generate, self.feedback, **options)
+            return evaluation.rewards_given(self, dataset, conditions)
 
     def nll_given(
         self, samples: Sequence[Sample], texts: Sequence[str | None], *, reference: bool = False
@@ -628,21 +618,14 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             reference: by the reference in place of the policy.
 
         Returns:
-            (N,) negative log-likelihoods in nats and (N,) tokens.
+            (N,) negative log-likelihoods in nats, summed over the completion's tokens, and (N,) tokens.
         """
         prompts = [
             self.encode(s.prompt if text is None else self.condition.apply(s.prompt, text))
             for s, text in zip(samples, texts, strict=True)
         ]
         with self.sampling_from(reference=reference) as model:
-            return evaluation.negative_log_likelihoods(
-                model,
-                prompts,
-                [s.completion_ids for s in samples],
-                layout=self.layout,
-                pad_token_id=self.processing_class.pad_token_id,
-                device=self.accelerator.device,
-            )
+            return evaluation.negative_log_likelihoods(self, model, prompts, [s.completion_ids for s in samples])
 
     def _log_round(self, number: int, table: Table, through: int) -> None:
         logs = evaluation.round_metrics(number, table, self.condition, online=self.online)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -27,7 +26,7 @@ from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_label
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.loading import embedding_rows
 from contrastive_align.models.logps import completion_logps, per_completion
-from contrastive_align.trainers.base import AlignmentTrainer
+from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset
 from contrastive_align.trainers.configs import AUTO, ContrastiveConfig
 from contrastive_align.trainers.labels import (
     ANY_TEMPERATURE,
@@ -52,8 +51,6 @@ from contrastive_align.trl_seam import (
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "contrastive_state.json"
-
-AnyDataset = Dataset | IterableDataset
 
 
 class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, AlignmentTrainer, DPOTrainer):
@@ -103,15 +100,10 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         tags=("trl", "contrastive-align", "nca"),
         paper="Noise Contrastive Alignment of Language Models with Explicit Rewards",
         arxiv="2402.05369",
-        citation=textwrap.dedent("""\
-            @inproceedings{chen2024noise,
-                title        = {{Noise Contrastive Alignment of Language Models with Explicit Rewards}},
-                author       = {Huayu Chen and Guande He and Lifan Yuan and Ganqu Cui and Hang Su and Jun Zhu},
-                year         = 2024,
-                booktitle    = {Advances in Neural Information Processing Systems 37},
-                eprint       = {2402.05369},
-                archivePrefix = {arXiv},
-            }"""),
+        key="chen2024noise",
+        authors="Huayu Chen and Guande He and Lifan Yuan and Ganqu Cui and Hang Su and Jun Zhu",
+        year=2024,
+        venue="Advances in Neural Information Processing Systems 37",
     )
 
     def __init__(
@@ -121,7 +113,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         args: ContrastiveConfig | None = None,
         data_collator: DataCollator | None = None,
         train_dataset: AnyDataset | None = None,
-        eval_dataset: AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset] | None = None,
+        eval_dataset: EvalDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         compute_metrics: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -145,9 +137,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             )
         # Accelerate would have the main process read every stream and cut its batches by rows, and groups with them.
         args.accelerator_config.dispatch_batches = False
-        model, processing_class, quantization_config, peft_config = self.load_start(
-            model, args, processing_class, quantization_config, peft_config
-        )
+        start = self.load_start(model, args, processing_class, quantization_config, peft_config)
+        model, processing_class = start["model"], start["processing_class"]
         if data_collator is None:
             score_dtype = torch.float32 if args.device.type == "mps" else torch.float64  # which mps does not have
             data_collator = GroupCollator(processing_class.pad_token_id, args.pad_to_multiple_of, score_dtype)
@@ -159,17 +150,14 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         self._group_weights = GroupWeights()
 
         super().__init__(
-            model=model,
+            **start,
             ref_model=ref_model,
             args=args,
             data_collator=data_collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
         )
         self._choose_layout_once()
         self._auto_temperature = ANY_TEMPERATURE

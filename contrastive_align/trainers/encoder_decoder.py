@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from contrastive_align.data.collate import to_table
 from contrastive_align.models.layout import TOLERANCE, TOLERANCE_16_BIT
+from contrastive_align.models.loading import decoder_start_token
 from contrastive_align.models.logps import per_completion
 
 
@@ -131,20 +132,6 @@ def add_encoder_decoder_head(model: PreTrainedModel) -> None:
 
     model.forward = types.MethodType(forward, model)
     _check(model)
-
-
-def decoder_start_token(model: PreTrainedModel) -> int:
-    """Return the token the decoder begins with.
-
-    Raises:
-        ValueError: neither the config nor the generation config names one.
-    """
-    for config in (model.config, model.generation_config):
-        if getattr(config, "decoder_start_token_id", None) is not None:
-            return config.decoder_start_token_id
-    raise ValueError(
-        f"{type(model).__name__} names no decoder_start_token_id. Set model.config.decoder_start_token_id."
-    )
 
 
 @contextmanager

@@ -6,9 +6,9 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -22,7 +22,7 @@ from contrastive_align.pool import Pool, Sample, Table
 from contrastive_align.report.plots import plot_round
 from contrastive_align.sampling import distinct_n
 from contrastive_align.sampling.decode import seed_of
-from contrastive_align.trainers.rounds import ConditionedPrompts, Feedback, Policy
+from contrastive_align.trainers.rounds import ConditionedPrompts
 
 
 logger = logging.get_logger(__name__)
@@ -140,38 +140,21 @@ def draw_round(number: int, table: Table, condition: Condition, output_dir: str)
 # ------------------------------------------------------------------------------------------------- a model, evaluated
 
 
-def rewards_given(
-    dataset: Dataset,
-    usable: np.ndarray,
-    condition: Condition,
-    policy: Policy,
-    feedback: Feedback,
-    *,
-    num_generations: int,
-    seed: int,
-    conditions: Sequence[str] | None = None,
-) -> dict[str, np.ndarray]:
-    """Return the mean reward of each prompt's completions under each condition.
-
-    Args:
-        usable: rows of the dataset that leave room for a completion.
-        condition: asks for the best.
-        seed: a prompt's seeds are the same under every condition and in every evaluation.
-        conditions: names of conditions, ``"nothing"`` for none; by default all.
-
-    Returns:
-        Name -> (rows,), NaN for prompts without a scored completion and for prompts that are not usable.
-    """
-    askable: dict[str, str | None] = {UNCONDITIONED: None, **condition.askable()}
+def rewards_given(trainer: Any, dataset: Dataset, conditions: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """Sample and score for :meth:`~contrastive_align.ConditionalTrainer.rewards_given`, each process a share."""
+    best = trainer.best_condition()
+    usable = np.setdiff1d(np.arange(len(dataset)), trainer.too_long(dataset, "eval_dataset", best))
+    askable: dict[str, str | None] = {UNCONDITIONED: None, **best.askable()}
     state = PartialState()
     own = np.array_split(usable, state.num_processes)[state.process_index]
     rows = [dataset[int(i)] for i in own]
-    seeds = [seed_of(seed, "evaluation", int(i)) for i in own]
+    prompts = [row["prompt"] for row in rows]
+    seeds = [seed_of(trainer.args.seed, "evaluation", int(i)) for i in own]
     found = {}
     for name in askable if conditions is None else conditions:
         texts = [askable[name]] * len(rows)
-        completions = policy([row["prompt"] for row in rows], num_generations, seeds, conditions=texts)
-        answers = feedback(rows, completions)
+        completions = trainer.generate(prompts, trainer.args.num_generations, seeds, conditions=texts)
+        answers = trainer.feedback(rows, completions)
         scores = [[math.nan if score is None else score for score, _ in group] for group in answers]
         means = [float(np.nanmean(group)) if not np.isnan(group).all() else math.nan for group in scores]
         found[name] = np.full(len(dataset), np.nan)
@@ -221,22 +204,11 @@ def likelihood_metrics(samples: Sequence[Sample], condition: Condition, nll: Lik
     return metrics
 
 
-@torch.no_grad()
 def negative_log_likelihoods(
-    model: nn.Module,
-    prompt_ids: Sequence[list[int]],
-    completion_ids: Sequence[Sequence[int]],
-    *,
-    layout: str,
-    pad_token_id: int,
-    device: torch.device,
+    trainer: Any, model: nn.Module, prompt_ids: Sequence[list[int]], completion_ids: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Score one completion of each of N prompts, each process a share of them.
-
-    Returns:
-        (N,) negative log-likelihoods in nats, summed over the completion's tokens, and (N,) tokens; on every process.
-    """
-    collate, state = GroupCollator(pad_token_id), PartialState()
+    """Score a completion of each of N prompts, for ``nll_given``: each process a share, the result on every one."""
+    collate, state = GroupCollator(trainer.processing_class.pad_token_id), PartialState()
     own = np.array_split(np.arange(len(prompt_ids)), state.num_processes)[state.process_index]
     found = []
     for start in range(0, len(own), SCORED_TOGETHER):
@@ -244,8 +216,7 @@ def negative_log_likelihoods(
             {"prompt_ids": prompt_ids[i], "completion_ids": [list(completion_ids[i])], "scores": [0.0]}
             for i in own[start : start + SCORED_TOGETHER]
         ]
-        batch = {name: tensor.to(device) for name, tensor in collate(groups).items()}
-        logps = completion_logps(model, batch, layout=layout, token_stats=False)
+        logps = completion_logps(model, trainer.on_device(collate(groups)), layout=trainer.layout, token_stats=False)
         found += zip((-logps.logps[:, 0]).tolist(), logps.lengths[:, 0].tolist(), strict=True)
     everywhere = np.array([pair for part in gather_object([found]) for pair in part])
     return everywhere[:, 0], everywhere[:, 1]

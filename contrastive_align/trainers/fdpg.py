@@ -6,14 +6,13 @@ import contextlib
 import hashlib
 import json
 import math
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object, is_peft_model
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
@@ -24,19 +23,26 @@ from contrastive_align.data.formats import distinct_prompts
 from contrastive_align.losses import fdpg
 from contrastive_align.losses.divergences import DIVERGENCES, mean_slope
 from contrastive_align.losses.estimators import RunningLogZ
+from contrastive_align.models.loading import decoder_start_token
 from contrastive_align.models.logps import completion_logps
 from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.targets import Target
 from contrastive_align.targets.evaluate import columns_of
 from contrastive_align.targets.features import weighted_sum
 from contrastive_align.trainers.adaptive_proposal import AdaptiveProposal, WindowBaseline
-from contrastive_align.trainers.base import AlignmentTrainer, compile_layers, disable_functional_dropout, save_tensors
+from contrastive_align.trainers.base import (
+    AlignmentTrainer,
+    AnyDataset,
+    EvalDataset,
+    compile_layers,
+    disable_functional_dropout,
+    save_tensors,
+)
 from contrastive_align.trainers.configs import FDPGConfig
 from contrastive_align.trainers.encoder_decoder import (
     EncoderDecoderCollator,
     add_encoder_decoder_head,
     check_options_for_encoder_decoder,
-    decoder_start_token,
     encoder_decoder_logps,
 )
 from contrastive_align.trainers.metrics import distribution_metrics
@@ -49,8 +55,6 @@ logger = logging.get_logger(__name__)
 FIT_SAMPLES_PER_PROMPT = 256
 TARGET_FILE = "target.json"
 PROPOSAL_FILE = "proposal.pt"
-
-AnyDataset = Dataset | IterableDataset
 
 
 class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
@@ -96,15 +100,13 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         tags=("trl", "contrastive-align", "fdpg"),
         paper="Aligning Language Models with Preferences through f-divergence Minimization",
         arxiv="2302.08215",
-        citation=textwrap.dedent("""\
-            @inproceedings{go2023aligning,
-                title        = {{Aligning Language Models with Preferences through f-divergence Minimization}},
-                author       = {Dongyoung Go and Tomasz Korbak and Germ{\\'{a}}n Kruszewski and Jos Rozen and Nahyeon Ryu and Marc Dymetman},
-                year         = 2023,
-                booktitle    = {International Conference on Machine Learning},
-                eprint       = {2302.08215},
-                archivePrefix = {arXiv},
-            }"""),  # noqa: E501
+        key="go2023aligning",
+        authors=(
+            r"Dongyoung Go and Tomasz Korbak and Germ{\'{a}}n Kruszewski and Jos Rozen and Nahyeon Ryu and "
+            "Marc Dymetman"
+        ),
+        year=2023,
+        venue="International Conference on Machine Learning",
     )
 
     def __init__(
@@ -113,7 +115,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         reward_funcs: Any = None,
         args: FDPGConfig | None = None,
         train_dataset: AnyDataset | None = None,
-        eval_dataset: AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset] | None = None,
+        eval_dataset: EvalDataset | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: Any = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -127,23 +129,18 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         self.refuse_arguments(model, processing_class, peft_config, reward_processing_classes=reward_processing_classes)
         check_enough_prompts(train_dataset, args)
         self.target = target_of(target, reward_funcs, args)
-        model, processing_class, quantization_config, peft_config = self.load_start(
-            model, args, processing_class, quantization_config, peft_config
-        )
-        adapter = peft_config is not None or is_peft_model(model)
-        self.reference: PreTrainedModel | None = None if adapter else self.frozen_copy(model)
+        start = self.load_start(model, args, processing_class, quantization_config, peft_config)
+        adapter = start["peft_config"] is not None or is_peft_model(start["model"])
+        self.reference: PreTrainedModel | None = None if adapter else self.frozen_copy(start["model"])
         with nothing_loaded_by_trl(args):
             super().__init__(
-                model=model,
+                **start,
                 reward_funcs=[features_are_read_by_the_target] * len(args.reward_weights or [1.0]),
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class,
                 callbacks=callbacks,
                 optimizers=optimizers,
-                quantization_config=quantization_config,
-                peft_config=peft_config,
             )
         if self.aux_loss_enabled:
             raise ValueError("A router loss has no place in the target. Set router_aux_loss_coef=0.")
@@ -304,7 +301,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         keys = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in prompt_ids]
         log_z = self._log_z_of(keys, target_log_scores - proposal_logps)
         logs = {"policy_logps": policy_logps, "proposal_logps": proposal_logps, "target_log_scores": target_log_scores}
-        self._log_groups(rows, completion_ids, phi, keys, base_logps, log_z, **logs)
+        self._log_groups(rows, completion_ids, keys, phi=phi, base_logps=base_logps, log_z=log_z, **logs)
         more = {"proposal_logps": proposal_logps, "target_log_scores": target_log_scores, "log_z": log_z}
         if self.baseline is not None:
             more["baseline"] = self._window_baseline(log_z, **logs)
@@ -405,22 +402,19 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         self,
         rows: list[dict[str, Any]],
         completion_ids: Sequence[Sequence[list[int]]],
-        phi: Tensor,
         keys: list[str],
-        base_logps: Tensor,
-        log_z: Tensor,
+        *,
+        phi: Tensor,
         **logs: Tensor,
     ) -> None:
         training, gather = self.model.training, self.accelerator.gather
-        k = base_logps.size(1)
+        k = phi.size(1)
         lengths = torch.tensor([[len(ids) for ids in group] for group in completion_ids], device=phi.device)
         ended = torch.tensor(
             [[ids[-1] in self.eos_token_ids for ids in group] for group in completion_ids], device=phi.device
         )
         metrics = distribution_metrics(
             **{name: gather(tensor) for name, tensor in logs.items()},
-            base_logps=gather(base_logps),
-            log_z=gather(log_z),
             phi=gather(phi),
             names=self.target.names,
             keys=gather_object(keys),
@@ -527,8 +521,7 @@ def target_of(target: Target | None, reward_funcs: Any, args: FDPGConfig) -> Tar
         raise ValueError(
             "Nothing to train towards. Give target=Target([...]), or reward_funcs for base * exp(reward / beta)."
         )
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    return Target.from_reward(weighted_sum(functions, args.reward_weights), args.beta)
+    return Target.from_reward(weighted_sum(reward_funcs, args.reward_weights), args.beta)
 
 
 def check_enough_prompts(dataset: Dataset | IterableDataset | None, args: FDPGConfig) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
+from contrastive_align.data.collate import to_table
 from contrastive_align.losses.contrastive import is_preference, target_labels, temperature_for_entropy
 
 
@@ -51,6 +51,4 @@ def warn_of_one_hot_labels(dataset: Dataset, temperature_alpha: float) -> None:
 
 def _scores_of(dataset: Dataset, most: int | None = None) -> tuple[Tensor, Tensor]:
     rows = dataset[:most]["scores"]
-    scores = pad_sequence([torch.tensor(row, dtype=torch.float64) for row in rows], batch_first=True)
-    valid = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
-    return scores, valid
+    return to_table(rows, torch.float64), to_table([[True] * len(row) for row in rows], torch.bool)

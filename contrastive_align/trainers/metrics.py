@@ -145,9 +145,8 @@ def distribution_metrics(
             t.reshape(1, -1) for t in (policy_logps, proposal_logps, base_logps, target_log_scores)
         )
         phi, log_z = phi.reshape(1, -1, phi.size(-1)), log_z[:1]
-    metrics: dict[str, float] = {"log_z": log_z[torch.isfinite(log_z)].mean().item()}
-    metrics["groups/no_mass"] = (~torch.isfinite(log_z)).double().mean().item()
     known = torch.isfinite(log_z)
+    metrics = {"log_z": log_z[known].mean().item(), "groups/no_mass": (~known).double().mean().item()}
     for name in ("kl", "reverse_kl", "tv", "js"):
         key = "kl_target" if name == "kl" else f"{name}_target"
         if known.any():

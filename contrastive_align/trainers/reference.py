@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,8 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from torch import Tensor, nn
 from transformers.utils import logging
+
+from contrastive_align.data.atomic import atomic_write
 
 
 logger = logging.get_logger(__name__)
@@ -102,9 +103,8 @@ def cached_reference_logps(
         found = compute()
         if is_main and file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
-            aside = file.with_suffix(f".{os.getpid()}.incomplete")
-            Dataset.from_dict({"ref_logps": found}).to_parquet(aside)
-            aside.replace(file)
+            with atomic_write(file) as out:
+                Dataset.from_dict({"ref_logps": found}).to_parquet(out)
     return concatenate_datasets([dataset, Dataset.from_dict({"ref_logps": found})], axis=1)
 
 

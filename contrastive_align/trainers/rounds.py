@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,6 +65,7 @@ class Feedback(Protocol):
         ...
 
 
+@dataclass(kw_only=True, eq=False)
 class Rounds:
     """Sample a round, ask for feedback on it, and add it to the pool.
 
@@ -82,22 +83,15 @@ class Rounds:
         describe_feedback: how to look for the reason where nothing was scored.
     """
 
-    def __init__(
-        self,
-        *,
-        policy: Policy,
-        feedback: Feedback,
-        pool: Pool,
-        condition: Condition,
-        prompts: Dataset,
-        prompts_per_round: int,
-        num_generations: int,
-        seed: int,
-        describe_feedback: Callable[[], str],
-    ) -> None:
-        self.policy, self.feedback, self.pool, self.condition = policy, feedback, pool, condition
-        self.prompts, self.prompts_per_round, self.num_generations = prompts, prompts_per_round, num_generations
-        self.seed, self.describe_feedback = seed, describe_feedback
+    policy: Policy
+    feedback: Feedback
+    pool: Pool
+    condition: Condition
+    prompts: Dataset
+    prompts_per_round: int
+    num_generations: int
+    seed: int
+    describe_feedback: Callable[[], str]
 
     def check_pool(self) -> None:
         """Raise ValueError where the pool's rounds are of other prompts, OSError where the pool takes no new round."""
@@ -207,18 +201,12 @@ def best_condition(condition: Condition, pool: Pool, through: int | None = None)
 
 
 def prompts_without_room(
-    dataset: Dataset,
-    condition: Condition,
-    encode: Callable[[Text], list[int]],
-    room: int,
-    *,
-    name: str,
-    limits: Mapping[str, int],
+    dataset: Dataset, conditioned: ConditionedPrompts, *, name: str, limits: Mapping[str, int]
 ) -> list[int]:
     """Return the rows whose prompt leaves no room for a completion, with a warning that they are left out.
 
     Args:
-        room: tokens that a prompt may have, with any condition or without.
+        conditioned: its condition, how prompts are encoded, and the tokens that they may have with it or without.
         name: of the dataset, for messages.
         limits: what makes up the room, for messages.
 
@@ -230,21 +218,21 @@ def prompts_without_room(
             f"{name} has the columns {dataset.column_names}, expected 'prompt' to sample from. Rename one: "
             "dataset.rename_column(old, 'prompt')."
         )
-    long = []
+    long, condition = [], conditioned.condition
     texts = [""] if condition.free_words else list(condition.askable().values())
     for i, prompt in enumerate(dataset["prompt"]):
         if not isinstance(prompt, str | list):
             raise ValueError(f"{name}, row {i}: 'prompt' is {prompt!r}, expected text or messages.")
         try:
-            conditioned = [condition.apply(prompt, text) for text in texts]
+            asked = [condition.apply(prompt, text) for text in texts]
         except ValueError as error:
             raise ValueError(f"{name}, row {i}: {error}") from error
-        if max(len(encode(p)) for p in [prompt, *conditioned]) > room:
+        if max(len(conditioned.encode(p)) for p in [prompt, *asked]) > conditioned.room:
             long.append(i)
     if long:
         logger.warning(
-            f"{len(long)} of {len(dataset)} prompts of {name} are longer than {room} tokens (condition included) "
-            f"and are left out; the first rows are {long[:5]}. "
+            f"{len(long)} of {len(dataset)} prompts of {name} are longer than {conditioned.room} tokens (condition "
+            f"included) and are left out; the first rows are {long[:5]}. "
             f"{', '.join(f'{limit}={tokens}' for limit, tokens in limits.items())}."
         )
     return long
@@ -291,11 +279,11 @@ class RewardFeedback:
         return "See what the reward functions return, then start again."
 
 
+@dataclass(eq=False)
 class JudgeFeedback:
     """Verdicts of a judge, asked by the main process for all, so that its budget and its ledger are one."""
 
-    def __init__(self, judge: Any) -> None:
-        self.judge = judge
+    judge: Any
 
     def __call__(
         self, rows: Sequence[dict[str, Any]], completions: Sequence[Sequence[Completion]]
@@ -324,6 +312,7 @@ class JudgeFeedback:
 # ----------------------------------------------------------------------------------------------- conditioned prompts
 
 
+@dataclass(eq=False)
 class ConditionedPrompts:
     """Prompts under the text of a condition; a judge's words keep as much of their beginning as fits.
 
@@ -340,8 +329,9 @@ class ConditionedPrompts:
     (False, True)
     """
 
-    def __init__(self, condition: Condition, encode: Callable[[Text], list], room: int | None) -> None:
-        self.condition, self.encode, self.room = condition, encode, room
+    condition: Condition
+    encode: Callable[[Text], list]
+    room: int | None
 
     def __call__(self, prompt: Text, text: str) -> Text:
         """Return the prompt under as much of the text as leaves it at most ``room`` tokens."""
@@ -366,6 +356,7 @@ class ConditionedPrompts:
         return len(repr(conditioned).encode()) + SHORT_MARGIN < self.room or len(self.encode(conditioned)) <= self.room
 
 
+@dataclass(eq=False)
 class ConditionedRows(TorchDataset):
     """The draws of one round, in their order. The length is the same for every round.
 
@@ -377,19 +368,14 @@ class ConditionedRows(TorchDataset):
         max_length: completions are cut so that the conditioned prompt and they have at most so many tokens.
     """
 
-    def __init__(
-        self,
-        pool: Pool,
-        conditioned: ConditionedPrompts,
-        encode: Callable[[Text], list[int]],
-        length: int,
-        max_length: int | None,
-    ) -> None:
-        self.pool, self.conditioned, self.encode = pool, conditioned, encode
-        self.length, self.max_length = length, max_length
-        self._draws: Sequence[int] = ()
-        self._labels: Sequence[int] = ()
-        self._through = 0
+    pool: Pool
+    conditioned: ConditionedPrompts
+    encode: Callable[[Text], list[int]]
+    length: int
+    max_length: int | None
+    _draws: Sequence[int] = field(default=(), init=False)
+    _labels: Sequence[int] = field(default=(), init=False)
+    _through: int = field(default=0, init=False)
 
     def set_draws(self, draws: Sequence[int], labels: Sequence[int], through: int) -> None:
         """Take places in the pool's table after round ``through``, and their labels.
