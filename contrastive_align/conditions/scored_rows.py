@@ -181,10 +181,10 @@ def _tokens(
     prompt: Text, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, where: str
 ) -> tuple[list[int], bool]:
     """Return the ids of a completion, with EOS unless it was cut, and whether it is whole."""
+    eos: Any = tokenizer.eos_token_id
     if not completion:  # it ended at once
         if max_length is not None and len(tokenise_prompt(prompt, tokenizer)) >= max_length:
             raise NoRoom(f"{where}: the prompt leaves no room for a completion token under max_length={max_length}.")
-        eos: Any = tokenizer.eos_token_id
         return [eos], True
     answer = completion if isinstance(prompt, str) else [{"role": "assistant", "content": completion}]
     try:
@@ -193,11 +193,9 @@ def _tokens(
         raise type(error)(f"{where}: {error}") from error
     if not ids.moved_boundary or not isinstance(prompt, str):
         tokens, whole = ids.completion_ids[0], not ids.cut_completions
-        if (
-            whole and tokenizer.eos_token_id not in tokens
-        ):  # the template leaves the turn open, and a sample ends in EOS
+        if whole and eos not in tokens:  # the template leaves the turn open, and a sample ends in EOS
             room = max_length is None or len(ids.prompt_ids) + len(tokens) < max_length
-            return [*tokens, tokenizer.eos_token_id] if room else tokens, room
+            return [*tokens, eos] if room else tokens, room
         return tokens, whole
     # Together, prompt and completion would change the prompt's last token. At inference the prompt stands alone, so
     # the completion is tokenised alone too.

@@ -1,7 +1,8 @@
 """Files as they are: bytes -> rows, whose text is text.
 
 A row of a text file (JSON, JSON lines, a table) is kept as JSON text until it is read, so that Arrow guesses no dates
-in it, fills no None into it, and one odd row spoils no other. Parquet and Arrow files have types of their own, which stay.
+in it, fills no None into it, and one odd row spoils no other. Parquet and Arrow files have types of their own, which
+stay.
 """
 
 from __future__ import annotations

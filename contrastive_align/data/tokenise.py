@@ -89,13 +89,13 @@ def tokenise_groups(
     max_length: int | None = None,
     max_prompt_length: int | None = None,
 ) -> list[TokenisedGroup | BadRow]:
-    """Do what :func:`tokenise_group` does for many groups in one call of the tokenizer; errors stand in their places."""
+    """Do what :func:`tokenise_group` does for many groups in one call of the tokenizer; errors are in their places."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no eos_token, without which no completion can end. Set "
             "one, for instance tokenizer.eos_token = '</s>'."
         )
-    rendered: list[list[str] | BadRow] = []
+    rendered: list[Any] = []
     for group in groups:
         try:
             rendered.append(_render(group, tokenizer))
@@ -126,16 +126,18 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, special: bo
 
 def _render(group: Group, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return the texts of the prompt and of prompt + completion, K + 1 in all."""
+    prompt: Any = group.prompt
     if not group.is_conversational:
-        eos = tokenizer.eos_token
-        closed = [text.rstrip() if text.rstrip().endswith(eos) else text + eos for text in group.completions]
-        return [group.prompt, *(group.prompt + text for text in closed)]
+        eos: Any = tokenizer.eos_token
+        completions: list[Any] = group.completions
+        closed = [text.rstrip() if text.rstrip().endswith(eos) else text + eos for text in completions]
+        return [prompt, *(prompt + text for text in closed)]
     texts = [render_messages(group.prompt, tokenizer, add_generation_prompt=True, **group.template_kwargs)]
     for i, completion in enumerate(group.completions):
-        whole = [*group.prompt, *completion]
+        whole = [*prompt, *completion]
         texts.append(render_messages(whole, tokenizer, **group.template_kwargs))
         _check_rendered(completion, texts[-1], f"completion {i}")
-    _check_rendered(group.prompt, texts[1] if len(texts) > 1 else texts[0], "the prompt")
+    _check_rendered(prompt, texts[1] if len(texts) > 1 else texts[0], "the prompt")
     if tools := group.template_kwargs.get("tools"):
         names = [tool.get("function", tool).get("name") for tool in tools if isinstance(tool, Mapping)]
         lost = [name for name in names if isinstance(name, str) and name not in texts[0]]
@@ -161,7 +163,8 @@ def render_messages(turns: Text, tokenizer: PreTrainedTokenizerBase, **kwargs: A
             "Set tokenizer.chat_template, or give prompts and completions as plain text."
         )
     try:
-        return tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
+        text: Any = tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
+        return text
     except Exception as error:  # whatever a template raises
         roles = [turn.get("role") for turn in turns]
         raise BadRow(

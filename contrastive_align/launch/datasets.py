@@ -251,7 +251,7 @@ def _load_mixture(script: RunArguments, mixture: DatasetMixtureConfig, want_eval
 
 
 def _read_part(part: DatasetConfig, *, alone: bool) -> DatasetConfig:
-    """Read a part that is a local file and point to the Arrow file of its rows; ``alone``: all parts are local files."""
+    """Read a part that is a local file; point to the Arrow file of its rows. ``alone``: all parts are local files."""
     path = Path(part.path).expanduser()
     if kind_of(path) is None:
         return part

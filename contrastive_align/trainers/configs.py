@@ -225,8 +225,8 @@ class ContrastiveConfig(DPOConfig):
             out, counts them and shows the first.
         columns (`str` or `dict`, *optional*):
             Which column is which part of a group, where its name does not say: `prompt=question,completions=answers`,
-            or a mapping. Parts: prompt, system, history, completions, scores, completion, score, chosen, rejected, tools.
-            `prompt=` with nothing after it: the prompt is what chosen and rejected share.
+            or a mapping. Parts: prompt, system, history, completions, scores, completion, score, chosen, rejected,
+            tools. `prompt=` with nothing after it: the prompt is what chosen and rejected share.
         score_column (`str`, *optional*):
             The column that is the score, where several may be: `helpfulness`.
         hard_pairs (`bool`, defaults to `False`):
