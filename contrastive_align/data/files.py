@@ -105,9 +105,9 @@ def read_files(paths: list[Path], *, streaming: bool = False) -> Dataset | Itera
     stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     told = {"paths": [str(path) for path in paths], "stamps": [str(stamps)] * len(paths), "source": _SOURCE}
     if streaming:
-        return IterableDataset.from_generator(_generate, gen_kwargs=told, features=features)
+        return IterableDataset.from_generator(_rows_of, gen_kwargs=told, features=features)
     try:
-        found = Dataset.from_generator(_generate, gen_kwargs=told, features=features)
+        found = Dataset.from_generator(_rows_of, gen_kwargs=told, features=features)
         if not len(found):
             raise FileProblem(f"'{paths[0]}' has no rows, expected at least one.")
         return found
@@ -186,7 +186,7 @@ def _text(path: Path, compression: str | None) -> Iterator[TextIO]:
             raise FileProblem(f"{path} cannot be read to its end: {error}") from error
 
 
-def _generate(paths: list[str], stamps: list[str], source: str) -> Iterator[dict[str, Any]]:
+def _rows_of(paths: list[str], stamps: list[str], source: str) -> Iterator[dict[str, Any]]:
     number = 0
     for path in map(Path, paths):
         known = kind_of(path)
@@ -222,19 +222,18 @@ def _read_json(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
 
 
 def _is_one_value(head: str) -> bool:
-    """Whether a JSON file is one list or object over several lines, and not a row a line."""
+    """Whether a JSON file is one list or object, and not a row a line."""
     start = head.lstrip()
-    if start.startswith("["):
-        return True
-    if not start.startswith("{"):
+    first, _, rest = start.partition("\n")
+    if start[:1] not in ("[", "{"):
         return False
     try:
-        json.loads(start.split("\n", 1)[0])
+        json.loads(first)
     except ValueError:
-        return "\n" in start and start.split("\n", 1)[0].strip() in ("{", '{"data": [', '{"rows": [')
+        return start[0] == "[" or first.strip() in ("{", '{"data": [', '{"rows": [')
     except RecursionError:
         return False
-    return False
+    return start[0] == "[" and not rest.strip()
 
 
 def _lines(head: str, file: TextIO) -> Iterator[tuple[int, str]]:

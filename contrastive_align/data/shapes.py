@@ -597,7 +597,8 @@ def _find_pairs(table: Table) -> dict[str, Any] | None:
         return None
     families = [
         (a, b) for word in ((table.options.score and [table.options.score]) or (*SCORES, *RANKS))
-        for a, b in [[f"{word}_{side}" for side in pair], [f"{side}_{word}" for side in pair]]
+        for sides in dict.fromkeys((pair, tuple(side.split("_")[0] for side in pair)))
+        for a, b in [[f"{word}_{side}" for side in sides], [f"{side}_{word}" for side in sides]]
         if a in table and b in table
     ]  # fmt: skip
     if table.options.score and not families and table.options.score not in (None,):
@@ -840,7 +841,7 @@ SHAPES: dict[str, Shape] = {
         Shape("nested", "UltraFeedback, Nectar", _find_nested, _read_nested),
         Shape("lists", "RLHFlow, distilabel", _find_lists, _read_lists),
         Shape("tree", "OASST", _find_tree, _read_tree),
-        Shape("wide", "UltraFeedback as the NCA paper spells it, WebGPT, SHP", _find_wide, _read_wide),
+        Shape("wide", "WebGPT, SHP, the published NCA data", _find_wide, _read_wide),
         Shape("pairs", "UltraFeedback binarised, HH-RLHF, Orca DPO", _find_pairs, _read_pairs),
         Shape("last_turn", "ms-swift", _find_last_turn, _read_last_turn),
         Shape("compared", "HelpSteer2 preferences, Chatbot Arena, PandaLM", _find_compared, _read_compared),

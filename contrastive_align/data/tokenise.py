@@ -344,6 +344,15 @@ class DataReport:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def recognised(self) -> str:
+        """Say as what the dataset was recognised, and how many groups it holds."""
+        known = f"{self.spelling} (like {self.known_from})" if self.known_from else self.spelling
+        read = f", from {', '.join(self.read_columns)}" if self.read_columns else ""
+        if self.groups is None:
+            return f"a stream of {known}{read}"
+        ks = ", ".join(f"{n} of K = {k}" for k, n in self.groups_by_k.items())
+        return f"{self.groups} groups ({ks}) of {self.rows} rows, read as {known}{read}"
+
     def lost(self) -> list[str]:
         """Say what was dropped or cut, a line each, with the first rows."""
         first = "; ".join(self.dropped_because.values())
@@ -444,7 +453,7 @@ def join_rows(dataset: Dataset, reading: Reading, *, on_bad_row: str, name: str)
         )
     told = {"order": order, "sizes": sizes[np.argsort(first)], "reading": reading, "name": name}
     joined = Dataset.from_generator(
-        _groups_of,
+        _joined_groups,
         gen_kwargs={"dataset": dataset, **told},
         features=Features({ROW: Value("int64"), RAW: Value("string")}),
         fingerprint=Hasher.hash((dataset._fingerprint, reading, _SOURCE, on_bad_row)),
@@ -494,7 +503,7 @@ def _single(reading: Reading, row: Mapping[str, Any], number: int, name: str) ->
     return checked_group(parts, where, least=1, prompt_repeats=reading.prompt_repeats)[0], number
 
 
-def _groups_of(
+def _joined_groups(
     dataset: Dataset, order: np.ndarray, sizes: np.ndarray, reading: Reading, name: str
 ) -> Iterator[dict[str, Any]]:
     rows_in_order, at = iter(dataset.select(order)), 0
@@ -511,6 +520,26 @@ def _groups_of(
         extra = {k: told.pop(k) for k in list(first.template_kwargs) if k != "tools"}
         told |= {"chat_template_kwargs": extra} if extra else {}
         yield {ROW: number, RAW: json.dumps(told, ensure_ascii=False)}
+
+
+def groups_of(dataset: Dataset | IterableDataset, *, options: Options, on_bad_row: str, name: str) -> Iterator[Group]:
+    """Yield the groups of a dataset as text; bad rows raise, or are left out."""
+    reading = read_shape(dataset, options, name)
+    if reading is None:
+        raise ValueError(f"The {name} dataset holds token ids, and no text.")
+    if reading.joined:
+        dataset, _ = join_rows(dataset, reading, on_bad_row=on_bad_row, name=name)
+        reading = read_shape(dataset, Options(), name)
+    for number, row in enumerate(dataset):
+        where = f"{name}, row {row.get(ROW, number)}"
+        try:
+            values = values_of(row, where)
+            check_text(values, f"{where}: the row")
+            for parts in reading(values, where):
+                yield checked_group(parts, where, prompt_repeats=reading.prompt_repeats)[0]
+        except BadRow as error:
+            if on_bad_row == "raise" and not isinstance(error, ALWAYS_DROPPED):
+                raise
 
 
 def _unbatched(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:

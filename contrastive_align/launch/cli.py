@@ -78,6 +78,7 @@ COMMANDS = {
 }
 OTHERS = {
     "steps": "Sample, score, judge, merge and train over JSONL files, as in the jobs of a cluster.",
+    "data": "Show what training would see of a file: its shape, scores, lengths and first groups.",
     "ask": "Print what a trained model answers to a prompt, under its best condition.",
 }
 # Flags of accelerate launch that a run with --accelerate_config takes.
@@ -95,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> Any:
         return print(version("contrastive_align"))
     if command == "steps":
         return _load("step_commands", "main")(rest)
-    if command == "ask":
-        return _load("ask", "main")(rest)
+    if command in ("ask", "data"):
+        return _load(command, "main")(rest)
     if command not in COMMANDS:
         raise UsageError(f"unknown command '{command}'{nearest(command, [*COMMANDS, *OTHERS])}\n\n{_overview()}")
     found = COMMANDS[command]

@@ -123,11 +123,7 @@ class PreferenceRun(RewardRun):
 
 
 def _data_entry(name: str, report: DataReport) -> dict[str, Any]:
-    line = f"{name}, a stream ({report.spelling} columns)"
-    if report.groups is not None:
-        ks = ", ".join(f"{k}: {n}" for k, n in report.groups_by_k.items())
-        line = f"{name}: {report.groups} groups of {report.rows} rows ({report.spelling} columns; groups by K {ks})"
-    return {"line": line, "notes": report.notes(), "name": name, **report.as_dict()}
+    return {"line": f"{name}: {report.recognised()}", "notes": report.notes(), "name": name, **report.as_dict()}
 
 
 def _measure(summary: Summary, trainer: ContrastiveTrainer, test: Any) -> None:

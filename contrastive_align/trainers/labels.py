@@ -29,14 +29,14 @@ def auto_temperature(dataset: Dataset, *, first_score_bonus: float) -> float:
     This is :func:`~contrastive_align.losses.temperature_for_entropy` of its scores, or 1.0 where no group's labels
     depend on the temperature: all are preferences or have equal scores.
     """
-    scores, valid = _scores_of(dataset)
+    scores, valid = scores_of(dataset)
     scores = add_first_score_bonus(scores, valid, first_score_bonus)
     return temperature_for_entropy(scores, valid=valid) or ANY_TEMPERATURE
 
 
 def warn_of_one_hot_labels(dataset: Dataset, temperature_alpha: float) -> None:
     """Warn where one-hot labels ignore all scores but the best, and name a temperature that does not."""
-    scores, valid = _scores_of(dataset, most=10_000)
+    scores, valid = scores_of(dataset, most=10_000)
     levels = [len(row[ok].unique()) for row, ok in zip(scores, valid, strict=True)]
     graded = sum(n > 2 for n in levels)
     soft, hard = (target_labels(scores, temperature_alpha=a, valid=valid) for a in (temperature_alpha, 1e-12))
@@ -49,6 +49,7 @@ def warn_of_one_hot_labels(dataset: Dataset, temperature_alpha: float) -> None:
     )
 
 
-def _scores_of(dataset: Dataset, most: int | None = None) -> tuple[Tensor, Tensor]:
+def scores_of(dataset: Dataset, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the scores (B, K) of a dataset's groups and which of them are there."""
     rows = dataset[:most]["scores"]
     return to_table(rows, torch.float64), to_table([[True] * len(row) for row in rows], torch.bool)
