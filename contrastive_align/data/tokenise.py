@@ -524,10 +524,10 @@ def _joined_groups(
 
 def groups_of(dataset: Dataset | IterableDataset, *, options: Options, on_bad_row: str, name: str) -> Iterator[Group]:
     """Yield the groups of a dataset as text; bad rows raise, or are left out."""
-    reading = read_shape(dataset, options, name)
+    reading: Any = read_shape(dataset, options, name)
     if reading is None:
         raise ValueError(f"The {name} dataset holds token ids, and no text.")
-    if reading.joined:
+    if reading.joined and isinstance(dataset, Dataset):
         dataset, _ = join_rows(dataset, reading, on_bad_row=on_bad_row, name=name)
         reading = read_shape(dataset, Options(), name)
     for number, row in enumerate(dataset):

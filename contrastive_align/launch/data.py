@@ -169,7 +169,7 @@ def _print_tokens(console: Console, group: dict[str, Any], tokenizer: PreTrained
 
 
 def _coloured(ids: list[int], tokenizer: PreTrainedTokenizerBase, styles: tuple[str, str]) -> Line:
-    line, ends = Line(), {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    line, ends = Line(), (tokenizer.bos_token_id, tokenizer.eos_token_id)
     for i, token in enumerate(ids):
         text = repr(tokenizer.decode([token]))[1:-1]
         line.append(text, "reverse" if token in ends else styles[i % 2])
