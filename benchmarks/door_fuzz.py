@@ -38,6 +38,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -590,7 +591,7 @@ def written(rows: list[Row], case: Case) -> bytes:
     if case.format == "xlsx":
         try:
             return _packed(_write_sheet(rows, case), case)
-        except (ValueError, TypeError, OverflowError):  # characters that a sheet cannot hold
+        except Exception:  # of openpyxl, for characters that a sheet cannot hold
             case.format = "jsonl"
     if case.format == "json list":
         text = _dumps(rows, case, indent=None if case.number % 3 else 2) + "\n"
@@ -722,7 +723,7 @@ def _unpacked(path: Path, case: Case) -> bytes:
             return bz2.decompress(data)
         if case.compression == ".zst":
             return b"".join(pa.input_stream(pa.py_buffer(part), compression="zstd").read() for part in _frames(data))
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise Bad(f"compressed data: {error}") from error
     return data
 
@@ -751,7 +752,7 @@ def file_rows(path: Path, case: Case) -> list[Any]:
     if case.format == "parquet":
         try:
             return [_numbered(row) for row in pq.read_table(pa.BufferReader(data)).to_pylist()]
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise Bad(f"Parquet: {error}") from error
     if case.format == "xlsx":
         return _sheet_rows(data)
