@@ -777,7 +777,12 @@ def _json_rows(text: str) -> list[Any]:
             if isinstance(whole, Twice) or not isinstance(whole["data"], list):
                 raise Bad("an object whose rows are not told")
             return [row if isinstance(row, dict) else Bad("no object") for row in whole["data"]]
-    if text.lstrip().startswith("["):
+    first = text.lstrip().split("\n", 1)[0]
+    if first.startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            _loads(first)  # a line by itself, among others
+            first = ""
+    if first.startswith("["):
         raise Bad("a list that is no JSON")
     rows: list[Any] = []
     for line in text.split("\n"):
@@ -836,16 +841,6 @@ class RowReader:
         self.table = case.format in TABLES or case.format == "xlsx"
         self.decimal_comma = case.format in TABLES and case.delimiter != ","
         self.doubt = False
-
-    def look_at(self, rows: list[Any]) -> None:
-        """In a table with a score written 2.5, another one 4,5 is no number."""
-        named = [self.c[part].lower() for part in ("score", "a", "b") if part in self.c]
-        cells = [
-            cell for row in rows if isinstance(row, dict) for name, cell in row.items()
-            if name.strip().lower().replace("-", "_").rstrip("0123456789") in named
-        ]  # fmt: skip
-        if any(isinstance(cell, str) and re.fullmatch(r"[+-]?\d+\.\d+", cell.strip()) for cell in cells):
-            self.decimal_comma = False
 
     def read(self, raw: Any) -> Reading:
         self.doubt = self.case.doubtful
@@ -1220,7 +1215,6 @@ def run_case(case: Case, folder: Path, tokenizer: Any) -> Outcome:
     for split, paths in files.items():
         try:
             rows = [row for path in paths for row in file_rows(path, case)]
-            reader.look_at(rows)
             readings["train" if split == "train" else "test"] = [reader.read(row) for row in rows]
         except Bad as error:
             refuse = f"{split}: {error}"

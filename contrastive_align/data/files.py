@@ -47,8 +47,20 @@ BOMS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+CONTAINERS = {
+    "data",
+    "rows",
+    "examples",
+    "items",
+    "instances",
+    "records",
+    "train",
+    "version",
+}  # keys of an object of rows
+TYPED = ("parquet", "arrow")  # kinds whose columns have types
 DELIMITERS = ",;\t|"
 SNIFFED = 1 << 16  # characters by which a table's delimiter is found
+_DECODER = json.JSONDecoder()
 _FEATURES = Features({ROW: Value("int64"), RAW: Value("string"), UNREADABLE: Value("string")})
 _SOURCE = hashlib.sha256(b"".join(Path(f).read_bytes() for f in (__file__, rows_module.__file__))).hexdigest()
 
@@ -88,11 +100,13 @@ def read_files(paths: list[Path], *, streaming: bool = False) -> Dataset | Itera
         BadRow: never; a row that cannot be read is kept with its error, and counted later.
     """
     kinds = {kind_of(path).kind if kind_of(path) else None for path in paths}
-    typed = kinds & {"parquet", "arrow"}
+    typed = kinds & set(TYPED)
     if None in kinds or (typed and len(kinds) > 1):
         raise FileProblem(
             f"{', '.join(p.name for p in paths)}: files of one split, expected all of one kind, as .jsonl."
         )
+    if typed and any(kind_of(path).compression for path in paths):
+        raise FileProblem(f"'{paths[0]}' is compressed twice. Uncompress it, as with gunzip or unzstd.")
     for path in paths:
         if not path.stat().st_size:
             raise FileProblem(f"'{path}' is empty, expected at least one row.")
@@ -170,7 +184,7 @@ def _text(path: Path, compression: str | None) -> Iterator[TextIO]:
     """Open a file as text: UTF-8, or what its byte order mark says."""
     with _bytes(path, compression) as file:
         try:
-            head = file.peek(4)[:4]  # type: ignore[attr-defined]
+            head = file.peek(4)  # type: ignore[attr-defined]
         except OSError as error:
             raise FileProblem(f"{path} is no {compression} file: {error}") from error
         encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), "utf-8")
@@ -189,10 +203,15 @@ def _text(path: Path, compression: str | None) -> Iterator[TextIO]:
 def _rows_of(paths: list[str], stamps: list[str], source: str) -> Iterator[dict[str, Any]]:
     number = 0
     for path in map(Path, paths):
-        known = kind_of(path)
-        for row in READERS[known.kind](path, known.compression):
-            yield {**row, ROW: number} if known.kind not in ("parquet", "arrow") else row
-            number += 1
+        known: Any = kind_of(path)
+        try:
+            for row in READERS[known.kind](path, known.compression):
+                yield {**row, ROW: number} if known.kind not in TYPED else row
+                number += 1
+        except FileProblem:
+            raise
+        except Exception as error:  # whatever the readers of compressed, typed and zipped files raise
+            raise FileProblem(f"'{path}' cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _row(values: dict[str, Any]) -> dict[str, Any]:
@@ -233,7 +252,8 @@ def _is_one_value(head: str) -> bool:
         return start[0] == "[" or first.strip() in ("{", '{"data": [', '{"rows": [')
     except RecursionError:
         return False
-    return start[0] == "[" and not rest.strip()
+    whole = not rest.strip()
+    return whole and (start[0] == "[" or set(json.loads(first)) <= CONTAINERS)
 
 
 def _lines(head: str, file: TextIO) -> Iterator[tuple[int, str]]:
@@ -255,39 +275,65 @@ def _lines(head: str, file: TextIO) -> Iterator[tuple[int, str]]:
 def _from_array(path: Path, head: str, file: TextIO) -> Iterator[tuple[int, str]]:
     """Cut the rows out of a list, or of the one list that an object holds, as they are written."""
     text = head + file.read()
-    decoder, at = json.JSONDecoder(), len(text) - len(text.lstrip())
+    at = _skip(text, 0)
     if text[at] == "{":
-        try:
-            whole = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FileProblem(f"{path} is not JSON: {error}") from error
-        lists = [
-            key for key, value in whole.items() if isinstance(value, list) and value and isinstance(value[0], dict)
-        ]
+        items = list(_items(path, text, at))
+        lists = {key: start for key, start, _ in items if re.match(r"\[\s*\{", text[start : start + 99])}
+        if text[_skip(text, _skip(text, items[-1][2] if items else at + 1) + 1) :]:
+            raise FileProblem(f"{path} goes on after the end of its object.")
         if len(lists) != 1:
+            keys = [key for key, _, _ in items][:8]
             raise FileProblem(
-                f"{path} is one object with the keys {list(whole)[:8]}, expected a list of rows, or an object a line."
+                f"{path} is one object with the keys {keys}, expected a list of rows, or an object a line."
             )
-        yield from ((0, json.dumps(row, ensure_ascii=False)) for row in whole[lists[0]])
+        yield from ((line, text[start:end]) for line, start, end in _elements(path, text, *lists.values()))
         return
-    at += 1
-    first = True
-    while True:
-        at = _skip(text, at)
-        if text[at : at + 1] == "]":
-            if text[_skip(text, at + 1) :]:
-                raise FileProblem(f"{path} goes on after the end of its list (line {text.count(chr(10), 0, at) + 1}).")
-            return
+    end = at
+    for line, start, end in _elements(path, text, at):
+        yield line, text[start:end]
+    at = _skip(text, end) if end > at else at + 1
+    if text[_skip(text, _skip(text, at) + 1) :]:
+        raise FileProblem(f"{path} goes on after the end of its list (line {text.count(chr(10), 0, at) + 1}).")
+
+
+def _elements(path: Path, text: str, at: int) -> Iterator[tuple[int, int, int]]:
+    """Yield line, start and end of each element of the list that begins at a place."""
+    at, first = at + 1, True
+    while text[(at := _skip(text, at)) : at + 1] != "]":
         if not first:
-            if text[at : at + 1] != ",":
-                raise FileProblem(f"{path} is not JSON: expected ',' or ']' in line {text.count(chr(10), 0, at) + 1}.")
-            at = _skip(text, at + 1)
-        try:
-            _, end = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError) as error:
-            raise FileProblem(f"{path} is not JSON: {error}. A list of rows ends with ']'.") from error
-        yield text.count("\n", 0, at) + 1, text[at:end]
+            at = _skip(text, _expect(path, text, at, ","))
+        end = _end_of_value(path, text, at)
+        yield text.count("\n", 0, at) + 1, at, end
         at, first = end, False
+
+
+def _items(path: Path, text: str, at: int) -> Iterator[tuple[str, int, int]]:
+    """Yield key, start and end of each value of the object that begins at a place."""
+    at, seen = at + 1, set()
+    while text[(at := _skip(text, at)) : at + 1] != "}":
+        if seen:
+            at = _skip(text, _expect(path, text, at, ","))
+        end = _end_of_value(path, text, at)
+        key = text[at:end]
+        if key in seen:
+            raise FileProblem(f"{path} has the key {key} twice, expected each once.")
+        seen.add(key)
+        start = _skip(text, _expect(path, text, _skip(text, end), ":"))
+        at = _end_of_value(path, text, start)
+        yield key.strip('"'), start, at
+
+
+def _expect(path: Path, text: str, at: int, mark: str) -> int:
+    if text[at : at + 1] != mark:
+        raise FileProblem(f"{path} is not JSON: expected '{mark}' in line {text.count(chr(10), 0, at) + 1}.")
+    return at + 1
+
+
+def _end_of_value(path: Path, text: str, at: int) -> int:
+    try:
+        return _DECODER.raw_decode(text, at)[1]
+    except (ValueError, RecursionError) as error:
+        raise FileProblem(f"{path} is not JSON: {error}. A list of rows ends with ']'.") from error
 
 
 def _skip(text: str, at: int) -> int:
@@ -309,9 +355,8 @@ def _read_table(path: Path, compression: str | None) -> Iterator[dict[str, Any]]
             cells = ((table.line_num, row) for row in table if row)
             yield from _from_cells(path, cells, decimal_comma=delimiter != ",")
         except csv.Error as error:
-            raise FileProblem(
-                f"{path}, line {table.line_num}: {error}. Close every quotation mark, or double it."
-            ) from error
+            fix = "End its lines with LF." if "new-line" in str(error) else "Close every quotation mark, or double it."
+            raise FileProblem(f"{path}, line {table.line_num}: {error}. {fix}") from error
 
 
 def _chained(head: str, file: TextIO) -> Iterator[str]:

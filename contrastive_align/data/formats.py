@@ -19,7 +19,7 @@ from contrastive_align.data.messages import (
     is_messages,
     without_none,
 )
-from contrastive_align.data.rows import FIX, BadRow, parsed, short, text_of
+from contrastive_align.data.rows import FIX, BadRow, check_text, parsed, short, text_of
 
 
 __all__ = ["BadRow", "Group", "Message", "Parts", "Text", "checked_group", "distinct_prompts"]
@@ -106,6 +106,10 @@ def checked_group(parts: Parts, where: str, *, least: int = 2, prompt_repeats: b
     for i, completion in enumerate(completions):
         check_completion(completion, f"{where}: {columns.completion(i)}")
     template = read_template_kwargs(parts.template, where)
+    check_text(prompt, f"{where}: '{columns.prompt}'")
+    for i, completion in enumerate(completions):
+        check_text(completion, f"{where}: {columns.completion(i)}")
+    check_text(template, f"{where}: 'tools'")
     if template.get("tools") and isinstance(prompt, str):
         raise BadRow(
             f"{where}: 'tools' are given beside a prompt of plain text, which has no place for them. Give the "
@@ -176,9 +180,13 @@ def number_of(score: Any, what: str, decimal_comma: bool = False) -> float:
     number: Any = score
     if isinstance(score, str):
         text = score.strip()
-        number = text.replace(",", ".") if decimal_comma and _DECIMAL_COMMA.fullmatch(text) else text
+        # 1,000 may be a thousand.
+        german = decimal_comma and _DECIMAL_COMMA.fullmatch(text) and not re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", text)
+        number = text.replace(",", ".") if german else text
         if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", number):
-            comma = " Write decimals with a point." if _DECIMAL_COMMA.fullmatch(text) else ""
+            comma = (
+                " Write decimals with a point, and no separator of thousands." if _DECIMAL_COMMA.fullmatch(text) else ""
+            )
             raise BadRow(f"{what} is {short(score)}, expected a finite number.{comma} {FIX}")
     elif not isinstance(score, numbers.Real):
         raise BadRow(f"{what} is {short(score)}, expected a finite number, not a {type(score).__name__}. {FIX}")
@@ -290,7 +298,7 @@ def listed(value: Any, name: str, where: str) -> list[Any]:
     if value is None or (isinstance(value, str) and not value.strip()):
         raise BadRow(f"{where}: '{name}' is missing. Fill it in or drop the row (on_bad_row='drop').")
     if isinstance(value, str) and value.lstrip().startswith("["):
-        found = parsed(value)
+        found = parsed(value, f"{where}: '{name}'")
         if not isinstance(found, list):
             raise BadRow(f"{where}: '{name}' is text that is not a JSON list: {short(value)}. {FIX}")
         value = found

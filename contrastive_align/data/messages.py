@@ -34,11 +34,12 @@ def as_text(value: Any, what: str) -> Any:
     >>> as_text({"from": "human", "value": "Hi"}, "row 0")
     [{'role': 'user', 'content': 'Hi'}]
     """
-    found = parsed(value)
+    found = parsed(value, what)
     if isinstance(found, Mapping) and is_turn(found):
         found = [found]
     if isinstance(found, list) and found and all(map(is_turn, found)):
-        if isinstance(value, str) and any(turn.get("role", turn.get("from")) not in ROLE_NAMES for turn in found):
+        roles = [turn.get("role", turn.get("from")) for turn in found]
+        if isinstance(value, str) and not all(isinstance(role, str) and role.lower() in ROLE_NAMES for role in roles):
             return value  # an answer in JSON
         return [_message(turn, f"{what}[{i}]") for i, turn in enumerate(found)]
     return value

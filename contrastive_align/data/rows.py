@@ -22,6 +22,10 @@ class BadRow(ValueError):
     """A row that cannot be trained on: its place, what was found and expected, and how to fix it."""
 
 
+class Repeated(ValueError):
+    """A key that stands twice in an object."""
+
+
 class Literal(float):
     """A number with decimals that remembers how it was written: an answer 1.50 is the text "1.50".
 
@@ -47,7 +51,7 @@ def parse_object(text: str) -> dict[str, Any]:
         ValueError: no JSON, no object, or a key that stands twice; says what was found.
     """
     try:
-        row = json.loads(text, parse_float=Literal, object_pairs_hook=_without_repeats)
+        row = json.loads(text, **_AS_WRITTEN)
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error}. {FIX}") from error
     except RecursionError as error:
@@ -63,8 +67,15 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key '{twice}' stands twice in one object, expected each once. {FIX}")
+        raise Repeated(f"the key '{twice}' stands twice in one object, expected each once. {FIX}")
     return found
+
+
+_AS_WRITTEN: dict[str, Any] = {
+    "parse_float": Literal,
+    "parse_int": lambda text: Literal(text) if text == "-0" else int(text),
+    "object_pairs_hook": _without_repeats,
+}
 
 
 def values_of(row: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -102,15 +113,20 @@ def check_text(value: Any, what: str) -> None:
             check_text(item, what)
 
 
-def parsed(value: Any) -> Any:
+def parsed(value: Any, what: str = "the cell") -> Any:
     """Parse a cell that holds a JSON list or object as text; return any other value as it is.
+
+    Raises:
+        BadRow: an object in it has a key twice.
 
     >>> parsed('["a", "b"]'), parsed("[sic]"), parsed("[1] is a footnote")
     (['a', 'b'], '[sic]', '[1] is a footnote')
     """
     if isinstance(value, str) and value[:1] in "[{ \n" and value.strip()[:1] in ("[", "{"):
         try:
-            return json.loads(value, parse_float=Literal)
+            return json.loads(value, **_AS_WRITTEN)
+        except Repeated as error:
+            raise BadRow(f"{what}: {error}") from error
         except (ValueError, RecursionError):
             return value
     return value

@@ -6,6 +6,7 @@ columns of a few rows, and reads a row by them. Nothing else in the package know
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import itertools
 import re
@@ -138,8 +139,11 @@ class Table:
         return next((key for key in keys if key in self.names), None)
 
     def values(self, key: str) -> list[Any]:
-        found = [parsed(row[key]) for row in self.rows if row.get(key) is not None]
-        return [value for value in found if value != ""]
+        found = []
+        for row in self.rows:
+            with contextlib.suppress(BadRow):
+                found.append(parsed(row.get(key)))
+        return [value for value in found if value is not None and value != ""]
 
     def mostly(self, key: str | None, what: Callable[[Any], bool]) -> bool:
         """Whether the rows that have a value mostly have such a one; a bad row does not decide."""
@@ -219,27 +223,39 @@ def find_prompt(table: Table, taken: Iterable[str] = ()) -> Prompt:
     system = next((key for key in SYSTEMS if key in free and table.values(key)), None)
     history = "history" if "history" in free and main != "history" and any(table.values("history")) else None
     added = tuple(key for key in ADDED if key in free and key != main and table.values(key)) if main else ()
+    if main == "prompt":  # which may be rendered from them
+        added = tuple(key for key in added if not _is_within(table, key, main))
     return Prompt(main, system, history, added, tuple(key for key in TEMPLATE if key in free))
+
+
+def _is_within(table: Table, key: str, main: str) -> bool:
+    """Whether the text of one column stands in that of another in every row that has both."""
+    pairs = [(row.get(key), row.get(main)) for row in table.rows if row.get(key) and row.get(main)]
+    return all(isinstance(x, str) and isinstance(y, str) and x.strip() in y for x, y in pairs)
 
 
 def _asks(value: Any) -> bool:
     """Whether a conversation ends with a turn to answer."""
-    if not _is_conversation(value):
-        return False
-    last = as_text(value, "")[-1]
-    return last["role"] not in ("assistant",)
+    roles = _roles(value)
+    return bool(roles) and roles[-1] != "assistant"
+
+
+def _roles(value: Any) -> list[Any]:
+    """Return the roles of a conversation; none of what is no conversation, or a bad one."""
+    try:
+        turns = as_text(value, "") if _is_conversation(value) else []
+    except BadRow:
+        return []
+    return [turn["role"] for turn in turns] if isinstance(turns, list) else []
 
 
 def parsed_prompt(value: Any, what: str) -> Any:
     """Return a prompt, of an object (webgpt's question) its text."""
-    found = parsed(value)
-    if isinstance(found, Mapping) and not is_turn(found):
-        text = next((found[key] for key in ("full_text", "text", "content", "question") if key in found), None)
+    if isinstance(value, Mapping) and not is_turn(value):
+        text = next((value[key] for key in ("full_text", "text", "content", "question") if key in value), None)
         if not isinstance(text, str):
             raise BadRow(f"{what} is {short(value)}, expected text or messages. {FIX}")
         return text
-    if isinstance(found, list) and len(found) == 1 and isinstance(found[0], str):
-        return found[0]
     return value
 
 
@@ -252,11 +268,11 @@ def _with_added(prompt: Any, added: Any, what: str) -> Any:
             "line break. "
             "Name the column that is the prompt (--columns prompt=NAME), or remove the other."
         )
-    return prompt if not added.strip() or added.strip() in prompt else f"{prompt}\n{added}"
+    return f"{prompt}\n{added}" if added.strip() else prompt
 
 
 def _with_history(prompt: Any, turns: Any, what: str) -> list[dict[str, Any]]:
-    turns = parsed(turns)
+    turns = parsed(turns, what)
     before: list[dict[str, Any]] = []
     if _is_conversation(turns):
         before = as_text(turns, what)
@@ -336,7 +352,7 @@ def _find_nested(table: Table) -> dict[str, Any] | None:
             else []
         )
         objects = [item for item in items if isinstance(item, Mapping) and not is_turn(item)]
-        if not objects:
+        if not table.mostly(answers, _has_objects):
             continue
         keys = dict.fromkeys(key for item in objects for key in item)
         text = next((key for key in _TEXT_KEYS if key in keys), None)
@@ -364,6 +380,10 @@ def _find_nested(table: Table) -> dict[str, Any] | None:
     return None
 
 
+def _has_objects(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, Mapping) and not is_turn(item) for item in value)
+
+
 def _read_nested(row: Row, roles: dict[str, Any], where: str) -> list[Parts]:
     answers, text, score = roles["answers"], roles["text"], roles["scores"]
     columns = Columns(_prompt_name(roles), _named(roles, answers), score)
@@ -388,7 +408,11 @@ def _families(table: Table) -> dict[str, dict[str, str]]:
     for key in table.names:
         inside, at_end = _INDEXED_INSIDE.fullmatch(key), _INDEXED.fullmatch(key)
         if at_end:
-            found.setdefault(at_end[1], {})[at_end[2]] = key
+            other = found.setdefault(at_end[1], {}).setdefault(at_end[2], key)
+            if other != key:
+                raise ValueError(
+                    f"The columns {table.listing(other)} and {table.listing(key)} have one number. Rename one."
+                )
         elif inside and re.fullmatch(rf"({'|'.join(SCORES)}|{'|'.join(RANKS)})", inside[3]):
             found.setdefault(f"{inside[1]}_{inside[3]}", {})[inside[2]] = key
     return found
@@ -614,7 +638,8 @@ def _find_pairs(table: Table) -> dict[str, Any] | None:
     keys = {*pair, *(scores or ())}
     prompt = find_prompt(table, keys)
     roles = {"prompt": prompt, "pair": pair, "scores": scores, "keys": keys, "hard": table.options.hard_pairs}
-    dialogues = table.mostly(pair[0], lambda v: _is_conversation(v) and as_text(v, "")[0]["role"] != "assistant")
+    roles["several"] = any(table.mostly(key, _several) for key in pair)
+    dialogues = table.mostly(pair[0], lambda v: _roles(v)[:1] not in ([], ["assistant"]))
     if dialogues and prompt.main in CONVERSATIONS:
         roles["prompt"] = Prompt(None, prompt.system, None, (), prompt.template)
     elif prompt.main is None and not dialogues and "prompt" not in table.options.columns:
@@ -639,12 +664,12 @@ def _check_implicit(table: Table, taken: set[str]) -> None:
 
 def _read_pairs(row: Row, roles: dict[str, Any], where: str) -> list[Parts]:
     a, b = roles["pair"]
-    chosen, rejected = (parsed(row.get(key)) for key in (a, b))
     for key, value in ((a, row.get(a)), (b, row.get(b))):
         if value is None:
             raise BadRow(f"{where}: '{_named(roles, key)}' is missing. Fill it in or drop the row (on_bad_row='drop').")
-    if _several(chosen) or _several(rejected):
-        return [_read_several(row, roles, where, chosen, rejected)]
+    lists = [parsed(row[key], where) if roles["several"] else row[key] for key in (a, b)]  # a table's cells are JSON
+    if any(map(_several, lists)):
+        return [_read_several(row, roles, where, *lists)]
     chosen, rejected = row[a], row[b]
     prompt = roles["prompt"]
     names = Columns(
@@ -660,7 +685,7 @@ def _read_pairs(row: Row, roles: dict[str, Any], where: str) -> list[Parts]:
             zip((_named(roles, a), _named(roles, b)), (_named(roles, k) for k in roles["scores"]), strict=True)
         )
     parts = _parts(row, roles, where, [chosen, rejected], scores, names)
-    if prompt.main is None or (prompt.main not in row):
+    if prompt.main is None:
         parts.prompt, parts.completions = _implicit(as_text(chosen, where), as_text(rejected, where), where, names)
     return [parts]
 
@@ -672,10 +697,8 @@ def _several(value: Any) -> bool:
 def _read_several(row: Row, roles: dict[str, Any], where: str, chosen: Any, rejected: Any) -> Parts:
     """Read lists of chosen and of rejected answers."""
     sides = [value if _several(value) else [value] for value in (chosen, rejected)]
-    names = [f"'{_named(roles, key)}'" for key in roles["pair"]]
-    own = [
-        (f"{name}[{i}]".strip("'"), "(1, 0)") for name, side in zip(names, sides, strict=True) for i in range(len(side))
-    ]
+    names = [_named(roles, key) for key in roles["pair"]]
+    own = [(f"{name}[{i}]", "(1, 0)") for name, side in zip(names, sides, strict=True) for i in range(len(side))]
     columns = Columns(_prompt_name(roles), ", ".join(names), "(1, 0)", own)
     scores = [1.0] * len(sides[0]) + [0.0] * len(sides[1])
     return _parts(row, roles, where, [*sides[0], *sides[1]], scores, columns)
@@ -771,7 +794,7 @@ def _read_tree(row: Row, roles: dict[str, Any], where: str) -> list[Parts]:
         for reply in replies:
             walk(reply, thread)
 
-    walk(parsed(row.get(tree)), [])
+    walk(parsed(row.get(tree), where), [])
     if not found:
         raise BadRow(f"{where}: no message has two ranked replies. Drop the row (on_bad_row='drop').")
     return found
@@ -794,6 +817,8 @@ def _find_long(table: Table) -> dict[str, Any] | None:
         if wanted not in table.names:
             raise ValueError(_no_such(table))
         score = wanted
+    elif len(known) > 1:
+        raise ValueError(_which_score([table.names[key] for key in known], table, "for one answer a row"))
     elif known:
         score = known[0]
     else:

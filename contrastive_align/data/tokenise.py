@@ -21,7 +21,7 @@ from transformers.utils import logging
 from contrastive_align.data import formats, messages, rows, shapes
 from contrastive_align.data.formats import Columns, Group, TooFew, check_scores, checked_group, distinct
 from contrastive_align.data.messages import Text
-from contrastive_align.data.rows import RAW, ROW, BadRow, check_text, values_of
+from contrastive_align.data.rows import RAW, ROW, BadRow, values_of
 from contrastive_align.data.shapes import Options, Reading, first_rows, recognise
 
 
@@ -488,7 +488,7 @@ class _Keys:
             except BadRow as error:
                 if self.on_bad_row == "raise":
                     raise
-                problem = str(error)
+                problem = _as_utf8(error)
             keys.append(key)
             problems.append(problem)
         return {"key": keys, "problem": problems}
@@ -498,7 +498,6 @@ def _single(reading: Reading, row: Mapping[str, Any], number: int, name: str) ->
     number = row.get(ROW, number)
     where = f"{name}, row {number}"
     values = values_of(row, where)
-    check_text(values, f"{where}: the row")
     [parts] = reading(values, where)
     return checked_group(parts, where, least=1, prompt_repeats=reading.prompt_repeats)[0], number
 
@@ -534,7 +533,6 @@ def groups_of(dataset: Dataset | IterableDataset, *, options: Options, on_bad_ro
         where = f"{name}, row {row.get(ROW, number)}"
         try:
             values = values_of(row, where)
-            check_text(values, f"{where}: the row")
             for parts in reading(values, where):
                 yield checked_group(parts, where, prompt_repeats=reading.prompt_repeats)[0]
         except BadRow as error:
@@ -708,7 +706,6 @@ class _RowReader:
                 except BadRow as error:
                     raise type(error)(f"{where}: {error}") from error
                 return [_Read(number, where, None, ids, scores)]
-            check_text(values, f"{where}: the row")
             return [self._group(parts, values, number, where) for parts in self.reading(values, where)]
         except BadRow as error:
             return [_Read(number, where, error=error)]
@@ -734,7 +731,10 @@ class _RowReader:
         row = shapes.by_key(values, self.reading.options)
         if not ratings or any(row.get(key) is None for key in ratings):
             return 0
-        chosen, rejected = (formats.number_of(row[key], f"{where}: '{self.reading.names[key]}'") for key in ratings)
+        try:  # they are only counted
+            chosen, rejected = (formats.number_of(row[key], where) for key in ratings)
+        except BadRow:
+            return 0
         return 2 + (chosen > rejected) - (chosen < rejected)
 
     def _finish(self, item: _Read) -> None:
@@ -782,7 +782,7 @@ class _RowReader:
 def _columns_of(read: list[_Read]) -> dict[str, list[int] | list[str]]:
     return {
         "row": [item.row for item in read],
-        "problem": [str(item.error) if item.error is not None else "" for item in read],
+        "problem": [_as_utf8(item.error) for item in read],
         "cut_completions": [item.tokens.cut_completions for item in read],
         "cut_prompt_tokens": [item.tokens.cut_prompt_tokens for item in read],
         "moved_boundary": [item.tokens.moved_boundary for item in read],
@@ -790,6 +790,11 @@ def _columns_of(read: list[_Read]) -> dict[str, list[int] | list[str]]:
         "repeated_prompt": [item.repeated_prompt for item in read],
         "rated": [item.rated for item in read],
     }
+
+
+def _as_utf8(error: Exception | None) -> str:
+    """Return an error's text, which may quote what is no text; empty for None."""
+    return "" if error is None else str(error).encode("utf-8", "backslashreplace").decode()
 
 
 def _as_lists(read: list[_Read]) -> dict[str, list[Any]]:
