@@ -266,7 +266,7 @@ def _with_added(prompt: Any, added: Any, what: str) -> Any:
         raise BadRow(
             f"{what} is {short(added)} beside the prompt {short(prompt)}: both must be text, to be joined by a "
             "line break. "
-            "Name the column that is the prompt (--columns prompt=NAME), or remove the other."
+            "Name the column that is the prompt (columns='prompt=NAME'), or remove the other."
         )
     return f"{prompt}\n{added}" if added.strip() else prompt
 
@@ -657,8 +657,8 @@ def _check_implicit(table: Table, taken: set[str]) -> None:
     if others:
         names = ", ".join(f"'{table.names[key]}'" for key in others)
         raise ValueError(
-            f"The pairs have no 'prompt' column, and {names} may be the prompt. Name it with --columns prompt="
-            f"{table.names[others[0]]}, or say that the prompt is what chosen and rejected share: --columns prompt= ."
+            f"The pairs have no 'prompt' column, and {names} may be the prompt. Name it with columns='prompt="
+            f"{table.names[others[0]]}', or say that the prompt is what chosen and rejected share: columns='prompt='."
         )
 
 
@@ -848,9 +848,9 @@ def _which_score(names: list[str], table: Table, where: str) -> str:
     names = [name.rstrip("_") for name in names]
     return (
         f"Several columns {where} may be the score: {', '.join(repr(name) for name in names)}. Say which: "
-        f"--score_column={names[0]}."
+        f"score_column={names[0]!r}."
         if len(names) > 1
-        else f"The column {names[0]!r} {where} may be the score. Say so: --score_column={names[0]}."
+        else f"The column {names[0]!r} {where} may be the score. Say so: score_column={names[0]!r}."
     )
 
 
@@ -935,11 +935,11 @@ def recognise(rows: list[Mapping[str, Any]], columns: list[str], options: Option
             near = difflib.get_close_matches(key_of(column), names, 1, 0.5)
             hint = f" Did you mean '{names[near[0]]}'?" if near else ""
             raise ValueError(
-                f"--columns {role}={column}: there is no column '{column}', but {sorted(names.values())}.{hint}"
+                f"columns='{role}={column}': there is no column '{column}', but {sorted(names.values())}.{hint}"
             )
         if role not in ROLES:
             raise ValueError(
-                f"--columns {role}={column}: '{role}' is no part of a group. Parts are {', '.join(ROLES)}."
+                f"columns='{role}={column}': '{role}' is no part of a group. Parts are {', '.join(ROLES)}."
             )
     for role, column in options.columns.items():
         if column:
@@ -1010,15 +1010,15 @@ def _guess(kinds: Mapping[str, str], table: Table) -> str:
     prompt_name = table.names[prompt] if prompt else (texts or ["NAME"])[0]
     texts = [name for name in texts if name != prompt_name]
     if len(lists) >= 2:
-        return f"for instance --columns prompt={prompt_name},completions={lists[0]},scores={lists[1]}"
+        return f"for instance columns='prompt={prompt_name},completions={lists[0]},scores={lists[1]}'"
     if len(texts) >= 2 and not numbers:
-        return f"for instance --columns prompt={prompt_name},chosen={texts[0]},rejected={texts[1]}"
+        return f"for instance columns='prompt={prompt_name},chosen={texts[0]},rejected={texts[1]}'"
     if texts and numbers:
         return (
-            f"for instance --columns prompt={prompt_name},completion={texts[0]},score={numbers[0]} (one answer a row)"
+            f"for instance columns='prompt={prompt_name},completion={texts[0]},score={numbers[0]}' (one answer a row)"
         )
     answer = (texts or lists or ["NAME"])[0]
-    return f"for instance --columns prompt={prompt_name},completions={answer},scores=NAME"
+    return f"for instance columns='prompt={prompt_name},completions={answer},scores=NAME'"
 
 
 def first_rows(rows: Iterable[Mapping[str, Any]], n: int = SAMPLE) -> list[Mapping[str, Any]]:

@@ -18,7 +18,7 @@ from trl import get_peft_config, get_quantization_config
 from contrastive_align import demo
 from contrastive_align.launch.arguments import Arguments, RunArguments, parse
 from contrastive_align.launch.datasets import load_prompts
-from contrastive_align.launch.usage import UsageError
+from contrastive_align.launch.usage import UsageError, as_flags
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
@@ -250,7 +250,7 @@ def as_usage_error(*more: type[Exception]) -> Iterator[None]:
         from_us = not isinstance(error, AttributeError) or "has no function" in str(error)
         if not from_us or std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
             raise
-        raise UsageError(f"{error}\n(--log_level=debug shows where)") from error
+        raise UsageError(f"{as_flags(str(error))}\n(--log_level=debug shows where)") from error
 
 
 def model_arguments(args: Arguments) -> dict[str, Any]:

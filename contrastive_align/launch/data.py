@@ -23,7 +23,7 @@ from contrastive_align.data.shapes import read_options
 from contrastive_align.data.tokenise import groups_of
 from contrastive_align.launch.arguments import Arguments, RunArguments, option, parse
 from contrastive_align.launch.datasets import load_splits
-from contrastive_align.launch.usage import UsageError
+from contrastive_align.launch.usage import UsageError, as_flags
 from contrastive_align.losses import label_entropy, target_labels
 from contrastive_align.models import load_tokenizer
 from contrastive_align.models.loading import embedding_rows
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> DataReport:
     except UsageError as error:
         raise SystemExit(1) from error
     except (BadRow, ValueError) as error:
-        print(f"\ntraining would refuse this data: {error}", flush=True)
+        print(f"\ntraining would refuse this data: {as_flags(str(error))}", flush=True)
         raise SystemExit(1) from error
 
 

@@ -206,6 +206,20 @@ for _option, _guesses in MEANT.items():
         _OPTIONS.setdefault(_guess, []).append(_option)
 
 
+def as_flags(text: str) -> str:
+    """Write the options that a message of the data's rooms names as a command line does.
+
+    >>> as_flags("drop the row (on_bad_row='drop'), or say columns='prompt=a question'")
+    "drop the row (--on_bad_row=drop), or say --columns='prompt=a question'"
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[3]
+        return f"--{name}={value}" if re.fullmatch(r"[\w=,.:-]*", value) else f"--{name}='{value}'"
+
+    return re.sub(r"\b(columns|score_column|on_bad_row)=(['\"])(.*?)\2", flag, text)
+
+
 def nearest(name: str, known: Collection[str], prefix: str = "") -> str:
     """Return the sentence that offers the option that is meant: by ``MEANT``, by its words, or by its spelling.
 

@@ -89,7 +89,7 @@ def test_bad_first_rows_do_not_hide_the_shape():
 
 
 def test_unknown_columns_say_what_was_found_and_what_to_type():
-    with pytest.raises(ValueError, match=r"'verse' \(text\), 'chorus' \(text\), 'hits' \(number\).*--columns prompt=verse,completion="):
+    with pytest.raises(ValueError, match=r"'verse' \(text\), 'chorus' \(text\), 'hits' \(number\).*columns='prompt=verse,completion="):
         read({"verse": "Roses are", "chorus": "red", "hits": 3})
     with pytest.raises(ValueError, match=r"No groups found in the columns 'prompt' \(text\), 'completions' \(list\)"):
         read({"prompt": "p", "completions": ["a", "b"]})  # no scores anywhere
