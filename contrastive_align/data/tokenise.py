@@ -620,7 +620,7 @@ def prepare_groups(
     told.rows = joined.get("rows", len(dataset))
     told.single_answers = joined.get("single_answers", 0)
     told.dropped = len(mapped) - len(good) + joined.get("dropped", 0)
-    dropped = ((str(row), problem) for row, problem in zip(mapped["row"], problems, strict=True) if problem)
+    dropped = ((str(row), problem) for row, problem in zip(mapped["row"][:], problems, strict=True) if problem)
     told.dropped_because = dict(itertools.islice([*joined.get("dropped_because", {}).items(), *dropped], FIRST_ROWS))
     if not good:
         reasons = "\n  ".join(told.dropped_because.values())
@@ -852,9 +852,9 @@ def _count(dataset: Dataset, report: DataReport) -> None:
     report.groups = len(dataset)
     report.groups_by_k = dict(sorted(Counter(len(s) for s in scores).items()))
     report.no_signal, report.no_signal_rows = len(flat), [numbers[i] for i in flat[:FIRST_ROWS]]
-    report.cut_completions = sum(dataset["cut_completions"])
-    report.cut_prompts = sum(n > 0 for n in dataset["cut_prompt_tokens"])
-    report.moved_boundaries = sum(n > 0 for n in dataset["moved_boundary"])
-    report.equal_completions = sum(dataset["equal_completions"])
-    report.repeated_prompts = sum(dataset["repeated_prompt"])
+    report.cut_completions = sum(dataset["cut_completions"][:])
+    report.cut_prompts = sum(n > 0 for n in dataset["cut_prompt_tokens"][:])
+    report.moved_boundaries = sum(n > 0 for n in dataset["moved_boundary"][:])
+    report.equal_completions = sum(dataset["equal_completions"][:])
+    report.repeated_prompts = sum(dataset["repeated_prompt"][:])
     report.ties, report.contradictions = rated[2], rated[1]
