@@ -81,6 +81,21 @@ OTHERS = {
     "data": "Show what training would see of a file: its shape, scores, lengths and first groups.",
     "ask": "Print what a trained model answers to a prompt, under its best condition.",
 }
+_DATA = (("launch/data.py", "DataArguments"), *_CONTRASTIVE)
+_DATA_OPTIONS = (
+    "output",
+    "max_train_samples",
+    "max_prompt_length",
+    "columns",
+    "score_column",
+    "on_bad_row",
+    "hard_pairs",
+)
+_DATA_EXAMPLE = (
+    "contrastive-align data groups.jsonl\n"
+    "contrastive-align data sheet.xlsx --model=NAME --max_length=1024 --columns=prompt=question\n"
+    "contrastive-align data rows.csv --score_column=helpfulness --output=groups.jsonl"
+)
 # Flags of accelerate launch that a run with --accelerate_config takes.
 ACCELERATE_FLAGS = (
     "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids", "rdzv_backend",
@@ -96,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> Any:
         return print(version("contrastive_align"))
     if command == "steps":
         return _load("step_commands", "main")(rest)
+    if command == "data" and {"--help", "-h"} & set(rest):
+        options = {name: o for place in _DATA for name, o in read_options(*place).items() if name in _DATA_OPTIONS}
+        return print(command_help(command, OTHERS[command], _DATA_EXAMPLE, options, _LENGTH))
     if command in ("ask", "data"):
         return _load(command, "main")(rest)
     if command not in COMMANDS:

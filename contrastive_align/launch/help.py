@@ -19,7 +19,7 @@ GROUPS = {
     "Prompts and feedback": (
         "prompt, reward, reward_weights, judge, condition, score_column, negate_score, feedback_column, features"
     ),
-    "Rows": "max_train_samples, max_eval_samples, max_prompt_length, columns, on_bad_row, hard_pairs",
+    "Rows": "max_train_samples, max_eval_samples, max_prompt_length, columns, on_bad_row, hard_pairs, output",
     "Objective": (
         "loss_type, temperature_alpha, first_score_bonus, divergence, beta, kl_coef, kl_direction, kl_target, "
         "entropy_coef, entropy_target, coef_horizon, baseline, baseline_window, max_importance_ratio, fit_samples, "
@@ -39,7 +39,7 @@ SHOWN_AS = {"num_train_epochs": "num_rounds"}  # where a command defines it itse
 # Options of TRL and transformers that most runs set.
 COMMON = {
     "model_name_or_path": "A hub id or a folder: a model, or an adapter to go on from.",
-    "dataset_name": "A hub id, a folder, or a file: .jsonl, .json, .parquet, .csv.",
+    "dataset_name": "A hub id, a folder, or a file: .jsonl, .csv, .xlsx, .parquet ...",
     "output_dir": "Where the model goes; runs/<command> by default.",
     "use_peft, lora_r, load_in_4bit": "Train a LoRA adapter, of rank lora_r, on a base in 4 bits (QLoRA).",
     "learning_rate, num_train_epochs, max_steps, per_device_train_batch_size, gradient_accumulation_steps": (

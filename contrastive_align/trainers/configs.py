@@ -252,7 +252,7 @@ class ContrastiveConfig(DPOConfig):
     temperature_alpha: float | str | None = "auto"  # None is refused: it makes HfArgumentParser read text
     max_prompt_length: int | None = None
     on_bad_row: str = "raise"
-    columns: str | None = None  # or a mapping, which HfArgumentParser would refuse to read from text
+    columns: dict[str, str] | str | None = None
     score_column: str | None = None
     hard_pairs: bool = False
     layout: str = "auto"
