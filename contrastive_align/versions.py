@@ -18,6 +18,7 @@ SUPPORTED = {
     "numpy": ">=1.26",
     "peft": ">=0.20",
     "pyarrow": ">=15",
+    "rich": ">=13",
     "torch": ">=2.6",
     "transformers": ">=5.19,<6",
     "trl": ">=1.16,<1.17",

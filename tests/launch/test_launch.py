@@ -46,7 +46,7 @@ def test_the_embedded_default(tmp_path, capsys, preference):
     assert 0.4 < reward["before"] < 0.8 and reward["se"] > 0
     assert best["after"] == pytest.approx(summary.metrics["logps/best"].after)
     shown = capsys.readouterr().out
-    assert "the bundled demo model" in shown and "groups by K" in shown and "no accelerator found" in shown
+    assert "the bundled demo model" in shown and "32 groups (" in shown and "no accelerator found" in shown
     assert f'AutoModelForCausalLM.from_pretrained("{tmp_path}")' in shown
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
