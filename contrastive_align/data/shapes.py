@@ -265,8 +265,7 @@ def _with_added(prompt: Any, added: Any, what: str) -> Any:
     if not isinstance(prompt, str) or not isinstance(added, str) or isinstance(as_text(prompt, what), list):
         raise BadRow(
             f"{what} is {short(added)} beside the prompt {short(prompt)}: both must be text, to be joined by a "
-            "line break. "
-            "Name the column that is the prompt (columns='prompt=NAME'), or remove the other."
+            "line break. Name the column that is the prompt (columns='prompt=NAME'), or remove the other."
         )
     return f"{prompt}\n{added}" if added.strip() else prompt
 
@@ -313,7 +312,12 @@ def _prompt_name(roles: Mapping[str, Any]) -> str:
 
 
 def _negated(score: Any, key: str) -> Any:
-    return -score if key in RANKS and isinstance(score, int | float) and not isinstance(score, bool) else score
+    """Return minus a rank, which may be a cell's text; any other score as it is."""
+    if key not in RANKS or not _is_number(score) or isinstance(score, bool):
+        return score
+    if isinstance(score, str):
+        return score.strip()[1:] if score.strip().startswith("-") else f"-{score.strip()}"
+    return -score
 
 
 def _find_lists(table: Table) -> dict[str, Any] | None:
@@ -321,6 +325,8 @@ def _find_lists(table: Table) -> dict[str, Any] | None:
     answers = answers or next((key for key in ("completions", "responses") if key in table), None)
     scores = table.options.score if table.options.score in table.names else None
     known = [key for key in SCORE_LISTS if key in table and table.mostly(key, _is_list)]
+    if answers and not scores and len(known) > 1 and known[0] != "scores":
+        raise ValueError(_which_score([table.names[key] for key in known], table, "beside the lists of answers"))
     scores = scores or (known[0] if known else table.first(("scores", "rewards")))
     if answers is None or scores is None or scores == answers:
         return None
