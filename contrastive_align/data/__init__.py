@@ -2,9 +2,11 @@
 
 from contrastive_align.data.collate import GroupCollator
 from contrastive_align.data.formats import Group, distinct_prompts
+from contrastive_align.data.prepare import DataReport, prepare_groups
+from contrastive_align.data.reading import read_shape
 from contrastive_align.data.rows import BadRow
 from contrastive_align.data.shapes import SHAPES, Options, Reading, recognise
-from contrastive_align.data.tokenise import DataReport, prepare_groups, read_shape, tokenise_group
+from contrastive_align.data.tokenise import tokenise_group
 
 
 __all__ = [

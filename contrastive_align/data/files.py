@@ -193,8 +193,7 @@ def _text(path: Path, compression: str | None) -> Iterator[TextIO]:
         except UnicodeDecodeError as error:
             raise FileProblem(
                 f"{path} is not {encoding.upper().removesuffix('-SIG')} text: {error.reason} (byte "
-                f"{error.object[error.start]:#04x}). Save it "
-                "as UTF-8."
+                f"{error.object[error.start]:#04x}). Save it as UTF-8."
             ) from error
         except (OSError, EOFError) as error:
             raise FileProblem(f"{path} cannot be read to its end: {error}") from error

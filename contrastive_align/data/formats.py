@@ -113,8 +113,7 @@ def checked_group(parts: Parts, where: str, *, least: int = 2, prompt_repeats: b
     if template.get("tools") and isinstance(prompt, str):
         raise BadRow(
             f"{where}: 'tools' are given beside a prompt of plain text, which has no place for them. Give the "
-            "prompt as "
-            "messages, or drop the row (on_bad_row='drop')."
+            "prompt as messages, or drop the row (on_bad_row='drop')."
         )
     if least > 1:
         kept = distinct(completions, scores)
@@ -123,8 +122,7 @@ def checked_group(parts: Parts, where: str, *, least: int = 2, prompt_repeats: b
             raise TooFew(
                 f"{where}: of {len(completions)} completions {len(kept)} {'is' if len(kept) == 1 else 'are'} left once "
                 "equal ones are taken out (of several with one score the first is kept, of several with "
-                "different scores "
-                "none). Dropped."
+                "different scores none). Dropped."
             )
         completions, scores = [completions[i] for i in kept], [scores[i] for i in kept]
     return Group(prompt, completions, scores, template), counts
@@ -156,8 +154,7 @@ def check_scores(
     if k < least:
         raise BadRow(
             f"{where}: '{columns.completions}' has {k} completion{'s' * (k != 1)}, expected at least {least} per "
-            "prompt. "
-            "Add completions or drop the row (on_bad_row='drop')."
+            "prompt. Add completions or drop the row (on_bad_row='drop')."
         )
     if len(scores) != k:
         raise BadRow(
@@ -179,7 +176,7 @@ def number_of(score: Any, what: str, decimal_comma: bool = False) -> float:
         raise BadRow(f"{what} is missing, expected a finite number. Fill it in or drop the row (on_bad_row='drop').")
     number: Any = score
     if isinstance(score, str):
-        text = score.strip()
+        text = {"true": "1", "false": "0"}.get(score.strip().lower(), score.strip())
         # 1,000 may be a thousand.
         german = decimal_comma and _DECIMAL_COMMA.fullmatch(text) and not re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", text)
         number = text.replace(",", ".") if german else text

@@ -134,8 +134,7 @@ def check_completion(completion: Any, what: str) -> None:
     if others := [role for role in roles if role not in ("assistant", "tool")]:
         raise BadRow(
             f"{what} has a turn of the {others[0]} inside (roles: {roles}), on which the model would be trained. "
-            "End the "
-            "prompt with the user's last turn, or drop the row (on_bad_row='drop')."
+            "End the prompt with the user's last turn, or drop the row (on_bad_row='drop')."
         )
 
 

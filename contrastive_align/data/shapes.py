@@ -24,6 +24,7 @@ Row = dict[str, Any]  # by key (see key_of)
 
 # Names of columns as they are published -> what they are. Keys, see key_of.
 PROMPTS = (
+    "orig_instruction",
     "prompt",
     "instruction",
     "question",
@@ -35,10 +36,31 @@ PROMPTS = (
     "input",
     "context",
 )
-CONVERSATIONS = ("messages", "conversation", "conversations", "trajectory", "dialogue", "dialog", "chat", "turns")
-SYSTEMS = ("system", "system_prompt")
+CONVERSATIONS = (
+    "context_messages",
+    "messages",
+    "conversation",
+    "conversations",
+    "trajectory",
+    "dialogue",
+    "dialog",
+    "chat",
+    "turns",
+)
+SYSTEMS = ("system", "system_prompt", "system_message", "sys_prompt")
 ADDED = ("input", "context")  # a text that follows the prompt
-ANSWERS = ("completion", "response", "answer", "output", "generation", "reply", "summary", "candidate", "text")
+ANSWERS = (
+    "orig_response",
+    "completion",
+    "response",
+    "answer",
+    "output",
+    "generation",
+    "reply",
+    "summary",
+    "candidate",
+    "text",
+)
 LISTS = (
     "completions",
     "responses",
@@ -51,12 +73,13 @@ LISTS = (
     "summaries",
 )
 SCORES = ("score", "reward", "rating", "mark", "grade", "points", "overall_score", "quality")
-SCORE_LISTS = tuple(f"{name}s" for name in SCORES) + SCORES + ("ranks", "rank", "labels", "label")
-RANKS = ("rank", "ranks", "ranking")  # the lowest is the best
+RANKS = ("rank", "ranks", "ranking", "rankings")  # the lowest is the best
+SCORE_LISTS = (*(f"{name}s" for name in SCORES), *SCORES, *RANKS)
 LABELS = ("label",)  # true or false
 PAIRS = (
     ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_answer", "rejected_answer"),
-    ("response_j", "response_k"), ("preferred", "dispreferred"), ("accepted", "rejected"), ("better", "worse"),
+    ("response_j", "response_k"), ("response_chosen", "response_rejected"), ("preferred", "dispreferred"),
+    ("accepted", "rejected"), ("better", "worse"),
     ("win", "lose"), ("winner_response", "loser_response"), ("positive", "negative"), ("good", "bad"),
 )  # fmt: skip
 STRENGTHS = ("preference_strength", "overall_preference")  # negative: the first, positive: the second
@@ -160,6 +183,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
+def _is_score(value: Any) -> bool:
+    return _is_number(value) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -218,20 +245,46 @@ def find_prompt(table: Table, taken: Iterable[str] = ()) -> Prompt:
     main = main or next((key for key in PROMPTS if key in free), None)  # whose rows are all empty, which is said
     if talks and main not in ("prompt", "instruction", "question"):
         main = talks[0]
+    elif talks and main:
+        ends = [_last_text(row.get(talks[0])) == row.get(main) for row in table.rows if row.get(talks[0]) is not None]
+        if 2 * sum(ends) <= len(ends):
+            raise ValueError(_which_prompt([talks[0], main], table))
+        main = talks[0]
+    others = [key for key in ("question", "query", "problem") if key in candidates and key != main]
+    if main == "instruction" and others and "prompt" not in table.options.columns:
+        raise ValueError(
+            f"{_which_prompt([others[0], main], table)} Or join them: columns='system={table.names[main]},"
+            f"prompt={table.names[others[0]]}'."
+        )
     if "prompt" in table.options.columns and not table.options.columns["prompt"]:
         return Prompt(None)
-    system = next((key for key in SYSTEMS if key in free and table.values(key)), None)
-    history = "history" if "history" in free and main != "history" and any(table.values("history")) else None
-    added = tuple(key for key in ADDED if key in free and key != main and table.values(key)) if main else ()
+    # By their names alone: what is empty in the first rows may hold text in others.
+    system = next((key for key in SYSTEMS if key in free), None)
+    history = "history" if "history" in free and main != "history" else None
+    added = tuple(key for key in ADDED if key in free and key != main) if main and main != "orig_instruction" else ()
     if main == "prompt":  # which may be rendered from them
         added = tuple(key for key in added if not _is_within(table, key, main))
     return Prompt(main, system, history, added, tuple(key for key in TEMPLATE if key in free))
 
 
+def _last_text(value: Any) -> Any:
+    """Return the text of a conversation's last turn."""
+    try:
+        turns = as_text(value, "")
+    except BadRow:
+        return None
+    return turns[-1].get("content") if isinstance(turns, list) and turns else None
+
+
+def _which_prompt(keys: list[str], table: Table) -> str:
+    names = [table.names[key] for key in keys]
+    return f"The columns {', '.join(map(repr, names))} may each be the prompt. Say which: columns='prompt={names[0]}'."
+
+
 def _is_within(table: Table, key: str, main: str) -> bool:
     """Whether the text of one column stands in that of another in every row that has both."""
     pairs = [(row.get(key), row.get(main)) for row in table.rows if row.get(key) and row.get(main)]
-    return all(isinstance(x, str) and isinstance(y, str) and x.strip() in y for x, y in pairs)
+    return bool(pairs) and all(isinstance(x, str) and isinstance(y, str) and x.strip() in y for x, y in pairs)
 
 
 def _asks(value: Any) -> bool:
@@ -251,6 +304,9 @@ def _roles(value: Any) -> list[Any]:
 
 def parsed_prompt(value: Any, what: str) -> Any:
     """Return a prompt, of an object (webgpt's question) its text."""
+    found = parsed(value, what)
+    if isinstance(value, str) and isinstance(found, Mapping) and isinstance(found.get("full_text"), str):
+        return found["full_text"]  # WebGPT's question in the cell of a table
     if isinstance(value, Mapping) and not is_turn(value):
         text = next((value[key] for key in ("full_text", "text", "content", "question") if key in value), None)
         if not isinstance(text, str):
@@ -311,9 +367,9 @@ def _prompt_name(roles: Mapping[str, Any]) -> str:
     return _named(roles, roles["prompt"].main)
 
 
-def _negated(score: Any, key: str) -> Any:
-    """Return minus a rank, which may be a cell's text; any other score as it is."""
-    if key not in RANKS or not _is_number(score) or isinstance(score, bool):
+def _negated(score: Any, name: str) -> Any:
+    """Return minus a rank, which may be a cell's text; of a column of another name the score as it is."""
+    if not set(key_of(name).split("_")) & set(RANKS) or not _is_number(score) or isinstance(score, bool):
         return score
     if isinstance(score, str):
         return score.strip()[1:] if score.strip().startswith("-") else f"-{score.strip()}"
@@ -328,6 +384,9 @@ def _find_lists(table: Table) -> dict[str, Any] | None:
     if answers and not scores and len(known) > 1 and known[0] != "scores":
         raise ValueError(_which_score([table.names[key] for key in known], table, "beside the lists of answers"))
     scores = scores or (known[0] if known else table.first(("scores", "rewards")))
+    if answers and scores is None and (labels := table.first(("labels", "label"))) and table.mostly(labels, _is_list):
+        # TRL's stepwise supervision has them for the steps of one answer.
+        raise ValueError(_which_score([table.names[labels]], table, "for answers and not for steps"))
     if answers is None or scores is None or scores == answers:
         return None
     return {
@@ -342,7 +401,7 @@ def _read_lists(row: Row, roles: dict[str, Any], where: str) -> list[Parts]:
     answers, scores = roles["answers"], roles["scores"]
     columns = Columns(_prompt_name(roles), _named(roles, answers), _named(roles, scores))
     completions = listed(row.get(answers), columns.completions, where)
-    numbers = [_negated(score, scores) for score in listed(row.get(scores), columns.scores, where)]
+    numbers = [_negated(score, columns.scores) for score in listed(row.get(scores), columns.scores, where)]
     return [_parts(row, roles, where, completions, numbers, columns)]
 
 
@@ -372,6 +431,11 @@ def _find_nested(table: Table) -> dict[str, Any] | None:
         wanted = table.options.score
         known = [k for name in ("overall_score", *SCORES, *RANKS) for k in numeric if key_of(k) == name]
         score = next((k for k in keys if key_of(k) == wanted), None) if wanted else next(iter(known), None)
+        if score is None and wanted and wanted not in table.names:
+            raise ValueError(
+                f"score_column is '{table.options.score_column}', and the entries of '{table.names[answers]}' have "
+                f"{list(keys)}. Name one of these."
+            )
         if score is None:
             if not numeric:
                 continue
@@ -400,7 +464,7 @@ def _read_nested(row: Row, roles: dict[str, Any], where: str) -> list[Parts]:
                 f"{where}: '{columns.completions}'[{i}] is {short(item)}, expected an object with '{text}' and "
                 f"'{score}'. {FIX}"
             )
-    scores = [_negated(item.get(score), key_of(score)) for item in items]
+    scores = [_negated(item.get(score), score) for item in items]
     return [_parts(row, roles, where, [item.get(text) for item in items], scores, columns)]
 
 
@@ -445,6 +509,7 @@ def _find_wide(table: Table) -> dict[str, Any] | None:
     """Find answer_1, score_1, answer_2, ...; A0, score_A0, ...; human_ref_A, score_A, ..."""
     families = _families(table)
     wanted = table.options.score
+    wanted = next((stem for stem, keys in families.items() if wanted in keys.values()), wanted)
     words = (wanted,) if wanted else (*SCORES, *RANKS)
     scored = [s for s in families if any(re.search(rf"(^|_){re.escape(word)}s?(_|$)", s) for word in words)]
     stem = _answer_family(table, families, scored)
@@ -454,7 +519,7 @@ def _find_wide(table: Table) -> dict[str, Any] | None:
     scored = [s for s in scored if set(families[s]) & set(answers)]
     numeric = [
         s for s in families
-        if s != stem and set(answers) <= set(families[s])
+        if s != stem and not ABOUT.fullmatch(s) and set(answers) <= set(families[s])
         and all(table.mostly(k, _is_number) for k in families[s].values())
     ]  # fmt: skip
     if not scored:
@@ -481,8 +546,7 @@ def _sibling(table: Table, family: Mapping[str, str], index: str) -> str:
 def _read_wide(row: Row, roles: dict[str, Any], where: str) -> list[Parts]:
     # A ragged table leaves both columns of what a short row lacks empty.
     own = [(a, s) for a, s in roles["own"] if row.get(a) not in (None, "") or row.get(s) not in (None, "")]
-    rank = "rank" in roles["stem"].split("_")
-    completions, scores = [row.get(a) for a, _ in own], [_negated(row.get(s), "rank" if rank else "") for _, s in own]
+    completions, scores = [row.get(a) for a, _ in own], [_negated(row.get(s), roles["stem"]) for _, s in own]
     named = [(_named(roles, a), _named(roles, s) if s else f"score of {_named(roles, a)}") for a, s in own]
     first = [_named(roles, key) for key in roles["own"][0]]
     columns = Columns(_prompt_name(roles), f"{first[0]}..", f"{first[1]}..", named)
@@ -498,7 +562,11 @@ def _find_compared(table: Table) -> dict[str, Any] | None:
     families = _families(table)
     nested = "summaries" if table.mostly("summaries", lambda v: isinstance(v, list) and len(v) == 2) else None
     votes = [key for key in table.names if re.fullmatch(r"annotator_?\d+", key) and table.mostly(key, _is_number)]
-    one_hot = [key for key in table.names if re.fullmatch(r"winner_.+", key) and table.mostly(key, _is_number)]
+    one_hot = [
+        key
+        for key in table.names
+        if re.fullmatch(r"winner_(.+_)?(a|b|tie|[0-9])", key) and table.mostly(key, _is_score)
+    ]
     stem = None if nested else _answer_family(table, families, {"winner_model", "annotator"})
     if stem is None and nested is None:
         return None
@@ -579,31 +647,51 @@ def _compared_scores(row: Row, roles: dict[str, Any], first: str, second: str, w
         if not 1 <= preference <= 2:
             raise BadRow(f"{what} is {preference}, expected 1 (the first) to 2 (the second). {FIX}")
         return [2 - preference, preference - 1]
-    text = str(int(value)) if isinstance(value, bool | int | float) and float(value).is_integer() else str(value)
-    said = key_of(text)
-    if said.startswith(("tie", "both", "neither", "equal", "draw")):
-        return [0.5, 0.5]
-    last = said.rsplit("_", 1)[-1]
-    if last in (first, second):
-        return [1.0, 0.0] if last == first else [0.0, 1.0]
-    raise BadRow(f"{what} is {short(value)}, expected '{first}' or '{second}', the better answer, or 'tie'. {FIX}")
+    scores = _winner(value, first, second)
+    if scores is None:
+        raise BadRow(f"{what} is {short(value)}, expected '{first}' or '{second}', the better answer, or 'tie'. {FIX}")
+    return scores
+
+
+def _winner(value: Any, first: str, second: str) -> list[float] | None:
+    """Return the scores of two answers by what a column says of the better one; None for what is not known.
+
+    >>> _winner("model_a", "a", "b"), _winner("B>>A", "a", "b"), _winner("1.0", "0", "1"), _winner("a=b", "a", "b")
+    ([1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.5, 0.5])
+    """
+    won = {"first": [1.0, 0.0], "second": [0.0, 1.0], "tie": [0.5, 0.5]}
+    names = {first: "first", second: "second", "first": "first", "second": "second", "left": "first", "right": "second"}
+    if first.isdigit():
+        names |= {"a": "first", "b": "second"}
+    if isinstance(value, bool):
+        return None
+    if _is_number(value):
+        number = float(value.replace(",", ".")) if isinstance(value, str) else float(value)
+        return won[names[str(int(number))]] if number.is_integer() and str(int(number)) in names else None
+    text = value.strip().lower() if isinstance(value, str) else ""
+    if re.fullmatch(r"(tie|both|neither|equal|draw|same)\b.*", text):
+        return won["tie"]
+    if compared := re.fullmatch(r"(\w+)\s*(>+|<+|=+)\s*(\w+)", text):
+        sides = [names.get(compared[1]), names.get(compared[3])]
+        if set(sides) != {"first", "second"}:
+            return None
+        return won["tie" if "=" in compared[2] else sides[0] if ">" in compared[2] else sides[1]]
+    things = "model|response|answer|output|option|assistant|candidate|completion|summary|conversation|text"
+    named = re.fullmatch(rf"(?:(?:{things})[_ ]?)?(\w+)", text)
+    return won[names[named[1]]] if named and named[1] in names else None
 
 
 def _in_turns(parts: Parts) -> Parts:
     """Join lists of one text a turn, of the prompt and of both answers (LMSYS), into text or dialogues."""
     prompt, answers = parsed(parts.prompt), [parsed(answer) for answer in parts.completions]
-    texts = [
-        value for value in (prompt, *answers) if isinstance(value, list) and all(isinstance(t, str) for t in value)
-    ]
-    lists = [
-        answer for answer in answers if isinstance(answer, list) and answer and all(isinstance(t, str) for t in answer)
-    ]
-    if len(lists) != len(answers) or not lists:
+    if not _is_turns(prompt) or not all(isinstance(answer, list) for answer in answers):
         return parts
-    asked = [prompt] if isinstance(prompt, str) else prompt
+    if not all(map(_is_turns, answers)):
+        raise BadRow(f"{parts.columns.completions}: {short(answers)}, expected a text for each turn. {FIX}")
+    asked = prompt
     if len(asked) == 1 and all(len(answer) == 1 for answer in answers):
         parts.prompt, parts.completions = asked[0], [answer[0] for answer in answers]
-    elif texts and all(len(answer) == len(asked) for answer in answers):
+    elif all(len(answer) == len(asked) for answer in answers):
         turns = [
             [turn for q, a in zip(asked, answer, strict=True) for turn in
              ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
@@ -631,6 +719,12 @@ def _find_pairs(table: Table) -> dict[str, Any] | None:
         for a, b in [[f"{word}_{side}" for side in sides], [f"{side}_{word}" for side in sides]]
         if a in table and b in table
     ]  # fmt: skip
+    if not families and not table.options.score:  # chosen_avg_rating
+        for key in table.names:
+            twin = re.sub(rf"(^|_){pair[0]}(_|$)", rf"\1{pair[1]}\2", key)
+            rated = set(key.split("_")) & {*SCORES, *RANKS} and twin != key and twin in table
+            if rated and table.mostly(key, _is_number) and table.mostly(twin, _is_number):
+                families.append((key, twin))
     if table.options.score and not families and table.options.score not in (None,):
         raise ValueError(
             f"score_column is '{table.options.score_column}', but no pair of columns "
@@ -641,6 +735,12 @@ def _find_pairs(table: Table) -> dict[str, Any] | None:
     if len(families) > 1 and not table.options.hard_pairs:
         words = [a.replace(f"_{pair[0]}", "").replace(f"{pair[0]}_", "") for a, _ in families]
         raise ValueError(_which_score(words, table, "beside the pairs"))
+    lists = [key for key in LISTS if key in table and table.mostly(key, _is_list)]
+    if (lists or _answer_family(table, _families(table))) and table.mostly(pair[0], _is_label):
+        raise ValueError(
+            f"'{table.names[pair[0]]}' and '{table.names[pair[1]]}' hold labels of answers, such as "
+            f"{short(table.values(pair[0])[0])}, and not answers. Put the answers' texts into them."
+        )
     keys = {*pair, *(scores or ())}
     prompt = find_prompt(table, keys)
     roles = {"prompt": prompt, "pair": pair, "scores": scores, "keys": keys, "hard": table.options.hard_pairs}
@@ -651,6 +751,10 @@ def _find_pairs(table: Table) -> dict[str, Any] | None:
     elif prompt.main is None and not dialogues and "prompt" not in table.options.columns:
         _check_implicit(table, keys | prompt.keys)
     return roles
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, str) and bool(re.fullmatch(r"\d|[A-Ha-h]", value.strip())))
 
 
 def _check_implicit(table: Table, taken: set[str]) -> None:
@@ -686,7 +790,7 @@ def _read_pairs(row: Row, roles: dict[str, Any], where: str) -> list[Parts]:
     )
     scores: list[Any] = [1.0, 0.0]
     if roles["scores"] and not roles["hard"]:
-        scores = [_negated(row.get(key), "rank" if "rank" in key else "") for key in roles["scores"]]
+        scores = [_negated(row.get(key), key) for key in roles["scores"]]
         names.own = list(
             zip((_named(roles, a), _named(roles, b)), (_named(roles, k) for k in roles["scores"]), strict=True)
         )
@@ -731,8 +835,7 @@ def _implicit(chosen: Any, rejected: Any, where: str, names: Columns) -> tuple[A
     if not re.search(r"\s", shared):
         raise BadRow(
             f"{where}: no prompt. '{a}' and '{b}' share {shared!r} at most at their beginning. Give a 'prompt' "
-            "column, or "
-            "drop the row (on_bad_row='drop')."
+            "column, or drop the row (on_bad_row='drop')."
         )
     return split["prompt"], [split["chosen"], split["rejected"]]
 
@@ -817,7 +920,7 @@ def _find_long(table: Table) -> dict[str, Any] | None:
     taken = prompt.keys | {answer}
     wanted = table.options.score
     known = [
-        key for key in (*SCORES, *RANKS, *LABELS) if key in table and key not in taken and table.mostly(key, _is_number)
+        key for key in (*SCORES, *RANKS, *LABELS) if key in table and key not in taken and table.mostly(key, _is_score)
     ]
     if wanted:
         if wanted not in table.names:
@@ -847,7 +950,7 @@ def _read_long(row: Row, roles: dict[str, Any], where: str) -> list[Parts]:
         _named(roles, score),
         [(_named(roles, answer), _named(roles, score))],
     )
-    return [_parts(row, roles, where, [row.get(answer)], [_negated(row.get(score), score)], columns)]
+    return [_parts(row, roles, where, [row.get(answer)], [_negated(row.get(score), _named(roles, score))], columns)]
 
 
 def _which_score(names: list[str], table: Table, where: str) -> str:
@@ -910,8 +1013,9 @@ def by_key(values: Mapping[str, Any], options: Options) -> Row:
     row = {key_of(name): value for name, value in values.items() if name not in OWN_COLUMNS and name != DECIMAL_COMMA}
     if values.get(DECIMAL_COMMA):
         row[DECIMAL_COMMA] = True
-    named = {role: row.pop(key_of(column), None) for role, column in options.columns.items() if column}
-    return row | named
+    named = {role: row.get(key_of(column)) for role, column in options.columns.items() if column}
+    hidden = {key_of(column) or role for role, column in options.columns.items()}
+    return {key: value for key, value in row.items() if key not in hidden} | named
 
 
 def recognise(rows: list[Mapping[str, Any]], columns: list[str], options: Options, shape: str | None = None) -> Reading:
@@ -947,10 +1051,12 @@ def recognise(rows: list[Mapping[str, Any]], columns: list[str], options: Option
             raise ValueError(
                 f"columns='{role}={column}': '{role}' is no part of a group. Parts are {', '.join(ROLES)}."
             )
+    used = [key_of(column) for column in options.columns.values() if column]
+    if len(set(used)) < len(used):
+        raise ValueError(f"columns={dict(options.columns)!r} gives one column two roles. Give each one.")
     for role, column in options.columns.items():
-        if column:
-            given.pop(key_of(column), None)
-            given[role] = column
+        given.pop(key_of(column) or role, None)
+    given |= {role: column for role, column in options.columns.items() if column}
     table = Table([by_key(row, options) for row in rows], given, options)
     for found in SHAPES.values() if shape is None else [SHAPES[shape]]:
         roles = found.find(table)
@@ -959,15 +1065,11 @@ def recognise(rows: list[Mapping[str, Any]], columns: list[str], options: Option
         roles["names"] = given
         keys = roles["keys"] | roles["prompt"].keys
         read = [given[key] for key in given if key in keys]
-        unread = [name for name in names.values() if name not in read and _has_values(name, rows)]
+        unread = [name for name in names.values() if name not in read]
         reading = Reading(found.name, roles, options, given, read, unread)
         reading.prompt_repeats = _prompt_repeats(reading, rows)
         return reading
     raise ValueError(_unknown(table))
-
-
-def _has_values(column: str, rows: list[Mapping[str, Any]]) -> bool:
-    return any(row.get(column) not in (None, "", [], {}) for row in rows)
 
 
 def _prompt_repeats(reading: Reading, rows: list[Mapping[str, Any]]) -> bool:
@@ -995,8 +1097,7 @@ def _unknown(table: Table) -> str:
     guess = _guess(kinds, table)
     return (
         f"No groups found in the columns {listing}. Expected a prompt, and completions with a score each (lists, "
-        "numbered "
-        f"columns, or one a row), or chosen and rejected. Say which column is which, {guess}."
+        f"numbered columns, or one a row), or chosen and rejected. Say which column is which, {guess}."
     )
 
 
@@ -1009,22 +1110,29 @@ def _kind(table: Table, key: str) -> str:
 
 
 def _guess(kinds: Mapping[str, str], table: Table) -> str:
-    texts = [table.names[k] for k, kind in kinds.items() if kind in ("text", "messages") and not ABOUT.fullmatch(k)]
+    words = {*SCORES, *RANKS, *LABELS, *WINNERS, *SYSTEMS, "judgment", "judgement", "mask", "history"}
+    about = [k for k in kinds if ABOUT.fullmatch(k) or set(k.split("_")) & words]
+    texts = [table.names[k] for k, kind in kinds.items() if kind in ("text", "messages") and k not in about]
     lists = [table.names[k] for k, kind in kinds.items() if kind == "list"]
-    numbers = [table.names[k] for k, kind in kinds.items() if kind == "number"]
-    prompt = find_prompt(table).main
+    numbers = [table.names[k] for k, kind in kinds.items() if kind == "number" and not ABOUT.fullmatch(k)]
+    prompt = _prompt_or_none(table)
     prompt_name = table.names[prompt] if prompt else (texts or ["NAME"])[0]
     texts = [name for name in texts if name != prompt_name]
     if len(lists) >= 2:
         return f"for instance columns='prompt={prompt_name},completions={lists[0]},scores={lists[1]}'"
-    if len(texts) >= 2 and not numbers:
-        return f"for instance columns='prompt={prompt_name},chosen={texts[0]},rejected={texts[1]}'"
-    if texts and numbers:
+    if len(texts) == 1 and numbers:
         return (
             f"for instance columns='prompt={prompt_name},completion={texts[0]},score={numbers[0]}' (one answer a row)"
         )
-    answer = (texts or lists or ["NAME"])[0]
-    return f"for instance columns='prompt={prompt_name},completions={answer},scores=NAME'"
+    if lists:
+        return f"for instance columns='prompt={prompt_name},completions={lists[0]},scores=NAME'"
+    return f"for instance columns='prompt={prompt_name},chosen=NAME,rejected=NAME'"
+
+
+def _prompt_or_none(table: Table) -> str | None:
+    with contextlib.suppress(ValueError):
+        return find_prompt(table).main
+    return None
 
 
 def first_rows(rows: Iterable[Mapping[str, Any]], n: int = SAMPLE) -> list[Mapping[str, Any]]:

@@ -20,9 +20,9 @@ from contrastive_align.data import Options, read_shape
 from contrastive_align.data.files import KINDS, FileProblem, folder_files, kind_of, prompts_of, read_files
 from contrastive_align.data.formats import with_system
 from contrastive_align.data.messages import as_text
+from contrastive_align.data.reading import join_rows
 from contrastive_align.data.rows import RAW, ROW, BadRow, values_of
 from contrastive_align.data.shapes import SAMPLE, Prompt, Table, by_key, find_prompt, key_of, read_options
-from contrastive_align.data.tokenise import join_rows
 from contrastive_align.launch.arguments import Arguments, RunArguments
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.trl_seam import DatasetConfig
@@ -89,8 +89,7 @@ def _joined(args: Arguments, rows: Any, name: str, on_bad_row: str) -> Any:
     joined, counts = join_rows(rows, reading, on_bad_row=on_bad_row, name=name)
     args.notes.append(
         f"{name}: {counts['rows']} rows of one answer each are {len(joined)} groups; dropped: {counts['dropped']} "
-        "rows, "
-        f"{counts['single_answers']} prompts with one answer"
+        f"rows, {counts['single_answers']} prompts with one answer"
     )
     first = next(iter(counts["dropped_because"].values()), None)
     args.notes += [f"the first row dropped: {first}"] if first else []

@@ -13,7 +13,7 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from contrastive_align.data.batching import TokenBatchSampler, group_sizes
-from contrastive_align.data.tokenise import FIRST_ROWS
+from contrastive_align.data.reading import FIRST_ROWS
 
 
 logger = logging.get_logger(__name__)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from trl import DPOTrainer
 
 from contrastive_align import demo
-from contrastive_align.data import BadRow, Group, prepare_groups, tokenise, tokenise_group
+from contrastive_align.data import BadRow, Group, prepare, prepare_groups, tokenise_group
 from contrastive_align.data.tokenise import NoRoom
 
 
@@ -383,7 +383,7 @@ def test_the_cache_gives_the_same_rows_and_the_same_report(plain, tmp_path, monk
     def not_again(*args, **kwargs):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr(tokenise, "tokenise_groups", not_again)
+    monkeypatch.setattr(prepare, "tokenise_groups", not_again)
     second, again = ours(dataset, plain, on_bad_row="drop")
     assert again == report and second.to_list() == first.to_list()
     with pytest.raises(AssertionError, match="tokenised again"):  # other options, other ids
@@ -463,12 +463,12 @@ def test_a_bad_row_of_a_stream_raises_when_it_is_read(plain):
 def test_dropped_rows_of_a_stream_are_said(plain, caplog):
     logging.getLogger("transformers").propagate = True
     rows = [group(0), {**group(1), "completions": ["only a stream has this", ""]}]
-    with caplog.at_level(logging.WARNING, logger=tokenise.logger.name):
-        tokenise.logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.WARNING, logger=prepare.logger.name):
+        prepare.logger.addHandler(caplog.handler)
         try:
             assert len(list(ours(stream(rows), plain, on_bad_row="drop", name="streamed")[0])) == 1
         finally:
-            tokenise.logger.removeHandler(caplog.handler)
+            prepare.logger.removeHandler(caplog.handler)
     assert "streamed, row 1: 'completions'[1] is empty" in caplog.text
 
 
