@@ -56,8 +56,8 @@ from trl import DatasetMixtureConfig, ModelConfig
 import contrastive_align
 from contrastive_align import demo
 from contrastive_align.data import BadRow, prepare_groups
+from contrastive_align.data.columns import read_options
 from contrastive_align.data.files import FileProblem
-from contrastive_align.data.shapes import read_options
 from contrastive_align.launch.arguments import Arguments, RunArguments
 from contrastive_align.launch.datasets import load_splits
 from contrastive_align.launch.usage import UsageError

@@ -1,11 +1,12 @@
 """From a dataset's rows to groups, to token ids, to batches."""
 
 from contrastive_align.data.collate import GroupCollator
+from contrastive_align.data.columns import Options
 from contrastive_align.data.formats import Group, distinct_prompts
 from contrastive_align.data.prepare import DataReport, prepare_groups
 from contrastive_align.data.reading import read_shape
 from contrastive_align.data.rows import BadRow
-from contrastive_align.data.shapes import SHAPES, Options, Reading, recognise
+from contrastive_align.data.shapes import SHAPES, Reading, recognise
 from contrastive_align.data.tokenise import tokenise_group
 
 

@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from contrastive_align.data import formats, rows, shapes, tokenise
+from contrastive_align.data.columns import Options
 from contrastive_align.data.formats import Columns, Group, TooFew, check_scores, checked_group, distinct
 from contrastive_align.data.reading import FIRST_ROWS, SOURCE, TOKEN_COLUMNS, as_utf8, join_rows, read_shape, unbatched
 from contrastive_align.data.rows import ROW, BadRow, values_of
-from contrastive_align.data.shapes import Options, Reading
+from contrastive_align.data.shapes import Reading
 from contrastive_align.data.tokenise import NoRoom, TokenisedGroup, fit, tokenise_groups
 
 

@@ -13,17 +13,20 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 
-from contrastive_align.data import formats, messages, rows, shapes
+from contrastive_align.data import columns, formats, messages, rows, shapes
+from contrastive_align.data.columns import Options
 from contrastive_align.data.formats import Group, TooFew, checked_group
 from contrastive_align.data.rows import RAW, ROW, BadRow, values_of
-from contrastive_align.data.shapes import Options, Reading, first_rows, recognise
+from contrastive_align.data.shapes import Reading, first_rows, recognise
 
 
 TOKEN_COLUMNS = ["prompt_ids", "completion_ids", "scores"]
 FIRST_ROWS = 5
 # Part of the caches' keys: rows that other code read are read again.
 SOURCE = hashlib.sha256(
-    b"".join(Path(f).read_bytes() for f in (__file__, *(m.__file__ for m in (formats, messages, rows, shapes))))
+    b"".join(
+        Path(f).read_bytes() for f in (__file__, *(m.__file__ for m in (columns, formats, messages, rows, shapes)))
+    )
 ).hexdigest()
 
 

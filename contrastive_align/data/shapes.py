@@ -11,336 +11,44 @@ import difflib
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from contrastive_align.data.columns import (
+    ABOUT,
+    ANSWERS,
+    CONVERSATIONS,
+    LABELS,
+    LISTS,
+    PAIRS,
+    RANKS,
+    ROLES,
+    SAMPLE,
+    SCORE_LISTS,
+    SCORES,
+    STRENGTHS,
+    SYSTEMS,
+    WINNERS,
+    Options,
+    Prompt,
+    Row,
+    Table,
+    asks,
+    find_prompt,
+    is_answer,
+    is_conversation,
+    is_list,
+    is_number,
+    is_score,
+    is_text,
+    is_turns,
+    key_of,
+    roles_of,
+)
 from contrastive_align.data.formats import Columns, Parts, listed, number_of
 from contrastive_align.data.messages import as_text, is_turn
 from contrastive_align.data.rows import DECIMAL_COMMA, FIX, OWN_COLUMNS, BadRow, parsed, short
 from contrastive_align.trl_seam import extract_prompt
-
-
-Row = dict[str, Any]  # by key (see key_of)
-
-# Names of columns as they are published -> what they are. Keys, see key_of.
-PROMPTS = (
-    "orig_instruction",
-    "prompt",
-    "instruction",
-    "question",
-    "query",
-    "problem",
-    "request",
-    "user_prompt",
-    "post",
-    "input",
-    "context",
-)
-CONVERSATIONS = (
-    "context_messages",
-    "messages",
-    "conversation",
-    "conversations",
-    "trajectory",
-    "dialogue",
-    "dialog",
-    "chat",
-    "turns",
-)
-SYSTEMS = ("system", "system_prompt", "system_message", "sys_prompt")
-ADDED = ("input", "context")  # a text that follows the prompt
-ANSWERS = (
-    "orig_response",
-    "completion",
-    "response",
-    "answer",
-    "output",
-    "generation",
-    "reply",
-    "summary",
-    "candidate",
-    "text",
-)
-LISTS = (
-    "completions",
-    "responses",
-    "answers",
-    "generations",
-    "outputs",
-    "candidates",
-    "replies",
-    "samples",
-    "summaries",
-)
-SCORES = ("score", "reward", "rating", "mark", "grade", "points", "overall_score", "quality")
-RANKS = ("rank", "ranks", "ranking", "rankings")  # the lowest is the best
-SCORE_LISTS = (*(f"{name}s" for name in SCORES), *SCORES, *RANKS)
-LABELS = ("label",)  # true or false
-PAIRS = (
-    ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_answer", "rejected_answer"),
-    ("response_j", "response_k"), ("response_chosen", "response_rejected"), ("preferred", "dispreferred"),
-    ("accepted", "rejected"), ("better", "worse"),
-    ("win", "lose"), ("winner_response", "loser_response"), ("positive", "negative"), ("good", "bad"),
-)  # fmt: skip
-STRENGTHS = ("preference_strength", "overall_preference")  # negative: the first, positive: the second
-WINNERS = (
-    "winner", "choice", "preferred", "preference", "better", "best", "better_response_id", "safer_response_id", "label",
-    "orig_preference", "human_preference", "chosen_index", "verdict", "vote",
-)  # fmt: skip
-TREE = ("replies",)
-# Columns that say where a row is from, and are never its prompt.
-ABOUT = re.compile(
-    r"(.*_)?(ids?|uuid|idx|index|sources?|dataset|subset|split|category|language|lang|types?|kind|domain|task|models?|"
-    r"generators?|judge|annotator|worker|batch|date|timestamp|tstamp|time|url|version|license|status|order|policy|hash|"
-    r"name|tags?|metadata|meta|info|note|turn|rationales?|reason|topic)(_\d+|_[a-z])?"
-)
-TEMPLATE = ("tools", "chat_template_kwargs")
-ROLES = (
-    "prompt", "system", "history", "completions", "scores", "completion", "score", "chosen", "rejected", "tools",
-    "messages", "input",
-)  # fmt: skip
-SAMPLE = 64  # rows by which a shape is recognised
-
-
-def key_of(name: str) -> str:
-    """Return a column's name free of case and punctuation.
-
-    >>> key_of("Chosen-Rating"), key_of("Answer 1")
-    ('chosen_rating', 'answer_1')
-    """
-    return re.sub(r"[\W_]+", "_", name.strip().lower()).strip("_") or name
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user says of the columns.
-
-    Args:
-        columns: role -> the column that has it; an empty one says that no column has it.
-        score_column: the column, or the key of nested answers, that is the score.
-        hard_pairs: chosen and rejected are scores (1, 0), whatever ratings stand beside them.
-    """
-
-    columns: Mapping[str, str] = field(default_factory=dict)
-    score_column: str | None = None
-    hard_pairs: bool = False
-
-    @property
-    def score(self) -> str | None:
-        return None if self.score_column is None else key_of(self.score_column)
-
-
-def read_options(columns: Any, score_column: str | None, hard_pairs: bool = False) -> Options:
-    """Return the options of a config: ``columns`` is a mapping, or text as ``prompt=question,completions=answers``.
-
-    Raises:
-        ValueError: text of another form.
-
-    >>> read_options("prompt=question, completions=answers", None).columns
-    {'prompt': 'question', 'completions': 'answers'}
-    """
-    if isinstance(columns, str):
-        pairs = [pair.partition("=") for pair in columns.split(",") if pair.strip()]
-        if any(not equals or not role.strip() for role, equals, _ in pairs):
-            raise ValueError(
-                f"columns is {columns!r}, expected role=column, as in prompt=question,completions=answers."
-            )
-        columns = {role.strip(): column.strip() for role, _, column in pairs}
-    return Options({str(k): "" if v is None else str(v) for k, v in (columns or {}).items()}, score_column, hard_pairs)
-
-
-class Table:
-    """The columns of a few rows, by key, and what they hold."""
-
-    def __init__(self, rows: list[Row], names: dict[str, str], options: Options) -> None:
-        self.rows, self.names, self.options = rows, names, options
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.names
-
-    def first(self, keys: Iterable[str]) -> str | None:
-        return next((key for key in keys if key in self.names), None)
-
-    def values(self, key: str) -> list[Any]:
-        found = []
-        for row in self.rows:
-            with contextlib.suppress(BadRow):
-                found.append(parsed(row.get(key)))
-        return [value for value in found if value is not None and value != ""]
-
-    def mostly(self, key: str | None, what: Callable[[Any], bool]) -> bool:
-        """Whether the rows that have a value mostly have such a one; a bad row does not decide."""
-        values = self.values(key) if key in self.names else []
-        return bool(values) and 2 * sum(map(what, values)) > len(values)
-
-    def listing(self, key: str) -> str:
-        return f"'{self.names[key]}'"
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, str):
-        return bool(re.fullmatch(r"[+-]?\d*[.,]?\d+", value.strip()))
-    return isinstance(value, int | float)
-
-
-def _is_score(value: Any) -> bool:
-    return _is_number(value) or (isinstance(value, str) and value.strip().lower() in ("true", "false"))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
-
-
-def _is_conversation(value: Any) -> bool:
-    return is_turn(value) or (isinstance(value, list) and bool(value) and all(map(is_turn, value)))
-
-
-def _is_turns(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(turn, str) for turn in value)
-
-
-def _is_answer(value: Any) -> bool:
-    return isinstance(value, str | int | float) or _is_conversation(value)
-
-
-# ------------------------------------------------------------------------------------------------------------ prompts
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """The columns that form a prompt."""
-
-    main: str | None
-    system: str | None = None
-    history: str | None = None
-    added: tuple[str, ...] = ()
-    template: tuple[str, ...] = ()
-
-    @property
-    def keys(self) -> set[str]:
-        return {key for key in (self.main, self.system, self.history, *self.added, *self.template) if key}
-
-    def read(self, row: Row, where: str) -> dict[str, Any]:
-        """Return the arguments of :class:`Parts` that the prompt gives."""
-        template = {key: row.get(key) for key in self.template}
-        found = {"template": template, "system": row.get(self.system) if self.system else None}
-        prompt = parsed_prompt(row.get(self.main), f"{where}: '{self.main}'") if self.main else None
-        for key in self.added:
-            prompt = _with_added(prompt, row.get(key), f"{where}: '{key}'")
-        turns = row.get(self.history) if self.history else None
-        return {**found, "prompt": _with_history(prompt, turns, f"{where}: '{self.history}'") if turns else prompt}
-
-
-def find_prompt(table: Table, taken: Iterable[str] = ()) -> Prompt:
-    """Find the columns of the prompt among those that are not ``taken``."""
-    taken = set(taken)
-    free = [key for key in table.names if key not in taken]
-    candidates = [key for key in (*PROMPTS, "history") if key in free and (table.values(key) or key == "prompt")]
-    talks = [key for key in CONVERSATIONS if key in free and table.mostly(key, _asks)]
-    main = next((key for key in candidates if key != "history" or table.mostly(key, _is_text)), None)
-    main = main or next((key for key in PROMPTS if key in free), None)  # whose rows are all empty, which is said
-    if talks and main not in ("prompt", "instruction", "question"):
-        main = talks[0]
-    elif talks and main:
-        ends = [_last_text(row.get(talks[0])) == row.get(main) for row in table.rows if row.get(talks[0]) is not None]
-        if 2 * sum(ends) <= len(ends):
-            raise ValueError(_which_prompt([talks[0], main], table))
-        main = talks[0]
-    others = [key for key in ("question", "query", "problem") if key in candidates and key != main]
-    if main == "instruction" and others and "prompt" not in table.options.columns:
-        raise ValueError(
-            f"{_which_prompt([others[0], main], table)} Or join them: columns='system={table.names[main]},"
-            f"prompt={table.names[others[0]]}'."
-        )
-    if "prompt" in table.options.columns and not table.options.columns["prompt"]:
-        return Prompt(None)
-    # By their names alone: what is empty in the first rows may hold text in others.
-    system = next((key for key in SYSTEMS if key in free), None)
-    history = "history" if "history" in free and main != "history" else None
-    added = tuple(key for key in ADDED if key in free and key != main) if main and main != "orig_instruction" else ()
-    if main == "prompt":  # which may be rendered from them
-        added = tuple(key for key in added if not _is_within(table, key, main))
-    return Prompt(main, system, history, added, tuple(key for key in TEMPLATE if key in free))
-
-
-def _last_text(value: Any) -> Any:
-    """Return the text of a conversation's last turn."""
-    try:
-        turns = as_text(value, "")
-    except BadRow:
-        return None
-    return turns[-1].get("content") if isinstance(turns, list) and turns else None
-
-
-def _which_prompt(keys: list[str], table: Table) -> str:
-    names = [table.names[key] for key in keys]
-    return f"The columns {', '.join(map(repr, names))} may each be the prompt. Say which: columns='prompt={names[0]}'."
-
-
-def _is_within(table: Table, key: str, main: str) -> bool:
-    """Whether the text of one column stands in that of another in every row that has both."""
-    pairs = [(row.get(key), row.get(main)) for row in table.rows if row.get(key) and row.get(main)]
-    return bool(pairs) and all(isinstance(x, str) and isinstance(y, str) and x.strip() in y for x, y in pairs)
-
-
-def _asks(value: Any) -> bool:
-    """Whether a conversation ends with a turn to answer."""
-    roles = _roles(value)
-    return bool(roles) and roles[-1] != "assistant"
-
-
-def _roles(value: Any) -> list[Any]:
-    """Return the roles of a conversation; none of what is no conversation, or a bad one."""
-    try:
-        turns = as_text(value, "") if _is_conversation(value) else []
-    except BadRow:
-        return []
-    return [turn["role"] for turn in turns] if isinstance(turns, list) else []
-
-
-def parsed_prompt(value: Any, what: str) -> Any:
-    """Return a prompt, of an object (webgpt's question) its text."""
-    found = parsed(value, what)
-    if isinstance(value, str) and isinstance(found, Mapping) and isinstance(found.get("full_text"), str):
-        return found["full_text"]  # WebGPT's question in the cell of a table
-    if isinstance(value, Mapping) and not is_turn(value):
-        text = next((value[key] for key in ("full_text", "text", "content", "question") if key in value), None)
-        if not isinstance(text, str):
-            raise BadRow(f"{what} is {short(value)}, expected text or messages. {FIX}")
-        return text
-    return value
-
-
-def _with_added(prompt: Any, added: Any, what: str) -> Any:
-    if added is None or added == "" or added == []:
-        return prompt
-    if not isinstance(prompt, str) or not isinstance(added, str) or isinstance(as_text(prompt, what), list):
-        raise BadRow(
-            f"{what} is {short(added)} beside the prompt {short(prompt)}: both must be text, to be joined by a "
-            "line break. Name the column that is the prompt (columns='prompt=NAME'), or remove the other."
-        )
-    return f"{prompt}\n{added}" if added.strip() else prompt
-
-
-def _with_history(prompt: Any, turns: Any, what: str) -> list[dict[str, Any]]:
-    turns = parsed(turns, what)
-    before: list[dict[str, Any]] = []
-    if _is_conversation(turns):
-        before = as_text(turns, what)
-    elif isinstance(turns, list) and all(isinstance(t, list) and len(t) == 2 for t in turns):
-        for question, answer in turns:
-            before += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    else:
-        raise BadRow(f"{what} is {short(turns)}, expected pairs of question and answer, or messages. {FIX}")
-    prompt = as_text(prompt, what)
-    return before + (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])
-
-
-# ------------------------------------------------------------------------------------------------------------- shapes
 
 
 @dataclass(frozen=True)
@@ -369,7 +77,7 @@ def _prompt_name(roles: Mapping[str, Any]) -> str:
 
 def _negated(score: Any, name: str) -> Any:
     """Return minus a rank, which may be a cell's text; of a column of another name the score as it is."""
-    if not set(key_of(name).split("_")) & set(RANKS) or not _is_number(score) or isinstance(score, bool):
+    if not set(key_of(name).split("_")) & set(RANKS) or not is_number(score) or isinstance(score, bool):
         return score
     if isinstance(score, str):
         return score.strip()[1:] if score.strip().startswith("-") else f"-{score.strip()}"
@@ -377,14 +85,14 @@ def _negated(score: Any, name: str) -> Any:
 
 
 def _find_lists(table: Table) -> dict[str, Any] | None:
-    answers = next((key for key in LISTS if table.mostly(key, _is_list)), None)
+    answers = next((key for key in LISTS if table.mostly(key, is_list)), None)
     answers = answers or next((key for key in ("completions", "responses") if key in table), None)
     scores = table.options.score if table.options.score in table.names else None
-    known = [key for key in SCORE_LISTS if key in table and table.mostly(key, _is_list)]
+    known = [key for key in SCORE_LISTS if key in table and table.mostly(key, is_list)]
     if answers and not scores and len(known) > 1 and known[0] != "scores":
         raise ValueError(_which_score([table.names[key] for key in known], table, "beside the lists of answers"))
     scores = scores or (known[0] if known else table.first(("scores", "rewards")))
-    if answers and scores is None and (labels := table.first(("labels", "label"))) and table.mostly(labels, _is_list):
+    if answers and scores is None and (labels := table.first(("labels", "label"))) and table.mostly(labels, is_list):
         # TRL's stepwise supervision has them for the steps of one answer.
         raise ValueError(_which_score([table.names[labels]], table, "for answers and not for steps"))
     if answers is None or scores is None or scores == answers:
@@ -426,7 +134,7 @@ def _find_nested(table: Table) -> dict[str, Any] | None:
         numeric = [
             k
             for k in keys
-            if k != text and any(isinstance(i.get(k), int | float) or _is_number(i.get(k)) for i in objects)
+            if k != text and any(isinstance(i.get(k), int | float) or is_number(i.get(k)) for i in objects)
         ]
         wanted = table.options.score
         known = [k for name in ("overall_score", *SCORES, *RANKS) for k in numeric if key_of(k) == name]
@@ -493,14 +201,14 @@ def _answer_family(table: Table, families: Mapping[str, dict[str, str]], beside:
 
     def holds_answers(stem: str) -> bool:
         keys = families[stem].values()
-        answers = all(table.mostly(k, lambda v: _is_answer(v) or _is_turns(v)) or not table.values(k) for k in keys)
+        answers = all(table.mostly(k, lambda v: is_answer(v) or is_turns(v)) or not table.values(k) for k in keys)
         return len(keys) > 1 and stem not in beside and answers
 
     known = [stem for stem in families if re.fullmatch(rf"(.*_)?({'|'.join((*ANSWERS, *CONVERSATIONS, 'a'))})s?", stem)]
     others = [
         stem for stem in families
         if not ABOUT.fullmatch(stem) and not any(word in stem.split("_") for word in SCORES) and stem not in known
-        and any(table.mostly(k, lambda v: isinstance(v, str) and not _is_number(v)) for k in families[stem].values())
+        and any(table.mostly(k, lambda v: isinstance(v, str) and not is_number(v)) for k in families[stem].values())
     ]  # fmt: skip
     return next((stem for stem in (*known, *others) if holds_answers(stem)), None)
 
@@ -520,7 +228,7 @@ def _find_wide(table: Table) -> dict[str, Any] | None:
     numeric = [
         s for s in families
         if s != stem and not ABOUT.fullmatch(s) and set(answers) <= set(families[s])
-        and all(table.mostly(k, _is_number) for k in families[s].values())
+        and all(table.mostly(k, is_number) for k in families[s].values())
     ]  # fmt: skip
     if not scored:
         if numeric and _find_compared(table) is None:
@@ -561,11 +269,9 @@ def _find_compared(table: Table) -> dict[str, Any] | None:
     """Find two answers and a column that says which is better."""
     families = _families(table)
     nested = "summaries" if table.mostly("summaries", lambda v: isinstance(v, list) and len(v) == 2) else None
-    votes = [key for key in table.names if re.fullmatch(r"annotator_?\d+", key) and table.mostly(key, _is_number)]
+    votes = [key for key in table.names if re.fullmatch(r"annotator_?\d+", key) and table.mostly(key, is_number)]
     one_hot = [
-        key
-        for key in table.names
-        if re.fullmatch(r"winner_(.+_)?(a|b|tie|[0-9])", key) and table.mostly(key, _is_score)
+        key for key in table.names if re.fullmatch(r"winner_(.+_)?(a|b|tie|[0-9])", key) and table.mostly(key, is_score)
     ]
     stem = None if nested else _answer_family(table, families, {"winner_model", "annotator"})
     if stem is None and nested is None:
@@ -665,7 +371,7 @@ def _winner(value: Any, first: str, second: str) -> list[float] | None:
         names |= {"a": "first", "b": "second"}
     if isinstance(value, bool):
         return None
-    if _is_number(value):
+    if is_number(value):
         number = float(value.replace(",", ".")) if isinstance(value, str) else float(value)
         return won[names[str(int(number))]] if number.is_integer() and str(int(number)) in names else None
     text = value.strip().lower() if isinstance(value, str) else ""
@@ -684,9 +390,9 @@ def _winner(value: Any, first: str, second: str) -> list[float] | None:
 def _in_turns(parts: Parts) -> Parts:
     """Join lists of one text a turn, of the prompt and of both answers (LMSYS), into text or dialogues."""
     prompt, answers = parsed(parts.prompt), [parsed(answer) for answer in parts.completions]
-    if not _is_turns(prompt) or not all(isinstance(answer, list) for answer in answers):
+    if not is_turns(prompt) or not all(isinstance(answer, list) for answer in answers):
         return parts
-    if not all(map(_is_turns, answers)):
+    if not all(map(is_turns, answers)):
         raise BadRow(f"{parts.columns.completions}: {short(answers)}, expected a text for each turn. {FIX}")
     asked = prompt
     if len(asked) == 1 and all(len(answer) == 1 for answer in answers):
@@ -723,7 +429,7 @@ def _find_pairs(table: Table) -> dict[str, Any] | None:
         for key in table.names:
             twin = re.sub(rf"(^|_){pair[0]}(_|$)", rf"\1{pair[1]}\2", key)
             rated = set(key.split("_")) & {*SCORES, *RANKS} and twin != key and twin in table
-            if rated and table.mostly(key, _is_number) and table.mostly(twin, _is_number):
+            if rated and table.mostly(key, is_number) and table.mostly(twin, is_number):
                 families.append((key, twin))
     if table.options.score and not families and table.options.score not in (None,):
         raise ValueError(
@@ -735,7 +441,7 @@ def _find_pairs(table: Table) -> dict[str, Any] | None:
     if len(families) > 1 and not table.options.hard_pairs:
         words = [a.replace(f"_{pair[0]}", "").replace(f"{pair[0]}_", "") for a, _ in families]
         raise ValueError(_which_score(words, table, "beside the pairs"))
-    lists = [key for key in LISTS if key in table and table.mostly(key, _is_list)]
+    lists = [key for key in LISTS if key in table and table.mostly(key, is_list)]
     if (lists or _answer_family(table, _families(table))) and table.mostly(pair[0], _is_label):
         raise ValueError(
             f"'{table.names[pair[0]]}' and '{table.names[pair[1]]}' hold labels of answers, such as "
@@ -745,7 +451,7 @@ def _find_pairs(table: Table) -> dict[str, Any] | None:
     prompt = find_prompt(table, keys)
     roles = {"prompt": prompt, "pair": pair, "scores": scores, "keys": keys, "hard": table.options.hard_pairs}
     roles["several"] = any(table.mostly(key, _several) for key in pair)
-    dialogues = table.mostly(pair[0], lambda v: _roles(v)[:1] not in ([], ["assistant"]))
+    dialogues = table.mostly(pair[0], lambda v: roles_of(v)[:1] not in ([], ["assistant"]))
     if dialogues and prompt.main in CONVERSATIONS:
         roles["prompt"] = Prompt(None, prompt.system, None, (), prompt.template)
     elif prompt.main is None and not dialogues and "prompt" not in table.options.columns:
@@ -762,7 +468,7 @@ def _check_implicit(table: Table, taken: set[str]) -> None:
     others = [
         key for key in table.names
         if key not in taken and not ABOUT.fullmatch(key)
-        and table.mostly(key, lambda v: (isinstance(v, str) and not _is_number(v)) or _is_conversation(v))
+        and table.mostly(key, lambda v: (isinstance(v, str) and not is_number(v)) or is_conversation(v))
     ]  # fmt: skip
     if others:
         names = ", ".join(f"'{table.names[key]}'" for key in others)
@@ -801,7 +507,7 @@ def _read_pairs(row: Row, roles: dict[str, Any], where: str) -> list[Parts]:
 
 
 def _several(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and not _is_conversation(value)
+    return isinstance(value, list) and bool(value) and not is_conversation(value)
 
 
 def _read_several(row: Row, roles: dict[str, Any], where: str, chosen: Any, rejected: Any) -> Parts:
@@ -842,9 +548,7 @@ def _implicit(chosen: Any, rejected: Any, where: str, names: Columns) -> tuple[A
 
 def _find_last_turn(table: Table) -> dict[str, Any] | None:
     """Find a conversation whose last turn is the chosen answer, beside a rejected one."""
-    talk = next(
-        (key for key in CONVERSATIONS if table.mostly(key, lambda v: _is_conversation(v) and not _asks(v))), None
-    )
+    talk = next((key for key in CONVERSATIONS if table.mostly(key, lambda v: is_conversation(v) and not asks(v))), None)
     rejected = table.first(("rejected_response", "rejected"))
     if talk is None or rejected is None or "chosen" in table:
         return None
@@ -911,7 +615,7 @@ def _read_tree(row: Row, roles: dict[str, Any], where: str) -> list[Parts]:
 
 def _find_long(table: Table) -> dict[str, Any] | None:
     """Find one answer a row, with a score or a label."""
-    answer = next((k for k in ANSWERS if k in table and table.mostly(k, _is_answer)), None)
+    answer = next((k for k in ANSWERS if k in table and table.mostly(k, is_answer)), None)
     if answer is None:
         return None
     prompt = find_prompt(table, {answer})
@@ -920,7 +624,7 @@ def _find_long(table: Table) -> dict[str, Any] | None:
     taken = prompt.keys | {answer}
     wanted = table.options.score
     known = [
-        key for key in (*SCORES, *RANKS, *LABELS) if key in table and key not in taken and table.mostly(key, _is_score)
+        key for key in (*SCORES, *RANKS, *LABELS) if key in table and key not in taken and table.mostly(key, is_score)
     ]
     if wanted:
         if wanted not in table.names:
@@ -933,7 +637,7 @@ def _find_long(table: Table) -> dict[str, Any] | None:
     else:
         numeric = [
             key for key in table.names
-            if key not in taken and table.mostly(key, _is_number)
+            if key not in taken and table.mostly(key, is_number)
             and not re.fullmatch(r"(.*_)?(ids?|idx|index|seed|turn)", key)
         ]  # fmt: skip
         if not numeric:
@@ -1102,7 +806,7 @@ def _unknown(table: Table) -> str:
 
 
 def _kind(table: Table, key: str) -> str:
-    tests = {"number": _is_number, "messages": _is_conversation, "text": _is_text, "list": _is_list}
+    tests = {"number": is_number, "messages": is_conversation, "text": is_text, "list": is_list}
     return next(
         (name for name, test in tests.items() if table.mostly(key, test)),
         "empty" if not table.values(key) else "object",

@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from contrastive_align import demo
 from contrastive_align.data import DataReport, read_shape
+from contrastive_align.data.columns import read_options
 from contrastive_align.data.reading import TOKEN_COLUMNS
-from contrastive_align.data.shapes import read_options
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.arguments import Arguments
 from contrastive_align.launch.ask import sample_trained

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from contrastive_align import demo
 from contrastive_align.data import BadRow, DataReport, Group, prepare_groups
 from contrastive_align.data.atomic import atomic_write
+from contrastive_align.data.columns import read_options
 from contrastive_align.data.reading import groups_of
-from contrastive_align.data.shapes import read_options
 from contrastive_align.launch.arguments import Arguments, RunArguments, option, parse
 from contrastive_align.launch.datasets import load_splits
 from contrastive_align.launch.usage import UsageError, as_flags

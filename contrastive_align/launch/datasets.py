@@ -17,12 +17,13 @@ from trl import DatasetMixtureConfig, get_dataset
 from contrastive_align import demo
 from contrastive_align.conditions import AttributeCondition, Condition
 from contrastive_align.data import Options, read_shape
+from contrastive_align.data.columns import SAMPLE, Prompt, Table, find_prompt, key_of, read_options
 from contrastive_align.data.files import KINDS, FileProblem, folder_files, kind_of, prompts_of, read_files
 from contrastive_align.data.formats import with_system
 from contrastive_align.data.messages import as_text
 from contrastive_align.data.reading import join_rows
 from contrastive_align.data.rows import RAW, ROW, BadRow, values_of
-from contrastive_align.data.shapes import SAMPLE, Prompt, Table, by_key, find_prompt, key_of, read_options
+from contrastive_align.data.shapes import by_key
 from contrastive_align.launch.arguments import Arguments, RunArguments
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.trl_seam import DatasetConfig

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, RLOOConfig, SFTConfig
 
-from contrastive_align.data.shapes import read_options
+from contrastive_align.data.columns import read_options
 from contrastive_align.docstrings import option_texts
 from contrastive_align.losses.contrastive import LOSSES, canonical_loss_name
 from contrastive_align.losses.divergences import find_divergence

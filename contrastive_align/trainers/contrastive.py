@@ -21,7 +21,7 @@ from trl import DPOTrainer
 
 from contrastive_align.data import DataReport, GroupCollator, prepare_groups
 from contrastive_align.data.atomic import atomic_write
-from contrastive_align.data.shapes import read_options
+from contrastive_align.data.columns import read_options
 from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_labels
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.loading import embedding_rows
