@@ -48,7 +48,7 @@ COMMANDS = {
         _INHERITED,
     ),
     "preference": Command(
-        "Align a model on preference pairs: chosen and rejected, with or without a prompt column.",
+        "Align a model on preference pairs: chosen and rejected, with or without a prompt.",
         "contrastive-align preference --loss_type=DPO                       # the bundled model and data\n"
         "contrastive-align preference --config=preference_qlora --accelerate_config=multi_gpu",
         ("contrastive", "PreferenceRun"),
@@ -57,18 +57,18 @@ COMMANDS = {
         _INHERITED,
     ),
     "fdpg": Command(
-        "Say what the model should be, and get there: prompts and a target instead of completions and scores.",
-        'contrastive-align fdpg                                             # the bundled model, "please" in half\n'
-        "contrastive-align fdpg --model_name_or_path=... --prompt=Once --features='[{contains: king, moment: 0.5}]'\n"
-        "contrastive-align fdpg --model_name_or_path=... --dataset_name=prompts.txt --reward=rewards.py:polite",
+        "Say what the model should be: prompts and a target instead of completions and scores.",
+        'contrastive-align fdpg                                      # the bundled model, "please" in half\n'
+        "contrastive-align fdpg --model_name_or_path=M --prompt=A --features='[{contains: king, moment: 1}]'\n"
+        "contrastive-align fdpg --model_name_or_path=M --dataset_name=prompts.txt --reward=rewards.py:polite",
         ("fdpg", "FDPGRun"),
         (_ROWS, ("launch/fdpg.py", "FDPGArguments"), ("trainers/configs.py", "FDPGConfig")),
         "RLOOConfig",
     ),
     "conditional": Command(
-        "Train on a model's own completions, conditioned on how good they are; then ask for the best.",
-        "contrastive-align conditional                                      # the bundled model, quantile tokens\n"
-        "contrastive-align conditional --model_name_or_path=... --dataset_name=prompts.txt --reward=rewards.py:polite\n"
+        "Train on a model's own completions, conditioned on how good they are.",
+        "contrastive-align conditional                               # the bundled model, quantile tokens\n"
+        "contrastive-align conditional --model_name_or_path=M --dataset_name=p.txt --reward=rewards.py:polite\n"
         "contrastive-align ask --model_name_or_path=runs/conditional --prompt='a prompt'",
         ("conditional", "ConditionalRun"),
         (_ROWS, ("launch/conditional.py", "ConditionalArguments"), ("trainers/configs.py", "ConditionalConfig")),
