@@ -241,7 +241,7 @@ def find_prompt(table: Table, taken: Iterable[str] = ()) -> Prompt:
     candidates = [key for key in (*PROMPTS, "history") if key in free and (table.values(key) or key == "prompt")]
     talks = [key for key in CONVERSATIONS if key in free and table.mostly(key, asks)]
     main = next((key for key in candidates if key != "history" or table.mostly(key, is_text)), None)
-    main = main or next((key for key in PROMPTS if key in free), None)  # whose rows are all empty, which is said
+    main = main or next((key for key in PROMPTS if key in free), None)  # all rows are empty: each is refused by name
     if talks and main not in ("prompt", "instruction", "question"):
         main = talks[0]
     elif talks and main:
