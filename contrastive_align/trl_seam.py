@@ -181,9 +181,11 @@ class SavesModels:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as Trainer does; a model that diverged is not saved, and what was saved is read back."""
+        folder = Path(output_dir or self.args.output_dir)
         self.check_weights()
-        super().save_model(output_dir, _internal_call=True)
-        self.finish_saving(Path(output_dir or self.args.output_dir))
+        with self.writing(folder):
+            super().save_model(output_dir, _internal_call=True)
+            self.finish_saving(folder)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -192,16 +194,35 @@ class SavesModels:
         super().save_model(str(folder), _internal_call=True)
 
 
+class ListensToSignals:
+    """``__init__``: under ``enable_jit_checkpoint`` Trainer would put a SIGTERM handler of its own in place.
+
+    It makes every process save by itself, at a step of its own. Needed by all trainers.
+    """
+
+    def __init__(self, *rest: Any, args: Any, **kwargs: Any) -> None:
+        asked, args.enable_jit_checkpoint = args.enable_jit_checkpoint, False
+        super().__init__(*rest, args=args, **kwargs)
+        self.args.enable_jit_checkpoint = asked
+
+
 class SavesState:
     """``_save_checkpoint``: the only place between two checkpoints, of which the older may go at its end.
 
-    Our state is written first, so that an older checkpoint goes when the newer one is whole. Needed by all trainers.
+    Our state is written first, and ``_save_rng_state`` is Trainer's last before the main process writes what says that
+    the checkpoint is whole: an older one goes when the newer one is, on every process. Needed by all trainers.
     """
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.save_state(self.checkpoint_folder(trial))
-        self.accelerator.wait_for_everyone()  # the main process writes what says that the checkpoint is whole
-        super()._save_checkpoint(model, trial)
+        folder = self.checkpoint_folder(trial)
+        with self.writing_checkpoint(folder):
+            self.save_state(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
 
 class PreparesDatasets:

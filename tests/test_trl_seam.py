@@ -68,7 +68,9 @@ def calls_in_a_run(column, folder):
         options["remove_unused_columns"] = True  # which TRL's online trainers do not by default
         for cached in (True, False) if column.is_contrastive else (None,):
             more = {} if cached is None else {"precompute_ref_log_probs": cached}
-            column.make(folder, told={"eval_dataset": column.rows(4)}, **options, **more).train()
+            trainer = column.make(folder, told={"eval_dataset": column.rows(4)}, **options, **more)
+            trainer.train()
+            trainer.end()
     return entered, by_trl
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import version
@@ -128,15 +131,22 @@ def main(argv: Sequence[str] | None = None) -> Any:
     args = run.parse(rest)
     if launching:
         return _launch(launching, [command, *rest])
-    summary = run(args).execute()
-    # Joins the threads of the process group: gloo's abort a process that shuts down while they drop their last tensors.
-    gc.collect()
-    return summary
+    return run(args).execute()
 
 
 def command_line() -> None:
-    """Be the console script, whose exit status is not what a command returns."""
-    main()
+    """Be the console script: its exit status is not what a command returns, and Ctrl-C is no traceback."""
+    status: int | str | None = None
+    try:
+        main()
+    except SystemExit as ended:
+        status = ended.code
+    except KeyboardInterrupt:
+        status = 130
+        print("\nStopped by Ctrl-C.", file=sys.stderr)
+    # Joins the threads of the process group: gloo's abort a process that shuts down while they drop their last tensors.
+    gc.collect()
+    sys.exit(status)
 
 
 def _load(module: str, name: str) -> Any:
@@ -199,7 +209,32 @@ def _split_accelerate(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _launch(options: list[str], argv: list[str]) -> None:
-    """Launch this command on every process, as ``accelerate launch`` does."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
+    """Launch this command on every process, as ``accelerate launch`` does, and end with their exit status.
 
-    launch_command(launch_command_parser().parse_args([*options, "--module", "contrastive_align", *argv]))
+    Signals are handed on to the processes, which stop in order and say how to go on.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _hand_on)
+    try:
+        launch_command(launch_command_parser().parse_args([*options, "--module", "contrastive_align", *argv]))
+    except subprocess.CalledProcessError as error:
+        status = error.returncode
+    except SignalException as error:
+        status = -error.sigval
+    except ChildFailedError as error:
+        status = max(failure.exitcode for failure in error.failures.values())
+    else:
+        return
+    sys.exit(status if status > 0 else 128 - status)
+
+
+def _hand_on(number: int, frame: Any) -> None:
+    import psutil
+
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            child.send_signal(number)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging as std_logging
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from typing import Any, ClassVar
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from transformers import TrainerCallback, set_seed
+from transformers.trainer_utils import SaveStrategy
 from trl import get_peft_config, get_quantization_config
 
 from contrastive_align import demo
@@ -23,6 +25,8 @@ from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
 from contrastive_align.trainers import ContrastiveConfig
+from contrastive_align.trainers.base import hold_folders, newest_whole_checkpoint
+from contrastive_align.trainers.stopping import StopOnSignal, Stopped
 from contrastive_align.trl_seam import ignore_bool_buffers
 from contrastive_align.versions import SUPPORTED
 
@@ -118,7 +122,43 @@ class Run:
     def measure(self) -> None:
         """Measure the trained model and fill in ``summary.metrics``."""
 
+    def kept(self) -> str:
+        """Say what a stopped run keeps beside its checkpoints (to be overridden)."""
+        return ""
+
     def execute(self) -> Summary:
+        """Make the run, while no other may write into its folder; a signal stops it in order.
+
+        Raises:
+            UsageError: what the user can correct.
+            Stopped: Ctrl-C or SIGTERM; how to go on was printed.
+        """
+        self.stopping = StopOnSignal()
+        with contextlib.ExitStack() as around:
+            try:
+                around.enter_context(self.stopping.listening((signal.SIGINT, signal.SIGTERM)))
+                with as_usage_error():
+                    hold_folders(around, [self.args.training.output_dir])
+                return self._execute()
+            except Stopped as stopped:
+                print_on_main(self._how_to_go_on(stopped))
+                raise
+
+    def _how_to_go_on(self, stopped: Stopped) -> str:
+        args, trainer = self.args.training, getattr(self, "trainer", None)
+        by = "Ctrl-C" if stopped.signal == signal.SIGINT else signal.Signals(stopped.signal).name
+        if hasattr(self, "summary") and self.summary.saved:
+            return f"Stopped by {by}: the trained model is in {args.output_dir}; it was not measured to the end."
+        newest = trainer and newest_whole_checkpoint(args.output_dir, trainer.state_files)
+        if newest:
+            goes_on = f"{newest} is whole, and the same command with --resume_from_checkpoint=true goes on from there."
+        elif args.save_strategy == SaveStrategy.NO:
+            goes_on = "No checkpoints are kept (--save_strategy=no): the same command begins anew."
+        else:
+            goes_on = "There is no checkpoint yet: the same command begins anew."
+        return " ".join(filter(None, [f"Stopped by {by}.", self.kept() if trainer else "", goes_on]))
+
+    def _execute(self) -> Summary:
         """Build, describe, train, save, measure, write ``summary.json``; return it.
 
         The model is saved before it is measured, so that a failing measurement loses nothing.
@@ -135,6 +175,7 @@ class Run:
             if self.test_rows is None and unused:
                 raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
             self.trainer = trainer = self.build_trainer(checkpoint)
+        trainer.stopping = self.stopping
         if args.script.ignore_bias_buffers:
             ignore_bool_buffers(trainer)
         line, options = self.describe()
@@ -156,13 +197,16 @@ class Run:
             self.before_training()
             started = time.perf_counter()
             self.train(checkpoint)
+        if self.stopping.signal is not None:
+            trainer.end()
+            raise Stopped(self.stopping.signal)
         summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
-        self._save_model()
-        self.after_saving()
         with as_usage_error(*self.user_errors):
+            self._save_model()
+            self.after_saving()
             self.measure()
-        if trainer.args.should_save:
-            summary.write(folder)
+            if trainer.args.should_save:
+                summary.write(folder)
         print_on_main(summary.closing())
         if args.training.push_to_hub:
             trainer.push_to_hub(dataset_name=args.dataset)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging as std_logging
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers.trainer_utils import SaveStrategy
 
 from contrastive_align.conditions import resolve_condition
 from contrastive_align.judge.judge import JudgeError
 from contrastive_align.launch.arguments import Arguments, RunArguments, option
 from contrastive_align.launch.ask import ask_best
-from contrastive_align.launch.common import Run, as_usage_error, model_arguments, print_on_main
+from contrastive_align.launch.common import Run, as_usage_error, model_arguments
 from contrastive_align.launch.conditional_measure import Measurement, draw_picture, last_terms, rounds_of
 from contrastive_align.launch.datasets import load_prompts, load_scored, only_prompts
 from contrastive_align.launch.feedback_flags import build_judge, build_sampler, check_models, check_reward, read_spec
@@ -242,10 +239,11 @@ class ConditionalRun(Run):
         """Measure the rewards, or the likelihoods, of the start."""
         self.measurement = Measurement(self.trainer, self.train_rows, self.test_rows, self.args.script.eval_prompts)
 
-    def train(self, checkpoint: str | bool | None) -> None:
-        """Train; Ctrl-C prints how to continue."""
-        with _stopped_by_hand(self.trainer):
-            super().train(checkpoint)
+    def kept(self) -> str:
+        """Name the rounds that are on the disk."""
+        rounds = self.trainer.pool.rounds if self.trainer.online else []
+        which = f"round{'s 1 to' if len(rounds) > 1 else ''} {len(rounds)}"
+        return f"The samples of {which} are in {self.trainer.pool.folder}." if rounds else ""
 
     def after_saving(self) -> None:
         """Add the rounds, and the command that asks for the best."""
@@ -262,23 +260,6 @@ class ConditionalRun(Run):
             self.summary.training["judge"] = self.trainer.judge.report()
         if self.trainer.args.should_save:
             draw_picture(self.trainer, self.summary)
-
-
-@contextlib.contextmanager
-def _stopped_by_hand(trainer: ConditionalTrainer) -> Iterator[None]:
-    """On Ctrl-C, print how to continue and exit with status 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
-            raise
-        lost = "" if trainer.args.save_strategy != SaveStrategy.NO else " (no checkpoints: training begins anew)"
-        kept = f"What was sampled is kept in {trainer.pool.folder}. " if trainer.online else ""
-        print_on_main(
-            f"stopped. {kept}The same command with --resume_from_checkpoint=true goes on from "
-            f"{'there and from ' if kept else ''}the last checkpoint{lost}."
-        )
-        raise SystemExit(130) from None
 
 
 def _plain(spec: Any) -> Any:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
 import re
+import shutil
+import signal
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend, broadcast_object_list, gather_object, is_peft_model, tqdm
+from accelerate.utils import DynamoBackend, gather_object, is_peft_model, tqdm
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
@@ -32,7 +35,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from contrastive_align.data.atomic import atomic_write
+from contrastive_align.data.atomic import atomic_write, give_usual_mode, why_not_written
+from contrastive_align.data.folder_lock import folder_held
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.layout import set_layout
 from contrastive_align.models.loading import (
@@ -47,13 +51,16 @@ from contrastive_align.models.loading import (
 from contrastive_align.models.logps import remove_head
 from contrastive_align.report.card import add_section, objective_section
 from contrastive_align.trainers.configs import ARGUMENTS_NOT_SUPPORTED
+from contrastive_align.trainers.processes import on_main
 from contrastive_align.trainers.reference import (
     REFERENCE_FILE,
     check_reference_at_start,
     check_reference_of_checkpoint,
     rounding_tolerance,
 )
+from contrastive_align.trainers.stopping import StopOnSignal
 from contrastive_align.trl_seam import (
+    ListensToSignals,
     Members,
     ReadsColumns,
     SavesModels,
@@ -73,7 +80,7 @@ AnyDataset = Dataset | IterableDataset
 EvalDataset = AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset]
 
 
-class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
+class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, Members):
     """What stands before the TRL class in the bases of every trainer of this package.
 
     A trainer calls :meth:`own_args`, :meth:`refuse_arguments` and :meth:`load_start` before TRL's ``__init__``, and
@@ -100,6 +107,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
     reference_is_given = False
     reference_is_proven: bool | None = None  # False: at the next batch of train()
     resumed_from: Path | None = None
+    stopping: StopOnSignal | None = None  # a command's, which listens for the whole run
 
     # ---------------------------------------------------------------------------------------------------- arguments
 
@@ -336,7 +344,10 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
     # ------------------------------------------------------------------------------------------ training, resuming
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as in TRL.
+        """Train as in TRL, while no other run may write into the same folders.
+
+        Under ``enable_jit_checkpoint``, SIGTERM ends training after the step, with a checkpoint, on all processes at
+        the same step; Trainer's own handler, in whose place this is, waits three seconds on each process by itself.
 
         Args:
             resume_from_checkpoint: a checkpoint, or ``True`` for the newest whole one of ``output_dir``; with none
@@ -344,13 +355,25 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
 
         Raises:
             ValueError: a checkpoint that is not whole, with the newest that is.
+            FolderInUse: another run writes into the folder.
         """
-        found = [None]
-        if self.accelerator.is_main_process:
-            found = [_or_error(checkpoint_to_resume, resume_from_checkpoint, self.args.output_dir, self.state_files)]
-        checkpoint = broadcast_object_list(found)[0]
-        if isinstance(checkpoint, Exception):
-            raise checkpoint
+        with contextlib.ExitStack() as around:
+            hold_folders(around, self.written_folders)
+            stopping = self.stopping
+            if stopping is None and self.args.enable_jit_checkpoint:
+                stopping = StopOnSignal()
+                around.enter_context(stopping.listening([signal.SIGTERM]))
+            if stopping is not None:
+                self.add_callback(stopping)
+                around.callback(self.remove_callback, stopping)
+                around.enter_context(stopping.training())
+            around.enter_context(freed_memory_kept(self.args.device.type))
+            return super().train(self._begin(resume_from_checkpoint), *args, **kwargs)
+
+    def _begin(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | None:
+        """Return the checkpoint to resume from, with this trainer's own state of it loaded."""
+        needed = self.state_files
+        checkpoint = on_main(checkpoint_to_resume, resume_from_checkpoint, self.args.output_dir, needed)
         self.resumed_from = None if checkpoint is None else Path(checkpoint)
         if self.resumed_from is not None or self.reference_is_proven is None:
             self.reference_is_proven = False
@@ -358,8 +381,12 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
             self.load_state(self.resumed_from)
             check_functions(self.resumed_from, self.functions())
         self.begin_training(going_on=bool(resume_from_checkpoint))
-        with freed_memory_kept(self.args.device.type):
-            return super().train(checkpoint, *args, **kwargs)
+        return checkpoint
+
+    @property
+    def written_folders(self) -> Sequence[str | Path]:
+        """Folders that no other run may write into while this one trains."""
+        return (self.args.output_dir,)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run Trainer's evaluation; on a CPU, freed memory is kept for it."""
@@ -390,6 +417,38 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
 
     def save_own_state(self, folder: Path) -> None:
         """Write what a resumed run needs beside Trainer's state, on every process (to be overridden)."""
+
+    @contextlib.contextmanager
+    def writing(self, folder: Path) -> Iterator[None]:
+        """Say what to do where the disk does not take a checkpoint, or the model.
+
+        Raises:
+            OSError: with path, cause, free space and the newest checkpoint that is whole; a checkpoint of which a part
+                was written is removed, so that it takes no room.
+        """
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if (cause := why_not_written(error, folder)) is None:
+                raise
+            output_dir = Path(self.args.output_dir)
+            if folder != output_dir and self.args.should_save and problem_with_checkpoint(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            newest = newest_whole_checkpoint(output_dir, self.state_files)
+            goes_on = f"go on from {newest} with" if newest else f"begin anew ({output_dir} has no checkpoint):"
+            raise OSError(
+                cause.errno,
+                f"{folder} was not written: {cause.strerror}. Make room, then {goes_on} resume_from_checkpoint=True.",
+            ) from error
+
+    @contextlib.contextmanager
+    def writing_checkpoint(self, folder: Path) -> Iterator[None]:
+        """Write a checkpoint, in the place of one that a run left when it was killed."""
+        if self.args.should_save and folder.is_dir() and problem_with_checkpoint(folder, self.state_files):
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        with self.writing(folder):
+            yield
 
     def save_state(self, folder: Path) -> None:
         """Write a checkpoint's own state and the note on its reference, before Trainer writes what says it is whole."""
@@ -427,6 +486,7 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         """Read back what was saved, before it may be pushed."""
         if self.args.should_save:
             verify_saved(folder, may_be_sharded=self.uses_engine)
+            give_usual_mode(folder.glob("*.safetensors"))
 
     def objective(self) -> dict[str, Any]:
         """Return what decides the objective, by name, for the model card (to be overridden)."""
@@ -437,6 +497,11 @@ class AlignmentTrainer(SavesModels, SavesState, ReadsColumns, Members):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             add_section(self.args.output_dir, objective_section(self.objective()))
+
+    def end(self) -> None:
+        """End the run as Trainer does, once all processes have arrived: none leaves while another still talks to it."""
+        self.accelerator.wait_for_everyone()
+        super().end()
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> Any:
         """Refused: there are no logits to return."""
@@ -520,7 +585,7 @@ def problem_with_checkpoint(folder: Path, needed: Sequence[str] = ()) -> str | N
     for name in [*needed, TRAINER_STATE_NAME]:
         if not (folder / name).is_file():
             return f"it has no {name}"
-    for file in sorted(folder.iterdir()):
+    for file in sorted(folder.rglob("*")):
         try:
             if file.suffix == ".json":
                 json.loads(file.read_text(encoding="utf-8"))
@@ -560,11 +625,16 @@ def save_tensors(value: Any, path: Path) -> None:
         torch.save(value, file)
 
 
-def _or_error(function: Any, *args: Any) -> Any:
-    try:
-        return function(*args)
-    except Exception as error:  # raised on every process, not on the main one alone, for which the others would wait
-        return error
+def hold_folders(until: contextlib.ExitStack, folders: Iterable[str | os.PathLike]) -> None:
+    """Hold folders against other runs until the stack is closed.
+
+    Raises:
+        FolderInUse: another run writes into one of them.
+        OSError: one takes no files.
+    """
+    for folder in folders:
+        if taken_over := on_main(until.enter_context, folder_held(folder)):
+            logger.warning(taken_over)
 
 
 # -------------------------------------------------------------------------------------------------------- compilation

@@ -654,6 +654,11 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     # --------------------------------------------------------------------------------------------- resuming and saving
 
     @property
+    def written_folders(self) -> tuple[str | Path, ...]:
+        """Those of all trainers, and the pool's."""
+        return (*super().written_folders, *([self.pool.folder] if self.online else []))
+
+    @property
     def state_files(self) -> tuple[str, ...]:
         """The one file that :meth:`save_own_state` writes."""
         return (STATE_FILE,)

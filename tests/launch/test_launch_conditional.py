@@ -3,10 +3,10 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM
 from contrastive_align import demo
 from contrastive_align.conditions import Condition, resolve_condition
 from contrastive_align.launch import cli
-from contrastive_align.launch.conditional import _stopped_by_hand
 from contrastive_align.launch.conditional_measure import in_words
 from contrastive_align.launch.datasets import with_feedback
 from contrastive_align.launch.feedback_flags import build_judge
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.report import Change, plot_rewards, plot_round
+from contrastive_align.trainers.stopping import Stopped
 
 
 def main(argv):
@@ -163,26 +163,28 @@ def test_rows_to_measure_on_are_whole_prompts(tmp_path):
     assert summary.metrics_on.startswith("10 training rows;") and "nll/<quantile_4>" in summary.metrics
 
 
-def test_ctrl_c_says_how_the_run_goes_on(tmp_path, capsys):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("saving", ["no", "steps"])
+def test_a_signal_ends_the_run_after_the_step(number, saving, tmp_path, capsys):
     code = tmp_path / "rewards.py"
-    code.write_text("def stopped(prompts, completions, **columns):\n    raise KeyboardInterrupt\n")
-    flags = [*SMALL[:-2], "--num_train_epochs=1", "--eval_prompts=0", f"--reward={code}:stopped"]
-    with pytest.raises(SystemExit) as stop:
-        main([*flags, f"--output_dir={tmp_path / 'out'}", "--save_strategy=no"])
-    assert stop.value.code == 130
+    code.write_text(
+        "import os\ndef stopped(prompts, completions, **columns):\n"
+        f"    os.kill(os.getpid(), {int(number)})\n    return [float(len(c)) for c in completions]\n"
+    )
+    flags = [*SMALL[:-2], "--num_train_epochs=2", "--eval_prompts=0", f"--reward={code}:stopped"]
+    flags += [f"--output_dir={tmp_path / 'out'}", f"--save_strategy={saving}", "--save_steps=1000"]
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stop:
+        main(flags)
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
     said = capsys.readouterr().out
-    assert "with --resume_from_checkpoint=true goes on" in said and "no checkpoints: training begins anew" in said
-
-
-@pytest.mark.parametrize("online", [True, False])
-def test_ctrl_c_speaks_of_samples_where_there_are_some(online, tmp_path, capsys):
-    args = SimpleNamespace(save_strategy="epoch")
-    trainer = SimpleNamespace(args=args, online=online, pool=SimpleNamespace(folder=tmp_path))
-    with pytest.raises(SystemExit), _stopped_by_hand(trainer):
-        raise KeyboardInterrupt
-    said = capsys.readouterr().out
-    assert "goes on from" in said and said.rstrip().endswith("the last checkpoint.")
-    assert (str(tmp_path) in said and "there and from" in said) == online
+    by = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+    assert said.count("Stopped by") == 1 and f"Stopped by {by}. The samples of round 1 are in {tmp_path}" in said
+    if saving == "no":
+        assert said.rstrip().endswith("No checkpoints are kept (--save_strategy=no): the same command begins anew.")
+    else:
+        assert "checkpoint-1 is whole, and the same command with --resume_from_checkpoint=true goes on" in said
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"] * (saving == "steps")
 
 
 def test_nothing_to_go_on_with_is_said(tmp_path, caplog, monkeypatch):

@@ -1,10 +1,12 @@
 """A promise that one trainer makes, all make: each test is a promise, each column keeps it or refuses it by name."""
 
 import contextlib
+import errno
 import logging
 import math
 import os
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +17,16 @@ import torch
 import transformers.modeling_utils
 import transformers.trainer
 from accelerate.state import AcceleratorState
+from folder_holder import held_by_another
 from peft import PromptTuningConfig, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from small_trainers import COLUMNS
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from contrastive_align.data import GroupCollator
+from contrastive_align.data.folder_lock import LOCK_FILE, FolderInUse
 from contrastive_align.models.cpu import freed_memory
 from contrastive_align.models.logps import completion_logps
 from contrastive_align.trainers import base, evaluation
@@ -427,6 +432,85 @@ def test_the_card_names_the_objective(column, run):
     assert section.splitlines() == [f"- {name}: `{value}`" for name, value in run.trainer.objective().items()]
     decides = {"contrastive": "loss", "conditional": "kl_coef"}.get(column.name, "divergence")
     assert decides in run.trainer.objective() and "## Training procedure" in card
+
+
+def test_a_folder_that_another_run_writes_into_is_refused(column, run, tmp_path):
+    """Before anything is read or written; a lock that a killed run left holds nothing."""
+    trainer = column.make(tmp_path / "out", max_steps=1)
+    with held_by_another(tmp_path / "out") as holder, pytest.raises(FolderInUse, match=f"by process {holder.pid} on"):
+        trainer.train()
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {LOCK_FILE, "pool"}
+    trainer.train()
+    assert trainer.state.global_step == 1 and not (tmp_path / "out" / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("saving", ["no", "steps"])
+def test_sigterm_ends_training_after_the_step_with_a_checkpoint(column, tmp_path, saving):
+    """``enable_jit_checkpoint`` is Trainer's option for it: it saves whatever ``save_strategy`` says."""
+
+    class Terminated(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    before, told = signal.getsignal(signal.SIGTERM), {"callbacks": [Terminated()]}
+    options = {"max_steps": 4, "save_strategy": saving, "save_steps": 100, "enable_jit_checkpoint": True}
+    trainer = column.make(tmp_path / "out", told=told, **options)
+    trainer.train()
+    assert trainer.args.enable_jit_checkpoint and signal.getsignal(signal.SIGTERM) == before
+    assert trainer.state.global_step == 2
+    assert base.problem_with_checkpoint(tmp_path / "out" / "checkpoint-2", trainer.state_files) is None
+
+    whole = column.make(tmp_path / "whole", max_steps=4, save_strategy=saving, save_steps=100)
+    whole.train()
+    resumed = column.make(tmp_path / "out", max_steps=4, save_strategy=saving, save_steps=100)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4 and torch.equal(flat(resumed), flat(whole))
+
+
+@pytest.mark.parametrize("file", ["own state", "weights", "optimizer.pt"])
+def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(column, run, tmp_path, monkeypatch, file):
+    folder = run.copied(tmp_path / "run")
+    full = {
+        "own state": (base, "atomic_write", OSError(errno.ENOSPC, "No space left on device")),
+        "weights": (PreTrainedModel, "save_pretrained", SafetensorError("I/O error: ... (os error 28)")),
+        "optimizer.pt": (torch, "save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5")),
+    }
+    place, name, error = full[file]
+    trainer = column.make(folder, max_steps=3, save_strategy="steps", save_steps=1)
+
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(place, name, fails)
+    with pytest.raises(OSError, match=r"No space left on device; .* MB of .* MB are free") as raised:
+        trainer.train(resume_from_checkpoint=True)
+    assert raised.value.errno == errno.ENOSPC
+    said = str(raised.value)
+    assert f"{folder}/checkpoint-3 was not written" in said
+    assert f"Make room, then go on from {folder}/checkpoint-2 with resume_from_checkpoint=True" in said
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    monkeypatch.undo()
+    again = column.make(folder, max_steps=3, save_strategy="steps", save_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+
+
+def test_a_checkpoint_takes_the_place_of_one_that_a_killed_run_left(column, run, tmp_path):
+    folder = run.copied(tmp_path / "run")
+    (folder / "checkpoint-2" / TRAINER_STATE_NAME).unlink()
+    (folder / "checkpoint-2" / "model-00001-of-00002.safetensors").touch()
+    trainer = column.make(folder, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    assert {file.name for file in (folder / "checkpoint-2").iterdir()} == {
+        file.name for file in (run.folder / "checkpoint-2").iterdir()
+    }
+
+
+def test_saved_weights_have_the_mode_of_other_files(run, tmp_path):
+    run.trainer.save_model(str(tmp_path))
+    modes = {file.stat().st_mode for file in tmp_path.glob("*.json")}
+    assert {file.stat().st_mode for file in tmp_path.glob("*.safetensors")} == modes
 
 
 # ------------------------------------------------------------------------------------------------- the loss, overridden
