@@ -274,11 +274,19 @@ class KeepsDigits:
 
 
 class EpochSampler(RepeatSampler):
-    """TRL's order of prompts, as a function of seed and epoch: a run resumed in a later epoch goes on in its order."""
+    """TRL's order of prompts, as a function of seed and epoch: a run resumed in a later epoch goes on in its order.
 
-    def set_epoch(self, epoch: int) -> None:
+    The epoch is asked for: on several processes accelerate does not tell a sampler whose first batches are skipped.
+    """
+
+    def __init__(self, *args: Any, epoch: Callable[[], float | None], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
         if self.shuffle:
-            self.generator.manual_seed(self.seed + epoch)
+            self.generator.manual_seed(self.seed + int(self.epoch() or 0))
+        return super().__iter__()
 
 
 class DrawsGroups:
@@ -304,6 +312,7 @@ class DrawsGroups:
             repeat_count=self.args.steps_per_generation,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
+            epoch=lambda: self.state.epoch,
         )
 
     @property

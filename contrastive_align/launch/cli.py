@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -144,8 +144,11 @@ def command_line() -> None:
     except KeyboardInterrupt:
         status = 130
         print("\nStopped by Ctrl-C.", file=sys.stderr)
-    # Joins the threads of the process group: gloo's abort a process that shuts down while they drop their last tensors.
-    gc.collect()
+    except Exception:
+        status = 1
+        traceback.print_exc()
+    if "torch.distributed" in sys.modules:
+        import_module("contrastive_align.trainers.processes").end_process(status)
     sys.exit(status)
 
 

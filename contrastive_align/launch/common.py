@@ -26,6 +26,7 @@ from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
 from contrastive_align.trainers import ContrastiveConfig
 from contrastive_align.trainers.base import hold_folders, newest_whole_checkpoint
+from contrastive_align.trainers.processes import keep_to_the_end
 from contrastive_align.trainers.stopping import StopOnSignal, Stopped
 from contrastive_align.trl_seam import ignore_bool_buffers
 from contrastive_align.versions import SUPPORTED
@@ -134,6 +135,7 @@ class Run:
             Stopped: Ctrl-C or SIGTERM; how to go on was printed.
         """
         self.stopping = StopOnSignal()
+        keep_to_the_end(self)
         with contextlib.ExitStack() as around:
             try:
                 around.enter_context(self.stopping.listening((signal.SIGINT, signal.SIGTERM)))
@@ -294,7 +296,9 @@ def as_usage_error(*more: type[Exception]) -> Iterator[None]:
         from_us = not isinstance(error, AttributeError) or "has no function" in str(error)
         if not from_us or std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
             raise
-        raise UsageError(f"{as_flags(str(error))}\n(--log_level=debug shows where)") from error
+        is_ours = isinstance(error, OSError) and error.filename is None and error.strerror  # without "[Errno 28]"
+        text = error.strerror if is_ours else str(error)
+        raise UsageError(f"{as_flags(text)}\n(--log_level=debug shows where)") from error
 
 
 def model_arguments(args: Arguments) -> dict[str, Any]:

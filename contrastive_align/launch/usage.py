@@ -217,6 +217,7 @@ def as_flags(text: str) -> str:
         name, value = match[1], match[3]
         return f"--{name}={value}" if re.fullmatch(r"[\w=,.:-]*", value) else f"--{name}='{value}'"
 
+    text = re.sub(r"\bresume_from_checkpoint=True\b", "--resume_from_checkpoint=true", text)
     return re.sub(r"\b(columns|score_column|on_bad_row)=(['\"])(.*?)\2", flag, text)
 
 

@@ -435,10 +435,12 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
             if folder != output_dir and self.args.should_save and problem_with_checkpoint(folder):
                 shutil.rmtree(folder, ignore_errors=True)
             newest = newest_whole_checkpoint(output_dir, self.state_files)
-            goes_on = f"go on from {newest} with" if newest else f"begin anew ({output_dir} has no checkpoint):"
+            goes_on = (
+                f"go on from {newest} with resume_from_checkpoint=True" if newest else "begin anew: nothing is saved"
+            )
             raise OSError(
                 cause.errno,
-                f"{folder} was not written: {cause.strerror}. Make room, then {goes_on} resume_from_checkpoint=True.",
+                f"{folder} was not written: {cause.strerror}. Make room, then {goes_on}.",
             ) from error
 
     @contextlib.contextmanager

@@ -473,7 +473,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         """
         self.target.load(checkpoint / TARGET_FILE)
         file = checkpoint / state_file(self.args.process_index)
-        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        device = self.accelerator.device
+        state = torch.load(file, map_location="cpu" if device.type == "cpu" else device, weights_only=True)  # not cpu:0
         self.load_drawn_state(state)
         self.log_z.load_state_dict(state["log_z"])
         self._first_group = state.get("first_group")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import gc
+import atexit
+import os
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any, NoReturn, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -30,13 +33,27 @@ def on_main(function: Callable[..., T], *args: Any) -> T:
     return found[0]
 
 
-def leave_process_group() -> None:
-    """End a run of several processes in order, once no local variable holds its trainer any more.
+_kept: list[Any] = []
 
-    All arrive before one leaves, so that none ends while another still talks to it. The threads of the group are joined
-    when it is collected: a gloo thread that drops its last tensors while Python shuts down aborts the process.
-    """
+
+def keep_to_the_end(thing: Any) -> None:
+    """Keep the trainers of a run of several processes alive until :func:`end_process`."""
     if distributed.is_initialized():
-        PartialState().wait_for_everyone()
-        PartialState().destroy_process_group()
-    gc.collect()
+        _kept.append(thing)
+
+
+def end_process(status: int | str | None = 0) -> NoReturn:
+    """End a process as ``sys.exit`` does; one of several without Python's shutdown.
+
+    A gloo thread that drops the tensors of the last collective needs the interpreter's lock. At shutdown it aborts the
+    process; and whoever drops the last trainer joins the thread with that lock in hand, and waits for ever.
+    """
+    if not _kept:
+        sys.exit(status)
+    atexit._run_exitfuncs()
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status if isinstance(status, int) else int(status is not None))

@@ -38,17 +38,22 @@ def gradient(build, folder, trainer=FDPGTrainer, *, accumulation=1):
 def main():
     out, processes = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
     samples = 64 // processes  # two groups a step over all processes
-    ways = {"plain": {}, "kept": {"proposal": "kept", "proposal_window": 2, "baseline": "window"}}
+    kept = {"proposal": "kept", "proposal_window": 2, "baseline": "window"}
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    ways = {"plain": {}, "kept": {**kept, **saving}, "resumed": {**kept, "resume": "checkpoint-3"}}
     found = {}
     for way, options in ways.items():
+        folder = out.with_suffix("")
+        if "resume" in options:
+            options["resume"] = str(folder / options["resume"])
         trainer = trained(
-            make_tokenizer(), out.with_suffix(""), moment_target(), max_steps=6, per_device_train_batch_size=samples,
+            make_tokenizer(), folder, moment_target(), max_steps=6, per_device_train_batch_size=samples,
             **options,
         )  # fmt: skip
         weights = {name.removeprefix("module."): p.detach() for name, p in trainer.model.named_parameters()}
         history = [entry["kl_target"] for entry in trainer.state.log_history if "kl_target" in entry]
         found[way] = {"weights": weights, "log_z": trainer.log_z.state_dict(), "kl_target": history}
-        if way == "kept":
+        if way != "plain":
             found[way]["replacements"] = trainer.adaptive_proposal.replacements
             found[way]["baseline"] = trainer.baseline.value
     builds = {"decoder_only": test_fdpg_trainer.build, "encoder_decoder": test_encoder_decoder.build}

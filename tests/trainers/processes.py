@@ -1,16 +1,12 @@
 """How the workers of the tests with two processes end."""
 
-import gc
+from accelerate import PartialState
 
-import torch
+from contrastive_align.trainers.processes import end_process, keep_to_the_end
 
 
 def end_processes() -> None:
-    """Join the threads of the process group, once no local variable holds a trainer any more.
-
-    A gloo thread that drops the tensors of the last collective while Python shuts down aborts the process.
-    """
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # else one process ends while another still talks to it
-        torch.distributed.destroy_process_group()
-    gc.collect()
+    """End this process once all have arrived: else one ends while another still talks to it."""
+    keep_to_the_end(None)
+    PartialState().wait_for_everyone()
+    end_process()

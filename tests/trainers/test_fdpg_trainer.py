@@ -324,8 +324,10 @@ def test_two_processes_equal_one(tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(torch.load(out))
-    for way in ("plain", "kept"):
+    for way in ("plain", "kept", "resumed"):
         check_equal(found[0][way], found[1][way])
+    for run in found:
+        assert all(torch.equal(run["resumed"]["weights"][name], p) for name, p in run["kept"]["weights"].items())
     assert found[0]["kept"]["replacements"] == found[1]["kept"]["replacements"] >= 1
     assert found[0]["kept"]["baseline"] == pytest.approx(found[1]["kept"]["baseline"], abs=1e-5)
     for name, one in found[0]["gradients"].items():
