@@ -6,7 +6,7 @@ python benchmarks/hostile_judge.py --items 50 --seed 3
 The server (tests/hostile_judge_server.py) is a process of its own. For a breakout it is a gullible judge, which obeys
 whatever stands outside of the genuine markers. At the end every verdict's words are put into a model card, which a
 Markdown parser reads: a card whose blocks, links or HTML differ from those of harmless words counts as broken.
-Lines that must be 0: unhandled, unaccounted, escaped, copied, broken cards, characters, verdicts that differ.
+The exit status is 1 where a line that must be 0 is not, or memory grew by 200 MB.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ from hostile_judge_server import PAYLOAD, kind_of, verdict
 from contrastive_align.judge.answers import FeedbackAnswers, read_template, render
 from contrastive_align.judge.judge import Judge
 from contrastive_align.report.card import add_section, how_to_ask, objective_section
+
+
+MUST_BE_0 = (
+    "unhandled", "unaccounted", "escaped from their markers", "copied from the completion", "broken cards",
+    "characters that steer a terminal, in the log", "verdicts after a restart differ",
+)  # fmt: skip
+MOST_MB = 200
 
 
 def breakout(r: random.Random, prompt: str, template: str) -> str:
@@ -177,4 +184,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    found = main()
+    sys.exit(int(any(found[name] for name in MUST_BE_0) or found["MB of memory above the start"] >= MOST_MB))
