@@ -11,14 +11,17 @@ import json
 import math
 import os
 import random
+import sys
 import time
+import zlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, nullcontext, suppress
 from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 
 Answer = TypeVar("Answer")
@@ -29,6 +32,9 @@ LONGEST_RETRY_AFTER = 600.0  # seconds
 FIRST_WAIT, LONGEST_WAIT = 0.25, 30.0  # seconds, where the server names no wait
 BEGUN_PER_SLOT = 4
 NO_KEY = "EMPTY"  # local servers accept any key
+# The longest tokens of known vocabularies have 128 bytes, which JSON may escape with as many again. The rest of a body
+# (ids, counts, what a gateway adds) has some kilobytes.
+BYTES_PER_TOKEN, BYTES_BESIDE_TOKENS = 256, 64 * 1024
 
 # A call that hangs is cancelled after 4 times the 90th percentile of recent answers' seconds. A pause of the server or
 # of this process delays all calls in flight at once, so that these must be few among the recent answers.
@@ -64,17 +70,34 @@ class Fault(Exception):
         retry_after: seconds, where the server names them.
         reached: False where no connection was made: no server there, or no such host.
         hung: True where the call was cancelled because other calls are answered much faster.
+        unreadable: what kept the reply from being read; None where none came.
     """
 
     def __init__(
-        self, reason: str, retry_after: float | None = None, *, reached: bool = True, hung: bool = False
+        self,
+        reason: str,
+        retry_after: float | None = None,
+        *,
+        reached: bool = True,
+        hung: bool = False,
+        unreadable: str | None = None,
     ) -> None:
         super().__init__(reason)
         self.reason, self.retry_after, self.reached, self.hung = reason, retry_after, reached, hung
+        self.unreadable = unreadable
 
 
-class UnreadableBody(Exception):
-    """A body of the wrong form, which another call may not have; the message says so, as in "not a completion"."""
+class Unreadable(Exception):
+    """A reply of the wrong form, which another call may not have.
+
+    Args:
+        kind: what is wrong, in words under which such replies are counted, as in "not a completion".
+        found: what the reply has instead.
+    """
+
+    def __init__(self, kind: str, found: str = "") -> None:
+        super().__init__(f"{kind}: {found}" if found else kind)
+        self.kind = kind
 
 
 class Client:
@@ -82,11 +105,15 @@ class Client:
 
     The key is read from the environment variable ``OPENAI_API_KEY`` and leaves memory with the block.
 
+    No reply is trusted: a body is read in pieces up to a limit that follows from the tokens that were asked for, no
+    cookie is kept, and what cannot be read is a fault of that call alone.
+
     Args:
         base_url: address of the API, usually ending in ``/v1``; None: ``OPENAI_BASE_URL``, else OpenAI's own.
         timeout: seconds for the whole reply to one call, however slowly its bytes come.
         concurrency: the most calls in flight. A call that waits before its next attempt is not in flight.
         max_retries: number of faults after which a call is made again.
+        tokens: the most that one reply may have in all of its texts.
         cancel_hung: cancel a call that takes much longer than recent answers and make it again, instead of waiting for
             the timeout. A call's last attempt always has the whole timeout.
         who: name of the server in messages.
@@ -109,6 +136,7 @@ class Client:
         *,
         concurrency: int = 1,
         max_retries: int = 0,
+        tokens: int = 0,
         cancel_hung: bool = False,
         who: str = "server",
         checks: Mapping[int, str] | None = None,
@@ -126,6 +154,7 @@ class Client:
                 "that needs none, for instance base_url: http://localhost:8000/v1."
             )
         self._openai, self._timeout, self._cancel_hung = openai, timeout, cancel_hung
+        self.longest_body = BYTES_BESIDE_TOKENS + BYTES_PER_TOKEN * tokens
         self.max_retries, self._concurrency = max_retries, concurrency
         self._checks, self._error = {**CHECKS, **(checks or {})}, error
         self._recent: deque[float] = deque(maxlen=max(RECENT_ANSWERS, RECENT_PER_SLOT * concurrency))
@@ -134,7 +163,15 @@ class Client:
     async def __aenter__(self) -> Client:
         # Connecting has less than the whole timeout, so that an absent host is told from a slow answer.
         timeout = self._openai.Timeout(self._timeout, connect=0.9 * self._timeout)
-        self._api = self._openai.AsyncOpenAI(api_key=self._key, base_url=self._base_url, timeout=timeout, max_retries=0)
+        http = self._openai.DefaultAsyncHttpxClient(
+            event_hooks={"response": [self._read_body]},
+            headers={"Accept-Encoding": "identity"},
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            follow_redirects=False,  # each would be a call that nobody counts, perhaps of another server
+        )
+        self._api = self._openai.AsyncOpenAI(
+            api_key=self._key, base_url=self._base_url, timeout=timeout, max_retries=0, http_client=http
+        )
         parts = urlsplit(str(self._api.base_url))
         self.address = f"{parts.scheme}://{parts.hostname}{f':{parts.port}' if parts.port else ''}{parts.path}"
         self._slots, self._stop = asyncio.Semaphore(self._concurrency), asyncio.Event()
@@ -189,7 +226,7 @@ class Client:
         Args:
             path: of the endpoint below ``base_url``, such as ``/chat/completions``.
             body: the request, sent as JSON.
-            read: text of the reply to the answer; raises :class:`UnreadableBody` where the call is to be repeated.
+            read: text of the reply to the answer; raises :class:`Unreadable` where the call is to be repeated.
             faults: of earlier calls for the same question, which count against ``max_retries``; extended in place.
             before: called before each attempt; what it raises ends the call.
 
@@ -236,18 +273,45 @@ class Client:
         self, path: str, body: Mapping[str, Any], read: Callable[[str], Answer], faults: list[Fault]
     ) -> Answer:
         try:  # post, as the client's typed methods spend a third more time on each call
-            return read(await self._in_time(self._api.post(path, cast_to=str, body=body), faults))
+            return read(_decoded(await self._in_time(self._post(path, body), faults)))
         except self._openai.APIStatusError as error:
             failure = self._of_status(error)
         except self._openai.APITimeoutError as error:
             failure = Fault(f"no answer within {self._timeout:g} s", reached=_was_connected(error))
-        except self._openai.APIConnectionError as error:
-            reason = f"{error.message} {self.clean(str(error.__cause__ or ''))}".strip()
-            failure = Fault(reason, reached=_was_connected(error))
-        except UnreadableBody as error:
-            failure = Fault(self.clean(str(error)))
+        except self._openai.APIConnectionError as error:  # older versions of the client wrap what a hook raises in it
+            cause = error.__cause__
+            reason = f"{error.message} {printable(self.clean(str(cause or '')))}".strip()
+            unread = self._unread(cause) if isinstance(cause, Unreadable) else None
+            failure = unread or Fault(reason, reached=_was_connected(error))
+        except Unreadable as error:
+            failure = self._unread(error)
         # Raised outside of the handlers: the openai errors hold the request, and with it the key.
         raise failure
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> bytes:
+        try:
+            return await self._api.post(path, cast_to=bytes, body=body)
+        except (self._openai.OpenAIError, Unreadable):
+            raise
+        except Exception as error:  # of the HTTP library, which does not foresee every reply
+            raise Unreadable("a reply that HTTP does not know", f"{type(error).__name__}: {error}") from None
+
+    def _unread(self, error: Unreadable) -> Fault:
+        return Fault(printable(self.clean(str(error))), unreadable=error.kind)
+
+    async def _read_body(self, response: Any) -> None:
+        """Read the body of a response up to the limit; the rest is left unread."""
+        response.encoding = "utf-8"  # whatever the server names, which may be any of Python's codecs
+        encoding = response.headers.pop("Content-Encoding", "identity")
+        try:
+            body, whole = await read_pieces(response.stream, self.longest_body, encoding)
+        finally:
+            await response.stream.aclose()
+        if not whole and response.status_code < 400:  # of a refusal, the beginning says enough
+            most = f"more than {self.longest_body} bytes, {BYTES_PER_TOKEN} a token"
+            raise Unreadable("a body that is too long", most)
+        http = self._openai.DefaultAsyncHttpxClient.__base__.__module__  # httpx or httpx2, by the client's version
+        response.stream = sys.modules[http].ByteStream(body)
 
     async def _in_time(self, attempt: Awaitable[Any], faults: list[Fault]) -> Any:
         task, begun = asyncio.ensure_future(attempt), time.monotonic()
@@ -277,6 +341,9 @@ class Client:
         status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
         said = body.get("message")
         said = repr(self.clean((said if isinstance(said, str) else error.response.text).strip())[:300])
+        if status < 400:
+            where = error.response.headers.get("Location", "")[:80]
+            return Fault(f"status {status}, to {where!r}: redirects are not followed, base_url has the address itself")
         if (status in RETRIED_STATUSES or status >= 500) and body.get("code") != "insufficient_quota":
             return Fault(f"status {status}: {said}", read_retry_after(error.response.headers.get("Retry-After")))
         check = self._checks.get(status, "Check base_url, the model's name and its options.")
@@ -303,19 +370,76 @@ def run_to_end(work: Coroutine[Any, Any, Answer]) -> Answer:
         return thread.submit(asyncio.run, work).result()
 
 
+async def read_pieces(pieces: AsyncIterable[bytes], limit: int, encoding: str = "identity") -> tuple[bytes, bool]:
+    """Read and unpack a body up to ``limit`` bytes; return it, and whether that is all of it.
+
+    Raises:
+        Unreadable: the encoding is another than gzip or deflate, or what is packed is damaged or cut.
+    """
+    unpack = None
+    if encoding.strip().lower() not in ("identity", ""):
+        if encoding.strip().lower() not in ("gzip", "deflate"):
+            raise Unreadable("a body in an encoding that was not asked for", repr(encoding[:80]))
+        unpack = zlib.decompressobj(zlib.MAX_WBITS + 32)  # either of the two, by its first bytes
+    body, taken = bytearray(), 0
+    try:
+        async for piece in pieces:
+            taken += len(piece)
+            body += piece if unpack is None else unpack.decompress(piece, limit + 1 - len(body))
+            if max(taken, len(body)) > limit:
+                return bytes(body[:limit]), False
+    except zlib.error as error:
+        raise Unreadable("a body whose compression is damaged", str(error)) from None
+    if unpack is not None and not unpack.eof:
+        raise Unreadable("a body whose compression is damaged", "it is cut")
+    return bytes(body), True
+
+
+def _decoded(body: bytes) -> str:
+    try:
+        return body.decode()
+    except UnicodeDecodeError as error:
+        raise Unreadable("a body that is not UTF-8", repr(body[max(0, error.start - 20) : error.end])) from None
+
+
 def read_json(text: str, what: str, read: Callable[[Any], Answer]) -> Answer:
     """Apply ``read`` to the JSON of a reply.
 
     Raises:
-        UnreadableBody: the text is no JSON, or lacks what ``read`` looks up.
+        Unreadable: the text is no JSON, is nested too deeply, or lacks what ``read`` looks up.
     """
     try:
         return read(json.loads(text))
+    except Unreadable as error:
+        what = error.kind
+    except RecursionError:
+        what = "a body that is nested too deeply"
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         pass
-    except UnreadableBody as error:
-        what = str(error)
-    raise UnreadableBody(f"{what}: {text[:200]!r}")
+    raise Unreadable(what, repr(text[:200]))
+
+
+def check_text(text: str) -> None:
+    r"""Raise Unreadable for a text that no file can store: one with half of a surrogate pair, as of a cut emoji.
+
+    >>> check_text("\ud83d")
+    Traceback (most recent call last):
+    contrastive_align.openai_client.Unreadable: half of a surrogate pair: '\ud83d'
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = repr(text[max(0, error.start - 20) : error.start + 20])
+        raise Unreadable("half of a surrogate pair", found) from None
+
+
+def printable(text: str) -> str:
+    r"""Replace characters that steer a terminal, or that nobody sees, by their escapes.
+
+    >>> printable("a\x1b[2Jb\n")
+    'a\\x1b[2Jb\\n'
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def backoff(faults: int, retry_after: float | None) -> float:
@@ -344,7 +468,7 @@ def read_retry_after(header: str | None) -> float | None:
     except ValueError:
         try:
             seconds = parsedate_to_datetime(header).timestamp() - time.time()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return None
     return None if math.isnan(seconds) else max(0.0, seconds)
 
@@ -384,5 +508,12 @@ def check_endpoint(base_url: Any, model: Any, *, concurrency: Any, timeout: Any,
             f"base_url: the address at {parts.hostname} has a user name, a password or a query in it, which would be "
             "shown and saved with the options. Put the key into the environment variable OPENAI_API_KEY."
         )
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
         raise ValueError(f"base_url: found {base_url!r}, expected an address such as http://localhost:8000/v1.")
+
+
+def _has_port(parts: SplitResult) -> bool:
+    try:
+        return parts.port != 0
+    except ValueError:  # no number, or none of a port
+        return False

@@ -15,7 +15,11 @@
 ``"drip"``         a body of spaces, a few at a time, that is not done after seconds
 ``(status, it)``   another HTTP status, with this text as the error's message, or this mapping as the error
 a mapping          this JSON, with status 200
+bytes              this body, with status 200
+a function         of the handler of the request: it sends what it likes
 =================  ==================================================================================
+
+The user message is shown to both without the tags that mark where texts begin and end (``untagged``).
 
 ``python tests/judge_server.py --seed 0 --latency 0.05`` prints its address and serves until its input closes.
 """
@@ -25,6 +29,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 import threading
 import time
@@ -80,7 +85,7 @@ class JudgeServer:
         self._thread.join()
 
     def behaviour_of(self, headers: dict[str, str], body: dict[str, Any]) -> tuple[str, Any]:
-        text = next(m["content"] for m in body["messages"] if m["role"] == "user")
+        text = untagged(next(m["content"] for m in body["messages"] if m["role"] == "user"))
         with self._lock:
             self.calls.append((headers, body))
             attempt = self._attempts[text]
@@ -104,6 +109,10 @@ class _HTTPServer(ThreadingHTTPServer):
     block_on_close = False
     request_queue_size = 128
     judge: JudgeServer
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that goes early is none of the server's
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -131,7 +140,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         judge.wait(judge.latency)
         reply = json.dumps(_completion(_as_text(judge.answer(text)))).encode()
-        if behaviour == "good":
+        if callable(behaviour):
+            behaviour(self)
+            self.close_connection = True
+        elif behaviour == "good":
             self._send(200, reply)
         elif behaviour == "close":
             self.close_connection = True
@@ -154,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
             while time.monotonic() < end and not judge.wait(0.02):
                 self.wfile.write(b" ")
             self.close_connection = True
-        elif isinstance(behaviour, Mapping):
+        elif isinstance(behaviour, bytes | Mapping):
             self._send(200, behaviour)
         else:
             status, error = behaviour
@@ -169,6 +181,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self._headers_buffer += [b"\r\n", body]
         self.flush_headers()
+
+
+def untagged(question: str) -> str:
+    """The question as it would be without what marks the beginnings and ends of texts by a tag."""
+    tag = re.search(r"<<<(-[0-9a-f]{16})", question)[1]
+    notice, _, rest = question.partition("\n\n")
+    assert tag in notice
+    return rest.replace(f"<<<{tag}\n", "").replace(f"\n>>>{tag}", "").replace(tag, "")
 
 
 def _lowered(headers: Mapping[str, str]) -> dict[str, str]:

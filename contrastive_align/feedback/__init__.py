@@ -17,7 +17,7 @@ _MOVED = {  # former module -> where it is now, and the names that differ, forme
     "pool": "pool.pool", "pool_prompts": "pool.prompts", "quantiles": "pool.draws",
     "rounds": "pool BATCH=files.BATCH round_path=pool.round_path rounds_in=pool.rounds_in",
     "judge": "judge.judge", "judge_cache": "judge.ledger", "judge_endpoint": "judge.client",
-    "judge_answers": "judge.answers Categories=CategoryAnswers Feedback=FeedbackAnswers",
+    "judge_answers": "judge.answers Unparsable=Unreadable Categories=CategoryAnswers Feedback=FeedbackAnswers",
 }  # fmt: skip
 
 

@@ -12,10 +12,26 @@ from typing import Any
 
 from transformers.utils import logging
 
-from contrastive_align.judge.answers import Unparsable, Verdict, answers_from, read_template, render
+from contrastive_align.judge.answers import (
+    Verdict,
+    answers_from,
+    as_text,
+    longest_answer,
+    read_reply,
+    read_template,
+    render,
+)
 from contrastive_align.judge.client import JudgeError, ask, judge_client
 from contrastive_align.judge.ledger import AnswerCache, content_key
-from contrastive_align.openai_client import Client, Fault, check_counts, check_endpoint, check_number, run_to_end
+from contrastive_align.openai_client import (
+    Client,
+    Fault,
+    Unreadable,
+    check_counts,
+    check_endpoint,
+    check_number,
+    run_to_end,
+)
 
 
 __all__ = ["Judge", "JudgeError", "Verdict", "resolve_judge"]
@@ -32,7 +48,9 @@ class Judge:
 
     Args:
         prompt: ``"helpful_categories"``, ``"feedback"``, or a text file with ``{prompt}``, ``{completion}`` and, for
-            categories, ``{categories}`` (for text, perhaps ``{max_words}``).
+            categories, ``{categories}`` (for text, perhaps ``{max_words}``). What is judged is put between markers with
+            a tag that no text can know; a file that has ``{tag}`` before and after both texts has its own in their
+            place.
         model: the judge's name at the endpoint.
         answers: a list of categories, the best first, or ``"text"``: feedback in words and a score of 0 to 3.
         cache: a folder. Every answer is stored there under a hash of its question; a rerun makes no call.
@@ -43,7 +61,7 @@ class Judge:
         max_retries: number of times an item is asked again after status 408, 409, 425, 429 or 5xx, a timeout, a broken
             connection or an incomplete body, before it counts as failed.
         budget: the most calls ever made with this cache, restarts included; None: no limit.
-        temperature, max_tokens: of the judge's answer.
+        temperature, max_tokens: of the judge's answer. A reply of more than 256 bytes a token is not read.
         max_words: of the feedback.
 
     Raises:
@@ -82,8 +100,9 @@ class Judge:
             "max_retries": max_retries, "budget": budget, "temperature": temperature, "max_tokens": max_tokens,
             "max_words": max_words,
         }  # fmt: skip
-        self._cache = AnswerCache(cache)
+        self._cache = AnswerCache(cache, longest_answer(max_tokens))
         self._counts: Counter[str] = Counter()
+        self._unreadable: Counter[str] = Counter()  # kind -> replies
         self._lock = threading.Lock()
         self._reached = False  # whether any call got as far as a connection
 
@@ -135,15 +154,17 @@ class Judge:
         if not len(self._cache):
             judge_client(self._base_url, self._timeout)
 
-    def report(self) -> dict[str, int]:
+    def report(self) -> dict[str, Any]:
         """Return counts since this object was made, and ``calls_ever`` of its cache, which the budget limits.
 
         Every item is ``answered``, ``unparsable``, ``failed`` or ``over_budget``, or left open by an error. Of these,
         ``cached`` items were known from an earlier call or run, and ``repeated`` items equal an earlier item of the
-        same call. ``retried`` counts the calls that asked again.
+        same call. ``retried`` counts the calls that asked again, and ``unreadable`` the replies without a verdict, by
+        what is wrong with them.
         """
         with self._lock:
-            return {name: self._counts[name] for name in COUNTS} | {"calls_ever": self._cache.calls}
+            found: dict[str, Any] = {name: self._counts[name] for name in COUNTS}
+            return found | {"calls_ever": self._cache.calls, "unreadable": dict(self._unreadable.most_common())}
 
     def as_reward(self) -> JudgeReward:
         """Return the judge as a TRL reward function: the verdicts' scores, None for items without a verdict."""
@@ -161,27 +182,45 @@ class Judge:
         jobs: dict[str, _Job] = {}
         for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             try:
-                question = render(self._template, prompt, completion, self._answers)
+                question, untagged = (
+                    render(self._template, prompt, completion, self._answers, tagged=tagged) for tagged in (True, False)
+                )
+                question.encode()
+                judged = (as_text(prompt), as_text(completion))
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise ValueError(
                     f"Item {row} cannot be shown to the judge ({type(error).__name__}: {error}). Expected prompt and "
                     "completion as text, or as lists of messages with 'role' and 'content'."
                 ) from error
             key = content_key(
-                model=self._model, messages=_messages(question), temperature=float(self._temperature),
+                model=self._model, messages=_messages(untagged), temperature=float(self._temperature),
                 max_tokens=self._max_tokens, answers=self._answers.kind,
             )  # fmt: skip
-            jobs.setdefault(key, _Job(key, question)).rows.append(row)
+            jobs.setdefault(key, _Job(key, question, judged)).rows.append(row)
         return jobs
 
     async def _ask_all(self, jobs: list[_Job]) -> None:
         concurrency = min(self._concurrency, len(jobs))
-        client = judge_client(self._base_url, self._timeout, concurrency=concurrency, max_retries=self._max_retries)
+        client = judge_client(
+            self._base_url,
+            self._timeout,
+            concurrency=concurrency,
+            max_retries=self._max_retries,
+            tokens=self._max_tokens,
+        )
         async with client:
             await client.run(jobs, lambda job: self._settle(job, client))
 
     async def _settle(self, job: _Job, client: Client) -> None:
         faults: list[Fault] = []
+        try:
+            await self._ask_twice(job, client, faults)
+        finally:
+            with self._lock:
+                self._unreadable.update(fault.unreadable for fault in faults if fault.unreadable)
+
+    async def _ask_twice(self, job: _Job, client: Client, faults: list[Fault]) -> None:
+        """Ask, and once more where the reply has another form than was asked for."""
         for reminder in ("", f"\n\n{self._answers.reminder}"):
             try:
                 reply = await ask(
@@ -201,9 +240,11 @@ class Judge:
                 return self._fail(job, fault, len(faults), client)
             self._reached = True
             try:
-                job.verdict = self._answers.parse(reply.text)
+                job.verdict = read_reply(reply.text, self._answers, max_tokens=self._max_tokens, judged=job.judged)
                 break
-            except Unparsable as error:
+            except Unreadable as error:
+                with self._lock:
+                    self._unreadable[error.kind] += 1
                 job.reason = f"{error} (cut at max_tokens={self._max_tokens}; raise it)" if reply.cut else str(error)
         self._cache.add(job.key, reply.text, job.verdict, job.calls)
         job.settle(_outcome(job.verdict), job.reason)
@@ -240,6 +281,7 @@ class _Job:
 
     key: str
     question: str
+    judged: tuple[str, str]
     rows: list[int] = field(default_factory=list)
     calls: int = 0
     verdict: Verdict | None = None

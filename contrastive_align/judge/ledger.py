@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import os
+import re
 import threading
 from dataclasses import asdict
 from pathlib import Path
@@ -12,10 +15,14 @@ from typing import Any
 
 from transformers.utils import logging
 
-from contrastive_align.judge.answers import Verdict
+from contrastive_align.judge.answers import Verdict, check_words
+from contrastive_align.openai_client import Unreadable
 
 
 logger = logging.get_logger(__name__)
+
+# JSON writes a character with at most 12 bytes; a verdict and the names of a line's fields have some kilobytes.
+BYTES_PER_CHARACTER, BYTES_BESIDE_ANSWER = 12, 64 * 1024
 
 
 def content_key(**what: Any) -> str:
@@ -29,16 +36,19 @@ class AnswerCache:
 
     ``answers.jsonl`` has a line for each answer, ``{"key", "answer", "verdict", "calls"}``: the reply, the verdict read
     from it (null where it was unparsable), and the number of calls. Each line is one write, so that a kill loses at
-    most the line that it interrupts, which is skipped when the file is read.
+    most the line that it interrupts, which is skipped when the file is read. A verdict that is none, or that no file
+    can store, is read as null.
 
     ``calls`` has a byte for each call, written before the call is made. The file's size is compared with the budget.
     Processes that share a folder share its budget.
 
     Args:
         folder: created if missing.
+        longest: characters of an answer. Of a longer one, which is unparsable, the beginning is stored.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, longest: int) -> None:
+        self._longest, self._longest_line = longest, BYTES_PER_CHARACTER * longest + BYTES_BESIDE_ANSWER
         self.folder = Path(folder).expanduser()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.answers_file, self.calls_file = self.folder / "answers.jsonl", self.folder / "calls"
@@ -81,7 +91,8 @@ class AnswerCache:
             OSError: the disk is full.
         """
         found = None if verdict is None else asdict(verdict)
-        line = json.dumps({"key": key, "answer": answer, "verdict": found, "calls": calls}).encode() + b"\n"
+        row = {"key": key, "answer": answer[: self._longest], "verdict": found, "calls": calls}
+        line = json.dumps(row).encode() + b"\n"
         with self._lock:
             line = b"\n" + line if self._open_line else line
             fd = os.open(self.answers_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -97,13 +108,17 @@ class AnswerCache:
     def _load(self) -> None:
         damaged = []
         with self.answers_file.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                self._open_line = not line.endswith(b"\n")
+            for number in itertools.count(1):
+                if not (line := file.readline(self._longest_line)):
+                    break
+                end, too_long = line, False
+                while len(end) == self._longest_line and not end.endswith(b"\n"):
+                    end, too_long = file.readline(self._longest_line), True
+                self._open_line = not end.endswith(b"\n")
                 try:
-                    row = json.loads(line)
-                    found = row["verdict"]
-                    self._verdicts[row["key"]] = None if found is None else _verdict(found)
-                except (ValueError, KeyError, TypeError):
+                    key, verdict = _beginning_of(line) if too_long else _read(line)
+                    self._verdicts[key] = verdict
+                except (ValueError, KeyError, TypeError, RecursionError):
                     if line.strip():
                         damaged.append(number)
         if damaged:
@@ -113,6 +128,24 @@ class AnswerCache:
             )
 
 
-def _verdict(found: dict[str, Any]) -> Verdict:
-    analysis = found.get("analysis")
-    return Verdict(str(found["text"]), float(found["score"]), None if analysis is None else str(analysis))
+def _read(line: bytes) -> tuple[str, Verdict | None]:
+    row = json.loads(line)
+    return row["key"], None if row["verdict"] is None else _verdict(row["verdict"])
+
+
+def _beginning_of(line: bytes) -> tuple[str, None]:
+    """Read the key of a line that is too long for a verdict."""
+    found = re.match(rb'\{"key": "(\w+)"', line)
+    if found is None:
+        raise ValueError("no key")
+    return found[1].decode(), None
+
+
+def _verdict(found: Any) -> Verdict | None:
+    try:
+        text, score, analysis = found["text"], float(found["score"]), found.get("analysis")
+        for words in (text, analysis or ""):
+            check_words(words)
+    except (Unreadable, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        return None
+    return Verdict(text, score, analysis) if math.isfinite(score) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,21 @@ def objective_section(objective: Mapping[str, Any]) -> str:
     - loss: `nca`
     - beta: `0.1`
     """
-    return "\n".join(["## Objective", "", *(f"- {name}: `{value}`" for name, value in objective.items())])
+    return "\n".join(["## Objective", "", *(f"- {name}: {code_span(value)}" for name, value in objective.items())])
+
+
+def code_span(value: Any) -> str:
+    r"""Write a value as inline code, in which nothing is markup: no backtick ends it, and no line begins in it.
+
+    White space becomes one space, and a character that nobody sees, such as one that steers a terminal, a mark.
+
+    >>> print(code_span(0.1), code_span("a `b` <script>\n# c"))
+    `0.1` ``a `b` <script> # c``
+    """
+    text = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(str(value).split()))
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    edge = " " if text[:1] == "`" or text[-1:] == "`" or not text else ""
+    return f"{ticks}{edge}{text}{edge}{ticks}"
 
 
 def add_section(output_dir: str | Path, section: str, *, instead_of: str | None = None) -> None:
@@ -33,16 +48,15 @@ def add_section(output_dir: str | Path, section: str, *, instead_of: str | None 
     if not path.is_file():
         return
     card = path.read_text(encoding="utf-8")
-    start = end = _place(card, BEFORE)
-    if instead_of and instead_of in card:
-        start = _place(card, instead_of)
-        end = start + 1 + _place(card[start + 1 :], "\n## ")
+    start = end = _place(card, re.escape(BEFORE))
+    if instead_of and (found := _place(card, re.escape(instead_of))) < len(card):
+        start, end = found, found + 1 + _place(card[found + 1 :], "## ")
     path.write_text(f"{card[:start].rstrip()}\n\n{section.strip()}\n\n{card[end:].lstrip()}", encoding="utf-8")
 
 
-def _place(card: str, heading: str) -> int:
-    at = card.find(heading)
-    return len(card) if at < 0 else at
+def _place(card: str, line: str) -> int:
+    found = re.search(f"^{line}", card, re.MULTILINE)
+    return len(card) if found is None else found.start()
 
 
 def how_to_ask(kind: str, best: str, *, adapter: bool, tokens: bool, base: str) -> str:
@@ -70,8 +84,8 @@ from contrastive_align.conditions import Condition
 prompt = Condition.load(folder).apply_best("Why is the sky blue?")  # or a list of messages"""
     return (
         "## Asking for the best\n\n"
-        f"This model was trained on completions of every quality, each under a condition (`{kind}`, in "
+        f"This model was trained on completions of every quality, each under a condition ({code_span(kind)}, in "
         "`condition.json`) that says how good it is; without one it writes them all. The best is asked for with: "
-        f"`{best}`\n\n"
+        f"{code_span(best)}\n\n"
         f"```python\n{code}\n```"
     )

@@ -13,6 +13,7 @@ from typing import Any
 from contrastive_align.data.atomic import atomic_write
 
 
+TIMES = ("seconds", "seconds_measuring")  # of ``training``: two runs of one command differ in nothing else
 COLUMNS = ("base", "target", "tuned", "tuned+QRS")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from contrastive_align.openai_client import (
     CallError,
     Client,
     Fault,
-    UnreadableBody,
+    Unreadable,
     check_endpoint,
+    check_text,
     read_json,
     run_to_end,
 )
@@ -74,6 +76,10 @@ class ServerSampler:
         self.adapter: str | None = None
         self._concurrency, self._timeout, self._max_retries = concurrency, timeout, max_retries
         self._extra = dict(PLAIN if extra_body is None else extra_body)
+        try:
+            json.dumps(self._extra)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"extra_body: found {self._extra}, expected what JSON can hold ({error}).") from None
 
     def __call__(
         self,
@@ -125,7 +131,8 @@ class ServerSampler:
             )
             faults += failed
 
-        async with self._client(concurrency=min(self._concurrency, len(requests))) as client:
+        tokens = requests[0]["n"] * requests[0]["max_tokens"]
+        async with self._client(concurrency=min(self._concurrency, len(requests)), tokens=tokens) as client:
             await client.run(range(len(requests)), ask)
         self._report(faults)
         return found
@@ -197,10 +204,12 @@ def _read(text: str, n: int) -> list[Completion]:
         choices = sorted(body["choices"], key=lambda choice: choice["index"])
         found = [(choice["text"], choice["finish_reason"]) for choice in choices]
         if len(found) != n or not all(isinstance(text, str) for text, _ in found):
-            raise UnreadableBody(f"not {n} completions, as asked for")
+            raise Unreadable(f"not {n} completions, as asked for")
         # "abort", "error", "content_filter": the text is not a sample of the model.
         if wrong := [reason for _, reason in found if reason not in ("stop", "length")]:
-            raise UnreadableBody(f"a completion whose finish_reason is {wrong[0]!r}, not 'stop' or 'length'")
+            raise Unreadable(f"a completion whose finish_reason is {repr(wrong[0])[:80]}, not 'stop' or 'length'")
+        for text, _ in found:
+            check_text(text)
         return [Completion(text, reason == "stop") for text, reason in found]
 
     return read_json(text, "not a completion", completions_in)

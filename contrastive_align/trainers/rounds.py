@@ -306,7 +306,9 @@ class JudgeFeedback:
         outcomes = ("answered", "unparsable", "failed", "over_budget")
         found = self.judge.report() if hasattr(self.judge, "report") else {}
         counts = ", ".join(f"{found[name]} {name.replace('_', ' ')}" for name in outcomes if found.get(name))
-        return f"See what the judge answers, then start again. The judge so far: {counts or 'no verdict'}."
+        kinds = ", ".join(f"{number} x {kind}" for kind, number in found.get("unreadable", {}).items())
+        unread = f" Of its replies could not be read: {kinds}." if kinds else ""
+        return f"See what the judge answers, then start again. The judge so far: {counts or 'no verdict'}.{unread}"
 
 
 # ----------------------------------------------------------------------------------------------- conditioned prompts

@@ -50,7 +50,7 @@ FORMER = {  # public names of each former module -> where they are now (None: no
     "forms": {"conditions.conditions": "check_form fill_form condition_prompt", "data.formats": "Prompt=Text"},
     "judge": {"judge.judge": "COUNTS Judge JudgeError JudgeReward Verdict resolve_judge"},
     "judge_answers": {
-        "judge.answers": "PROMPTS FOLDER BEST_SCORE Unparsable Verdict answers_from read_template render "
+        "judge.answers": "PROMPTS FOLDER BEST_SCORE Unparsable=Unreadable Verdict answers_from read_template render "
         "Categories=CategoryAnswers Feedback=FeedbackAnswers"
     },
     "judge_cache": {"judge.ledger": "content_key AnswerCache"},

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from judge_server import FAULTS, JudgeServer, scored, some_faults
+from judge_server import FAULTS, JudgeServer, scored, some_faults, untagged
 
 from contrastive_align import openai_client
-from contrastive_align.judge.answers import CategoryAnswers, FeedbackAnswers, Unparsable, read_template, render
+from contrastive_align.judge.answers import CategoryAnswers, FeedbackAnswers, read_template, render
 from contrastive_align.judge.judge import Judge, JudgeError, Verdict, resolve_judge
 from contrastive_align.judge.ledger import AnswerCache
-from contrastive_align.openai_client import Client, backoff, read_retry_after
+from contrastive_align.openai_client import Client, Unreadable, backoff, read_retry_after
 
 
 pytest.importorskip("openai")
@@ -100,11 +100,11 @@ def test_a_category_is_ranked_and_spelled_as_given():
         ('{"category": ["Harmful"]}', "expected str"),
         ('{"category": "Harmful", "analysis": 3}', "expected str"),
         ('{"category": "Harmful"', "no JSON object"),
-        ("[" * 100_000, "no JSON object"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_what_is_no_category_is_refused(reply, why):
-    with pytest.raises(Unparsable, match=why):
+    with pytest.raises(Unreadable, match=why):
         CategoryAnswers(tuple(CATEGORIES)).parse(reply)
 
 
@@ -115,7 +115,7 @@ def test_a_score_is_a_whole_number_to_three(score, ok):
     if ok:
         assert FeedbackAnswers(10).parse(reply) == Verdict("Good and short.", float(score))
     else:
-        with pytest.raises(Unparsable, match="score"):
+        with pytest.raises(Unreadable, match="score"):
             FeedbackAnswers(10).parse(reply)
 
 
@@ -125,7 +125,7 @@ def test_feedback_has_its_number_of_words(words, ok):
     if ok:
         assert FeedbackAnswers(3).parse(reply).text == words
     else:
-        with pytest.raises(Unparsable, match="words"):
+        with pytest.raises(Unreadable, match="words"):
             FeedbackAnswers(3).parse(reply)
 
 
@@ -141,16 +141,17 @@ def test_categories_must_differ():
 
 def test_braces_in_texts_are_safe():
     template = 'P: {prompt} C: {completion} {categories} like {"category": "x"} {other}'
-    found = render(template, "{completion} {0}", "{prompt} {categories} \\1", CategoryAnswers(("A", "B")))
+    found = render(template, "{completion} {0}", "{prompt} {categories} \\1", CategoryAnswers(("A", "B")), tagged=False)
     assert found == 'P: {completion} {0} C: {prompt} {categories} \\1 - A\n- B like {"category": "x"} {other}'
 
 
 def test_conversations_are_lines():
     prompt = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
     reply = [{"role": "assistant", "content": "Hello"}]
-    assert render("{prompt}|{completion}", prompt, reply, FeedbackAnswers(9)) == "system: Be kind.\nuser: Hi|Hello"
+    found = render("{prompt}|{completion}", prompt, reply, FeedbackAnswers(9), tagged=False)
+    assert found == "system: Be kind.\nuser: Hi|Hello"
     two = [*reply, {"role": "tool", "content": "4"}]
-    assert render("{completion}", "", two, FeedbackAnswers(9)) == "assistant: Hello\ntool: 4"
+    assert render("{completion}", "", two, FeedbackAnswers(9), tagged=False) == "assistant: Hello\ntool: 4"
 
 
 @pytest.mark.parametrize("name, answers", [("helpful_categories", CategoryAnswers(tuple(CATEGORIES))),
@@ -361,7 +362,7 @@ def test_nonsense_is_asked_once_more_with_a_reminder_then_left_out(make, caplog)
         assert verdicts[0] is not None and verdicts[1] is None
         assert counts(judge, "answered", "unparsable", "calls", "retried") == (1, 1, 3, 1)
         assert "1 unparsable, first item 1 (no JSON object: 'no')" in caplog.text
-        asked = [body["messages"][0]["content"] for _, body in server.calls if "bad" in str(body)]
+        asked = [untagged(body["messages"][0]["content"]) for _, body in server.calls if "bad" in str(body)]
         assert asked[0] == "p|bad" and asked[1].startswith("p|bad\n\n") and "at most 10 words" in asked[1]
 
         again = make(server)
@@ -479,7 +480,7 @@ def test_a_line_holds_key_answer_verdict_and_calls(make, tmp_path):
 
 
 def test_a_short_write_is_an_error_and_the_next_line_is_whole(tmp_path, monkeypatch):
-    cache, module = AnswerCache(tmp_path), importlib.import_module("contrastive_align.judge.ledger")
+    cache, module = AnswerCache(tmp_path, 99), importlib.import_module("contrastive_align.judge.ledger")
     write = module.os.write
     with monkeypatch.context() as patched:
         patched.setattr(module.os, "write", lambda fd, line: write(fd, line[:10]))
@@ -487,7 +488,7 @@ def test_a_short_write_is_an_error_and_the_next_line_is_whole(tmp_path, monkeypa
             cache.add("a", "x", None, 1)
     assert "a" not in cache
     cache.add("b", "x", Verdict("good", 3.0), 1)
-    loaded = AnswerCache(tmp_path)
+    loaded = AnswerCache(tmp_path, 99)
     assert len(loaded) == 1 and loaded["b"] == Verdict("good", 3.0)
 
 
@@ -520,7 +521,7 @@ def test_the_budget_is_exact_among_threads(make):
 
 
 def test_two_that_see_the_last_call_free_do_not_both_get_it(tmp_path, monkeypatch):
-    cache = AnswerCache(tmp_path)
+    cache = AnswerCache(tmp_path, 99)
     monkeypatch.setattr(AnswerCache, "calls", property(lambda self: 0))  # looked before the others wrote
     assert [cache.take_call(2) for _ in range(4)] == [True, True, False, False]
 
