@@ -136,6 +136,10 @@ class Members:
         """Return the batch as Trainer hands it to ``compute_loss``."""
         return self._prepare_inputs(batch)
 
+    def prepared_batch(self, inputs: Any) -> dict[str, Any]:
+        """Return the batch that the last call of ``compute_loss`` was given."""
+        return self.to_device(inputs)
+
     def on_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy a batch to the accelerator."""
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
@@ -314,6 +318,10 @@ class DrawsGroups:
             seed=self.args.seed,
             epoch=lambda: self.state.epoch,
         )
+
+    def prepared_batch(self, inputs: Any) -> dict[str, Any]:
+        """Return the micro-batch of the last step, which TRL has counted already."""
+        return self._buffered_inputs[(self._step - 1) % self.args.steps_per_generation]
 
     @property
     def generation(self) -> int:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from contrastive_align.launch.bundled import find_yaml
+from contrastive_align.launch.errors import in_sentences
 from contrastive_align.launch.flags import modernise_flags
 from contrastive_align.launch.help import command_help, read_aliases, read_options
 from contrastive_align.launch.usage import UsageError, nearest
@@ -106,8 +107,18 @@ ACCELERATE_FLAGS = (
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Run a command and return what it returns: the summary of a run, or samples."""
-    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    """Run a command and return what it returns: the summary of a run, or samples.
+
+    Raises:
+        UsageError, Fault: see ``launch/errors.py``.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    with in_sentences(argv):
+        return _main(*argv)
+
+
+def _main(command: str, *given: str) -> Any:
+    rest = list(given)
     if command in ("--help", "-h", "help"):
         return print(_overview())
     if command == "--version":

@@ -159,6 +159,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
                 add_encoder_decoder_head(each)
             self.collate = EncoderDecoderCollator(*pad, decoder_start_token(models[0]))
             self.layout = "padded"
+            self.check_loaded()
             compile_layers(self, models)
         else:
             self.collate = GroupCollator(*pad)

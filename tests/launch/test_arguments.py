@@ -145,11 +145,11 @@ def test_the_temperature_is_a_number_or_auto(text, value):
     assert from_yaml("temperature_alpha: 3\n", f"--temperature_alpha={text}").training.temperature_alpha == value
 
 
-@pytest.mark.parametrize(("text", "found"), [("warm", "'warm'"), ("0", "'0'"), ("nan", "'nan'"), ("", "None")])
+@pytest.mark.parametrize(("text", "found"), [("warm", "'warm'"), ("0", "0.0"), ("nan", "nan"), ("", "'None'")])
 def test_another_temperature_is_refused(text, found):
     with pytest.raises(UsageError) as error:
         from_yaml(f"temperature_alpha: {text}\n")
-    expected = f"temperature_alpha is {found}, expected a finite number above 0, or 'auto'."
+    expected = f"run.yaml: temperature_alpha is {found}, expected a finite number above 0, or 'auto'."
     assert error.value.message == expected
 
 
@@ -186,7 +186,7 @@ def test_yaml_anchors():
         ("gradient_checkpointing_kwargs:\n  a: 1\n  a: 2", ["the key ['a'] is given twice (line 2 on)"]),
         ("torch_dtype: auto\ndtype: auto", ["both 'torch_dtype' and 'dtype' are given", "Keep 'dtype'"]),
         ("- a\n- b", ["run.yaml holds a list, expected 'key: value' lines"]),
-        ("", ["run.yaml holds a NoneType"]),
+        ("", ["run.yaml is empty"]),
         ("a: [", ["run.yaml is not YAML"]),
         ("!!python/object/apply:os.getcwd []", ["run.yaml is not YAML"]),
         ("env: [A]", ["run.yaml: 'env' is a list, expected 'NAME: value' lines"]),
