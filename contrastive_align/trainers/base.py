@@ -224,7 +224,9 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
             trust = kwargs.setdefault("trust_remote_code", args.trust_remote_code)
             config = AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=trust)
             if not config.architectures:
-                raise ValueError(f"config.json of {model} has no 'architectures', expected one: [\"LlamaForCausalLM\"].")
+                raise ValueError(
+                    f"config.json of {model} has no 'architectures', expected one: [\"LlamaForCausalLM\"]."
+                )
         else:
             config = model.config
         check_generates(config, self.start_description, encoder_decoder=self.takes_encoder_decoders)
@@ -288,9 +290,13 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
             policy, reference: log-probs in nats of the same completions.
             lengths: their tokens.
 
+        Log-probs that are NaN or infinite are left to the check of the first step, which finds out why.
+
         Raises:
             ReferenceMismatch: it does not, or it is another one.
         """
+        if not torch.isfinite(policy - reference).all():
+            return
         self.reference_is_proven = True
         tolerance = rounding_tolerance(self.model, sixteen_bit=self.computes_in_16_bits)
         said: dict[str, Any] = {"start": self.start_description, "tolerance": tolerance}
@@ -414,6 +420,7 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         if self.resumed_from is not None:
             self.load_state(self.resumed_from)
             check_functions(self.resumed_from, self.functions())
+        self.check_loaded()  # again: weights may have been changed since
         self.begin_training(going_on=bool(resume_from_checkpoint))
         self.micro_batches, self.first_step_is_finite, self._bad_batch = 0, False, None
         return checkpoint
@@ -424,12 +431,17 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         return (self.args.output_dir,)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Build the schedule as Trainer does; warn where it ends before the warm-up does."""
-        warm = self.args.get_warmup_steps(num_training_steps)
-        if warm >= num_training_steps and "constant" != self.args.lr_scheduler_type:
+        """Build the schedule as Trainer does; warn where there is no warm-up or it does not end."""
+        warm, kind = self.args.get_warmup_steps(num_training_steps), self.args.lr_scheduler_type
+        said = f"warmup_steps={self.args.warmup_steps:g}"
+        if warm and kind == "constant":
             logger.warning(
-                f"warmup_steps={self.args.warmup_steps:g} is {warm} of the {num_training_steps} steps: the learning "
-                f"rate never reaches {self.args.learning_rate:g}."
+                f"{said} is not used: lr_scheduler_type='constant' has no warm-up, 'constant_with_warmup' has."
+            )
+        elif warm >= num_training_steps and kind not in ("reduce_lr_on_plateau", "greedy"):
+            logger.warning(
+                f"{said} is {warm} of the {num_training_steps} steps: the learning rate never reaches "
+                f"{self.args.learning_rate:g}."
             )
         return super().create_scheduler(num_training_steps, optimizer)
 

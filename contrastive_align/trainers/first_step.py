@@ -15,7 +15,7 @@ from contrastive_align.models.loading import not_finite
 def cause_of(trainer: Any, batch: Mapping[str, Any], loss: Tensor) -> str:
     """Return what made a step's loss or gradient NaN or infinite: the first that is so of weights, activations, ...
 
-    Weights come first, then the batch, then what each module computes, then the loss and the gradient.
+    Weights come first, then what each module computes, then the batch, then the loss and the gradient.
 
     Args:
         trainer: whose ``compute_loss`` is run again.
@@ -25,20 +25,19 @@ def cause_of(trainer: Any, batch: Mapping[str, Any], loss: Tensor) -> str:
     models, everywhere = trainer.base_models(), trainer.from_all_processes
     if bad := everywhere(not_finite(named for model in models for named in model.named_parameters())):
         return f"The weight '{bad[0]}' has NaN or infinite entries. Load the model anew, or start from another one."
+    with torch.no_grad(), _bad_outputs(models) as found, trainer.compute_loss_context_manager():
+        trainer.compute_loss(trainer.model, batch)
+    if bad := everywhere([f"{name}' computes NaN or infinite values in {dtype}" for name, dtype in found]):
+        way_out = "Take another model, or look into this one."
+        if bad[0].endswith("float16") and not bad[0].endswith("bfloat16"):
+            way_out = "float16 ends at 65504: set bf16 in place of fp16, or dtype to bfloat16 or float32."
+        return f"'{bad[0]}. {way_out}"
     # A log-weight of -inf is a completion that the target excludes.
     values = ((name, t.clamp(min=0)) for name, t in batch.items() if isinstance(t, Tensor) and t.is_floating_point())
     if bad := everywhere(not_finite(values)):
         return (
             f"'{bad[0]}' of the batch has NaN or infinite entries. Look at the rows, or at the function that gives it."
         )
-    with torch.no_grad(), _bad_outputs(models) as found, trainer.compute_loss_context_manager():
-        trainer.compute_loss(trainer.model, batch)
-    if found:
-        name, dtype = found[0]
-        way_out = "Take another model, or look into this one."
-        if dtype == torch.float16:
-            way_out = "float16 ends at 65504: set bf16 in place of fp16, or dtype to bfloat16 or float32."
-        return f"'{name}' computes NaN or infinite values in {str(dtype).removeprefix('torch.')}. {way_out}"
     options = ", ".join(f"{name}={value}" for name, value in trainer.objective().items())
     look = f"Look at {options}" + ("; at bf16, fp16 and dtype." if trainer.computes_in_16_bits else ".")
     if not torch.isfinite(loss):
@@ -48,15 +47,15 @@ def cause_of(trainer: Any, batch: Mapping[str, Any], loss: Tensor) -> str:
 
 
 @contextmanager
-def _bad_outputs(models: Iterable[nn.Module]) -> Iterator[list[tuple[str, torch.dtype]]]:
+def _bad_outputs(models: Iterable[nn.Module]) -> Iterator[list[tuple[str, str]]]:
     """Watch the modules of models, and list name and dtype of the first whose output is not finite."""
-    found: list[tuple[str, torch.dtype]] = []
+    found: list[tuple[str, str]] = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) and output else output
             if not found and isinstance(first, Tensor) and not_finite([(name, first)]):
-                found.append((name, first.dtype))
+                found.append((name, str(first.dtype).removeprefix("torch.")))
 
         return hook
 

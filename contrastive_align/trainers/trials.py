@@ -144,6 +144,8 @@ def _try_schedule(args: TrainingArguments, optimiser: torch.optim.Optimizer) -> 
     steps = args.max_steps if args.max_steps > 0 else MANY_STEPS
     named, given = f"lr_scheduler_type is '{args.lr_scheduler_type.value}'", args.lr_scheduler_kwargs
     named += f" with lr_scheduler_kwargs {given}" if given else ""
+    if given and args.lr_scheduler_type in ("constant", "constant_with_warmup"):
+        raise ValueError(f"{named}, and that schedule takes none. Leave them out, or choose another.")
     for key, value in (given or {}).items():
         if isinstance(value, float) and not math.isfinite(value):  # cosine turns it into a learning rate of 0
             raise ValueError(f"lr_scheduler_kwargs[{key!r}] is {value}, expected a finite number.")

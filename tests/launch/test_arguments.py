@@ -1,5 +1,6 @@
 """The command line and the YAML: strict, and kind to what people already have."""
 
+import math
 import os
 import re
 
@@ -153,10 +154,82 @@ def test_another_temperature_is_refused(text, found):
     assert error.value.message == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("+3", 3), ("1e2", 100.0), ("1.", 1.0), (".5", 0.5), ("1E-3", 1e-3), ("-.inf", -math.inf)],
+)
+def test_numbers_are_those_of_yaml_1_2(text, value):
+    (found,) = arguments.load_yaml(f"[{text}]", "it")
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1:30", "2020-01-01", "0x10", "1_000", "1.2.3", "e5"])
+def test_what_is_no_number_there_is_text(text):
+    assert arguments.load_yaml(f"[{text}]", "it") == [text]
+
+
 def test_yaml_anchors():
     assert from_yaml("beta: &value 0.2\ntemperature_alpha: *value\n").training.temperature_alpha == 0.2
     shared = "gradient_checkpointing_kwargs: &k {use_reentrant: false}\nlr_scheduler_kwargs: {<<: *k, num_cycles: 2}\n"
     assert from_yaml(shared).training.lr_scheduler_kwargs == {"use_reentrant": False, "num_cycles": 2}
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcde", "bcdef", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a [*a]", "an alias stands inside what it is an alias of"),
+        ("a: &a {b: {c: *a}}", "an alias stands inside what it is an alias of"),
+        (BOMB, "its aliases unfold to too many values"),
+        ("a: !!set {x}", "could not determine a constructor"),
+        ("a: !!binary eA==", "could not determine a constructor"),
+    ],
+    ids=["itself", "inside", "bomb", "set", "binary"],
+)
+def test_yaml_that_is_no_json_is_refused(text, said):
+    with pytest.raises(ValueError, match=f"it is not YAML: {said}"):
+        arguments.load_yaml(text, "it")
+
+
+@pytest.mark.parametrize(
+    "env", ["{5: x}", "{FOO: }", "{'A=B': x}", "{'A B': x}", "{FOO: [1]}", "{2A: x}", '{A: "x\\0y"}']
+)
+def test_a_variable_of_the_environment_has_a_name_and_a_text(env, monkeypatch):
+    before = dict(os.environ)
+    with pytest.raises(UsageError) as error:
+        from_yaml(f"env: {env}\n")
+    assert "expected a variable's name (letters, digits, _) and its text" in error.value.message
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("value", ["2", "1", "-0.1", "nan", "some"])
+def test_a_warm_up_ratio_is_a_share(value):
+    said = f"warmup_ratio is {value}, expected a number of 0 or more, below 1"
+    for act in (
+        lambda: parse([f"--warmup_ratio={value}"], prog="run.py"),
+        lambda: parse(["--warmup_ratio", value], prog="run.py"),
+        lambda: from_yaml(f"warmup_ratio: {value}\n"),
+    ):
+        with pytest.raises(UsageError) as error:
+            act()
+        assert said in error.value.message
+
+
+def test_a_number_is_named_as_it_was_given():
+    with pytest.raises(UsageError) as error:
+        from_yaml("lora_alpha: 0\nuse_peft: true\n")
+    assert error.value.message == "run.yaml: lora_alpha is 0, expected a finite number above 0."
+    with pytest.raises(UsageError) as error:
+        from_yaml("lora_alpha: 8\n", "--lora-alpha", "0")
+    assert error.value.message == "--lora_alpha is 0, expected a finite number above 0."
+
+
+def test_one_training_row_is_noted():
+    assert parse(["--max_train_samples=1"], prog="run.py").notes[-1] == "max_train_samples=1: one row is trained on"
 
 
 # ------------------------------------------------------------------------------------------------ unknown and wrong
