@@ -110,13 +110,6 @@ class Members:
         """Where Trainer writes the checkpoint of the present step."""
         return Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
 
-    around_step: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Make a step as TRL does, inside ``around_step``, also in a loop of one's own."""
-        with self.around_step():
-            return super().training_step(*args, **kwargs)
-
     @property
     def micro_batch_size(self) -> int:
         """Return the rows of a micro-batch on this process."""

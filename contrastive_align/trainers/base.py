@@ -11,7 +11,6 @@ import shutil
 import signal
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +189,6 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
             ValueError: an encoder-decoder that the trainer does not take, or an ``output_dir`` that holds weights of
                 the other kind.
         """
-        self.around_step = partial(freed_memory_kept, args.device.type, hand_back=False)
         if quantization_config is not None:
             check_numbers(quantization_config)
         start_id = model
@@ -463,7 +461,8 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
             ValueError: the loss or the gradient of the first step is not finite, with the likely cause (under DeepSpeed
                 and with a gradient scaler only the loss is looked at); or training diverged.
         """
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with freed_memory_kept(self.args.device.type, hand_back=False):  # also in a loop of one's own
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self.micro_batches += 1
         if not self.first_step_is_finite:
             self._check_first_step(inputs, loss)
