@@ -484,8 +484,9 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
             self.first_step_is_finite = True
             return
         batch, loss = self._bad_batch or (self.prepared_batch(inputs), loss)
-        what = "loss" if "loss" in bad else "gradient"
-        raise ValueError(f"The {what} of the first step is NaN or infinite. {cause_of(self, batch, loss)}")
+        bad = ["loss"] if "loss" in bad else bad
+        what = "loss" if bad == ["loss"] else "gradient"
+        raise ValueError(f"The {what} of the first step is NaN or infinite. {cause_of(self, batch, bad, loss)}")
 
     def from_all_processes(self, names: list[str]) -> list[str]:
         """Return the names that any process gives, so that all decide alike."""

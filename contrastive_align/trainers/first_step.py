@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from contrastive_align.models.loading import not_finite
 
 
-def cause_of(trainer: Any, batch: Mapping[str, Any], loss: Tensor) -> str:
+def cause_of(trainer: Any, batch: Mapping[str, Any], bad: Sequence[str], loss: Tensor) -> str:
     """Return what made a step's loss or gradient NaN or infinite: the first that is so of weights, activations, ...
 
     Weights come first, then what each module computes, then the batch, then the loss and the gradient.
@@ -20,30 +20,28 @@ def cause_of(trainer: Any, batch: Mapping[str, Any], loss: Tensor) -> str:
     Args:
         trainer: whose ``compute_loss`` is run again.
         batch: as ``compute_loss`` is given it.
-        loss: of the step.
+        bad: ``["loss"]``, or the names of the weights whose gradient is not finite, of all processes.
+        loss: of the batch.
     """
     models, everywhere = trainer.base_models(), trainer.from_all_processes
-    if bad := everywhere(not_finite(named for model in models for named in model.named_parameters())):
-        return f"The weight '{bad[0]}' has NaN or infinite entries. Load the model anew, or start from another one."
-    with torch.no_grad(), _bad_outputs(models) as found, trainer.compute_loss_context_manager():
+    if found := everywhere(not_finite(named for model in models for named in model.named_parameters())):
+        return f"The weight '{found[0]}' has NaN or infinite entries. Load the model anew, or start from another one."
+    with torch.no_grad(), _bad_outputs(models) as outputs, trainer.compute_loss_context_manager():
         trainer.compute_loss(trainer.model, batch)
-    if bad := everywhere([f"{name}' computes NaN or infinite values in {dtype}" for name, dtype in found]):
+    if found := everywhere([f"{name}' computes NaN or infinite values in {dtype}" for name, dtype in outputs]):
         way_out = "Take another model, or look into this one."
-        if bad[0].endswith("float16") and not bad[0].endswith("bfloat16"):
+        if found[0].endswith(" float16"):
             way_out = "float16 ends at 65504: set bf16 in place of fp16, or dtype to bfloat16 or float32."
-        return f"'{bad[0]}. {way_out}"
+        return f"'{found[0]}. {way_out}"
     # A log-weight of -inf is a completion that the target excludes.
     values = ((name, t.clamp(min=0)) for name, t in batch.items() if isinstance(t, Tensor) and t.is_floating_point())
-    if bad := everywhere(not_finite(values)):
-        return (
-            f"'{bad[0]}' of the batch has NaN or infinite entries. Look at the rows, or at the function that gives it."
-        )
+    if found := everywhere(not_finite(values)):
+        return f"'{found[0]}' of the batch has NaN or infinite entries. Look at the rows, or at what computes it."
     options = ", ".join(f"{name}={value}" for name, value in trainer.objective().items())
     look = f"Look at {options}" + ("; at bf16, fp16 and dtype." if trainer.computes_in_16_bits else ".")
-    if not torch.isfinite(loss):
+    if bad == ["loss"]:
         return f"Weights, batch and activations are finite, so it is the loss itself. {look}"
-    bad = not_finite((name, p.grad) for name, p in trainer.model.named_parameters())
-    return f"The loss is {loss.item():.4g}, and the gradient of '{(bad or ['a weight'])[0]}' is not finite. {look}"
+    return f"The loss is {loss.item():.4g}, and the gradient of '{bad[0]}' is not finite. {look}"
 
 
 @contextmanager
