@@ -84,9 +84,11 @@ _NAMES: dict[Range, str] = {
         "max_tokens_per_batch baseline_window proposal_window fit_samples num_generations num_generations_eval "
         "generation_batch_size steps_per_generation prompts_per_round draws_per_round coef_horizon rows_at_once "
         "max_train_samples max_eval_samples vllm_max_model_length vllm_tensor_parallel_size lora_r rank_pattern "
-        "total_splits concurrency"
+        "total_splits concurrency num_processes num_machines"
     ),
-    _COUNT_FROM_0: "dataloader_num_workers eval_samples eval_prompts num_completions_to_print split_number",
+    _COUNT_FROM_0: (
+        "dataloader_num_workers eval_samples eval_prompts num_completions_to_print split_number machine_rank"
+    ),
     _STEPS: "logging_steps eval_steps save_steps",
     _PORT: "vllm_server_port vllm_group_port",
     _SEED: "seed data_seed",
@@ -94,13 +96,14 @@ _NAMES: dict[Range, str] = {
     Range(0, also=(None,)): "max_grad_norm",
     Range(0, 1, above=True, below=True): "test_split_size",
     Range(2, whole=True): "max_length",
+    Range(0, 65535, whole=True): "main_process_port",
     Range(1, whole=True, also=(-1,)): "max_steps",
     Range(0, whole=True, also=(-1,)): "local_rank",
     Range(1, whole=True, also=("auto",)): "pad_to_multiple_of",
     Range(0, above=True, also=("auto",)): "temperature_alpha",
 }
-# Options of this package, of TRL and transformers, of PEFT's and of quantisation configs, and of the steps' commands. A
-# list of weights, or a pattern of PEFT (module -> number), has the range of each number.
+# Of this package, TRL, transformers, accelerate, PEFT, quantisation and the steps. A list of weights, or a pattern of PEFT
+# (module -> number), has the range of each number.
 RANGES = {name: found for found, names in _NAMES.items() for name in names.split()}
 WEIGHTS = ("loss_weights", "reward_weights")  # of which one at least counts
 

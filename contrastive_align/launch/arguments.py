@@ -27,7 +27,7 @@ from contrastive_align.launch.flags import (
     resolve_aliases,
     resolve_flag_aliases,
 )
-from contrastive_align.launch.usage import UsageError, nearest
+from contrastive_align.launch.usage import UsageError, in_own_words, nearest
 from contrastive_align.ranges import Range, check_numbers
 from contrastive_align.trainers import ContrastiveConfig
 
@@ -121,6 +121,7 @@ def parse(
     objects = {k: v for k, v in config.items() if _is_object(v, actions[k])}
     parser.set_defaults_with_config(**objects)
     tokens = [token for k, v in config.items() if k not in objects for token in _as_tokens(actions[k], v)]
+    _refuse_commas([*tokens, *flags], actions)
     options = {"look_for_args_file": False, "return_remaining_strings": True}
     try:
         *parsed, unused = parser.parse_args_into_dataclasses(tokens + flags, **options)
@@ -132,6 +133,9 @@ def parse(
         raise UsageError(f"'{' '.join(unused)}' belongs to no flag. Usage: {usage}")
     if parsed[0].max_train_samples == 1:
         notes.append("max_train_samples=1: one row is trained on")
+    for steps, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy")):
+        if steps in given and getattr(parsed[1], strategy) == "no":
+            notes.append(f"{steps} has no effect: {strategy} is no")
     return Arguments(*parsed, given, notes)
 
 
@@ -143,8 +147,25 @@ def _with_place(text: str, config: dict[str, Any], config_path: str | None, flag
     return f"{config_path}: {text}" if name in config and config_path else text
 
 
+def _refuse_commas(tokens: list[str], actions: dict[str, argparse.Action]) -> None:
+    """Refuse several values with commas between them where an option takes a list."""
+    option = ""
+    for token in tokens:
+        name, _, value = token.partition("=") if token.startswith("--") else (option, "", token)
+        option = name
+        action = actions.get(name[2:].replace("-", "_"))
+        if (
+            action is None
+            or action.nargs not in ("*", "+")
+            or not re.fullmatch(r"\[?[\w.:/-]+(,\s*[\w.:/-]+)+\]?", value)
+        ):
+            continue
+        parts = re.split(r",\s*", value.strip("[]"))
+        raise UsageError(f"--{action.dest} is {value!r}, expected spaces between: --{action.dest} {' '.join(parts)}")
+
+
 def _usage_error(prog: str, message: str):
-    raise UsageError(f"{message}    (all flags: {prog} --help)")
+    raise UsageError(f"{in_own_words(message)}    (all flags: {prog} --help)")
 
 
 def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 from contrastive_align.launch.bundled import find_yaml
@@ -18,6 +20,7 @@ from contrastive_align.launch.errors import in_sentences
 from contrastive_align.launch.flags import modernise_flags
 from contrastive_align.launch.help import command_help, read_aliases, read_options
 from contrastive_align.launch.usage import UsageError, nearest
+from contrastive_align.ranges import check_numbers
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,8 @@ def _split_accelerate(argv: list[str]) -> tuple[list[str], list[str]]:
         if name == "accelerate_config":
             config = find_yaml(value, "accelerate_configs")
         else:
+            number = int(value) if re.fullmatch(r"-?\d+", value) else value
+            check_numbers(SimpleNamespace(**{name: number}))
             taken += [f"--{name}", value]
     if taken and config is None:
         raise UsageError(

@@ -262,6 +262,10 @@ DEMO_DATA = {"lr_scheduler_type": "cosine", "save_strategy": "no"}
 
 def check_model_flags(args: Arguments) -> None:
     """Refuse flags without effect (LoRA, quantisation, splits), and paths that are not there or of the wrong kind."""
+    named = {"model_name_or_path": args.model, "dataset_name": args.script, "output_dir": args.training}
+    for option in sorted(named.keys() & args.given):
+        if getattr(named[option], option) == "":
+            raise UsageError(f"--{option} is empty, expected a name. Leave it out for the default.")
     splits = sorted({"dataset_config", "dataset_train_split", "dataset_streaming"} & args.given)
     if splits and (not args.dataset or str(args.dataset).endswith(".txt")):
         raise UsageError(

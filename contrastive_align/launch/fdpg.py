@@ -160,9 +160,10 @@ def _build_target(args: Arguments) -> Target:
     context = {"device": args.training.device, "trust_remote_code": args.training.trust_remote_code}
     if args.script.features:
         return Target([resolve_constraint(spec, **context) for spec in args.script.features])
-    check_models(args.script.reward)
     weights, args.training.reward_weights = args.training.reward_weights or None, None  # the target has them now
     reward = weighted_sum(args.script.reward, weights, name="reward", **context)
+    check_models(args.script.reward)
+    check_models(args.script.reward)
     return Target.from_reward(reward, args.training.beta)
 
 

@@ -21,7 +21,7 @@ from contrastive_align.launch.ask import load_trained, sample_trained
 from contrastive_align.launch.errors import in_sentences
 from contrastive_align.launch.feedback_flags import build_sampler, read_spec
 from contrastive_align.launch.step_files import LISTS, Output, Row, fingerprint, read_rows
-from contrastive_align.launch.usage import UsageError
+from contrastive_align.launch.usage import UsageError, in_own_words
 from contrastive_align.models import load_tokenizer
 from contrastive_align.ranges import check_numbers
 from contrastive_align.sampling.decode import seed_of
@@ -238,7 +238,7 @@ def convert(rows: list[Row], score_key: str | None, *, where: str) -> list[Row]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise UsageError(f"{message}    (all flags: {self.prog} -h)")
+        raise UsageError(f"{in_own_words(message)}    (all flags: {self.prog} -h)")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -228,6 +228,41 @@ def test_a_number_is_named_as_it_was_given():
     assert error.value.message == "--lora_alpha is 0, expected a finite number above 0."
 
 
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ("--loss_type=nca,sft", "--loss_type is 'nca,sft', expected spaces between: --loss_type nca sft"),
+        ("--lora-target-modules=[q_proj, v_proj]", "expected spaces between: --lora_target_modules q_proj v_proj"),
+        ("--loss_weights=1,2", "--loss_weights is '1,2', expected spaces between: --loss_weights 1 2"),
+    ],
+)
+def test_values_with_commas_between_are_told_apart(token, said):
+    for argv in ([token], token.split("=")):
+        with pytest.raises(UsageError) as error:
+            parse(argv, prog="run.py")
+        assert said in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--save_strategy=step", "is 'step', expected one of no, steps, epoch, best. Did you mean 'steps'?"),
+        ("--dtype=fp16", "expected one of auto, bfloat16, float16, float32. Did you mean 'float16'?"),
+        ("--bf16=perhaps", "--bf16 is 'perhaps', expected true or false."),
+        ("--max_steps=1.5", "--max_steps is '1.5', expected a whole number of 1 or more, or -1."),
+    ],
+)
+def test_a_value_of_another_kind_is_said_in_the_same_words(flag, said):
+    with pytest.raises(UsageError) as error:
+        parse([flag], prog="run.py")
+    assert said in error.value.message
+
+
+def test_what_has_no_effect_is_noted():
+    notes = parse(["--eval_steps=5", "--save_steps=5", "--save_strategy=no"], prog="run.py").notes
+    assert {"eval_steps has no effect: eval_strategy is no", "save_steps has no effect: save_strategy is no"} < {*notes}
+
+
 def test_one_training_row_is_noted():
     assert parse(["--max_train_samples=1"], prog="run.py").notes[-1] == "max_train_samples=1: one row is trained on"
 
@@ -243,10 +278,10 @@ def test_one_training_row_is_noted():
         ("zzqqxx: 1", ["unknown key 'zzqqxx'. See --help for all."]),
         ("on: 1", ["unknown key 'True'"]),
         ("7: 1", ["unknown key '7'"]),
-        ("beta: abc", ["--beta", "invalid float value: 'abc'", "run.py --help"]),
-        ("seed: 1.5", ["--seed", "invalid int value: '1.5'"]),
+        ("beta: abc", ["--beta is 'abc', expected a finite number above 0.", "run.py --help"]),
+        ("seed: 1.5", ["--seed is '1.5', expected a whole number of 0 or more"]),
         ("bf16: maybe", ["--bf16", "maybe"]),
-        ("on_bad_row: ignore", ["--on_bad_row", "invalid choice: 'ignore'", "raise"]),
+        ("on_bad_row: ignore", ["--on_bad_row is 'ignore', expected one of raise, drop."]),
         ("beta:", ["run.yaml: 'beta' is empty, expected float"]),
         ("beta: [0.1, 0.2]", ["'beta' is [0.1, 0.2], a list, expected float"]),
         ("learning_rate: {a: 1}", ["'learning_rate' is {'a': 1}, a dict, expected float"]),
@@ -278,8 +313,8 @@ def test_a_wrong_yaml_is_a_clean_error(capsys, text, parts):
         (["--betaa=1"], ["unknown flag '--betaa'. Did you mean '--beta'?"]),
         (["--bet", "1"], ["unknown flag '--bet'. Did you mean '--beta'?"]),  # no abbreviations
         (["--no_betaa"], ["unknown flag '--no_betaa'"]),
-        (["--beta=abc"], ["--beta", "invalid float value: 'abc'"]),
-        (["--beta"], ["--beta", "expected one argument"]),
+        (["--beta=abc"], ["--beta is 'abc', expected a finite number above 0."]),
+        (["--beta"], ["--beta", "needs a value: --beta=VALUE"]),
         (["--loss_type=foo"], ["Unknown loss_type 'foo'", "nca_pair"]),
         (["stray"], ["'stray' is neither a flag nor a .yaml file"]),
         (["--beta=1", "stray"], ["'stray' belongs to no flag"]),

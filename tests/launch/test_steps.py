@@ -509,4 +509,4 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, row, flags, message):
 def test_a_precision_that_is_none_is_refused(tmp_path):
     with pytest.raises(UsageError) as raised:
         main(["sample", f"--model_name_or_path={MODEL_PATH}", "--prompts=p", "--output=o", "--dtype=foo"])
-    assert "invalid choice: 'foo'" in raised.value.message
+    assert "--dtype is 'foo', expected one of auto, bfloat16" in raised.value.message
