@@ -102,8 +102,8 @@ _NAMES: dict[Range, str] = {
     Range(1, whole=True, also=("auto",)): "pad_to_multiple_of",
     Range(0, above=True, also=("auto",)): "temperature_alpha",
 }
-# Of this package, TRL, transformers, accelerate, PEFT, quantisation and the steps. A list of weights, or a pattern of PEFT
-# (module -> number), has the range of each number.
+# Of this package, TRL, transformers, accelerate, PEFT, quantisation and the steps. A list of weights, or a pattern of
+# PEFT (module -> number), has the range of each number.
 RANGES = {name: found for found, names in _NAMES.items() for name in names.split()}
 WEIGHTS = ("loss_weights", "reward_weights")  # of which one at least counts
 

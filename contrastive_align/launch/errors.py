@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import logging
 import platform
 import re
@@ -86,7 +87,7 @@ def _sentence(error: Exception, argv: Sequence[str]) -> str | None:
         first = text.splitlines()[0]
         return first if loaded in first else f"{loaded!r} cannot be loaded: {first}"
     # An exact ValueError in this package that no 'raise' made is a slip, such as a tuple of another length.
-    slipped = type(error) is ValueError and _is_own(frames[-1]) and not str(frames[-1].line).startswith("raise")
+    slipped = type(error) is ValueError and _is_own(frames[-1]) and not _is_raised(error)
     return text if unknown_metric or (isinstance(error, _user_errors()) and not slipped) else None
 
 
@@ -107,6 +108,14 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _is_own(frame: traceback.FrameSummary) -> bool:
     return PACKAGE in Path(frame.filename).resolve().parents
+
+
+def _is_raised(error: Exception) -> bool:
+    """Whether a ``raise`` statement made the error."""
+    place = error.__traceback__
+    while place.tb_next is not None:
+        place = place.tb_next
+    return dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
 
 
 def _place_in_user_code(frames: Sequence[traceback.FrameSummary]) -> str | None:

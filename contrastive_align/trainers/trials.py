@@ -59,6 +59,8 @@ def try_options(args: TrainingArguments) -> None:
         raise ValueError(
             "fp16 is true on a CPU, which would compute in float32 all the same. Leave it out, or set bf16."
         )
+    if args.load_best_model_at_end and args.eval_strategy == "no":
+        raise ValueError("load_best_model_at_end is true, and eval_strategy is no: no evaluation says which is best.")
     if args.should_save:
         _try_folder(args.output_dir)
     _try_reports(args.report_to)

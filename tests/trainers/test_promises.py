@@ -187,6 +187,7 @@ CANNOT_BE_USED = {
     "an optimiser whose package is missing": ({"optim": "galore_adamw"}, "optim is 'galore_adamw'.*galore"),
     "a report": ({"report_to": "wandbb"}, r"report_to is \['wandbb'\]"),
     "a report whose package is missing": ({"report_to": "neptune"}, "report_to is 'neptune', and its package"),
+    "the best of no evaluation": ({"load_best_model_at_end": True}, "load_best_model_at_end"),
     "fp16 on a CPU": ({"fp16": True}, "fp16 is true on a CPU"),
     "checkpointing": ({"activation_checkpointing_kwargs": {"reentrant": True}}, "has the key 'reentrant', expected"),
     "accelerate": ({"accelerator_config": {"split": True}}, "accelerator_config has the key 'split', expected keys"),
