@@ -25,6 +25,7 @@ PACKAGES = {"site-packages", "dist-packages"}  # folders
 SECRET = ("hub_token",)  # options whose values are not repeated
 # What a command line, its files, its data or this machine can cause, beside the errors that only other packages define.
 USERS = (ValueError, OSError, ImportError, NotImplementedError, MemoryError)
+TEXTS = ("metric_for_best_model", "Failed to import")  # in an error of transformers of whatever class
 OF_PACKAGES = {
     "torch": ("OutOfMemoryError",),
     "safetensors": ("SafetensorError",),
@@ -76,8 +77,8 @@ def in_sentences(argv: Sequence[str]) -> Iterator[None]:
 def _sentence(error: Exception, argv: Sequence[str]) -> str | None:
     """Return what is said of an error that the user can change; None for a failure of the package."""
     frames = traceback.extract_tb(error.__traceback__)
-    unknown_metric = isinstance(error, KeyError) and "metric_for_best_model" in str(error)
-    text = str(error.args[0] if unknown_metric else error).strip()
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
+    known = isinstance(error, _user_errors()) or any(part in text for part in TEXTS)
     text = _as_typed(as_flags(re.sub(r"^\[Errno \d+\] ", "", text)), argv) or type(error).__name__
     if place := _place_in_user_code(frames):
         return f"{place} raised {type(error).__name__}: {text}"
@@ -88,7 +89,7 @@ def _sentence(error: Exception, argv: Sequence[str]) -> str | None:
         return first if loaded in first else f"{loaded!r} cannot be loaded: {first}"
     # An exact ValueError in this package that no 'raise' made is a slip, such as a tuple of another length.
     slipped = type(error) is ValueError and _is_own(frames[-1]) and not _is_raised(error)
-    return text if unknown_metric or (isinstance(error, _user_errors()) and not slipped) else None
+    return text if known and not slipped else None
 
 
 def _user_errors() -> tuple[type[BaseException], ...]:

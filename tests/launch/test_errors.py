@@ -66,6 +66,10 @@ def test_what_a_user_can_cause_is_a_sentence(kind, capsys):
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: DefaultCPUAllocator"),
         (KeyError("The `metric_for_best_model` is 'x'."), "The `metric_for_best_model` is 'x'."),
+        (
+            RuntimeError("Failed to import trl.x because\nNo module named 'y'"),
+            "Failed to import trl.x because\nNo module",
+        ),
         (ValueError(""), "ValueError"),
     ],
     ids=str,
