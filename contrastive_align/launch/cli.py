@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -158,9 +157,6 @@ def command_line() -> None:
     except KeyboardInterrupt:
         status = 130
         print("\nStopped by Ctrl-C.", file=sys.stderr)
-    except Exception:
-        status = 1
-        traceback.print_exc()
     if "torch.distributed" in sys.modules:
         import_module("contrastive_align.trainers.processes").end_process(status)
     sys.exit(status)

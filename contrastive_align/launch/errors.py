@@ -8,7 +8,6 @@ import logging
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import sysconfig
 import traceback
@@ -63,8 +62,6 @@ def in_sentences(argv: Sequence[str]) -> Iterator[None]:
             traceback.print_exception(error.__cause__)
         raise
     except Exception as error:
-        if (status := _status_of_launched(error)) is not None:
-            raise SystemExit(status) from error  # the processes have said what is wrong
         said = _sentence(error, argv)
         if said is None:
             raise Fault(error, argv) from error
@@ -149,15 +146,6 @@ def _as_typed(text: str, argv: Sequence[str]) -> str:
 def _debugs(argv: Sequence[str]) -> bool:
     asked = " ".join(argv).replace("-", "_").replace("__log_level ", "__log_level=")
     return "__log_level=debug" in asked or logging.getLogger("transformers").isEnabledFor(logging.DEBUG)
-
-
-def _status_of_launched(error: Exception) -> int | None:
-    """Return the exit status of the processes that ``accelerate launch`` started, where this is why it failed."""
-    if isinstance(error, subprocess.CalledProcessError):
-        return error.returncode if error.returncode > 0 else 128 - error.returncode
-    if type(error).__name__ == "ChildFailedError":
-        return next((failure.exitcode for failure in error.failures.values() if failure.exitcode > 0), 1)
-    return None
 
 
 def _report(error: BaseException, argv: Sequence[str]) -> str:

@@ -1,14 +1,12 @@
 """Errors become sentences in one place: whose they are, where they come from, what to report, what debug shows."""
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from contrastive_align import demo
 from contrastive_align.launch import cli, step_commands
@@ -128,19 +126,6 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     with pytest.raises(UsageError) as raised, in_sentences([]):
         from_pretrained("my/model")
     assert raised.value.message.startswith("'my/model' cannot be loaded: sizes differ\n(--log")
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (subprocess.CalledProcessError(2, ["python"]), 2),
-        (subprocess.CalledProcessError(-15, ["python"]), 143),
-        (ChildFailedError("main", {1: ProcessFailure(1, 1, 2, "none")}), 2),
-    ],
-)
-def test_what_launched_processes_have_said_is_not_said_again(error, status, capsys):
-    assert answer(error, expected=SystemExit).code == status
-    assert capsys.readouterr().err == ""
 
 
 def test_commands_answer_so(tmp_path, monkeypatch, capsys):
