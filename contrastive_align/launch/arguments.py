@@ -32,6 +32,9 @@ from contrastive_align.ranges import Range, check_numbers
 from contrastive_align.trainers import ContrastiveConfig
 
 
+SEVERAL = r"\[?[\w.:/-]+(,\s*[\w.:/-]+)+\]?"  # names or numbers with commas between
+
+
 def option(default: Any, help: str) -> Any:
     """Define a field of an arguments class with its line of ``--help``."""
     return field(default=default, metadata={"help": help})
@@ -93,7 +96,13 @@ def parse(
     classes = (script, training, ModelConfig, DatasetMixtureConfig)
     usage = f"{prog} [config.yaml] [--flag=value ...]"
     parser = TrlParser(classes, prog=prog, usage=usage, allow_abbrev=False)
-    parser.error = lambda message: _usage_error(prog, message)  # argparse would print every flag there is
+
+    def refuse(message: str):  # argparse would print every flag there is
+        said = in_own_words(message)
+        placed = _with_place(said.removeprefix("--"), config, config_path, flags)
+        raise UsageError(placed if placed.startswith(f"{config_path}: ") else f"{said}    (all flags: {prog} --help)")
+
+    parser.error = refuse
     actions = {action.dest: action for action in parser._actions}
     aliases = script.ALIASES
     known = set(actions) - {"help"} | set(aliases)
@@ -121,7 +130,8 @@ def parse(
     objects = {k: v for k, v in config.items() if _is_object(v, actions[k])}
     parser.set_defaults_with_config(**objects)
     tokens = [token for k, v in config.items() if k not in objects for token in _as_tokens(actions[k], v)]
-    _refuse_commas([*tokens, *flags], actions)
+    _refuse_commas(tokens, actions, where=config_path)
+    _refuse_commas(flags, actions)
     options = {"look_for_args_file": False, "return_remaining_strings": True}
     try:
         *parsed, unused = parser.parse_args_into_dataclasses(tokens + flags, **options)
@@ -147,25 +157,19 @@ def _with_place(text: str, config: dict[str, Any], config_path: str | None, flag
     return f"{config_path}: {text}" if name in config and config_path else text
 
 
-def _refuse_commas(tokens: list[str], actions: dict[str, argparse.Action]) -> None:
+def _refuse_commas(tokens: list[str], actions: dict[str, argparse.Action], where: str | None = None) -> None:
     """Refuse several values with commas between them where an option takes a list."""
     option = ""
     for token in tokens:
         name, _, value = token.partition("=") if token.startswith("--") else (option, "", token)
         option = name
         action = actions.get(name[2:].replace("-", "_"))
-        if (
-            action is None
-            or action.nargs not in ("*", "+")
-            or not re.fullmatch(r"\[?[\w.:/-]+(,\s*[\w.:/-]+)+\]?", value)
-        ):
+        if action is None or action.nargs not in ("*", "+") or not re.fullmatch(SEVERAL, value):
             continue
         parts = re.split(r",\s*", value.strip("[]"))
+        if where:
+            raise UsageError(f"{where}: {action.dest} is {value!r}, expected a list: [{', '.join(parts)}]")
         raise UsageError(f"--{action.dest} is {value!r}, expected spaces between: --{action.dest} {' '.join(parts)}")
-
-
-def _usage_error(prog: str, message: str):
-    raise UsageError(f"{in_own_words(message)}    (all flags: {prog} --help)")
 
 
 def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:

@@ -253,15 +253,23 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         """Refuse a model that cannot be trained as asked, before it samples or scores anything.
 
         Raises:
-            ValueError: a weight, also a frozen one or one of the reference, that is NaN or infinite; or an adapter
-                that is to train a module which the model does not have.
+            ValueError: a weight that is NaN or infinite, or an adapter with a whole module that the model lacks.
         """
+        names = [name for name, _ in self.model.named_modules()]
         for adapter in self.model.peft_config.values() if is_peft_model(self.model) else ():
-            for name in adapter.modules_to_save or ():
-                if not any(key.endswith(name) for key, _ in self.model.named_modules()):
+            for module in adapter.modules_to_save or ():
+                if not any(name.endswith(module) for name in names):
                     raise ValueError(
-                        f"modules_to_save names {name!r}, and {self.start_description} has no such module."
+                        f"modules_to_save names {module!r}, and {self.start_description} has no such module."
                     )
+            targets = getattr(adapter, "target_modules", None) or ()
+            for module in () if isinstance(targets, str) else sorted(targets):
+                if not any(f".{name}".endswith(f".{module}") for name in names):
+                    logger.warning(f"target_modules names {module!r}: {self.start_description} has no such module.")
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise ValueError where a weight, also a frozen one or one of the reference, is NaN or infinite."""
         for model in self.base_models():
             check_weights_are_finite(model, self.start_description)
 
@@ -418,7 +426,7 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         if self.resumed_from is not None:
             self.load_state(self.resumed_from)
             check_functions(self.resumed_from, self.functions())
-        self.check_loaded()  # again: weights may have been changed since
+        self.check_finite()  # again: weights may have been changed since
         self.begin_training(going_on=bool(resume_from_checkpoint))
         self.micro_batches, self.first_step_is_finite, self._bad_batch = 0, False, None
         return checkpoint

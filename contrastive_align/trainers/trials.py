@@ -199,6 +199,8 @@ def check_mappings(config: TrainingArguments) -> None:
     for name, known in KEYS.items():
         if unknown := sorted(map(str, set(found[name]) - set(known))):
             raise ValueError(f"{name} has the key {unknown[0]!r}, expected keys among {', '.join(known)}.")
+    if "torch_dtype" in found["model_init_kwargs"]:
+        raise ValueError("model_init_kwargs has the key 'torch_dtype', which TRL does not read. Name it 'dtype'.")
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
     if found["fsdp_config"] and not (config.fsdp or launched):
         raise ValueError("fsdp_config is given without fsdp, which it belongs to. Set fsdp, or leave it out.")

@@ -236,7 +236,7 @@ def test_a_number_is_named_as_it_was_given():
         ("--loss_weights=1,2", "--loss_weights is '1,2', expected spaces between: --loss_weights 1 2"),
     ],
 )
-def test_values_with_commas_between_are_told_apart(token, said):
+def test_values_with_commas_between_are_refused(token, said):
     for argv in ([token], token.split("=")):
         with pytest.raises(UsageError) as error:
             parse(argv, prog="run.py")
@@ -256,6 +256,20 @@ def test_a_value_of_another_kind_is_said_in_the_same_words(flag, said):
     with pytest.raises(UsageError) as error:
         parse([flag], prog="run.py")
     assert said in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("loss_type: NCA, DPO", "run.yaml: loss_type is 'NCA, DPO', expected a list: [NCA, DPO]"),
+        ("seed: yes", "run.yaml: seed is 'True', expected a whole number of 0 or more"),
+        ("save_strategy: step", "run.yaml: save_strategy is 'step', expected one of no, steps, epoch, best. Did you"),
+    ],
+)
+def test_a_value_of_a_yaml_is_named_with_its_file(text, said):
+    with pytest.raises(UsageError) as error:
+        from_yaml(text)
+    assert error.value.message.startswith(said) and "--" not in error.value.message
 
 
 def test_what_has_no_effect_is_noted():
@@ -278,10 +292,10 @@ def test_one_training_row_is_noted():
         ("zzqqxx: 1", ["unknown key 'zzqqxx'. See --help for all."]),
         ("on: 1", ["unknown key 'True'"]),
         ("7: 1", ["unknown key '7'"]),
-        ("beta: abc", ["--beta is 'abc', expected a finite number above 0.", "run.py --help"]),
-        ("seed: 1.5", ["--seed is '1.5', expected a whole number of 0 or more"]),
-        ("bf16: maybe", ["--bf16", "maybe"]),
-        ("on_bad_row: ignore", ["--on_bad_row is 'ignore', expected one of raise, drop."]),
+        ("beta: abc", ["run.yaml: beta is 'abc', expected a finite number above 0."]),
+        ("seed: 1.5", ["run.yaml: seed is '1.5', expected a whole number of 0 or more"]),
+        ("bf16: maybe", ["run.yaml: bf16 is 'maybe', expected true or false."]),
+        ("on_bad_row: ignore", ["run.yaml: on_bad_row is 'ignore', expected one of raise, drop."]),
         ("beta:", ["run.yaml: 'beta' is empty, expected float"]),
         ("beta: [0.1, 0.2]", ["'beta' is [0.1, 0.2], a list, expected float"]),
         ("learning_rate: {a: 1}", ["'learning_rate' is {'a': 1}, a dict, expected float"]),

@@ -192,6 +192,10 @@ CANNOT_BE_USED = {
     "checkpointing": ({"activation_checkpointing_kwargs": {"reentrant": True}}, "has the key 'reentrant', expected"),
     "accelerate": ({"accelerator_config": {"split": True}}, "accelerator_config has the key 'split', expected keys"),
     "a file of DeepSpeed": ({"deepspeed": "nothing.json"}, "deepspeed is 'nothing.json', which cannot be read"),
+    "a former name": (
+        {"model_init_kwargs": {"torch_dtype": "float32"}},
+        "'torch_dtype', which TRL does not read. Name it",
+    ),
     "a stage of DeepSpeed": ({"deepspeed": {"zero_optimization": {"stage": 5}}}, "expected a mapping with a stage of"),
     "DeepSpeed": ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "pip install deepspeed"),
     "FSDP's options": ({"fsdp_config": {"version": 2}}, "fsdp_config is given without fsdp"),
@@ -367,6 +371,16 @@ def test_a_policy_that_is_not_the_reference_stops_at_the_first_batch(column, tmp
     with pytest.raises(ReferenceMismatch, match="Before the first step policy and reference differ"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_an_adapter_of_modules_that_are_not_there(column, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    with pytest.raises(ValueError, match=r"modules_to_save names 'haed', and .* has no such module"):
+        column.make(tmp_path, told={"peft_config": column.lora(modules_to_save=["haed"])})
+    adapter = column.lora()
+    adapter.target_modules.add("q_prj")
+    column.make(tmp_path, told={"peft_config": adapter}).train()
+    assert caplog.text.count("target_modules names 'q_prj': ") == 1
 
 
 def test_an_adapter_starts_as_the_reference(column, tmp_path):
