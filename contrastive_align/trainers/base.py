@@ -113,7 +113,7 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
     reference_is_proven: bool | None = None  # False: at the next batch of train()
     resumed_from: Path | None = None
     stopping: StopOnSignal | None = None  # a command's, which listens for the whole run
-    micro_batches = 0  # of the present train()
+    _start_step = 0  # of the present train()
     first_step_is_finite = False
     _bad_batch: tuple[Any, Tensor] | None = None  # of the first step, with its loss
 
@@ -428,7 +428,10 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
             check_functions(self.resumed_from, self.functions())
         self.check_finite()  # again: weights may have been changed since
         self.begin_training(going_on=bool(resume_from_checkpoint))
-        self.micro_batches, self.first_step_is_finite, self._bad_batch = 0, False, None
+        self._start_step, self.first_step_is_finite, self._bad_batch = 0, False, None
+        if self.resumed_from is not None:
+            state = (self.resumed_from / TRAINER_STATE_NAME).read_text(encoding="utf-8")
+            self._start_step = json.loads(state)["global_step"]
         return checkpoint
 
     @property
@@ -452,13 +455,13 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _check_that_it_trained(self) -> None:
-        if self.micro_batches:
-            return
         step, last = self.state.global_step, self.state.max_steps
+        if step > self._start_step:
+            return
         if self.resumed_from is None or step < last:
             raise ValueError(
-                f"No step was made (of {last}): the training data fill no batch. Give more rows, lower "
-                "per_device_train_batch_size, or leave dataloader_drop_last out."
+                f"No step was made (of {last}): the training data fill no batch, or a callback stopped training. Give "
+                "more rows, lower per_device_train_batch_size, or leave dataloader_drop_last out."
             )
         logger.warning(f"{self.resumed_from} is the end of its run: step {step} of {last}. Nothing was trained.")
 
@@ -471,7 +474,6 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         """
         with freed_memory_kept(self.args.device.type, hand_back=False):  # also in a loop of one's own
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self.micro_batches += 1
         if not self.first_step_is_finite:
             self._check_first_step(inputs, loss)
         elif not torch.isfinite(loss):

@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from inspect import isclass, signature
 from pathlib import Path
@@ -55,7 +56,8 @@ def try_options(args: TrainingArguments) -> None:
     Raises:
         ValueError: the option, its value and what is wrong.
     """
-    if args.mixed_precision == "fp16" and args.device.type == "cpu":
+    asked = args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
+    if asked and args.device.type == "cpu":
         raise ValueError(
             "fp16 is true on a CPU, which would compute in float32 all the same. Leave it out, or set bf16."
         )
@@ -78,6 +80,8 @@ def try_options(args: TrainingArguments) -> None:
 
 def _try_folder(output_dir: str) -> None:
     """Write a file where the run will; folders that were made for it go again."""
+    if not output_dir:
+        raise ValueError("output_dir is empty, expected a folder or a new name.")
     folder = Path(output_dir).expanduser()
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
@@ -88,8 +92,8 @@ def _try_folder(output_dir: str) -> None:
             f"output_dir is {output_dir!r}, where nothing can be written: {error.strerror}. Choose another folder."
         ) from error
     finally:
-        for place in made:
-            if place.is_dir():
+        with suppress(OSError):  # another process writes into it already
+            for place in made:
                 place.rmdir()
 
 
@@ -98,7 +102,7 @@ def _try_reports(names: Any) -> None:
         get_reporting_integration_callbacks(names)
     except ValueError as error:
         raise ValueError(f"report_to is {names}: {error} 'none' reports nowhere.") from error
-    if missing := [name for name in names if name not in get_available_reporting_integrations()]:
+    if missing := [name for name in names or () if name not in get_available_reporting_integrations()]:
         raise ValueError(
             f"report_to is {missing[0]!r}, and its package is not installed. Install it (pip install {missing[0]}), or "
             "set report_to=none."
@@ -175,7 +179,7 @@ def try_attention(config: PreTrainedConfig, attention: str | None, *, trust_remo
     if attention is None:
         return
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
             asked = copy.deepcopy(config)  # which takes the attention over
             auto.from_config(asked, attn_implementation=attention, trust_remote_code=trust_remote_code)
