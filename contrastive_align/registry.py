@@ -17,6 +17,10 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
+class NoSuchFunction(ValueError, AttributeError):
+    """A file or module that has no such function."""
+
+
 class Registry(dict[str, Any]):
     """Names -> functions (or classes) of one kind: the package's own, and those that are registered.
 
@@ -65,7 +69,7 @@ class Registry(dict[str, Any]):
         A callable is registered under ``module.qualname``, which a new process imports. None: no such name.
 
         Raises:
-            ValueError, FileNotFoundError, AttributeError: there is no such function, or it cannot serve.
+            ValueError, FileNotFoundError: there is no such function, or it cannot serve.
         """
         if callable(given):
             written = _written(given)
@@ -164,7 +168,7 @@ def load_function(text: Any) -> Callable:
 
     Raises:
         ValueError: another text, or a module that cannot be imported.
-        FileNotFoundError, AttributeError: there is no such file, or no such function in it.
+        FileNotFoundError, NoSuchFunction: there is no such file, or no such function in it.
     """
     place, _, name = text.rpartition(":") if isinstance(text, str) else ("", "", "")
     if not place or not name:
@@ -172,7 +176,7 @@ def load_function(text: Any) -> Callable:
     module = _import(place)
     if not callable(getattr(module, name, None)):
         there = [key for key, item in vars(module).items() if inspect.isfunction(item) and not key.startswith("_")]
-        raise AttributeError(f"{place} has no function {name!r}. It has: {', '.join(there) or 'none'}.")
+        raise NoSuchFunction(f"{place} has no function {name!r}. It has: {', '.join(there) or 'none'}.")
     return getattr(module, name)
 
 

@@ -110,13 +110,6 @@ class Members:
         """Where Trainer writes the checkpoint of the present step."""
         return Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
 
-    around_step: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Make a step as TRL does, inside ``around_step``, also in a loop of one's own."""
-        with self.around_step():
-            return super().training_step(*args, **kwargs)
-
     @property
     def micro_batch_size(self) -> int:
         """Return the rows of a micro-batch on this process."""
@@ -135,6 +128,10 @@ class Members:
     def to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Return the batch as Trainer hands it to ``compute_loss``."""
         return self._prepare_inputs(batch)
+
+    def prepared_batch(self, inputs: Any) -> dict[str, Any]:
+        """Return the batch that the last call of ``compute_loss`` was given."""
+        return self.to_device(inputs)
 
     def on_device(self, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copy a batch to the accelerator."""
@@ -314,6 +311,10 @@ class DrawsGroups:
             seed=self.args.seed,
             epoch=lambda: self.state.epoch,
         )
+
+    def prepared_batch(self, inputs: Any) -> dict[str, Any]:
+        """Return the micro-batch of the last step, which TRL has counted already."""
+        return self._buffered_inputs[(self._step - 1) % self.args.steps_per_generation]
 
     @property
     def generation(self) -> int:

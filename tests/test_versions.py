@@ -1,6 +1,8 @@
 """The supported versions are stated, checked at import, and the same everywhere."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,3 +33,13 @@ def test_another_trl_fails_at_import_with_a_clear_message(monkeypatch, found):
     monkeypatch.setattr(versions, "version", lambda package: found if package == "trl" else real(package))
     with pytest.raises(ImportError, match=rf"works with trl>=1.16,<1.17, found trl=={found}"):
         versions.check_versions()
+
+
+def test_a_process_that_it_ends_says_so_in_a_sentence():
+    code = "from contrastive_align.versions import check_versions; check_versions({'torch': '<1'})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert (
+        done.stderr.startswith("error: contrastive_align works with torch<1, found torch==")
+        and "Trace" not in done.stderr
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import types
 import typing
@@ -20,13 +21,18 @@ from contrastive_align.launch.bundled import find_yaml
 from contrastive_align.launch.flags import (
     GONE,
     RENAMED,
+    check_ratio,
     flag_name,
     modernise_flags,
     resolve_aliases,
     resolve_flag_aliases,
 )
-from contrastive_align.launch.usage import UsageError, nearest
+from contrastive_align.launch.usage import UsageError, in_own_words, nearest
+from contrastive_align.ranges import Range, check_numbers
 from contrastive_align.trainers import ContrastiveConfig
+
+
+SEVERAL = r"\[?[\w.:/-]+(,\s*[\w.:/-]+)+\]?"  # names or numbers with commas between
 
 
 def option(default: Any, help: str) -> Any:
@@ -39,14 +45,13 @@ class RunArguments(ScriptArguments):
     """Add limits on the number of rows to TRL's script arguments."""
 
     ALIASES: ClassVar[dict[str, str]] = {}  # another name of an option on the command line and in YAML -> the option
+    RANGES: ClassVar[dict[str, Range]] = {}  # that differ from those of every command
 
     max_train_samples: int | None = option(None, "Only the first N training rows.")
     max_eval_samples: int | None = option(None, "Only the first N evaluation rows.")
 
     def __post_init__(self):
-        for name in ("max_train_samples", "max_eval_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1.")
+        check_numbers(self)
 
 
 @dataclass
@@ -91,7 +96,13 @@ def parse(
     classes = (script, training, ModelConfig, DatasetMixtureConfig)
     usage = f"{prog} [config.yaml] [--flag=value ...]"
     parser = TrlParser(classes, prog=prog, usage=usage, allow_abbrev=False)
-    parser.error = lambda message: _usage_error(prog, message)  # argparse would print every flag there is
+
+    def refuse(message: str):  # argparse would print every flag there is
+        said = in_own_words(message)
+        placed = _with_place(said.removeprefix("--"), config, config_path, flags)
+        raise UsageError(placed if placed.startswith(f"{config_path}: ") else f"{said}    (all flags: {prog} --help)")
+
+    parser.error = refuse
     actions = {action.dest: action for action in parser._actions}
     aliases = script.ALIASES
     known = set(actions) - {"help"} | set(aliases)
@@ -119,20 +130,46 @@ def parse(
     objects = {k: v for k, v in config.items() if _is_object(v, actions[k])}
     parser.set_defaults_with_config(**objects)
     tokens = [token for k, v in config.items() if k not in objects for token in _as_tokens(actions[k], v)]
+    _refuse_commas(tokens, actions, where=config_path)
+    _refuse_commas(flags, actions)
     options = {"look_for_args_file": False, "return_remaining_strings": True}
     try:
         *parsed, unused = parser.parse_args_into_dataclasses(tokens + flags, **options)
-    except (ValueError, TypeError, FileNotFoundError, AttributeError) as error:  # the last two: of a function's place
-        if isinstance(error, AttributeError) and "has no function" not in str(error):
-            raise
-        raise UsageError(str(error)) from error
+        for each in [*parsed, *parsed[-1].datasets]:
+            check_numbers(each)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise UsageError(_with_place(str(error), config, config_path, flags)) from error
     if unused:
         raise UsageError(f"'{' '.join(unused)}' belongs to no flag. Usage: {usage}")
+    if parsed[0].max_train_samples == 1:
+        notes.append("max_train_samples=1: one row is trained on")
+    for steps, strategy in (("eval_steps", "eval_strategy"), ("save_steps", "save_strategy")):
+        if steps in given and getattr(parsed[1], strategy) == "no":
+            notes.append(f"{steps} has no effect: {strategy} is no")
     return Arguments(*parsed, given, notes)
 
 
-def _usage_error(prog: str, message: str):
-    raise UsageError(f"{message}    (all flags: {prog} --help)")
+def _with_place(text: str, config: dict[str, Any], config_path: str | None, flags: list[str]) -> str:
+    """Name an option at the beginning of a sentence as it was given: as a flag, or with the YAML file that has it."""
+    name = re.match(r"\w*", text)[0]
+    if name in {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}:
+        return f"--{text}"
+    return f"{config_path}: {text}" if name in config and config_path else text
+
+
+def _refuse_commas(tokens: list[str], actions: dict[str, argparse.Action], where: str | None = None) -> None:
+    """Refuse several values with commas between them where an option takes a list."""
+    option = ""
+    for token in tokens:
+        name, _, value = token.partition("=") if token.startswith("--") else (option, "", token)
+        option = name
+        action = actions.get(name[2:].replace("-", "_"))
+        if action is None or action.nargs not in ("*", "+") or not re.fullmatch(SEVERAL, value):
+            continue
+        parts = re.split(r",\s*", value.strip("[]"))
+        if where:
+            raise UsageError(f"{where}: {action.dest} is {value!r}, expected a list: [{', '.join(parts)}]")
+        raise UsageError(f"--{action.dest} is {value!r}, expected spaces between: --{action.dest} {' '.join(parts)}")
 
 
 def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
@@ -167,13 +204,17 @@ def read_yaml(path: str) -> Any:
 def _read_config(path: str) -> dict[str, Any]:
     config = read_yaml(path)
     if not isinstance(config, dict):
-        raise UsageError(f"{path} holds a {type(config).__name__}, expected 'key: value' lines.")
+        found = "is empty" if config is None else f"holds a {type(config).__name__}"
+        raise UsageError(f"{path} {found}, expected 'key: value' lines.")
     env = config.pop("env", None) or {}
     if not isinstance(env, dict):
         raise UsageError(f"{path}: 'env' is a {type(env).__name__}, expected 'NAME: value' lines.")
     for key, value in env.items():
-        if not isinstance(key, str) or not key or value is None or isinstance(value, dict | list):
-            raise UsageError(f"{path}: 'env' has {key!r}: {value!r}, expected the name of a variable and its text.")
+        named = isinstance(key, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key)
+        if not named or value is None or isinstance(value, dict | list) or "\0" in str(value):
+            raise UsageError(
+                f"{path}: 'env' has {key!r}: {value!r}, expected a variable's name (letters, digits, _) and its text."
+            )
     os.environ.update({key: str(value) for key, value in env.items()})
     return config
 
@@ -187,7 +228,23 @@ def load_yaml(text: str | bytes, what: str) -> Any:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuse a key that is given twice, of which YAML would take the last."""
+    """Read YAML whose values are those of JSON, with the numbers of YAML 1.2: 010 is 10, 1e-5 a number, 1:30 a text.
+
+    Refused are a key that is given twice, of which YAML would take the last, an alias inside what it stands for, and
+    aliases of aliases that unfold to more than ``MOST_NODES`` values.
+    """
+
+    MOST_NODES = 100_000
+    yaml_implicit_resolvers: ClassVar[dict] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def get_single_node(self):
+        node = super().get_single_node()
+        if node is not None:
+            _count(node, set(), [self.MOST_NODES])
+        return node
 
     def construct_mapping(self, node, deep=False):
         merge = "tag:yaml.org,2002:merge"  # <<: may stand more than once
@@ -196,6 +253,30 @@ class _StrictLoader(yaml.SafeLoader):
         if twice:
             raise yaml.YAMLError(f"the key {sorted(twice)} is given twice (line {node.start_mark.line + 1} on)")
         return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+.0123456789"),
+)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+for _kind in ("timestamp", "binary", "set", "omap", "pairs"):
+    _StrictLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", yaml.SafeLoader.construct_undefined)
+
+
+def _count(node: yaml.Node, inside: set[int], left: list[int]) -> None:
+    """Count the values that a node unfolds to, off those that are left."""
+    left[0] -= 1
+    if id(node) in inside:
+        raise yaml.YAMLError(f"an alias stands inside what it is an alias of (line {node.start_mark.line + 1} on)")
+    if left[0] < 0:
+        raise yaml.YAMLError("its aliases unfold to too many values")
+    if isinstance(node, yaml.CollectionNode):
+        for child in node.value:
+            for part in child if isinstance(child, tuple) else (child,):
+                _count(part, inside | {id(node)}, left)
 
 
 def _modernise(config: dict[str, Any], notes: list[str], where: str) -> dict[str, Any]:
@@ -208,6 +289,7 @@ def _modernise(config: dict[str, Any], notes: list[str], where: str) -> dict[str
         if old in config and new in config:
             raise UsageError(f"{where}: both '{old}' and '{new}' are given, which mean the same. Keep '{new}'.")
         if old in config:
+            check_ratio(old, config[old], where)
             notes.append(f"'{old}' is now '{new}'")
             config[new] = config.pop(old)
     if "use_flash_attention_2" in config:

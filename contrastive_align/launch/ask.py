@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from contrastive_align.conditions import Condition
 from contrastive_align.conditions.conditions import FILE
@@ -16,10 +16,17 @@ from contrastive_align.conditions.tokens import load_with_condition_tokens
 from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.arguments import Arguments, RunArguments, option, parse
-from contrastive_align.launch.common import as_usage_error, check_model_flags, print_on_main
+from contrastive_align.launch.common import check_model_flags, print_on_main
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.models import load_tokenizer
-from contrastive_align.models.loading import adapter_config_path, base_of, eos_token_ids
+from contrastive_align.models.loading import (
+    adapter_config_path,
+    base_of,
+    check_exists,
+    check_generates,
+    check_weights_are_finite,
+    eos_token_ids,
+)
 from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.trainers import ConditionalConfig
 
@@ -53,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     check_model_flags(args)
     if args.script.prompt is None:
         raise UsageError("nothing is asked. Give --prompt='a prompt'.")
-    with as_usage_error():
-        return ask_best(args, args.script.prompt)
+    return ask_best(args, args.script.prompt)
 
 
 def ask_best(args: Arguments, prompt: str) -> list[str]:
@@ -101,15 +107,21 @@ def ask_best(args: Arguments, prompt: str) -> list[str]:
 def load_trained(folder: str, **kwargs: Any) -> tuple[Any, Any]:
     """Load model and tokenizer of conditional training, saved whole or as an adapter with condition tokens."""
     trust = kwargs.get("trust_remote_code", False)
+    check_exists(folder)
     config = adapter_config_path(folder)
     if config is None:
         if not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no model: expected config.json and weights.")
-        return AutoModelForCausalLM.from_pretrained(folder, **kwargs), load_tokenizer(folder, trust_remote_code=trust)
-    found = json.loads(Path(config).read_text())
-    name = base_of(found.get("base_model_name_or_path"), folder)
-    base = AutoModelForCausalLM.from_pretrained(name, revision=found.get("revision") or "main", **kwargs)
-    return load_with_condition_tokens(base, folder)
+        check_generates(AutoConfig.from_pretrained(folder, trust_remote_code=trust), folder)
+        tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+    else:
+        found = json.loads(Path(config).read_text())
+        name = base_of(found.get("base_model_name_or_path"), folder)
+        base = AutoModelForCausalLM.from_pretrained(name, revision=found.get("revision") or "main", **kwargs)
+        model, tokenizer = load_with_condition_tokens(base, folder)
+    check_weights_are_finite(model, folder)
+    return model, tokenizer
 
 
 def sample_trained(

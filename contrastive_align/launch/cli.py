@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import version
+from types import SimpleNamespace
 from typing import Any
 
 from contrastive_align.launch.bundled import find_yaml
+from contrastive_align.launch.errors import in_sentences
 from contrastive_align.launch.flags import modernise_flags
 from contrastive_align.launch.help import command_help, read_aliases, read_options
 from contrastive_align.launch.usage import UsageError, nearest
+from contrastive_align.ranges import check_numbers
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,18 @@ ACCELERATE_FLAGS = (
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Run a command and return what it returns: the summary of a run, or samples."""
-    command, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    """Run a command and return what it returns: the summary of a run, or samples.
+
+    Raises:
+        UsageError, Fault: see ``launch/errors.py``.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    with in_sentences(argv):
+        return _main(*argv)
+
+
+def _main(command: str, *given: str) -> Any:
+    rest = list(given)
     if command in ("--help", "-h", "help"):
         return print(_overview())
     if command == "--version":
@@ -144,9 +157,6 @@ def command_line() -> None:
     except KeyboardInterrupt:
         status = 130
         print("\nStopped by Ctrl-C.", file=sys.stderr)
-    except Exception:
-        status = 1
-        traceback.print_exc()
     if "torch.distributed" in sys.modules:
         import_module("contrastive_align.trainers.processes").end_process(status)
     sys.exit(status)
@@ -202,6 +212,8 @@ def _split_accelerate(argv: list[str]) -> tuple[list[str], list[str]]:
         if name == "accelerate_config":
             config = find_yaml(value, "accelerate_configs")
         else:
+            number = int(value) if re.fullmatch(r"-?\d+", value) else value
+            check_numbers(SimpleNamespace(**{name: number}))
             taken += [f"--{name}", value]
     if taken and config is None:
         raise UsageError(

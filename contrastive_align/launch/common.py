@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging as std_logging
+import dataclasses
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from trl import get_peft_config, get_quantization_config
 from contrastive_align import demo
 from contrastive_align.launch.arguments import Arguments, RunArguments, parse
 from contrastive_align.launch.datasets import load_prompts
-from contrastive_align.launch.usage import UsageError, as_flags
+from contrastive_align.launch.usage import UsageError
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
@@ -48,7 +48,6 @@ class Run:
     demo_data: ClassVar[dict[str, Any]] = {}
     summary_class: type[Summary] = Summary
     rows_are = "prompts"
-    user_errors: tuple[type[Exception], ...] = ()  # that the user can correct, beside those of as_usage_error
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None = None) -> Arguments:
@@ -139,8 +138,7 @@ class Run:
         with contextlib.ExitStack() as around:
             try:
                 around.enter_context(self.stopping.listening((signal.SIGINT, signal.SIGTERM)))
-                with as_usage_error():
-                    hold_folders(around, [self.args.training.output_dir])
+                hold_folders(around, [self.args.training.output_dir])
                 return self._execute()
             except Stopped as stopped:
                 print_on_main(self._how_to_go_on(stopped))
@@ -170,13 +168,12 @@ class Run:
             keep_freed_memory()
         resume = args.training.resume_from_checkpoint
         checkpoint = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
-        with as_usage_error(*self.user_errors):
-            set_seed(args.training.seed)
-            self.train_rows, self.test_rows, self.data_name = self.load_data()
-            unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
-            if self.test_rows is None and unused:
-                raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
-            self.trainer = trainer = self.build_trainer(checkpoint)
+        set_seed(args.training.seed)
+        self.train_rows, self.test_rows, self.data_name = self.load_data()
+        unused = sorted({"dataset_test_split", "max_eval_samples"} & args.given)
+        if self.test_rows is None and unused:
+            raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
+        self.trainer = trainer = self.build_trainer(checkpoint)
         trainer.stopping = self.stopping
         if args.script.ignore_bias_buffers:
             ignore_bool_buffers(trainer)
@@ -195,20 +192,18 @@ class Run:
             print_on_main(f"note: {note}")
         trainer.add_callback(RemoveEarlierSummary())
 
-        with as_usage_error(*self.user_errors):
-            self.before_training()
-            started = time.perf_counter()
-            self.train(checkpoint)
+        self.before_training()
+        started = time.perf_counter()
+        self.train(checkpoint)
         if self.stopping.signal is not None:
             trainer.end()
             raise Stopped(self.stopping.signal)
         summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
-        with as_usage_error(*self.user_errors):
-            self._save_model()
-            self.after_saving()
-            self.measure()
-            if trainer.args.should_save:
-                summary.write(folder)
+        self._save_model()
+        self.after_saving()
+        self.measure()
+        if trainer.args.should_save:
+            summary.write(folder)
         print_on_main(summary.closing())
         if args.training.push_to_hub:
             trainer.push_to_hub(dataset_name=args.dataset)
@@ -266,7 +261,16 @@ DEMO_DATA = {"lr_scheduler_type": "cosine", "save_strategy": "no"}
 
 
 def check_model_flags(args: Arguments) -> None:
-    """Refuse LoRA and quantisation flags without effect, and paths that do not exist or are of the wrong kind."""
+    """Refuse flags without effect (LoRA, quantisation, splits), and paths that are not there or of the wrong kind."""
+    named = {"model_name_or_path": args.model, "dataset_name": args.script, "output_dir": args.training}
+    for option in sorted(named.keys() & args.given):
+        if getattr(named[option], option) == "":
+            raise UsageError(f"--{option} is empty, expected a name. Leave it out for the default.")
+    splits = sorted({"dataset_config", "dataset_train_split", "dataset_streaming"} & args.given)
+    if splits and (not args.dataset or str(args.dataset).endswith(".txt")):
+        raise UsageError(
+            f"--{splits[0]} belongs to a data set with splits, and {args.dataset or 'none'} is given. Leave it out."
+        )
     lora = sorted(name for name in args.given if name.startswith(("lora_", "use_rslora", "use_dora")))
     quantised = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(args.model, name)]
     alone = quantised or ([] if "use_peft" in args.given else lora)
@@ -276,6 +280,8 @@ def check_model_flags(args: Arguments) -> None:
     if resume.lower() not in ("", "true", "false", "none") and not Path(resume).is_dir():
         raise UsageError(f"--resume_from_checkpoint: no folder '{resume}' (looked in {Path.cwd()}).")
     name = str(args.model.model_name_or_path or "")
+    if "model_revision" in args.given and Path(name).is_dir():
+        raise UsageError(f"--model_revision names a version on the hub, and '{name}' is a folder. Leave it out.")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise UsageError(f"No folder '{name}' for --model_name_or_path (looked in {Path.cwd()}).")
     if Path(name).is_file():
@@ -287,20 +293,6 @@ def check_model_flags(args: Arguments) -> None:
         raise UsageError(f"--output_dir: '{args.training.output_dir}' is a file, expected a folder, or a new name.")
 
 
-@contextlib.contextmanager
-def as_usage_error(*more: type[Exception]) -> Iterator[None]:
-    """Turn errors that the user can correct, and ``more`` kinds of them, into a message and exit status 2."""
-    try:
-        yield
-    except (ValueError, OSError, AttributeError, ImportError, *more) as error:
-        from_us = not isinstance(error, AttributeError) or "has no function" in str(error)
-        if not from_us or std_logging.getLogger("transformers").isEnabledFor(std_logging.DEBUG):
-            raise
-        is_ours = isinstance(error, OSError) and error.filename is None and error.strerror  # without "[Errno 28]"
-        text = error.strerror if is_ours else str(error)
-        raise UsageError(f"{as_flags(text)}\n(--log_level=debug shows where)") from error
-
-
 def model_arguments(args: Arguments) -> dict[str, Any]:
     """Return a trainer's keywords for the model, its quantisation and its adapter."""
     model, training = args.model, args.training
@@ -310,10 +302,13 @@ def model_arguments(args: Arguments) -> dict[str, Any]:
     if isinstance(model.lora_target_modules, str) and model.lora_target_modules.isidentifier():
         # TRL unpacks a list of one name, and peft would read the bare name as a regular expression.
         model.lora_target_modules = [model.lora_target_modules]
+    # A 4-bit base computes in the weights' dtype; where they bring their own, in that of training.
+    trained_in = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+    quantised = dataclasses.replace(model, dtype=trained_in if model.dtype in ("auto", None) else model.dtype)
     return {
         "model": model.model_name_or_path,
         "args": training,
-        "quantization_config": get_quantization_config(model),
+        "quantization_config": get_quantization_config(quantised),
         "peft_config": get_peft_config(model),
     }
 

@@ -14,10 +14,9 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from contrastive_align.conditions import resolve_condition
-from contrastive_align.judge.judge import JudgeError
 from contrastive_align.launch.arguments import Arguments, RunArguments, option
 from contrastive_align.launch.ask import ask_best
-from contrastive_align.launch.common import Run, as_usage_error, model_arguments
+from contrastive_align.launch.common import Run, model_arguments
 from contrastive_align.launch.conditional_measure import Measurement, draw_picture, last_terms, rounds_of
 from contrastive_align.launch.datasets import load_prompts, load_scored, only_prompts
 from contrastive_align.launch.feedback_flags import build_judge, build_sampler, check_models, check_reward, read_spec
@@ -80,8 +79,6 @@ class ConditionalArguments(RunArguments):
             raise ValueError(f"{columns[0]} is of completions that are there, and {source} judges new ones. Give one.")
         if source and self.eval_reward is not None:
             raise ValueError(f"eval_reward is for scored completions; with {source}, that is what is measured.")
-        if self.eval_prompts < 0:
-            raise ValueError(f"eval_prompts is {self.eval_prompts}, expected at least 0.")
 
     @property
     def offline(self) -> bool:
@@ -101,7 +98,6 @@ class ConditionalRun(Run):
     arguments_class, config_class = ConditionalArguments, ConditionalConfig
     demo_model: ClassVar[dict[str, Any]] = {"max_completion_length": 40, "learning_rate": 4e-3}
     demo_data: ClassVar[dict[str, Any]] = {"per_device_train_batch_size": 64, "logging_steps": 20, "eval_prompts": 200}
-    user_errors = (JudgeError,)
 
     @classmethod
     def defaults(cls, args: Arguments) -> dict[str, Any]:
@@ -135,8 +131,7 @@ class ConditionalRun(Run):
         """Train and return the summary; with ``--best``, return samples instead."""
         if self.args.script.best is None:
             return super().execute()
-        with as_usage_error(JudgeError):
-            return ask_best(self.args, self.args.script.best)
+        return ask_best(self.args, self.args.script.best)
 
     def load_data(self) -> tuple[Dataset, Dataset | None, str]:
         """Load prompts or, without a reward or judge, scored completions."""
@@ -168,6 +163,11 @@ class ConditionalRun(Run):
                 "--resume_from_checkpoint=true, or start anew in another --output_dir or --pool_dir."
             )
         trainer.check_pool()  # as train() would, after the measurement
+        steps = self.args.training.max_steps
+        self.rounds = self.args.training.num_train_epochs
+        if steps > 0:
+            self.rounds = math.ceil(steps / trainer.steps_per_round)
+            self.args.notes.append(f"max_steps={steps} decides, not num_rounds: training ends in round {self.rounds}")
         return trainer
 
     def _build_trainer(self) -> ConditionalTrainer:
@@ -202,7 +202,7 @@ class ConditionalRun(Run):
     def describe(self) -> tuple[str, dict[str, Any]]:
         """Name the condition, the feedback, the loss's terms and the extent of a round."""
         trainer, training = self.trainer, self.args.training
-        kind, draws, epochs = trainer.condition.kind, trainer.rows.length, f"{training.num_train_epochs:g}"
+        kind, draws, epochs = trainer.condition.kind, trainer.rows.length, f"{self.rounds:g}"
         feedback, rounds = "the data's feedback", f"{epochs} passes over {draws} draws"
         if trainer.online:
             feedback = "a judge" if trainer.judge else trainer.feedback.feature.name
@@ -215,7 +215,7 @@ class ConditionalRun(Run):
             "judge": None if trainer.judge is None else trainer.judge.spec,
             "online": trainer.online,
             **self.options("kl_coef", "kl_direction", "entropy_coef"),
-            "rounds": training.num_train_epochs,
+            "rounds": self.rounds,
             "prompts_per_round": trainer.prompts_per_round if trainer.online else None,
             "num_generations": training.num_generations,
             "draws_per_round": draws,

@@ -119,8 +119,6 @@ def load_prompts(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
             raise UsageError("both a prompt and a dataset are given. Give one.")
         return from_rows([{"prompt": script.prompt}], "--prompt"), None, "one prompt"
     if named and Path(named).suffix.lower() == ".txt":
-        if script.dataset_streaming:
-            raise UsageError(f"dataset_streaming is given, and {named} is read as a whole. Leave it out.")
         return take(_read_lines(Path(named).expanduser()), script.max_train_samples), None, named
     name = args.dataset or "the bundled demo prompts"
     train, test = load_demo(args) if args.bundled_data else load_splits(args)

@@ -16,13 +16,14 @@ from contrastive_align.data import distinct_prompts
 from contrastive_align.launch.arguments import Arguments, RunArguments, load_yaml, option
 from contrastive_align.launch.common import Run, model_arguments, picture_saved
 from contrastive_align.launch.datasets import only_prompts, repeat
-from contrastive_align.launch.feedback_flags import read_spec
+from contrastive_align.launch.feedback_flags import check_models, read_spec
 from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.losses import DIVERGENCES
 from contrastive_align.models.loading import adapter_config_path
+from contrastive_align.ranges import Range
 from contrastive_align.report import TargetSummary, plot_steps
-from contrastive_align.targets import InfeasibleMoment, Target, resolve_constraint, weighted_sum
+from contrastive_align.targets import Target, resolve_constraint, weighted_sum
 from contrastive_align.trainers import FDPGConfig, FDPGTrainer
 
 
@@ -41,6 +42,7 @@ class FDPGArguments(RunArguments):
     """
 
     ALIASES: ClassVar[dict[str, str]] = {"reward_funcs": "reward"}
+    RANGES: ClassVar[dict[str, Range]] = {"eval_prompts": Range(1, whole=True)}
 
     prompt: str | None = option(None, "One prompt, instead of a dataset.")
     features: list | str | None = option(None, "Constraints: '[{contains: please, moment: 0.5}]'.")
@@ -58,16 +60,11 @@ class FDPGArguments(RunArguments):
             raise ValueError(f"features is {self.features!r}, expected a list: [{{contains: please, moment: 0.5}}].")
         if self.features and self.reward:
             raise ValueError("both features and reward are given. Give one: constraints, or rewards to raise.")
-        if self.eval_samples < 0 or self.eval_prompts < 1:
-            found = f"eval_samples is {self.eval_samples} and eval_prompts {self.eval_prompts}"
-            raise ValueError(f"{found}, expected at least 0 and 1.")
         if 0 < self.eval_samples < SAMPLES_PER_PROMPT:
             raise ValueError(
                 f"eval_samples is {self.eval_samples}, expected at least {SAMPLES_PER_PROMPT}, or 0 for none. "
                 "From so few samples of a prompt every divergence comes out too small, from one as 0."
             )
-        if not 0 <= self.qrs_acceptance <= 1:
-            raise ValueError(f"qrs_acceptance is {self.qrs_acceptance}, expected a rate between 0 and 1.")
 
 
 class FDPGRun(Run):
@@ -80,7 +77,6 @@ class FDPGRun(Run):
         **{"max_steps": 60, "per_device_train_batch_size": 256, "num_generations": 16, "logging_steps": 1},
         **{"fit_samples": 65536, "eval_samples": 15_000, "eval_prompts": 200},
     }
-    user_errors = (InfeasibleMoment,)
     summary_class = TargetSummary
 
     @classmethod
@@ -166,6 +162,8 @@ def _build_target(args: Arguments) -> Target:
         return Target([resolve_constraint(spec, **context) for spec in args.script.features])
     weights, args.training.reward_weights = args.training.reward_weights or None, None  # the target has them now
     reward = weighted_sum(args.script.reward, weights, name="reward", **context)
+    check_models(args.script.reward)
+    check_models(args.script.reward)
     return Target.from_reward(reward, args.training.beta)
 
 

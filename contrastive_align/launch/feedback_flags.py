@@ -13,7 +13,7 @@ from contrastive_align.conditions import AttributeCondition, CategoryCondition, 
 from contrastive_align.judge.judge import Judge, resolve_judge
 from contrastive_align.launch.arguments import load_yaml, read_yaml
 from contrastive_align.models.loading import adapter_config_path
-from contrastive_align.sampling.server import ServerSampler
+from contrastive_align.sampling.server import PLAIN, ServerSampler
 from contrastive_align.targets.features import MODEL_KINDS
 
 
@@ -47,13 +47,19 @@ def build_judge(spec: Any, condition: Condition, output_dir: str) -> Judge:
     return resolve_judge({"prompt": prompt, "answers": answers, "cache": str(Path(output_dir) / "judge"), **spec})
 
 
-def build_sampler(spec: Any) -> ServerSampler:
-    """Build the sampler of a server from ``{base_url: address, model: name}`` and the class's other options."""
+def build_sampler(spec: Any, **body: Any) -> ServerSampler:
+    """Build the sampler of a server from ``{base_url: address, model: name}`` and the class's other options.
+
+    ``body`` are options of each request beside those in ``extra_body``.
+    """
     known = list(inspect.signature(ServerSampler).parameters)
     if not isinstance(spec, Mapping) or not {"base_url", "model"} <= set(spec) <= set(known):
         expected = "a mapping with base_url and model: '{base_url: http://localhost:8000/v1, model: name}'"
         raise ValueError(f"sampler is {spec!r}, expected {expected}; it takes {', '.join(known)}.")
-    return ServerSampler(**spec)
+    extra = PLAIN if spec.get("extra_body") is None else spec["extra_body"]
+    if not isinstance(extra, Mapping):
+        raise ValueError(f"extra_body of the sampler is {extra!r}, expected a mapping of the request's options.")
+    return ServerSampler(**{**spec, "extra_body": {**extra, **body}})
 
 
 def check_reward(condition: Condition) -> None:

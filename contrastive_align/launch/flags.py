@@ -28,11 +28,12 @@ def modernise_flags(flags: list[str], notes: list[str], known: set[str]) -> list
         UsageError: a flag that is gone, or none of ``known``, with the one that is meant.
     """
     result = []
-    for flag in flags:
+    for flag, following in zip(flags, [*flags, ""][1:], strict=True):
         if flag.startswith("--"):
             name, equals, value = flag[2:].partition("=")
             name = name.replace("-", "_")
             if name in RENAMED:
+                check_ratio(name, value if equals else following)
                 notes.append(f"'--{name}' is now '--{RENAMED[name]}'")
                 flag = f"--{RENAMED[name]}{equals}{value}"
             elif name in GONE:
@@ -43,6 +44,26 @@ def modernise_flags(flags: list[str], notes: list[str], known: set[str]) -> list
                 raise UsageError(f"unknown flag '--{name}'{nearest(name, known, '--')}")
         result.append(flag)
     return result
+
+
+def check_ratio(name: str, value: Any, where: str = "") -> None:
+    """Refuse a ``warmup_ratio`` that ``warmup_steps`` would take for a number of steps.
+
+    >>> check_ratio("warmup_ratio", "0.1"), check_ratio("torch_dtype", "auto")
+    (None, None)
+
+    Raises:
+        UsageError: it is no number from 0 to below 1.
+    """
+    if name != "warmup_ratio":
+        return
+    try:
+        ratio = float(value)
+    except (TypeError, ValueError):
+        ratio = -1.0
+    if not 0 <= ratio < 1:
+        place = f"{where}: {name}" if where else f"--{name}"
+        raise UsageError(f"{place} is {value}, expected a number of 0 or more, below 1: a share of all steps.")
 
 
 def resolve_aliases(values: dict[str, Any], aliases: dict[str, str], where: str, prefix: str = "") -> dict[str, Any]:

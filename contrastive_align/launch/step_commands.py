@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,23 +18,25 @@ from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.judge.judge import resolve_judge
 from contrastive_align.launch import step_files
 from contrastive_align.launch.ask import load_trained, sample_trained
-from contrastive_align.launch.feedback_flags import read_spec
+from contrastive_align.launch.errors import in_sentences
+from contrastive_align.launch.feedback_flags import build_sampler, read_spec
 from contrastive_align.launch.step_files import LISTS, Output, Row, fingerprint, read_rows
-from contrastive_align.launch.usage import UsageError
+from contrastive_align.launch.usage import UsageError, in_own_words
 from contrastive_align.models import load_tokenizer
-from contrastive_align.openai_client import CallError
+from contrastive_align.ranges import check_numbers
 from contrastive_align.sampling.decode import seed_of
-from contrastive_align.sampling.server import PLAIN, ServerSampler
+from contrastive_align.sampling.server import PLAIN
 from contrastive_align.targets.evaluate import call_feature
 from contrastive_align.targets.features import resolve_feature
 
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CONVERTED = "scored_completions.jsonl"
+LOG_LEVELS = ("debug", "info", "warning")
 BATCHES_AT_ONCE = 4  # of sampling, written together
 ROWS_AT_ONCE = 64  # of scoring, written together
 # Flags of ``sample`` that say where the output goes and how fast it comes, not what it contains.
-_NOT_SETTINGS = ("step", "run", "prompts", "output", "overwrite", "sampler", "rows_at_once", "concurrency")
+_NOT_SETTINGS = ("step", "run", "prompts", "output", "overwrite", "sampler", "rows_at_once", "concurrency", "log_level")
 _NOT_COLUMNS = (*LISTS, "prompt", "condition")
 
 Complete = Callable[..., tuple[list[list[str]], list[list[bool]]]]  # see ask.sample_trained
@@ -41,17 +44,15 @@ Complete = Callable[..., tuple[list[list[str]], list[list[bool]]]]  # see ask.sa
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Run one step and print its result in one line; raise UsageError for an error that the user can correct."""
-    args, rest = build_parser().parse_known_args(argv)
-    if rest and args.step != "train":
-        raise UsageError(f"{args.step}: unknown {' '.join(rest)!r}. See contrastive-align steps {args.step} -h.")
-    try:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    with in_sentences(["steps", *argv]):
+        args, rest = build_parser().parse_known_args(argv)
+        if rest and args.step != "train":
+            raise UsageError(f"{args.step}: unknown {' '.join(rest)!r}. See contrastive-align steps {args.step} -h.")
         if args.step == "train":
             return train(args, rest)
+        check_numbers(args)
         said = args.run(args)
-    except (ValueError, OSError, CallError, AttributeError, ImportError) as error:
-        if isinstance(error, AttributeError) and "has no function" not in str(error):
-            raise
-        raise UsageError(str(error)) from error
     print(said, flush=True)
     return said
 
@@ -132,12 +133,12 @@ def _complete_by_server(args: Namespace, tokens: list[str]) -> tuple[Any, Comple
     tokenizer: Any = load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
     suppressed = {str(i): -100 for i in tokenizer.convert_tokens_to_ids(tokens)}
     spec = read_spec("sampler", args.sampler)
-    spec = {"base_url": spec} if isinstance(spec, str) else dict(spec)
-    extra = spec.pop("extra_body", {})
-    server = ServerSampler(
-        **{"model": args.server_model or args.model_name_or_path, "concurrency": args.concurrency, **spec},
-        extra_body=PLAIN | extra | ({"logit_bias": suppressed} if suppressed else {}),
-    )
+    spec = {"base_url": spec} if isinstance(spec, str) else spec
+    if isinstance(spec, dict):
+        named = {"model": args.server_model or args.model_name_or_path, "concurrency": args.concurrency}
+        extra = spec.get("extra_body")
+        spec = {**named, **spec, "extra_body": PLAIN | extra if isinstance(extra, dict) else extra}
+    server = build_sampler(spec, **({"logit_bias": suppressed} if suppressed else {}))
 
     def complete(ids: list[list[int]], **options: Any) -> tuple[list[list[str]], list[list[bool]]]:
         found = server(ids, max_tokens=args.max_completion_length, **options)
@@ -237,7 +238,7 @@ def convert(rows: list[Row], score_key: str | None, *, where: str) -> list[Row]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise UsageError(f"{message}    (all flags: {self.prog} -h)")
+        raise UsageError(f"{in_own_words(message)}    (all flags: {self.prog} -h)")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -249,26 +250,28 @@ def build_parser() -> argparse.ArgumentParser:
     def step(name: str, run: Any, what: str) -> argparse.ArgumentParser:
         made = steps.add_parser(name, help=what, description=what, allow_abbrev=False)
         made.set_defaults(run=run)
+        if run is not None:  # train hands it on
+            made.add_argument("--log_level", choices=LOG_LEVELS, help="debug: show the traceback of an error.")
         return made
 
     p = step("sample", sample, "Prompts -> K completions each.")
     p.add_argument("--model_name_or_path", required=True, help="A model id, or the folder of a model or adapter.")
     p.add_argument("--prompts", required=True, help="JSONL with 'prompt': a text, or messages.")
-    p.add_argument("--num_generations", type=_at_least(1), default=8, help="K.")
+    p.add_argument("--num_generations", type=int, default=8, help="K.")
     p.add_argument("--condition", help="'best', or another that the trained model knows; by default none.")
-    p.add_argument("--split_number", type=_at_least(0), default=0, help="This part, from 0.")
-    p.add_argument("--total_splits", type=_at_least(1), default=1, help="Parts the prompts are divided into.")
-    p.add_argument("--max_completion_length", type=_at_least(1), default=256, help="In tokens.")
+    p.add_argument("--split_number", type=int, default=0, help="This part, from 0.")
+    p.add_argument("--total_splits", type=int, default=1, help="Parts the prompts are divided into.")
+    p.add_argument("--max_completion_length", type=int, default=256, help="In tokens.")
     p.add_argument("--temperature", type=float, default=1.0, help="Of sampling.")
     p.add_argument("--top_p", type=float, default=1.0, help="Of sampling.")
     p.add_argument("--seed", type=int, default=42, help="With the prompt's number, it decides what is drawn.")
-    p.add_argument("--rows_at_once", type=_at_least(1), default=256, help="Completions decoded together.")
+    p.add_argument("--rows_at_once", type=int, default=256, help="Completions decoded together.")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="The weights' precision.")
     p.add_argument(
         "--sampler", "--server", help="Sample there: an OpenAI-compatible address, or '{base_url: address}'."
     )
     p.add_argument("--server_model", help="The model's name there, if another than model_name_or_path.")
-    p.add_argument("--concurrency", type=_at_least(1), default=32, help="Requests in flight.")
+    p.add_argument("--concurrency", type=int, default=32, help="Requests in flight.")
     p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
     _output(p, "gen.jsonl; a part goes to gen.0-of-4.jsonl")
 
@@ -314,13 +317,3 @@ def build_parser() -> argparse.ArgumentParser:
 def _output(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument("--output", required=True, help=f"Such as {example}.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{int(text)}, expected at least {least}")
-        return int(text)
-
-    read.__name__ = "int"  # what argparse calls it
-    return read

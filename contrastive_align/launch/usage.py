@@ -7,6 +7,8 @@ import re
 import sys
 from collections.abc import Collection
 
+from contrastive_align.ranges import RANGES
+
 
 class UsageError(SystemExit):
     """A wrong command line; prints the message and exits with status 2."""
@@ -183,6 +185,9 @@ NO_OPTION = {
     "upcast, pure_bf16, half_precision, amp": (
         "Precision is --bf16 or --fp16 for the computation, --dtype for the weights"
     ),
+    "gpu, gpu_id, cuda, cuda_device, cuda_visible_devices": (
+        "Which GPU is used is said by the environment variable CUDA_VISIBLE_DEVICES"
+    ),
     "plot_loss, visual_inference": "--report_to=tensorboard draws the curves",
     "reference, ref_model, reference_model, ref_model_name, ref_model_path, reference_model_name_or_path, "
     "reference_free, sync_ref": "The reference is the model that training starts from",
@@ -219,6 +224,32 @@ def as_flags(text: str) -> str:
 
     text = re.sub(r"\bresume_from_checkpoint=True\b", "--resume_from_checkpoint=true", text)
     return re.sub(r"\b(columns|score_column|on_bad_row)=(['\"])(.*?)\2", flag, text)
+
+
+def in_own_words(message: str) -> str:
+    """Say what argparse says of a flag's value as the other messages do.
+
+    >>> in_own_words("argument --seed: invalid int value: 'x'")
+    "--seed is 'x', expected a whole number of 0 or more, up to 4294967295."
+    >>> in_own_words("argument --save_strategy/--save-strategy: invalid choice: 'step' (choose from 'no', 'steps')")
+    "--save_strategy is 'step', expected one of no, steps. Did you mean 'steps'?"
+    """
+    found = re.match(r"argument --(\w+)(?:/--[\w-]+)*: (.*)", message, re.DOTALL)
+    if not found:
+        return message
+    name, said = found.groups()
+    if wrong := re.fullmatch(r"invalid (\w+) value: '(.*)'", said, re.DOTALL):
+        expected = RANGES.get(name) or {"int": "a whole number", "float": "a number"}.get(wrong[1], f"a {wrong[1]}")
+        return f"--{name} is {wrong[2]!r}, expected {expected}."
+    if wrong := re.fullmatch(r"invalid choice: '(.*)' \(choose from (.*)\)", said, re.DOTALL):
+        known = [word.strip("'") for word in wrong[2].split(", ")]
+        near = difflib.get_close_matches(wrong[1].lower(), known, 1, 0.5)
+        return f"--{name} is {wrong[1]!r}, expected one of {', '.join(known)}." + (
+            f" Did you mean {near[0]!r}?" if near else ""
+        )
+    if wrong := re.match(r"Truthy value expected: got (.*) but", said):
+        return f"--{name} is {wrong[1]!r}, expected true or false."
+    return f"--{name} needs a value: --{name}=VALUE." if said == "expected one argument" else message
 
 
 def nearest(name: str, known: Collection[str], prefix: str = "") -> str:

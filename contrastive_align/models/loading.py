@@ -6,19 +6,27 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import DistributedType, PartialState
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from contrastive_align.trl_seam import create_model_from_path
@@ -30,6 +38,7 @@ logger = logging.get_logger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
+TOKENIZER_FILES = ("token", "vocab", "merges", "spiece", "sentencepiece")  # how their names begin
 MERGED_BASE = "merged_base"
 MERGE_NOTE = "merged_from.json"
 # Mean change of log-probs, in nats per token, that counts as rounding when an adapter is merged.
@@ -89,7 +98,7 @@ def resolve_start(
     """
     kwargs = dict(model_init_kwargs or {})
     revision = kwargs.get("revision")
-    _check_exists(model_id)
+    check_exists(model_id)
     config_path = adapter_config_path(model_id, revision)
     revision_note = f" (revision {revision})" if revision and revision != "main" else ""
     if config_path is None:
@@ -251,7 +260,7 @@ def base_of(base: str | None, adapter: str) -> str:
         )
     if os.path.isabs(base) and not os.path.isdir(base):
         base = next((folder for folder in beside if os.path.isdir(folder)), base)
-    _check_exists(base)
+    check_exists(base)
     return base
 
 
@@ -272,7 +281,8 @@ def _first_line(error: Exception) -> str:
     return f"{(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}."
 
 
-def _check_exists(model_id: str) -> None:
+def check_exists(model_id: str) -> None:
+    """Raise FileNotFoundError where a model id looks like a folder that is not there."""
     looks_local = os.path.isabs(model_id) or model_id.startswith((".", "~")) or model_id.count("/") > 1
     if looks_local and not os.path.isdir(model_id):
         raise FileNotFoundError(f"No folder {model_id!r}. Give a folder with a model or an adapter, or a hub id.")
@@ -312,15 +322,59 @@ def load_tokenizer(
     """Load the tokenizer of a model id or folder.
 
     Raises:
-        OSError: there is none, or the hub cannot be reached and the local cache has none.
+        OSError: there is none, its files are damaged, or the hub cannot be reached and the local cache has none.
     """
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except OSError as error:
+    except Exception as error:  # tokenizers raises this very class
+        reason = _first_line(error)
+        if os.path.isdir(source) and not any(name.startswith(TOKENIZER_FILES) for name in os.listdir(source)):
+            reason = "the folder has no tokenizer.json and no tokenizer_config.json."
+        elif not isinstance(error, OSError | ValueError):
+            reason = f"its files are damaged ({type(error).__name__}: {reason})"
         raise OSError(
-            f"The tokenizer of {source!r} cannot be loaded: {_first_line(error)} Give a folder that holds it, "
-            "or a hub id that can be downloaded."
+            f"The tokenizer of {source!r} cannot be loaded: {reason} Give a folder that holds it, or a hub id that can "
+            "be downloaded."
         ) from error
+
+
+def check_generates(config: PreTrainedConfig, name: str, *, encoder_decoder: bool = False) -> None:
+    """Raise ValueError where a config is not of a causal language model, or of an encoder-decoder where that is taken.
+
+    A class that transformers does not have, which a repository brings, or that is not named, is passed over.
+    """
+    if config.is_encoder_decoder:
+        if encoder_decoder:  # a checkpoint may name the class without its head
+            return
+        raise ValueError(
+            f"{name} is an encoder-decoder, expected a causal language model. FDPGTrainer takes encoder-decoders."
+        )
+    named = (config.architectures or [""])[0]
+    found = getattr(transformers, named, None)
+    if found is not None and not found.can_generate():
+        raise ValueError(
+            f"{name} is of the class {named} (architectures in its config.json), expected a model that generates text, "
+            "such as LlamaForCausalLM."
+        )
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
+    """Return the names of tensors with NaN or infinite entries; those of 8 bits or less, or not here, are passed over.
+
+    >>> not_finite([("a", torch.ones(2)), ("b", torch.tensor([1.0, torch.nan])), ("c", None)])
+    ['b']
+    """
+    present = ((name, t) for name, t in tensors if t is not None and t.is_floating_point() and not t.is_meta)
+    return [name for name, t in present if t.dtype.itemsize > 1 and not torch.isfinite(t).all()]
+
+
+def check_weights_are_finite(model: nn.Module, name: str) -> None:
+    """Raise ValueError where a loaded weight is NaN or infinite, before anything is computed with it."""
+    if bad := not_finite(model.named_parameters()):
+        raise ValueError(
+            f"'{bad[0]}' of {name} has NaN or infinite entries ({len(bad)} such weights), expected numbers: its file "
+            "is damaged, or the run that wrote it diverged. Download it again, or take another model or checkpoint."
+        )
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -122,7 +122,7 @@ def draw(
         c, k = (~torch.isfinite(logps)).nonzero()[0].tolist()
         raise ValueError(
             f"Sample {k} of prompt {c} has the log-prob {logps[c, k].item()}: the model's logits are not finite. Its "
-            "weights may hold NaN, or its precision may be too low."
+            "weights hold NaN, its precision is too low, or training diverged (lower learning_rate)."
         )
     return Drawn(completion_ids, logps, truncated)
 

@@ -11,7 +11,6 @@ import shutil
 import signal
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +39,22 @@ from contrastive_align.data.folder_lock import folder_held
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.layout import set_layout
 from contrastive_align.models.loading import (
+    check_generates,
     check_output_dir,
+    check_weights_are_finite,
     context_length,
     load_tokenizer,
+    not_finite,
     placement,
     resolve_start,
     verify_saved,
     with_pad_token,
 )
 from contrastive_align.models.logps import remove_head
+from contrastive_align.ranges import check_numbers
 from contrastive_align.report.card import add_section, objective_section
 from contrastive_align.trainers.configs import ARGUMENTS_NOT_SUPPORTED
+from contrastive_align.trainers.first_step import cause_of
 from contrastive_align.trainers.processes import on_main
 from contrastive_align.trainers.reference import (
     REFERENCE_FILE,
@@ -59,6 +63,7 @@ from contrastive_align.trainers.reference import (
     rounding_tolerance,
 )
 from contrastive_align.trainers.stopping import StopOnSignal
+from contrastive_align.trainers.trials import try_attention, try_options
 from contrastive_align.trl_seam import (
     ListensToSignals,
     Members,
@@ -108,6 +113,9 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
     reference_is_proven: bool | None = None  # False: at the next batch of train()
     resumed_from: Path | None = None
     stopping: StopOnSignal | None = None  # a command's, which listens for the whole run
+    _start_step = 0  # of the present train()
+    first_step_is_finite = False
+    _bad_batch: tuple[Any, Tensor] | None = None  # of the first step, with its loss
 
     # ---------------------------------------------------------------------------------------------------- arguments
 
@@ -117,6 +125,7 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
 
         Raises:
             TypeError: options of another class.
+            ValueError: an option out of its range, or one that cannot be used here.
         """
         if args is None:
             name = model if isinstance(model, str) else get_config_model_id(model.config)
@@ -130,6 +139,8 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         for name, value in vars(args).items():
             if isinstance(value, dict) or name == "accelerator_config":
                 setattr(args, name, copy.copy(value))
+        check_numbers(args)
+        try_options(args)
         return args
 
     @classmethod
@@ -151,6 +162,7 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
             )
         adapters = list(model.peft_config.values()) if isinstance(model, PeftModel) else []
         for adapter in [*adapters, *([] if peft_config is None else [peft_config])]:
+            check_numbers(adapter)
             if adapter.is_prompt_learning:
                 raise ValueError(
                     f"{type(adapter).__name__} puts virtual tokens before the prompt, so that the policy never starts "
@@ -177,7 +189,8 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
             ValueError: an encoder-decoder that the trainer does not take, or an ``output_dir`` that holds weights of
                 the other kind.
         """
-        self.around_step = partial(freed_memory_kept, args.device.type, hand_back=False)
+        if quantization_config is not None:
+            check_numbers(quantization_config)
         start_id = model
         name = model if isinstance(model, str) else get_config_model_id(model.config)
         self.start_description = name or type(model).__name__
@@ -208,14 +221,16 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         if isinstance(model, str):
             trust = kwargs.setdefault("trust_remote_code", args.trust_remote_code)
             config = AutoConfig.from_pretrained(model, revision=kwargs.get("revision"), trust_remote_code=trust)
-            is_encoder_decoder = config.is_encoder_decoder
+            if not config.architectures:
+                raise ValueError(
+                    f"config.json of {model} has no 'architectures', expected one: [\"LlamaForCausalLM\"]."
+                )
         else:
-            is_encoder_decoder = model.config.is_encoder_decoder
-        if is_encoder_decoder and not self.takes_encoder_decoders:
-            raise ValueError(
-                f"{self.start_description} is an encoder-decoder, expected a causal language model. FDPGTrainer takes "
-                "encoder-decoders."
-            )
+            config = model.config
+        check_generates(config, self.start_description, encoder_decoder=self.takes_encoder_decoders)
+        is_encoder_decoder = config.is_encoder_decoder
+        if isinstance(model, str):
+            try_attention(config, kwargs.get("attn_implementation"), trust_remote_code=trust)
         if isinstance(model, str) and self.loads_model:
             # A checkpoint may name a class without the head (BART's does): as a causal model it loses its encoder.
             if is_encoder_decoder:
@@ -233,6 +248,30 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raise ValueError where the trainer cannot use the tokenizer, before a model is loaded (to be overridden)."""
+
+    def check_loaded(self) -> None:
+        """Refuse a model that cannot be trained as asked, before it samples or scores anything.
+
+        Raises:
+            ValueError: a weight that is NaN or infinite, or an adapter with a whole module that the model lacks.
+        """
+        names = [name for name, _ in self.model.named_modules()]
+        for adapter in self.model.peft_config.values() if is_peft_model(self.model) else ():
+            for module in adapter.modules_to_save or ():
+                if not any(name.endswith(module) for name in names):
+                    raise ValueError(
+                        f"modules_to_save names {module!r}, and {self.start_description} has no such module."
+                    )
+            targets = getattr(adapter, "target_modules", None) or ()
+            for module in () if isinstance(targets, str) else sorted(targets):
+                if not any(f".{name}".endswith(f".{module}") for name in names):
+                    logger.warning(f"target_modules names {module!r}: {self.start_description} has no such module.")
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise ValueError where a weight, also a frozen one or one of the reference, is NaN or infinite."""
+        for model in self.base_models():
+            check_weights_are_finite(model, self.start_description)
 
     @staticmethod
     def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -257,9 +296,13 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
             policy, reference: log-probs in nats of the same completions.
             lengths: their tokens.
 
+        Log-probs that are NaN or infinite are left to the check of the first step, which finds out why.
+
         Raises:
             ReferenceMismatch: it does not, or it is another one.
         """
+        if not torch.isfinite(policy - reference).all():
+            return
         self.reference_is_proven = True
         tolerance = rounding_tolerance(self.model, sixteen_bit=self.computes_in_16_bits)
         said: dict[str, Any] = {"start": self.start_description, "tolerance": tolerance}
@@ -323,6 +366,7 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
                 "Context and sequence parallelism cut completions apart, and their log-probs are not summed again. Use "
                 "data, tensor or FSDP parallelism."
             )
+        self.check_loaded()
         models = self.base_models()
         self.layout = set_layout(
             models, self.args.layout, obstacle=obstacle, sharded=self.is_sharded, autocast=self.computes_in_16_bits
@@ -368,7 +412,9 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
                 around.callback(self.remove_callback, stopping)
                 around.enter_context(stopping.training())
             around.enter_context(freed_memory_kept(self.args.device.type))
-            return super().train(self._begin(resume_from_checkpoint), *args, **kwargs)
+            result = super().train(self._begin(resume_from_checkpoint), *args, **kwargs)
+            self._check_that_it_trained()
+            return result
 
     def _begin(self, resume_from_checkpoint: str | os.PathLike | bool | None) -> str | None:
         """Return the checkpoint to resume from, with this trainer's own state of it loaded."""
@@ -380,13 +426,81 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         if self.resumed_from is not None:
             self.load_state(self.resumed_from)
             check_functions(self.resumed_from, self.functions())
+        self.check_finite()  # again: weights may have been changed since
         self.begin_training(going_on=bool(resume_from_checkpoint))
+        self._start_step, self.first_step_is_finite, self._bad_batch = 0, False, None
+        if self.resumed_from is not None:
+            state = (self.resumed_from / TRAINER_STATE_NAME).read_text(encoding="utf-8")
+            self._start_step = json.loads(state)["global_step"]
         return checkpoint
 
     @property
     def written_folders(self) -> Sequence[str | Path]:
         """Folders that no other run may write into while this one trains."""
         return (self.args.output_dir,)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Build the schedule as Trainer does; warn where there is no warm-up or it does not end."""
+        warm, kind = self.args.get_warmup_steps(num_training_steps), self.args.lr_scheduler_type
+        said = f"warmup_steps={self.args.warmup_steps:g}"
+        if warm and kind == "constant":
+            logger.warning(
+                f"{said} is not used: lr_scheduler_type='constant' has no warm-up, 'constant_with_warmup' has."
+            )
+        elif warm >= num_training_steps and kind not in ("reduce_lr_on_plateau", "greedy"):
+            logger.warning(
+                f"{said} is {warm} of the {num_training_steps} steps: the learning rate never reaches "
+                f"{self.args.learning_rate:g}."
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _check_that_it_trained(self) -> None:
+        step, last = self.state.global_step, self.state.max_steps
+        if step > self._start_step:
+            return
+        if self.resumed_from is None or step < last:
+            raise ValueError(
+                f"No step was made (of {last}): the training data fill no batch, or a callback stopped training. Give "
+                "more rows, lower per_device_train_batch_size, or leave dataloader_drop_last out."
+            )
+        logger.warning(f"{self.resumed_from} is the end of its run: step {step} of {last}. Nothing was trained.")
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Make a step as TRL does; stop where the first one, or the weights after a later one, are not finite.
+
+        Raises:
+            ValueError: the loss or the gradient of the first step is not finite, with the likely cause (under DeepSpeed
+                and with a gradient scaler only the loss is looked at); or training diverged.
+        """
+        with freed_memory_kept(self.args.device.type, hand_back=False):  # also in a loop of one's own
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self.first_step_is_finite:
+            self._check_first_step(inputs, loss)
+        elif not torch.isfinite(loss):
+            self.check_weights()
+        return loss
+
+    def _check_first_step(self, inputs: Any, loss: Tensor) -> None:
+        """Look at the loss of every micro-batch and at the gradient of their sum, on all processes."""
+        if self._bad_batch is None and not torch.isfinite(loss):
+            self._bad_batch = (self.prepared_batch(inputs), loss)
+        if not self.accelerator.sync_gradients:
+            return
+        gradients = []
+        if self.accelerator.scaler is None:  # which begins with a scale that may be too large
+            gradients = not_finite((name, p.grad) for name, p in self.model.named_parameters())
+        bad = self.from_all_processes(gradients if self._bad_batch is None else ["loss"])
+        if not bad:
+            self.first_step_is_finite = True
+            return
+        batch, loss = self._bad_batch or (self.prepared_batch(inputs), loss)
+        bad = ["loss"] if "loss" in bad else bad
+        what = "loss" if bad == ["loss"] else "gradient"
+        raise ValueError(f"The {what} of the first step is NaN or infinite. {cause_of(self, batch, bad, loss)}")
+
+    def from_all_processes(self, names: list[str]) -> list[str]:
+        """Return the names that any process gives, so that all decide alike."""
+        return sorted({name for part in gather_object([names]) for name in part})
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run Trainer's evaluation; on a CPU, freed memory is kept for it."""
@@ -475,9 +589,9 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         Raises:
             ValueError: a trained weight that is NaN or infinite, on any process.
         """
-        bad = [n for n, p in self.model.named_parameters() if p.requires_grad and not torch.isfinite(p).all()]
+        bad = not_finite((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         if self.uses_engine or self.get_tp_size() > 1:  # else every process has all, and one alone may save
-            bad = sorted({name for part in gather_object([bad]) for name in part})
+            bad = self.from_all_processes(bad)
         if bad:
             raise ValueError(
                 f"'{bad[0]}' has NaN or infinite entries: training diverged, and nothing is saved. Lower learning_rate "

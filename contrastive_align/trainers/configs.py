@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from transformers.trainer_utils import SaveStrategy
 from trl import DPOConfig, RLOOConfig, SFTConfig
@@ -15,6 +15,8 @@ from contrastive_align.docstrings import option_texts
 from contrastive_align.losses.contrastive import LOSSES, canonical_loss_name
 from contrastive_align.losses.divergences import find_divergence
 from contrastive_align.models.layout import LAYOUTS
+from contrastive_align.ranges import Range, check_numbers
+from contrastive_align.trainers.trials import check_mappings
 
 
 Config = TypeVar("Config", bound=type)
@@ -41,6 +43,7 @@ NOT_SUPPORTED_ANYWHERE = {
         "it would replace the head that scores the completions",
         "set model_init_kwargs={'use_kernels': True}, as TRL recommends",
     ),
+    "liger_kernel_config": ("it belongs to use_liger_kernel, which is not supported", "leave it out"),
     "auto_find_batch_size": (
         "the samples and metrics of a step that ran out of memory would count twice",
         "lower per_device_train_batch_size and raise gradient_accumulation_steps",
@@ -120,11 +123,17 @@ ON_BAD_ROW = ("raise", "drop")
 AUTO = "auto"
 
 
-def refuse_options(config: Any, base: type, table: dict[str, tuple[str, str]], trainer: str) -> None:
-    """Raise where an option of ``table`` (option -> why it has no meaning, the way out) is not at ``base``'s default.
+def check_options(config: Any, base: type, table: dict[str, tuple[str, str]], trainer: str) -> None:
+    """Refuse options without a meaning, and numbers outside their range, before TRL reads them.
+
+    Args:
+        config: the options.
+        base: the class of TRL whose defaults the options of ``table`` must have.
+        table: option -> why it has no meaning, the way out.
+        trainer: its name.
 
     Raises:
-        ValueError: naming the option, the reason and the way out.
+        ValueError: naming the option, and the reason and the way out or the range.
     """
     defaults = {f.name: f.default for f in fields(base)}
     for name, (why, way_out) in table.items():
@@ -132,6 +141,8 @@ def refuse_options(config: Any, base: type, table: dict[str, tuple[str, str]], t
             raise ValueError(
                 f"{name}={getattr(config, name)!r} is not supported by {trainer}: {why}. Way out: {way_out}."
             )
+    check_numbers(config)
+    check_mappings(config)
 
 
 def option_of(base: type, name: str) -> Any:
@@ -148,29 +159,18 @@ def option_of(base: type, name: str) -> Any:
     return field(default=found.default, metadata=dict(found.metadata))
 
 
-def check_positive(config: Any, *names: str) -> None:
-    """Raise ValueError where one of these options is set and no finite number above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name} is {value}, expected a finite number above 0.")
+def _number_or_auto(value: Any) -> float | str:
+    """Read text as a number or as the word auto; return what is neither as text.
 
-
-def _number_or_auto(name: str, value: Any) -> float | str:
-    """Read a finite number above 0, or the word auto.
-
-    Raises:
-        ValueError: anything else.
+    >>> _number_or_auto("1e-4"), _number_or_auto(" Auto"), _number_or_auto("warm")
+    (0.0001, 'auto', 'warm')
     """
     if str(value).strip().lower() == AUTO:
         return AUTO
     try:
-        number = float(value)
+        return float(value)
     except (TypeError, ValueError):
-        number = float("nan")
-    if not 0 < number < float("inf"):
-        raise ValueError(f"{name} is {value!r}, expected a finite number above 0, or {AUTO!r}.")
-    return number
+        return str(value)
 
 
 def describe_options(**choices: tuple[str, ...]) -> Callable[[Config], Config]:
@@ -264,24 +264,19 @@ class ContrastiveConfig(DPOConfig):
         if isinstance(self.loss_type, str) or callable(self.loss_type):
             self.loss_type = [self.loss_type]
         self.loss_type = [canonical_loss_name(name) for name in self.loss_type]
+        self.temperature_alpha = _number_or_auto(self.temperature_alpha)
+        check_options(self, DPOConfig, NOT_SUPPORTED_CONTRASTIVE, "ContrastiveTrainer")
         _check_loss_weights(self.loss_type, self.loss_weights)
-        refuse_options(self, DPOConfig, NOT_SUPPORTED_CONTRASTIVE, "ContrastiveTrainer")
         super().__post_init__()
-        check_positive(self, "beta", "per_device_train_batch_size", "per_device_eval_batch_size")
-        self.temperature_alpha = _number_or_auto("temperature_alpha", self.temperature_alpha)
         check_choices(self)
         read_options(self.columns, self.score_column)
         if self.max_tokens_per_batch is not None:
             self._check_batches_by_tokens()
-        if self.max_prompt_length is not None:
-            longest = self.max_length - 1 if self.max_length is not None else self.max_prompt_length
-            if not 1 <= self.max_prompt_length <= longest:
-                raise ValueError(
-                    f"max_prompt_length is {self.max_prompt_length} with max_length {self.max_length}, expected a "
-                    "number from 1 up to less than max_length, so that completions have room."
-                )
-        if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length is {self.max_length}, expected at least 2: a prompt and a completion token.")
+        if None not in (self.max_prompt_length, self.max_length) and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length is {self.max_prompt_length} with max_length {self.max_length}, expected a number "
+                "from 1 up to less than max_length, so that completions have room."
+            )
         if self.accelerator_config.dispatch_batches:
             raise ValueError(
                 "accelerator_config.dispatch_batches=True cuts batches by rows, which would cut groups apart. Leave "
@@ -294,7 +289,6 @@ class ContrastiveConfig(DPOConfig):
             )
 
     def _check_batches_by_tokens(self) -> None:
-        check_positive(self, "max_tokens_per_batch")
         if self.accelerator_config.split_batches:
             raise ValueError(
                 "accelerator_config.split_batches=True cuts batches of one size into equal parts, and with "
@@ -360,6 +354,8 @@ class FDPGConfig(RLOOConfig):
             Samples are drawn without dropout, so their log-probs are taken without it.
     """
 
+    RANGES: ClassVar[dict[str, Range]] = {"num_generations": Range(2, whole=True)}
+
     divergence: str = "js"
     baseline: str = "leave_one_out"
     baseline_window: int = 10
@@ -376,21 +372,20 @@ class FDPGConfig(RLOOConfig):
     disable_dropout: bool = True
 
     def __post_init__(self):
-        refuse_options(self, RLOOConfig, NOT_SUPPORTED_FDPG, "FDPGTrainer")
-        super().__post_init__()
-        self.divergence = find_divergence(self.divergence)
-        check_choices(self)
-        check_positive(self, "baseline_window", "proposal_window", "max_importance_ratio", "beta", "fit_samples")
-        if self.proposal == "kept" and (self.use_vllm or self.use_transformers_continuous_batching):
-            raise ValueError(
-                "proposal='kept' is drawn from by exchanging weights, which use_vllm and "
-                "use_transformers_continuous_batching do not see. Leave these out, or set proposal='policy'."
-            )
+        check_options(self, RLOOConfig, NOT_SUPPORTED_FDPG, "FDPGTrainer")
         if self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
                 f"per_device_train_batch_size is {self.per_device_train_batch_size} samples, expected a multiple of "
                 f"num_generations={self.num_generations}: the samples of a prompt stay together. Raise "
                 "gradient_accumulation_steps for larger steps."
+            )
+        super().__post_init__()
+        self.divergence = find_divergence(self.divergence)
+        check_choices(self)
+        if self.proposal == "kept" and (self.use_vllm or self.use_transformers_continuous_batching):
+            raise ValueError(
+                "proposal='kept' is drawn from by exchanging weights, which use_vllm and "
+                "use_transformers_continuous_batching do not see. Leave these out, or set proposal='policy'."
             )
         eval_generations = self.num_generations_eval or self.num_generations
         if self.eval_strategy != "no" and self.per_device_eval_batch_size % eval_generations:
@@ -494,7 +489,7 @@ class ConditionalConfig(SFTConfig):
     allow_pickled_adapter: bool = option_of(ContrastiveConfig, "allow_pickled_adapter")
 
     def __post_init__(self):
-        refuse_options(self, SFTConfig, NOT_SUPPORTED_CONDITIONAL, "ConditionalTrainer")
+        check_options(self, SFTConfig, NOT_SUPPORTED_CONDITIONAL, "ConditionalTrainer")
         best = (self.metric_for_best_model or "").split("/")[0]  # of several evaluation sets, their names are in it
         if self.greater_is_better is None and best.split("_")[-1] == "nll":
             self.greater_is_better = False  # else everything is, whose name does not end in "loss"
@@ -505,15 +500,7 @@ class ConditionalConfig(SFTConfig):
                 "Set metric_for_best_model to one that it does: 'reward_given/<quantile_0>' for instance, or from "
                 "scored data 'nll/<quantile_0>'."
             )
-        check_positive(self, "num_generations", "max_completion_length", "temperature", "coef_horizon", "rows_at_once")
-        check_positive(self, "prompts_per_round", "draws_per_round", "kl_target", "entropy_target")
         check_choices(self)
-        for name, low in (("kl_coef", 0), ("entropy_coef", 0), ("drop_factor", 0), ("top_p", 1e-9)):
-            value, high = getattr(self, name), 1 if name in ("drop_factor", "top_p") else float("inf")
-            if not low <= value <= high or value == float("inf"):
-                raise ValueError(f"{name} is {value}, expected a number from {low:g} to {high:g}.")
-        if not 0 < self.unfrozen_layers_ratio <= 1:
-            raise ValueError(f"unfrozen_layers_ratio is {self.unfrozen_layers_ratio}, expected above 0, up to 1 (all).")
         lowest, highest = VLLM_TEMPERATURES
         if self.use_vllm and not lowest <= self.temperature <= highest:
             raise ValueError(
@@ -525,8 +512,6 @@ class ConditionalConfig(SFTConfig):
                 raise ValueError(
                     f"{name} adapts {name.replace('target', 'coef')}, which is 0 and would stay so. Give it a start."
                 )
-        if self.max_length is not None and self.max_length <= 1:
-            raise ValueError(f"max_length is {self.max_length}, expected at least 2: a prompt and a completion token.")
         if self.save_only_model and self.save_strategy != SaveStrategy.NO:
             raise ValueError(
                 "save_only_model=True leaves checkpoints that no run can go on from, and the pool of one that is "

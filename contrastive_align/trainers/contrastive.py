@@ -32,7 +32,7 @@ from contrastive_align.trainers.labels import (
     ANY_TEMPERATURE,
     add_first_score_bonus,
     auto_temperature,
-    warn_of_one_hot_labels,
+    warn_of_labels,
 )
 from contrastive_align.trainers.metrics import Averages, Mean, batch_metrics
 from contrastive_align.trainers.reference import cached_reference_logps, reference_cache_file
@@ -166,7 +166,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             self._auto_temperature = broadcast_object_list([found])[0]
             logger.info(f"temperature_alpha='auto' is {self.temperature_alpha:.4g} for these groups.")
         elif self.reads_labels and isinstance(self.train_dataset, Dataset):
-            warn_of_one_hot_labels(self.train_dataset, args.temperature_alpha)
+            warn_of_labels(self.train_dataset, args.temperature_alpha)
         context = self.context_limits().get("the model's context")
         if context and (args.max_length is None or args.max_length > context):
             logger.warning(

@@ -154,6 +154,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         self.collate: GroupCollator | EncoderDecoderCollator
         if self.is_encoder_decoder:
             check_options_for_encoder_decoder(args, engine=self.uses_engine)
+            self.check_loaded()
             models = self.base_models()
             for each in models:
                 add_encoder_decoder_head(each)
@@ -383,9 +384,11 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         if self.model.training and self.reference_is_proven is False and self._first_group:  # resumed between draws
             with torch.no_grad():
                 self._prove_reference_on(self._first_group, inputs, self._logps(inputs, reference=True))
-        some_mass = torch.isfinite(inputs["log_z"])
+        some_mass, policy_logps = inputs["log_z"] != -math.inf, self._completion_logps(model, inputs)
+        if not (self.first_step_is_finite or torch.isfinite(policy_logps).all()):
+            return policy_logps.sum()  # NaN or infinite: the check of the first step finds out why
         losses = fdpg(
-            self._completion_logps(model, inputs),
+            policy_logps,
             inputs["proposal_logps"],
             inputs["target_log_scores"],
             log_z=inputs["log_z"],

@@ -34,19 +34,27 @@ def auto_temperature(dataset: Dataset, *, first_score_bonus: float) -> float:
     return temperature_for_entropy(scores, valid=valid) or ANY_TEMPERATURE
 
 
-def warn_of_one_hot_labels(dataset: Dataset, temperature_alpha: float) -> None:
-    """Warn where one-hot labels ignore all scores but the best, and name a temperature that does not."""
+def warn_of_labels(dataset: Dataset, temperature_alpha: float) -> None:
+    """Warn where labels ignore the scores (all equal) or all scores but the best (one-hot); name a temperature between.
+
+    Labels are equal where none is 1% above the mean label of its group.
+    """
     scores, valid = scores_of(dataset, most=10_000)
     levels = [len(row[ok].unique()) for row, ok in zip(scores, valid, strict=True)]
     graded = sum(n > 2 for n in levels)
     soft, hard = (target_labels(scores, temperature_alpha=a, valid=valid) for a in (temperature_alpha, 1e-12))
-    if not graded or (soft - hard).abs().max() > 1e-3:
+    if max(levels) > 1 and (soft.max(-1).values * valid.sum(-1)).max() < 1.01:
+        found = "equal, whatever the scores are: nothing is learned of which completion is better"
+    elif graded and (soft - hard).abs().max() <= 1e-3:
+        found = (
+            f"one-hot, although {graded} of {len(levels)} groups have more than two different scores: all but the best "
+            "score is thrown away"
+        )
+    else:
         return
-    logger.warning(
-        f"temperature_alpha={temperature_alpha:g} makes the labels one-hot, although {graded} of {len(levels)} groups "
-        "have more than two different scores: all but the best score is thrown away. temperature_alpha='auto' "
-        f"({temperature_for_entropy(scores, valid=valid):.3g} here) would use them all."
-    )
+    between = temperature_for_entropy(scores, valid=valid)
+    advice = f" temperature_alpha='auto' ({between:.3g} here) would use them all." if between else ""
+    logger.warning(f"temperature_alpha={temperature_alpha:g} makes the labels {found}.{advice}")
 
 
 def scores_of(dataset: Dataset, most: int | None = None) -> tuple[Tensor, Tensor]:

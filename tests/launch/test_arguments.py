@@ -1,5 +1,6 @@
 """The command line and the YAML: strict, and kind to what people already have."""
 
+import math
 import os
 import re
 
@@ -145,18 +146,139 @@ def test_the_temperature_is_a_number_or_auto(text, value):
     assert from_yaml("temperature_alpha: 3\n", f"--temperature_alpha={text}").training.temperature_alpha == value
 
 
-@pytest.mark.parametrize(("text", "found"), [("warm", "'warm'"), ("0", "'0'"), ("nan", "'nan'"), ("", "None")])
+@pytest.mark.parametrize(("text", "found"), [("warm", "'warm'"), ("0", "0.0"), ("nan", "nan"), ("", "'None'")])
 def test_another_temperature_is_refused(text, found):
     with pytest.raises(UsageError) as error:
         from_yaml(f"temperature_alpha: {text}\n")
-    expected = f"temperature_alpha is {found}, expected a finite number above 0, or 'auto'."
+    expected = f"run.yaml: temperature_alpha is {found}, expected a finite number above 0, or 'auto'."
     assert error.value.message == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("+3", 3), ("1e2", 100.0), ("1.", 1.0), (".5", 0.5), ("1E-3", 1e-3), ("-.inf", -math.inf)],
+)
+def test_numbers_are_those_of_yaml_1_2(text, value):
+    (found,) = arguments.load_yaml(f"[{text}]", "it")
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("text", ["1:30", "2020-01-01", "0x10", "1_000", "1.2.3", "e5"])
+def test_what_is_no_number_there_is_text(text):
+    assert arguments.load_yaml(f"[{text}]", "it") == [text]
 
 
 def test_yaml_anchors():
     assert from_yaml("beta: &value 0.2\ntemperature_alpha: *value\n").training.temperature_alpha == 0.2
     shared = "gradient_checkpointing_kwargs: &k {use_reentrant: false}\nlr_scheduler_kwargs: {<<: *k, num_cycles: 2}\n"
     assert from_yaml(shared).training.lr_scheduler_kwargs == {"use_reentrant": False, "num_cycles": 2}
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcde", "bcdef", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a [*a]", "an alias stands inside what it is an alias of"),
+        ("a: &a {b: {c: *a}}", "an alias stands inside what it is an alias of"),
+        (BOMB, "its aliases unfold to too many values"),
+        ("a: !!set {x}", "could not determine a constructor"),
+        ("a: !!binary eA==", "could not determine a constructor"),
+    ],
+    ids=["itself", "inside", "bomb", "set", "binary"],
+)
+def test_yaml_that_is_no_json_is_refused(text, said):
+    with pytest.raises(ValueError, match=f"it is not YAML: {said}"):
+        arguments.load_yaml(text, "it")
+
+
+@pytest.mark.parametrize(
+    "env", ["{5: x}", "{FOO: }", "{'A=B': x}", "{'A B': x}", "{FOO: [1]}", "{2A: x}", '{A: "x\\0y"}']
+)
+def test_a_variable_of_the_environment_has_a_name_and_a_text(env, monkeypatch):
+    before = dict(os.environ)
+    with pytest.raises(UsageError) as error:
+        from_yaml(f"env: {env}\n")
+    assert "expected a variable's name (letters, digits, _) and its text" in error.value.message
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("value", ["2", "1", "-0.1", "nan", "some"])
+def test_a_warm_up_ratio_is_a_share(value):
+    said = f"warmup_ratio is {value}, expected a number of 0 or more, below 1"
+    for act in (
+        lambda: parse([f"--warmup_ratio={value}"], prog="run.py"),
+        lambda: parse(["--warmup_ratio", value], prog="run.py"),
+        lambda: from_yaml(f"warmup_ratio: {value}\n"),
+    ):
+        with pytest.raises(UsageError) as error:
+            act()
+        assert said in error.value.message
+
+
+def test_a_number_is_named_as_it_was_given():
+    with pytest.raises(UsageError) as error:
+        from_yaml("lora_alpha: 0\nuse_peft: true\n")
+    assert error.value.message == "run.yaml: lora_alpha is 0, expected a finite number above 0."
+    with pytest.raises(UsageError) as error:
+        from_yaml("lora_alpha: 8\n", "--lora-alpha", "0")
+    assert error.value.message == "--lora_alpha is 0, expected a finite number above 0."
+
+
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ("--loss_type=nca,sft", "--loss_type is 'nca,sft', expected spaces between: --loss_type nca sft"),
+        ("--lora-target-modules=[q_proj, v_proj]", "expected spaces between: --lora_target_modules q_proj v_proj"),
+        ("--loss_weights=1,2", "--loss_weights is '1,2', expected spaces between: --loss_weights 1 2"),
+    ],
+)
+def test_values_with_commas_between_are_refused(token, said):
+    for argv in ([token], token.split("=")):
+        with pytest.raises(UsageError) as error:
+            parse(argv, prog="run.py")
+        assert said in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--save_strategy=step", "is 'step', expected one of no, steps, epoch, best. Did you mean 'steps'?"),
+        ("--dtype=fp16", "expected one of auto, bfloat16, float16, float32. Did you mean 'float16'?"),
+        ("--bf16=perhaps", "--bf16 is 'perhaps', expected true or false."),
+        ("--max_steps=1.5", "--max_steps is '1.5', expected a whole number of 1 or more, or -1."),
+    ],
+)
+def test_a_value_of_another_kind_is_said_in_the_same_words(flag, said):
+    with pytest.raises(UsageError) as error:
+        parse([flag], prog="run.py")
+    assert said in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("loss_type: NCA, DPO", "run.yaml: loss_type is 'NCA, DPO', expected a list: [NCA, DPO]"),
+        ("seed: yes", "run.yaml: seed is 'True', expected a whole number of 0 or more"),
+        ("save_strategy: step", "run.yaml: save_strategy is 'step', expected one of no, steps, epoch, best. Did you"),
+    ],
+)
+def test_a_value_of_a_yaml_is_named_with_its_file(text, said):
+    with pytest.raises(UsageError) as error:
+        from_yaml(text)
+    assert error.value.message.startswith(said) and "--" not in error.value.message
+
+
+def test_what_has_no_effect_is_noted():
+    notes = parse(["--eval_steps=5", "--save_steps=5", "--save_strategy=no"], prog="run.py").notes
+    assert {"eval_steps has no effect: eval_strategy is no", "save_steps has no effect: save_strategy is no"} < {*notes}
+
+
+def test_one_training_row_is_noted():
+    assert parse(["--max_train_samples=1"], prog="run.py").notes[-1] == "max_train_samples=1: one row is trained on"
 
 
 # ------------------------------------------------------------------------------------------------ unknown and wrong
@@ -170,10 +292,10 @@ def test_yaml_anchors():
         ("zzqqxx: 1", ["unknown key 'zzqqxx'. See --help for all."]),
         ("on: 1", ["unknown key 'True'"]),
         ("7: 1", ["unknown key '7'"]),
-        ("beta: abc", ["--beta", "invalid float value: 'abc'", "run.py --help"]),
-        ("seed: 1.5", ["--seed", "invalid int value: '1.5'"]),
-        ("bf16: maybe", ["--bf16", "maybe"]),
-        ("on_bad_row: ignore", ["--on_bad_row", "invalid choice: 'ignore'", "raise"]),
+        ("beta: abc", ["run.yaml: beta is 'abc', expected a finite number above 0."]),
+        ("seed: 1.5", ["run.yaml: seed is '1.5', expected a whole number of 0 or more"]),
+        ("bf16: maybe", ["run.yaml: bf16 is 'maybe', expected true or false."]),
+        ("on_bad_row: ignore", ["run.yaml: on_bad_row is 'ignore', expected one of raise, drop."]),
         ("beta:", ["run.yaml: 'beta' is empty, expected float"]),
         ("beta: [0.1, 0.2]", ["'beta' is [0.1, 0.2], a list, expected float"]),
         ("learning_rate: {a: 1}", ["'learning_rate' is {'a': 1}, a dict, expected float"]),
@@ -186,7 +308,7 @@ def test_yaml_anchors():
         ("gradient_checkpointing_kwargs:\n  a: 1\n  a: 2", ["the key ['a'] is given twice (line 2 on)"]),
         ("torch_dtype: auto\ndtype: auto", ["both 'torch_dtype' and 'dtype' are given", "Keep 'dtype'"]),
         ("- a\n- b", ["run.yaml holds a list, expected 'key: value' lines"]),
-        ("", ["run.yaml holds a NoneType"]),
+        ("", ["run.yaml is empty"]),
         ("a: [", ["run.yaml is not YAML"]),
         ("!!python/object/apply:os.getcwd []", ["run.yaml is not YAML"]),
         ("env: [A]", ["run.yaml: 'env' is a list, expected 'NAME: value' lines"]),
@@ -205,8 +327,8 @@ def test_a_wrong_yaml_is_a_clean_error(capsys, text, parts):
         (["--betaa=1"], ["unknown flag '--betaa'. Did you mean '--beta'?"]),
         (["--bet", "1"], ["unknown flag '--bet'. Did you mean '--beta'?"]),  # no abbreviations
         (["--no_betaa"], ["unknown flag '--no_betaa'"]),
-        (["--beta=abc"], ["--beta", "invalid float value: 'abc'"]),
-        (["--beta"], ["--beta", "expected one argument"]),
+        (["--beta=abc"], ["--beta is 'abc', expected a finite number above 0."]),
+        (["--beta"], ["--beta", "needs a value: --beta=VALUE"]),
         (["--loss_type=foo"], ["Unknown loss_type 'foo'", "nca_pair"]),
         (["stray"], ["'stray' is neither a flag nor a .yaml file"]),
         (["--beta=1", "stray"], ["'stray' belongs to no flag"]),

@@ -273,7 +273,10 @@ def raises(prompts, completions, **columns):
         (["--judge={model: a}", "--condition=categories"], "No key for the judge"),
         (["--model_name_or_path=prompts.txt"], "'prompts.txt' is a file, expected a folder"),
         (["--model_name_or_path=empty"], "'empty' holds no model: neither config.json"),
-        (["--dataset_name=prompts.txt", REWARD, "--dataset_streaming"], "dataset_streaming is given, and prompts.txt"),
+        (
+            ["--dataset_name=prompts.txt", REWARD, "--dataset_streaming"],
+            "belongs to a data set with splits, and prompts.txt",
+        ),
         (["--dataset_name=prompts.txt", REWARD, "--eval_strategy=epoch"], "--eval_strategy=epoch is given, but there"),
         ([SCORED, "--negate_score", "--score_column=completion"], "row 0, 'completion' is 'No.', expected a number"),
         ([SCORED, "--condition=categories"], "'categories' is made from each completion's feedback, and the data has"),

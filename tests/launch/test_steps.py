@@ -229,7 +229,7 @@ def test_what_is_not_there_or_unknown_is_said(tmp_path, prompts):
     refused("no file 'none.jsonl'", "sample", model, "--prompts=none.jsonl", "--output=o.jsonl")
     refused("unknown '--temprature=1'", *given, "--temprature=1")
     refused("split_number is 4 of total_splits 4", *given, "--split_number=4", "--total_splits=4")
-    refused("expected at least 1", *given, "--num_generations=0")
+    refused("--num_generations is 0, expected a whole number of 1 or more", *given, "--num_generations=0")
     refused("has no condition.json", *given, "--condition=best")
     (tmp_path / "empty.jsonl").write_text("\n")
     refused("empty.jsonl has no rows", "sample", model, "--prompts=empty.jsonl", "--output=o.jsonl")
@@ -509,4 +509,4 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, row, flags, message):
 def test_a_precision_that_is_none_is_refused(tmp_path):
     with pytest.raises(UsageError) as raised:
         main(["sample", f"--model_name_or_path={MODEL_PATH}", "--prompts=p", "--output=o", "--dtype=foo"])
-    assert "invalid choice: 'foo'" in raised.value.message
+    assert "--dtype is 'foo', expected one of auto, bfloat16" in raised.value.message

@@ -535,6 +535,21 @@ def test_one_hot_labels_are_reported_with_a_better_temperature(make, caplog):
         assert ("temperature_alpha='auto' (0.593 here) would use them all" in caplog.text) is said
 
 
+@pytest.mark.parametrize(
+    ("alpha", "labels"), [(1e300, "equal, whatever the scores are"), (1e-45, "one-hot, although 4 of 4")]
+)
+def test_so_are_labels_of_a_temperature_out_of_all_measure(make, caplog, alpha, labels):
+    logging.getLogger("transformers").propagate = True
+    graded = Dataset.from_list([{"prompt": "Say", "completions": ["a", "b", "c"], "scores": [3.0, 2.0, 1.0]}] * 4)
+    with caplog.at_level(logging.WARNING):
+        make(train_dataset=graded, temperature_alpha=alpha)
+    assert f"temperature_alpha={alpha:g} makes the labels {labels}" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        make(train_dataset=Dataset.from_list([{"prompt": "Say", "completions": ["a", "b"], "scores": [1.0, 1.0]}] * 4))
+    assert "makes the labels" not in caplog.text
+
+
 # ------------------------------------------------------------------------------------------- temperature_alpha="auto"
 
 

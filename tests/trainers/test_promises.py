@@ -5,6 +5,7 @@ import errno
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from peft import PromptTuningConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from small_trainers import COLUMNS
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -47,6 +49,8 @@ OWN_FILES = {
     "fdpg-encoder-decoder": {REFERENCE_FILE, FUNCTIONS_FILE, "target.json", "fdpg_state_0.pt"},
     "conditional": {REFERENCE_FILE, FUNCTIONS_FILE, "conditional_state.json"},
 }
+ONE_BATCH = {"per_device_train_batch_size": 8}
+FOUR_BATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 NOT_NEEDED = {REFERENCE_FILE, FUNCTIONS_FILE, STATE_FILE}  # checkpoints of older versions lack them
 
 
@@ -117,6 +121,108 @@ def test_options_without_a_meaning_are_refused(column, tmp_path, option):
     message = rf"{option}={value} is not supported by {column.trainer.__name__}: .*Way out: .*{way_out}"
     with pytest.raises(ValueError, match=message):
         column.arguments(tmp_path, **{option: value})
+
+
+NUMBERS = {
+    "learning_rate": (math.inf, "a finite number of 0 or more"),
+    "weight_decay": (math.nan, "a finite number of 0 or more"),
+    "adam_beta1": (2, "a finite number of 0 or more, below 1"),
+    "adam_epsilon": (0, "a finite number above 0"),
+    "num_train_epochs": ("3", "a finite number above 0"),
+    "max_steps": (0, "a whole number of 1 or more, or -1"),
+    "gradient_accumulation_steps": (-1, "a whole number of 1 or more"),
+    "save_total_limit": (1.5, "a whole number of 1 or more"),
+    "logging_steps": (True, "a finite number above 0 (below 1: a share of all steps)"),
+}
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+def test_a_number_outside_its_range_is_refused(column, tmp_path, option):
+    """When the options are made, and where they were changed since, before a model is looked for."""
+    value, expected = NUMBERS[option]
+    said = re.escape(f"{option} is {value!r}, expected {expected}.")
+    with pytest.raises(ValueError, match=said):
+        column.arguments(tmp_path, **{option: value})
+    args = column.arguments(tmp_path)
+    setattr(args, option, value)
+    with pytest.raises(ValueError, match=said):
+        column.make(tmp_path, told={"args": args, "model": "no/such"})
+
+
+@pytest.mark.parametrize(
+    ("numbers", "said"),
+    [
+        ({"lora_alpha": 0}, "lora_alpha is 0, expected a finite number above 0"),
+        ({"lora_dropout": math.nan}, "lora_dropout is nan, expected a finite number of 0 or more, below 1"),
+        ({"alpha_pattern": {"q": -1}}, r"alpha_pattern\['q'\] is -1, expected a finite number above 0"),
+    ],
+)
+def test_so_is_a_number_of_an_adapter(column, tmp_path, numbers, said):
+    with pytest.raises(ValueError, match=said):
+        column.make(tmp_path, told={"peft_config": column.lora(**numbers), "model": "no/such"})
+
+
+CANNOT_BE_USED = {
+    "a schedule's option": (
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}},
+        r"lr_scheduler_type is 'cosine' with lr_scheduler_kwargs \{'cycles': 2\}, which cannot be built: .*'cycles'",
+    ),
+    "a schedule without options": (
+        {"lr_scheduler_kwargs": {"cycles": 2}},
+        "'constant' with .*, and that schedule takes",
+    ),
+    "a schedule that ends in NaN": (
+        {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": math.nan}},
+        r"lr_scheduler_kwargs\['num_cycles'\] is nan, expected a finite number",
+    ),
+    "a schedule that divides by 0": (
+        {"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 0}},
+        "'inverse_sqrt' with lr_scheduler_kwargs {'timescale': 0}, which cannot be built: .*zero",
+    ),
+    "an option that the optimiser does not read": (
+        {"optim_args": "momentum=0.9, foo=1"},
+        "optim='sgd' reads no 'foo'",
+    ),
+    "an optimiser's value": ({"optim_args": "momentum=much"}, "optim is 'sgd' with optim_args 'momentum=much'"),
+    "an optimiser whose package is missing": ({"optim": "galore_adamw"}, "optim is 'galore_adamw'.*galore"),
+    "a report": ({"report_to": "wandbb"}, r"report_to is \['wandbb'\]"),
+    "a report whose package is missing": ({"report_to": "neptune"}, "report_to is 'neptune', and its package"),
+    "the best of no evaluation": ({"load_best_model_at_end": True}, "load_best_model_at_end"),
+    "fp16 on a CPU": ({"fp16": True}, "fp16 is true on a CPU"),
+    "checkpointing": ({"activation_checkpointing_kwargs": {"reentrant": True}}, "has the key 'reentrant', expected"),
+    "accelerate": ({"accelerator_config": {"split": True}}, "accelerator_config has the key 'split', expected keys"),
+    "a file of DeepSpeed": ({"deepspeed": "nothing.json"}, "deepspeed is 'nothing.json', which cannot be read"),
+    "a former name": (
+        {"model_init_kwargs": {"torch_dtype": "float32"}},
+        "'torch_dtype', which TRL does not read. Name it",
+    ),
+    "a stage of DeepSpeed": ({"deepspeed": {"zero_optimization": {"stage": 5}}}, "expected a mapping with a stage of"),
+    "DeepSpeed": ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "pip install deepspeed"),
+    "FSDP's options": ({"fsdp_config": {"version": 2}}, "fsdp_config is given without fsdp"),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT_BE_USED)
+def test_what_cannot_be_used_is_known_before_a_model_is_loaded(column, tmp_path, case):
+    options, said = CANNOT_BE_USED[case]
+    with pytest.raises(ValueError, match=said):
+        column.make(tmp_path, told={"model": "no/such", "args": column.arguments(tmp_path, **options)})
+
+
+def test_an_attention_is_tried_before_weights_are_loaded(column, tmp_path, monkeypatch):
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("weights were loaded"))
+    for attention in ("flash_attention_2", "flush"):
+        with pytest.raises(ValueError, match=f"attn_implementation is '{attention}', which cannot be used: "):
+            column.make(tmp_path, model_init_kwargs={"attn_implementation": attention})
+
+
+def test_a_folder_that_takes_no_files_is_known_at_the_start(column, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"output_dir is .*file/out', where nothing can be written: Not a directory"):
+        column.make(tmp_path / "file" / "out", told={"model": "no/such"})
+    with pytest.raises(OSError, match="no/such"):
+        column.make(tmp_path / "new" / "out", told={"model": "no/such"})
+    assert not (tmp_path / "new").exists()
 
 
 def test_dataloader_drop_last_has_an_effect_or_is_refused(column, tmp_path):
@@ -267,6 +373,16 @@ def test_a_policy_that_is_not_the_reference_stops_at_the_first_batch(column, tmp
     assert trainer.state.global_step == 0
 
 
+def test_an_adapter_of_modules_that_are_not_there(column, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    with pytest.raises(ValueError, match=r"modules_to_save names 'haed', and .* has no such module"):
+        column.make(tmp_path, told={"peft_config": column.lora(modules_to_save=["haed"])})
+    adapter = column.lora()
+    adapter.target_modules.add("q_prj")
+    column.make(tmp_path, told={"peft_config": adapter}).train()
+    assert caplog.text.count("target_modules names 'q_prj': ") == 1
+
+
 def test_an_adapter_starts_as_the_reference(column, tmp_path):
     trainer = column.make(tmp_path, told={"peft_config": column.lora()})
     trainer.train()
@@ -310,6 +426,114 @@ def test_a_loop_of_ones_own_needs_no_train(column, tmp_path):
     trainer.create_optimizer()
     batch = next(iter(trainer.get_train_dataloader()))
     assert torch.isfinite(trainer.training_step(trainer.model.train(), batch, None))
+
+
+# -------------------------------------------------------------------------------------------------- the first step
+
+
+def with_nan(model):
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "norm" in name)[0] = math.nan
+    return model
+
+
+def test_a_weight_that_is_nan_is_told_before_anything_is_computed(column, tmp_path):
+    said = r"norm.*' of .* has NaN or infinite entries \(1 such weights\), expected numbers: its file is damaged"
+    tokenizer = column.make(tmp_path).processing_class
+    told = {"model": with_nan(column.load_model()), "processing_class": tokenizer}
+    for more in ({}, {"peft_config": column.lora()}):
+        with pytest.raises(ValueError, match=said):
+            column.make(tmp_path, told=told | more)
+    trainer = column.make(tmp_path)
+    with_nan(trainer.model)
+    with pytest.raises(ValueError, match=said):
+        trainer.train()
+
+
+def loss_of(column, change):
+    class Changed(column.trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return change(super().compute_loss(model, inputs), model)
+
+    return Changed
+
+
+def infinite_gradient(loss, model):
+    weight = next(p for p in model.parameters() if p.requires_grad).sum()
+    return loss + (weight - weight.detach()).abs().sqrt()
+
+
+NOT_FINITE = {
+    "loss": (
+        lambda loss, _: loss * math.nan,
+        "The loss .*Weights, batch and activations are finite, so it is the loss",
+    ),
+    "gradient": (infinite_gradient, "The gradient .*The loss is .*, and the gradient of '.*' is not finite"),
+}
+
+
+@pytest.mark.parametrize("what", NOT_FINITE)
+@pytest.mark.parametrize("parts", [ONE_BATCH, FOUR_BATCHES], ids=["whole", "parts"])
+def test_a_first_step_that_is_not_finite_stops_the_run(column, tmp_path, what, parts):
+    change, said = NOT_FINITE[what]
+    trainer = column.make(tmp_path, trainer=loss_of(column, change), max_steps=3, **parts)
+    start = flat(trainer)
+    with pytest.raises(ValueError, match=rf"{said}.*Look at .*{'loss' if column.is_contrastive else ''}"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and torch.equal(flat(trainer), start)
+
+
+def test_an_activation_that_overflows_is_named(column, tmp_path):
+    trainer = column.make(tmp_path)
+    name, module = next((n, m) for n, m in trainer.model.named_modules() if n.endswith(("mlp", "DenseReluDense")))
+    module.register_forward_hook(lambda module, _, output: output * math.inf if module.training else output)
+    with pytest.raises(
+        ValueError, match=f"The loss of the first step .*'{name}' computes NaN or infinite values in float32"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize("column", [c for c in COLUMNS if c.is_contrastive], ids=str)  # the others read no scores
+def test_so_are_scores_that_a_collator_makes_infinite(column, tmp_path):
+    def collate(examples):
+        batch = GroupCollator(0)(examples)
+        batch["scores"][:, 0] = math.inf
+        return batch
+
+    trainer = column.make(tmp_path, told={"data_collator": collate}, loss_type="info_nca", temperature_alpha=1.0)
+    with pytest.raises(
+        ValueError, match=r"The loss of the first step .*'scores' of the batch has NaN or infinite entries"
+    ):
+        trainer.train()
+
+
+def test_training_that_diverges_stops(column, tmp_path):
+    trainer = column.make(tmp_path, learning_rate=1e38, max_steps=20, num_train_epochs=20)
+    with pytest.raises(ValueError, match=r"training diverged.*[Ll]ower learning_rate"):
+        trainer.train()
+    assert 0 < trainer.state.global_step < 5
+
+
+def test_a_run_without_a_step_is_no_success(column, tmp_path, monkeypatch):
+    trainer = column.make(tmp_path)
+    monkeypatch.setattr(trainer, "get_train_dataloader", lambda: DataLoader([]))
+    with pytest.raises(ValueError, match=r"No step was made \(of 1\): the training data fill no batch"):
+        trainer.train()
+
+
+def test_a_run_that_was_finished_says_so(column, run, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    folder = run.copied(tmp_path / "run")
+    trainer = column.make(folder, max_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert f"{folder / 'checkpoint-2'} is the end of its run: step 2 of 2. Nothing was trained" in caplog.text
+    assert torch.allclose(flat(trainer), flat(run.trainer))
+
+
+def test_a_warm_up_that_does_not_end_is_told(column, tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    column.make(tmp_path, warmup_steps=10, lr_scheduler_type="linear").train()
+    assert "warmup_steps=10 is 10 of the 1 steps: the learning rate never reaches 0.01" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints, saving
@@ -547,10 +771,6 @@ def gradient(column, folder, trainer=None, rows=8, **options):
     made.train()
     assert made.state.global_step == 1
     return start - flat(made)
-
-
-ONE_BATCH = {"per_device_train_batch_size": 8}
-FOUR_BATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 
 
 def near(a, b):
