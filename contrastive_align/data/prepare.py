@@ -17,7 +17,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from contrastive_align.data import formats, rows, shapes, tokenise
+from contrastive_align.data import formats, rows, tokenise
 from contrastive_align.data.columns import Options
 from contrastive_align.data.formats import Columns, Group, TooFew, check_scores, checked_group, distinct
 from contrastive_align.data.reading import FIRST_ROWS, SOURCE, TOKEN_COLUMNS, as_utf8, join_rows, read_shape, unbatched
@@ -147,7 +147,7 @@ def prepare_groups(
     joined: dict[str, Any] = {}
     told = DataReport(spelling)
     if reading is not None:
-        told.known_from = shapes.SHAPES[reading.shape].known_from
+        told.known_from = reading.known_from
         told.read_columns, told.unread_columns = reading.read_columns, reading.unread_columns
         if reading.joined:
             if isinstance(dataset, IterableDataset):
@@ -292,17 +292,14 @@ class _RowReader:
             best, worst = max(group.scores), min(group.scores)
             if best > worst:
                 group.scores = [float(score == best) for score in group.scores]
-        ultrafeedback = self.reading.shape == "nested" and self.reading.roles["text"] == "response"
-        if ultrafeedback and not group.is_conversational and self.tokenizer.chat_template:
-            # Instructions and responses of UltraFeedback are turns of a chat, written as plain text.
+        if self.reading.is_chat and not group.is_conversational and self.tokenizer.chat_template:
             group.prompt = [{"role": "user", "content": group.prompt}]
             group.completions = [[{"role": "assistant", "content": text}] for text in group.completions]
         return found
 
     def _rated(self, values: Mapping[str, Any], where: str) -> int:
         """Return 3, 2 or 1: the ratings beside a pair are higher, equal or lower for the chosen; 0: there are none."""
-        ratings = self.reading.roles.get("scores") if self.reading.shape == "pairs" else None
-        row = shapes.by_key(values, self.reading.options)
+        ratings, row = self.reading.ratings, self.reading.naming.by_key(values)
         if not ratings or any(row.get(key) is None for key in ratings):
             return 0
         try:  # they are only counted

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 
-from contrastive_align.data import columns, formats, messages, rows, shapes
+from contrastive_align.data import answers, columns, formats, messages, prompts, rows, scores, shapes
 from contrastive_align.data.columns import Options
 from contrastive_align.data.formats import Group, TooFew, checked_group
 from contrastive_align.data.rows import RAW, ROW, BadRow, values_of
@@ -25,7 +25,11 @@ FIRST_ROWS = 5
 # Part of the caches' keys: rows that other code read are read again.
 SOURCE = hashlib.sha256(
     b"".join(
-        Path(f).read_bytes() for f in (__file__, *(m.__file__ for m in (columns, formats, messages, rows, shapes)))
+        Path(f).read_bytes()
+        for f in (
+            __file__,
+            *(m.__file__ for m in (answers, columns, formats, messages, prompts, rows, scores, shapes)),
+        )
     )
 ).hexdigest()
 
@@ -92,7 +96,7 @@ def join_rows(dataset: Dataset, reading: Reading, *, on_bad_row: str, name: str)
     if not (sizes > 1).any():
         raise ValueError(
             f"No two rows of the {name} dataset have the same prompt ({len(dataset)} rows of one answer each, read as "
-            f"'{reading.shape}'), and a group needs two answers. The prompt is {_prompt_columns(reading)}: if "
+            f"'{reading.shape}'), and a group needs two answers. The prompt is {reading.prompt_columns()}: if "
             "another column is, say so with columns='prompt=NAME'."
         )
     told = {"order": order, "sizes": sizes[np.argsort(first)], "reading": reading, "name": name}
@@ -103,13 +107,6 @@ def join_rows(dataset: Dataset, reading: Reading, *, on_bad_row: str, name: str)
         fingerprint=Hasher.hash((dataset._fingerprint, reading, SOURCE, on_bad_row)),
     )
     return joined, counts
-
-
-def _prompt_columns(reading: Reading) -> str:
-    prompt = reading.roles["prompt"]
-    return " + ".join(
-        f"'{reading.names[key]}'" for key in (prompt.system, prompt.history, prompt.main, *prompt.added) if key
-    )
 
 
 @dataclass

@@ -13,8 +13,17 @@ ROW = "__row__"  # the number of a row in the file, before shuffling and splitti
 RAW = "__json__"  # the row as JSON text, of which Arrow guesses no types
 UNREADABLE = "__unreadable__"  # the error of a row that the reader of a file could not read
 DECIMAL_COMMA = "__decimal_comma__"  # in a row: its numbers may be written 4,5
-OWN_COLUMNS = (ROW, RAW, UNREADABLE)
+OWN_COLUMNS = (ROW, RAW, UNREADABLE, DECIMAL_COMMA)
 LARGEST_INTEGER = 2**63 - 1
+# What a label says of an answer: the good word, and the bad one.
+_TRUTHS = {
+    word: truth
+    for pair in (
+        ("true", "false"), ("yes", "no"), ("good", "bad"), ("positive", "negative"), ("correct", "incorrect"),
+        ("desirable", "undesirable"), ("chosen", "rejected"), ("accepted", "rejected"), ("pass", "fail"),
+    )
+    for word, truth in zip(pair, (True, False), strict=True)
+}  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -130,6 +139,16 @@ def parsed(value: Any, what: str = "the cell") -> Any:
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def truth_of(value: Any) -> bool | None:
+    """Return the truth that a value is, or that a word of a label says; None for any other.
+
+    >>> truth_of("Yes"), truth_of("undesirable"), truth_of("maybe")
+    (True, False, None)
+    """
+    word = value.strip().lower() if isinstance(value, str) else value
+    return word if isinstance(word, bool) else _TRUTHS.get(word) if isinstance(word, str) else None
 
 
 def text_of(value: Any) -> Any:

@@ -26,7 +26,6 @@ from contrastive_align.trainers.configs import AUTO
 
 DEMO_SAMPLES = {"per_prompt": 4, "max_new_tokens": 48}
 MEASURED_TRAIN_GROUPS = 256
-PAIR_SHAPES = ("pairs", "last_turn", "compared")  # of data/shapes.py
 
 
 class RewardRun(Run):
@@ -114,7 +113,7 @@ class PreferenceRun(RewardRun):
         training = self.args.training
         options = read_options(training.columns, training.score_column, training.hard_pairs)
         reading = read_shape(train, options, name)
-        if reading is None or reading.shape not in PAIR_SHAPES:
+        if reading is None or not reading.pairs:
             columns = reading.read_columns if reading else TOKEN_COLUMNS
             raise UsageError(
                 f"{name} has scored completions (columns {sorted(columns)}), expected 'chosen' and 'rejected'. Use "

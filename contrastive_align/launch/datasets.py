@@ -17,13 +17,13 @@ from trl import DatasetMixtureConfig, get_dataset
 from contrastive_align import demo
 from contrastive_align.conditions import AttributeCondition, Condition
 from contrastive_align.data import Options, read_shape
-from contrastive_align.data.columns import SAMPLE, Prompt, Table, find_prompt, key_of, read_options
+from contrastive_align.data.columns import SAMPLE, Naming, Table, key_of, read_options
 from contrastive_align.data.files import KINDS, FileProblem, folder_files, kind_of, prompts_of, read_files
 from contrastive_align.data.formats import with_system
 from contrastive_align.data.messages import as_text
+from contrastive_align.data.prompts import Prompt, find_prompt
 from contrastive_align.data.reading import join_rows
 from contrastive_align.data.rows import RAW, ROW, BadRow, values_of
-from contrastive_align.data.shapes import by_key
 from contrastive_align.launch.arguments import Arguments, RunArguments
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.trl_seam import DatasetConfig
@@ -146,7 +146,7 @@ def from_rows(rows: Any, name: str) -> Dataset:
     prompt = _prompt_of(plain)
     for number, row in enumerate(plain):
         where = f"{name}, row {number}"
-        if prompt.main is None or (keyed := by_key(row, Options())).get(prompt.main) is None:
+        if prompt.main is None or (keyed := Naming().by_key(row)).get(prompt.main) is None:
             raise UsageError(f"{where}: no 'prompt', only {sorted(row)}. Rename the column that has it.")
         told = _read_prompt(prompt, keyed, where)
         if not is_prompt(told):
@@ -161,7 +161,7 @@ def from_rows(rows: Any, name: str) -> Dataset:
 def _prompt_of(rows: list[dict[str, Any]]) -> Prompt:
     names = {key_of(name): name for row in rows[:SAMPLE] for name in row}
     return find_prompt(
-        Table([by_key(row, Options()) for row in rows[:SAMPLE]], names, Options()), map(key_of, NOT_PROMPTS)
+        Table([Naming().by_key(row) for row in rows[:SAMPLE]], names, Options()), map(key_of, NOT_PROMPTS)
     )
 
 

@@ -167,7 +167,9 @@ def test_what_is_joined_is_counted_and_a_stream_of_it_refused():
     stream = Dataset.from_list(LONG).to_iterable_dataset()
     with pytest.raises(ValueError, match="cannot be a stream. Load it whole"):
         prepare_groups(stream, tokenizer, **told)
-    with pytest.raises(ValueError, match="No two rows of the train dataset have the same prompt.*columns='prompt=NAME'"):
+    with pytest.raises(
+        ValueError, match="No two rows of the train dataset have the same prompt.*columns='prompt=NAME'"
+    ):
         prepare_groups(Dataset.from_list(LONG[:2]), tokenizer, **told)
 
 
@@ -185,9 +187,13 @@ def test_columns_are_named_by_the_user():
 
 def test_an_implicit_prompt_is_believed_only_where_no_column_may_be_the_prompt():
     row = {"chosen": "The answer is 4.", "rejected": "The answer is 5.", "riddle": "two and two?", "id": "x"}
-    with pytest.raises(ValueError, match="'riddle' may be the prompt.*columns='prompt=riddle', or say.*columns='prompt='"):
+    with pytest.raises(
+        ValueError, match="'riddle' may be the prompt.*columns='prompt=riddle', or say.*columns='prompt='"
+    ):
         groups([row])
-    assert groups([row], columns={"prompt": "riddle"}) == [("two and two?", ["The answer is 4.", "The answer is 5."], [1, 0])]
+    assert groups([row], columns={"prompt": "riddle"}) == [
+        ("two and two?", ["The answer is 4.", "The answer is 5."], [1, 0])
+    ]
     assert groups([row], columns={"prompt": ""}) == [("The answer is", [" 4.", " 5."], [1, 0])]
 
 
@@ -213,8 +219,8 @@ def test_columns_that_are_not_read_are_named():
     ("row", "said"),
     [
         ({"verse": "a b", "chorus": "c d"}, r"'verse' \(text\), 'chorus' \(text\).*columns='prompt=verse,chosen=NAME,rejected=NAME'"),
-        ({"verse": P, "one": A, "two": B}, "columns='prompt=verse,chosen=NAME,rejected=NAME'"),
-        ({"verse": P, "line": A, "fame": 3}, r"columns='prompt=verse,completion=line,score=fame' \(one answer a row\)"),
+        ({"verse": P, "one": A, "two": B}, "columns='prompt=verse,chosen=one,rejected=two'"),
+        ({"verse": P, "line": A, "fame": 3}, "resemble those of HelpSteer2, KTO, with columns='prompt=verse,completion=line,score=fame'"),
         ({"prompt": P, "response_0": A, "response_1": B, "better_response_id": 0, "safer_response_id": 1}, "score_column='better_response_id'"),
         ({"prompt": P, "chosen": A, "rejected": B, "Prompt": "x"}, "'prompt' and 'Prompt' differ in case or punctuation alone"),
         ({"question": P, "answers": [{"text": A, "wit": 3}, {"text": B, "wit": 1}]}, "score_column='wit'"),
