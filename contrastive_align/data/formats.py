@@ -6,6 +6,7 @@ import json
 import math
 import numbers
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -26,6 +27,8 @@ from contrastive_align.data.rows import FIX, BadRow, check_text, parsed, short, 
 __all__ = ["BadRow", "Group", "Message", "Parts", "Text", "checked_group", "distinct_prompts"]
 
 LARGEST_SCORE = 3.4028234663852886e38  # scores are float32 on their way to the loss
+NUMBERS, PERCENTAGES, LABELS = "numbers", "percentages", "labels"  # how scores are written
+EXPECTED = {PERCENTAGES: "a percentage", LABELS: "a label such as yes or no"}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 _GRADE = re.compile(r"[A-F][+-]?")
@@ -71,7 +74,7 @@ class Parts:
     template: dict[str, Any] = field(default_factory=dict)  # tools and chat_template_kwargs, as they stand in the row
     system: Any = None
     decimal_comma: bool = False
-    percent: bool = False  # the scores of the dataset are written 85%
+    written: str = NUMBERS  # how the scores of the dataset are
 
 
 @dataclass
@@ -98,9 +101,8 @@ def checked_group(parts: Parts, where: str, *, least: int = 2, prompt_repeats: b
     """
     columns, counts = parts.columns, Counts()
     completions = [text_of(completion) for completion in parts.completions]
-    scores = check_scores(
-        parts.scores, len(completions), where, columns, least, decimal_comma=parts.decimal_comma, percent=parts.percent
-    )
+    written = {"decimal_comma": parts.decimal_comma, "written": parts.written}
+    scores = check_scores(parts.scores, len(completions), where, columns, least, **written)
     completions = [as_text(c, f"{where}: {columns.completion(i)}") for i, c in enumerate(completions)]
     prompt = as_text(parts.prompt, f"{where}: '{columns.prompt}'")
     prompt, completions = _same_form(prompt, completions, where, columns)
@@ -153,7 +155,7 @@ def distinct(completions: list[Any], scores: list[float]) -> list[int]:
 
 
 def check_scores(
-    scores: list[Any], k: int, where: str, columns: Columns, least: int = 2, **written: bool
+    scores: list[Any], k: int, where: str, columns: Columns, least: int = 2, **written: Any
 ) -> list[float]:
     """Check that there are K completions and K finite scores; return the scores as floats, or raise BadRow."""
     answers, numbers = (n if isinstance(n, str) else ", ".join(n) for n in (columns.completions, columns.scores))
@@ -167,34 +169,53 @@ def check_scores(
     return [number_of(score, f"{where}: {columns.score(i)}", **written) for i, score in enumerate(scores)]
 
 
-def number_of(score: Any, what: str, *, decimal_comma: bool = False, percent: bool = False) -> float:
+def how_written(scores: Iterable[Any]) -> str:
+    """Return how the scores of a dataset are mostly written.
+
+    >>> how_written(["yes", "no"]), how_written(["85%", "7%"]), how_written([1, "2.5", "true"])
+    ('labels', 'percentages', 'numbers')
+    """
+    found = Counter(
+        PERCENTAGES if isinstance(score, str) and score.rstrip().endswith("%")
+        else LABELS if isinstance(score, str) and truth_of(score) is not None and truth_of(score) is not _truth(score)
+        else NUMBERS
+        for score in scores
+        if score is not None and score != ""
+    )  # fmt: skip
+    return max(found, key=lambda how: found[how], default=NUMBERS)
+
+
+def number_of(score: Any, what: str, *, decimal_comma: bool = False, written: str = NUMBERS) -> float:
     """Return a score as a finite float; text of a number, as the cells of a table are, is one, and so is a truth.
 
     Args:
         score: as it stands in the row.
         what: the score's name, for errors.
         decimal_comma: numbers of its table may be written 4,5.
-        percent: numbers of its dataset are written 85%, and none without the sign.
+        written: how the scores of the dataset are: as numbers, as percentages (85%), or as labels (yes and no, good and
+            bad); what is written otherwise is refused.
 
     Raises:
         BadRow: it is none.
 
-    >>> number_of("4.5", "row 0"), number_of("4,5", "row 0", decimal_comma=True)
-    (4.5, 4.5)
-    >>> number_of("85%", "row 0", percent=True), number_of("yes", "row 0"), number_of(False, "row 0")
-    (0.85, 1.0, 0.0)
+    >>> number_of("4.5", "row 0"), number_of("4,5", "row 0", decimal_comma=True), number_of(True, "row 0")
+    (4.5, 4.5, 1.0)
+    >>> number_of("85%", "row 0", written=PERCENTAGES), number_of("good", "row 0", written=LABELS)
+    (0.85, 1.0)
     """
     if score is None or (isinstance(score, str) and not score.strip()):
         raise BadRow(f"{what} is missing, expected a finite number. Fill it in or drop the row (on_bad_row='drop').")
-    number = score
-    if isinstance(score, str | bool) and (truth := truth_of(score)) is not None:
+    number: Any = score.strip() if isinstance(score, str) else score
+    truth = truth_of(number) if written == LABELS else _truth(number)
+    percent = written == PERCENTAGES and isinstance(number, str) and number.endswith("%")
+    if truth is not None:
         return float(truth)
-    if isinstance(score, str):
-        number = _number_text(score.strip(), what, decimal_comma, percent)
-    elif not isinstance(score, numbers.Real | Decimal):
+    if written == LABELS or (written == PERCENTAGES and not percent):
+        raise BadRow(f"{what} is {short(score)}, expected {EXPECTED[written]} as in other rows. {FIX}")
+    if isinstance(number, str):
+        number = _number_text(number.removesuffix("%").rstrip() if percent else number, what, decimal_comma)
+    elif not isinstance(number, numbers.Real | Decimal):
         raise BadRow(f"{what} is {short(score)}, expected a finite number, not a {type(score).__name__}. {FIX}")
-    elif percent:
-        raise BadRow(f"{what} is {short(score)}, expected a percentage as in other rows. {FIX}")
     try:
         number = float(number) / (100 if percent else 1)
     except OverflowError:
@@ -204,35 +225,26 @@ def number_of(score: Any, what: str, *, decimal_comma: bool = False, percent: bo
     return number
 
 
-def _number_text(text: str, what: str, decimal_comma: bool, percent: bool) -> str:
+def _truth(value: Any) -> bool | None:
+    """Return a truth, or what "true" and "false" say."""
+    return {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else truth_of(value)
+
+
+def _number_text(text: str, what: str, decimal_comma: bool) -> str:
     """Return the text of a number as Python writes it."""
-    if percent != text.endswith("%"):
-        expected = "a percentage as in other rows" if percent else "a finite number as in other rows, without %"
-        if is_written_number(text.rstrip("%").strip()):
-            raise BadRow(f"{what} is {text!r}, expected {expected}. {FIX}")
-    number = text.removesuffix("%").strip() if percent else text
+    comma = bool(_DECIMAL_COMMA.fullmatch(text))
     # 1,000 may be a thousand.
-    comma = bool(_DECIMAL_COMMA.fullmatch(number))
-    if decimal_comma and comma and not re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", number):
-        number = number.replace(",", ".")
-    if is_written_number(number):
+    german = decimal_comma and comma and not re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", text)
+    number = text.replace(",", ".") if german else text
+    if _NUMBER.fullmatch(number):
         return number
     if _GRADE.fullmatch(text):
         raise BadRow(
             f"{what} is the grade {text!r}, expected a finite number: how far grades are apart is not known. Write a "
             "number for each grade, as 4 for A and 3 for B, or drop the row (on_bad_row='drop')."
         )
-    comma = " Write decimals with a point, and no separator of thousands." if comma else ""
-    raise BadRow(f"{what} is {short(text)}, expected a finite number.{comma} {FIX}")
-
-
-def is_written_number(text: str) -> bool:
-    """Return whether a text is a finite number as Python writes it.
-
-    >>> is_written_number("4.5"), is_written_number("1e-3"), is_written_number("nan"), is_written_number("4,5")
-    (True, True, False, False)
-    """
-    return bool(_NUMBER.fullmatch(text))
+    hint = " Write decimals with a point, and no separator of thousands." if comma else ""
+    raise BadRow(f"{what} is {short(text)}, expected a finite number.{hint} {FIX}")
 
 
 def distinct_prompts(rows: Iterable[Mapping[str, Any]], at_most: int | None = None) -> list[Mapping[str, Any]]:

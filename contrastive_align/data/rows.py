@@ -31,6 +31,15 @@ class BadRow(ValueError):
     """A row that cannot be trained on: its place, what was found and expected, and how to fix it."""
 
 
+def without_advice(problem: str) -> str:
+    """Return what is wrong with a row that is dropped, without the advice to drop it.
+
+    >>> without_advice(f"row 3: 'score' is 'x', expected a finite number. {FIX}")
+    "row 3: 'score' is 'x', expected a finite number"
+    """
+    return re.sub(r" [^.:]*\(on_bad_row='drop'\)\.$", "", problem).removesuffix(".")
+
+
 class Repeated(ValueError):
     """A key that stands twice in an object."""
 

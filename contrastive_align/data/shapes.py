@@ -30,7 +30,7 @@ from contrastive_align.data.columns import (
     key_of,
     roles_of,
 )
-from contrastive_align.data.formats import Parts
+from contrastive_align.data.formats import NUMBERS, Parts, how_written
 from contrastive_align.data.messages import as_text, is_turn
 from contrastive_align.data.prompts import Prompt, find_prompt
 from contrastive_align.data.rows import DECIMAL_COMMA, FIX, OWN_COLUMNS, BadRow, parsed, short
@@ -94,7 +94,7 @@ class Reading:
     unread_columns: list[str]
     implicit: bool = False  # the prompt is the beginning that chosen and rejected share
     in_turns: bool = False  # prompt and answers are lists of a text for each turn
-    percent: bool = False
+    written: str = NUMBERS  # how the scores are (see formats.how_written)
     prompt_repeats: bool = False
 
     @property
@@ -146,7 +146,7 @@ class Reading:
         else:
             parts.prompt, parts.columns.prompt = found["prompt"], self.names[self.prompt.main]
         parts.template, parts.system = found["template"], found["system"]
-        parts.decimal_comma, parts.percent = bool(values.get(DECIMAL_COMMA)), self.percent
+        parts.decimal_comma, parts.written = bool(values.get(DECIMAL_COMMA)), self.written
         if self.implicit:
             _split_prompt_off(parts, where)
         if self.in_turns:
@@ -243,8 +243,7 @@ def recognise(
     in_columns = isinstance(where, answers.InColumns)
     reading.in_turns = in_columns and all(table.mostly(key, is_turns) for key in (prompt.main, *where.keys))
     seen = list(_first_parts(reading, rows))
-    written = [score for parts in seen for score in parts.scores if score not in (None, "")]
-    reading.percent = 2 * sum(isinstance(s, str) and s.rstrip().endswith("%") for s in written) > len(written)
+    reading.written = how_written(score for parts in seen for score in parts.scores)
     reading.prompt_repeats = bool(seen) and all(map(_repeats_prompt, seen))
     return reading
 

@@ -14,7 +14,7 @@ from contrastive_align.data.reading import TOKEN_COLUMNS
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.arguments import Arguments
 from contrastive_align.launch.ask import sample_trained
-from contrastive_align.launch.common import Run, model_arguments
+from contrastive_align.launch.common import Run, model_arguments, print_on_main
 from contrastive_align.launch.datasets import DEMO_NAME, load_demo, load_splits
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.losses import LOSSES
@@ -83,6 +83,14 @@ class RewardRun(Run):
         """Sample the bundled prompts for their mean reward."""
         if self.args.bundled_data:
             self.rewards_before = _demo_rewards(self.trainer, self.test_rows)
+
+    def train(self, checkpoint: str | bool | None) -> None:
+        """Train; say what streams held, which is known once they are read."""
+        super().train(checkpoint)
+        self.summary.data = self.describe_data()
+        for split, report in self.summary.data.items():
+            if report["streamed"]:
+                print_on_main("\n  ".join([f"{split} data: {report['line']}", *report["notes"]]))
 
     def after_saving(self) -> None:
         """Describe the method again: a resumed run has the temperature of its checkpoint."""

@@ -12,6 +12,7 @@ class UsageError(SystemExit):
     """A wrong command line; prints the message and exits with status 2."""
 
     def __init__(self, message: str):
+        message = as_flags(message)
         print(f"error: {message}", file=sys.stderr)
         super().__init__(2)
         self.message = message

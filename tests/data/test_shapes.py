@@ -165,7 +165,7 @@ def test_what_is_joined_is_counted_and_a_stream_of_it_refused():
     assert (len(found), report.rows, report.single_answers, report.dropped) == (1, 5, 1, 1)
     assert "1 prompts with one answer dropped" in " ".join(report.lost())
     stream = Dataset.from_list(LONG).to_iterable_dataset()
-    with pytest.raises(ValueError, match="cannot be a stream. Load it whole"):
+    with pytest.raises(ValueError, match="cannot be a stream. Load it whole, without streaming"):
         prepare_groups(stream, tokenizer, **told)
     with pytest.raises(
         ValueError, match="No two rows of the train dataset have the same prompt.*columns='prompt=NAME'"
