@@ -16,7 +16,7 @@ from datasets.fingerprint import Hasher
 from contrastive_align.data import answers, columns, formats, messages, prompts, rows, scores, shapes
 from contrastive_align.data.columns import Options
 from contrastive_align.data.formats import Group, TooFew, checked_group
-from contrastive_align.data.rows import RAW, ROW, BadRow, values_of
+from contrastive_align.data.rows import OWN_COLUMNS, RAW, ROW, BadRow, values_of
 from contrastive_align.data.shapes import Reading, first_rows, recognise
 
 
@@ -34,11 +34,11 @@ SOURCE = hashlib.sha256(
 ).hexdigest()
 
 
-def read_shape(dataset: Dataset | IterableDataset, options: Options, name: str) -> Reading | None:
-    """Recognise how a dataset is spelled, by its first rows; None for token ids.
+def sample_of(dataset: Dataset | IterableDataset, name: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the first rows that can be read, and the names of the columns.
 
     Raises:
-        ValueError: see :func:`contrastive_align.data.shapes.recognise`.
+        ValueError: there is none.
     """
     sample, problem = [], None
     for number, row in enumerate(first_rows(dataset)):
@@ -50,9 +50,17 @@ def read_shape(dataset: Dataset | IterableDataset, options: Options, name: str) 
     if names is None or RAW in names:
         names = list(dict.fromkeys(column for row in sample for column in row))
     if not sample:
-        if problem is not None:
-            raise problem
-        raise ValueError(f"The {name} dataset has no rows, expected at least one group.")
+        raise problem or ValueError(f"The {name} dataset has no rows, expected at least one group.")
+    return sample, [column for column in names if column not in OWN_COLUMNS]
+
+
+def read_shape(dataset: Dataset | IterableDataset, options: Options, name: str) -> Reading | None:
+    """Recognise how a dataset is spelled, by its first rows; None for token ids.
+
+    Raises:
+        ValueError: see :func:`contrastive_align.data.shapes.recognise`.
+    """
+    sample, names = sample_of(dataset, name)
     if "image" in names or "images" in names:
         raise ValueError(
             f"The {name} dataset has images (columns {names}). Vision data is not supported here; for pairs use "

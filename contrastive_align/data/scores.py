@@ -140,7 +140,7 @@ def _paths(table: Table, answers: Answers) -> list[tuple[str, ...]]:
         if isinstance(value, Mapping):
             for key, item in value.items():
                 walk(item, (*path, key))
-        elif path and path[0] != answers.text and is_score(value) and not (isinstance(value, str) and len(path) > 3):
+        elif path and path[0] != answers.text and (is_score(value) or (isinstance(value, str) and table.options.score)):
             found.setdefault(path)
 
     for key in answers.keys:
@@ -458,7 +458,7 @@ class OwnColumn(Scores):
     def find(cls, table: Table, answers: Answers) -> OwnColumn | None:
         known = [key for key in (*SCORES, *RANKS, *LABELS) if key not in answers.keys and table.mostly(key, is_score)]
         if table.options.score:
-            known = [table.options.score] if table.options.score in table else []
+            known = [key for key in (table.options.score,) if key in table and key not in answers.keys]
         if len(known) > 1:
             raise which_score([table.names[key] for key in known], "for one answer a row")
         return cls(tuple(known)) if known else None

@@ -218,7 +218,7 @@ def as_flags(text: str) -> str:
         name, value = match[1], match[3]
         return f"--{name}={value}" if re.fullmatch(r"[\w=,.:-]*", value) else f"--{name}='{value}'"
 
-    return re.sub(r"\b(columns|score_column|on_bad_row)=(['\"])(.*?)\2", flag, text)
+    return re.sub(r"\b(columns|score_column|feedback_column|on_bad_row)=(['\"])(.*?)\2", flag, text)
 
 
 def nearest(name: str, known: Collection[str], prefix: str = "") -> str:

@@ -12,8 +12,8 @@ import pytest
 
 from contrastive_align.data import BadRow, Options
 from contrastive_align.data.files import FileProblem, folder_files, prompts_of, read_files, read_folder
-from contrastive_align.data.rows import UNREADABLE, values_of
 from contrastive_align.data.reading import groups_of
+from contrastive_align.data.rows import UNREADABLE, values_of
 
 
 GROUP = {"prompt": "Name a cup.", "completions": ["tea cup", "mug"], "scores": [1, 0]}
