@@ -19,6 +19,7 @@ from contrastive_align.data.formats import NUMBERS, Group, Parts, checked_group,
 from contrastive_align.data.messages import Text
 from contrastive_align.data.reading import read_shape, sample_of
 from contrastive_align.data.rows import FIX, ROW, BadRow, short, values_of, without_advice
+from contrastive_align.data.scores import Ask
 from contrastive_align.data.shapes import Reading
 from contrastive_align.data.tokenise import NoRoom, tokenise_group, tokenise_prompt
 from contrastive_align.pool.files import Sample
@@ -86,7 +87,8 @@ class ScoredRows:
                 "Scored completions are sorted by their scores, so they cannot be a stream. Load them whole, without "
                 "streaming."
             )
-        options, problem = options or Options(), ""
+        options = options or Options()
+        problem: ValueError | None = None
         _, names = sample_of(dataset, "train")
         keys = {key_of(name): name for name in names}
         wanted = {"finished": keys.get("finished")}
@@ -113,11 +115,13 @@ class ScoredRows:
             except ValueError as error:
                 if what in said or (what == "score" and options.score_column):
                     raise
-                problem = str(error) if what == "score" else problem  # a column of this name, and not of the answers
+                problem = error if what == "score" else problem  # else a column of this name, and not of the answers
         found = {"score": "score" in readings, FEEDBACK: bool(attributes) or FEEDBACK in readings}
         if negate_score and not found["score"]:
             raise ValueError(f"negate_score is given, and the data has no scores. {problem}")
         if not any(found.values()):
+            if isinstance(problem, Ask):
+                raise problem
             raise ValueError(
                 f"{problem} Expected 'prompt' and 'completion' with 'score' or 'feedback' (or 'completions' with "
                 "'scores' or 'feedbacks', lists of K) to learn from; or give reward_funcs or a judge to sample and "

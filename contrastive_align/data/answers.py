@@ -131,7 +131,7 @@ class InColumns(Answers):
     def find(cls, table: Table) -> Iterator[InColumns]:
         """Yield the family of columns that holds answers, or the columns that the user names."""
         if named := table.several.get("completions"):
-            yield cls(named, tuple(str(i) for i in range(len(named))))
+            yield cls(named)
             return
         holding = {stem: own for stem, own in table.families.items() if _hold_answers(table, own)}
         known = [stem for stem in holding if _names_answers(stem)]
@@ -312,8 +312,8 @@ class Tree(Answers):
         if {"message_id", "parent_id", "text", "role"} <= set(table.names):
             raise ValueError(
                 f"The rows are messages that answer each other ({table.listing(['parent_id'])} names the "
-                f"{table.listing(['message_id'])} of another row), expected trees: a row with a 'prompt' and its "
-                "'replies'. OASST has files of them, such as 2023-04-12_oasst_ready.trees.jsonl.gz."
+                f"{table.listing(['message_id'])} of another row), expected trees: rows of a 'prompt' with its "
+                "'replies'. Data of this kind has files of them, which end in .trees.jsonl.gz: give such a file."
             )
 
     def groups(self, row: Row, names: Names, where: str) -> Iterator[Parts]:

@@ -129,18 +129,21 @@ class Naming:
     Args:
         single: role -> the key of its column; None for a role that no column has.
         several: role -> the keys of several columns, which keep their names.
+        ignored: columns whose key another column has.
     """
 
     single: Mapping[str, str | None] = field(default_factory=dict)
     several: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, options: Options, names: Mapping[str, str]) -> Naming:
+    def of(cls, options: Options, names: Mapping[str, str], ignored: Iterable[str] = ()) -> Naming:
         """Find the columns that the user names.
 
         Args:
             options: what the user says.
             names: key -> column.
+            ignored: further columns, whose key another one has.
 
         Raises:
             ValueError: there is no such column, no such role, or a column has two.
@@ -170,7 +173,7 @@ class Naming:
         used = [key for key in (*single.values(), *(key for keys in several.values() for key in keys)) if key]
         if len(set(used)) < len(used):
             raise ValueError(f"columns={dict(options.columns)!r} gives one column two roles. Give each one.")
-        return cls(single, several)
+        return cls(single, several, tuple(ignored))
 
     def hides(self, key: str) -> bool:
         """Whether a row has no value under a key: its column is called by a role, or another column by its name."""
@@ -181,7 +184,8 @@ class Naming:
 
     def by_key(self, values: Mapping[str, Any]) -> Row:
         """Return a row's values by key, the columns that the user names under their roles."""
-        row = {key_of(name): value for name, value in values.items() if name not in OWN_COLUMNS}
+        left_out = (*OWN_COLUMNS, *self.ignored)
+        row = {key_of(name): value for name, value in values.items() if name not in left_out}
         if not self.single and not self.several:
             return row
         named = {role: row.get(key) for role, key in self.single.items() if key}

@@ -103,7 +103,8 @@ def read_files(paths: list[Path], *, streaming: bool = False) -> Dataset | Itera
     typed = kinds & set(TYPED)
     if None in kinds or (typed and len(kinds) > 1):
         raise FileProblem(
-            f"{', '.join(p.name for p in paths)}: files of one split, expected all of one kind, as .jsonl."
+            f"{', '.join(p.name for p in paths)}: files of one split, expected all of one kind. Give one of them, or "
+            "convert the others."
         )
     if typed and any(kind_of(path).compression for path in paths):
         raise FileProblem(f"'{paths[0]}' is compressed twice. Uncompress it, as with gunzip or unzstd.")
@@ -186,7 +187,9 @@ def _text(path: Path, compression: str | None) -> Iterator[TextIO]:
         try:
             head = file.peek(4)  # type: ignore[attr-defined]
         except OSError as error:
-            raise FileProblem(f"{path} is no {compression} file: {error}") from error
+            raise FileProblem(
+                f"{path} is no {compression} file: {error}. Name it by what it is, without '{path.suffix}'."
+            ) from error
         encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), "utf-8")
         try:
             yield io.TextIOWrapper(file, encoding=encoding, newline="")

@@ -360,7 +360,7 @@ class _RowReader:
         if self.vocabulary is not None:
             largest = max(max(ids.prompt_ids), *(max(tokens) for tokens in ids.completion_ids if tokens))
             if largest >= self.vocabulary:
-                fix = "Resize the model: model.resize_token_embeddings(len(tokenizer))."
+                fix = "Resize the model and save it, in Python by model.resize_token_embeddings(len(tokenizer))."
                 if self.reading is None:
                     fix = "Tokenise with the model's own tokenizer, or drop the row (on_bad_row='drop')."
                 raise_as = BadRow if self.reading is None else ValueError

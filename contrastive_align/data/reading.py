@@ -63,8 +63,8 @@ def read_shape(dataset: Dataset | IterableDataset, options: Options, name: str) 
     sample, names = sample_of(dataset, name)
     if "image" in names or "images" in names:
         raise ValueError(
-            f"The {name} dataset has images (columns {names}). Vision data is not supported here; for pairs use "
-            "trl.DPOTrainer, or remove the column."
+            f"The {name} dataset has images (columns {names}), which are not supported here; for pairs use "
+            "trl.DPOTrainer. If the texts are enough by themselves, leave the column out of the data."
         )
     if all(column in names for column in TOKEN_COLUMNS):
         return None

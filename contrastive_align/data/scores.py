@@ -274,7 +274,7 @@ class Better(Scores):
 
     @classmethod
     def find(cls, table: Table, answers: Answers) -> Better | None:
-        k = len(answers.marks) or max((len(v) for v in table.values(answers.keys[0]) if is_list(v)), default=0)
+        k = _how_many(table, answers)
         votes = [key for key in table.names if re.fullmatch(r"annotator_?\d+", key) and table.mostly(key, is_number)]
         won = [key for key in table.names if _WON.fullmatch(key) and table.mostly(key, is_score)]
         known = [
@@ -295,7 +295,7 @@ class Better(Scores):
             return None
         if keys[0] in STRENGTHS:
             return cls(tuple(keys), how="strength", marks=answers.marks)
-        first = 1 if how == "votes" else _first_number(table, keys[0], answers.marks, k) if how == "word" else 0
+        first = 1 if how == "votes" else _first_number(table, keys[0], answers, k) if how == "word" else 0
         beside = [tuple(own.values()) for own in table.families.values() if tuple(own) == answers.marks]
         if not answers.marks:
             beside = [(key,) for key in table.names if key not in answers.keys and table.mostly(key, is_turns)]
@@ -303,7 +303,7 @@ class Better(Scores):
 
     @classmethod
     def candidates(cls, table: Table, answers: Answers) -> list[str]:
-        k = max((len(v) for v in table.values(answers.keys[0]) if is_list(v)), default=0)
+        k = _how_many(table, answers)
         marks = answers.marks or tuple(map(str, range(k)))
         taken = {*answers.keys, *(key for own in table.families.values() for key in own.values())}
 
@@ -312,7 +312,7 @@ class Better(Scores):
 
         return [
             name for key, name in table.names.items()
-            if k + len(answers.marks) > 1 and key not in taken and not ABOUT.fullmatch(key)
+            if marks and k > 1 and key not in taken and not ABOUT.fullmatch(key)
             and table.values(key) and all(map(decides, table.values(key)))
         ]  # fmt: skip
 
@@ -358,7 +358,13 @@ class Better(Scores):
 _WON = re.compile(r"winner_(.+_)?([a-h]|tie|\d)")
 
 
-def _first_number(table: Table, key: str, marks: tuple[str, ...], k: int) -> int:
+def _how_many(table: Table, answers: Answers) -> int:
+    """Return how many answers a row has; of lists, the longest one's."""
+    lists = [len(value) for value in table.values(answers.keys[0]) if is_list(value)]
+    return len(answers.keys) if len(answers.keys) > 1 else max(lists, default=0)
+
+
+def _first_number(table: Table, key: str, answers: Answers, k: int) -> int:
     """Return the number by which a column calls the first answer: that of its name, or what the numbers there tell.
 
     Raises:
@@ -367,19 +373,21 @@ def _first_number(table: Table, key: str, marks: tuple[str, ...], k: int) -> int
     numbers = {
         float(v.replace(",", ".")) if isinstance(v, str) else float(v) for v in table.values(key) if is_number(v)
     }
-    levels = {int(n) for n in numbers if n.is_integer() and 0 <= n <= k}
+    levels, marks = {int(n) for n in numbers if n.is_integer() and 0 <= n <= k}, answers.marks
     named = int(marks[0]) if marks and marks[0].isdigit() else 0 if key in FROM_0 and not marks else None
-    from_one = 0 not in levels and k in levels
-    from_zero = 0 in levels and k not in levels
-    if not levels or (named == 0 and 0 in levels) or (named == 0 and levels == {1}) or (named == 1 and 0 not in levels):
+    if not levels or (named == 0 and (0 in levels or levels == {1})) or (named == 1 and 0 not in levels):
         return named or 0
-    if named is None and (from_one or (from_zero and not marks)):
-        return int(from_one)
+    if named is None and k in levels and 0 not in levels:
+        return 1
+    if not marks and 0 in levels:
+        return 0
     shown = ", ".join(str(level) for level in sorted(levels))
     expected = f"{' or '.join(map(repr, marks))}, the better answer," if marks else "the text of the better answer,"
+    places = "+".join(table.names[key] for key in answers.keys)
+    hint = f" If they are the places of the answers, say so: columns='completions={places}'." if marks else ""
     raise ValueError(
         f"'{table.names[key]}' says which answer is better by numbers ({shown}) that do not tell whether the first "
-        f"is 0 or 1, expected {expected} or 'tie'. Write that into the column."
+        f"is 0 or 1, expected {expected} or 'tie'.{hint}"
     )
 
 

@@ -20,6 +20,7 @@ from contrastive_align.data.answers import Answers
 from contrastive_align.data.columns import (
     ABOUT,
     CONVERSATIONS,
+    ROLES,
     SAMPLE,
     Naming,
     Options,
@@ -222,12 +223,11 @@ def recognise(
             found, what it resembles and what to type.
     """
     names: dict[str, str] = {}
-    for column in columns:
-        if column not in OWN_COLUMNS and names.setdefault(key_of(column), column) != column:
-            raise ValueError(
-                f"The columns '{names[key_of(column)]}' and '{column}' differ in case or punctuation alone. Rename one."
-            )
-    naming = Naming.of(options, names)
+    for column in [*options.columns.values(), *columns]:  # a column that the user names goes before one that is like it
+        if column in columns and column not in OWN_COLUMNS:
+            names.setdefault(key_of(column), column)
+    alike = [column for column in columns if column not in OWN_COLUMNS and names[key_of(column)] != column]
+    naming = Naming.of(options, names, alike)
     table = Table([naming.by_key(row) for row in rows], naming.names(names), options, naming)
     found = _find(table)
     if found is None and options.score is None:
@@ -237,7 +237,17 @@ def recognise(
     shape, where, how, prompt = found
     read_keys = {*prompt.keys, *where.keys, *(how.keys if how else ())}
     read = [name for key, name in table.names.items() if key in read_keys]
-    unread = [name for name in names.values() if name not in read]
+    unread = [name for name in columns if name not in read and name not in OWN_COLUMNS]
+    said = options.columns.values()
+    if doubtful := [
+        (names[key_of(name)], name) for name in alike if names[key_of(name)] in read and names[key_of(name)] not in said
+    ]:
+        a, b = doubtful[0]
+        role = "prompt" if key_of(a) in prompt.keys else "score" if how and key_of(a) in how.keys else "completion"
+        raise ValueError(
+            f"The columns '{a}' and '{b}' differ in case or punctuation alone. Say which one is read: "
+            f"columns='{key_of(a) if key_of(a) in ROLES else role}={a}'."
+        )
     reading = Reading(shape.name, prompt, where, how, options, naming, table.names, read, unread)
     reading.implicit = isinstance(where, answers.Pair) and prompt.main is None
     in_columns = isinstance(where, answers.InColumns)

@@ -69,7 +69,7 @@ def tokenise_groups(
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no eos_token, without which no completion can end. Set "
-            "one, for instance tokenizer.eos_token = '</s>'."
+            "one: in its tokenizer_config.json, or in Python tokenizer.eos_token = '</s>', for instance."
         )
     rendered: list[Any] = []
     for group in groups:
@@ -135,7 +135,8 @@ def render_messages(turns: Text, tokenizer: PreTrainedTokenizerBase, **kwargs: A
     if not tokenizer.chat_template:
         raise ValueError(
             f"The prompts are conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat template. "
-            "Set tokenizer.chat_template, or give prompts and completions as plain text."
+            "Set one: in the file chat_template.jinja beside it, or in Python tokenizer.chat_template. Or give prompts "
+            "and completions as plain text."
         )
     try:
         text: Any = tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)

@@ -147,10 +147,10 @@ def load_scored(args: Arguments, condition: Condition) -> tuple[Dataset, Dataset
             args.notes.append(f"{name}: {len(problems)} of {len(rows)} rows dropped. The first: {problems[0]}")
         return found
 
-    train, test = canonical(train, "train"), None if test is None else canonical(test, "eval")
+    rows, held_out = canonical(train, "train"), None if test is None else canonical(test, "eval")
     training.columns = training.score_column = training.feedback_column = None
     training.negate_score = False
-    return train, test, args.dataset or DEMO_NAME
+    return rows, held_out, args.dataset or DEMO_NAME
 
 
 def from_rows(rows: Any, name: str, columns: Any = None) -> Dataset:

@@ -140,7 +140,7 @@ def test_columns_that_are_not_read_are_named():
         ({"verse": P, "one": A, "two": B}, "columns='prompt=verse,chosen=one,rejected=two'"),
         ({"verse": P, "line": A, "fame": 3}, "resemble those of HelpSteer2, KTO, with columns='prompt=verse,completion=line,score=fame'"),
         ({"prompt": P, "response_0": A, "response_1": B, "better_response_id": 0, "safer_response_id": 1}, "score_column='better_response_id'"),
-        ({"prompt": P, "chosen": A, "rejected": B, "Prompt": "x"}, "'prompt' and 'Prompt' differ in case or punctuation alone"),
+        ({"prompt": P, "chosen": A, "rejected": B, "Prompt": "x"}, r"'prompt' and 'Prompt' differ in case or punctuation alone.*columns='prompt=prompt'"),
         ({"question": P, "answers": [{"text": A, "wit": 3}, {"text": B, "wit": 1}]}, "score_column='wit'"),
     ],
 )  # fmt: skip
