@@ -18,7 +18,7 @@ from contrastive_align.data.columns import Options, key_of
 from contrastive_align.data.formats import NUMBERS, Group, Parts, checked_group, number_of
 from contrastive_align.data.messages import Text
 from contrastive_align.data.reading import read_shape, sample_of
-from contrastive_align.data.rows import FIX, ROW, BadRow, short, values_of, without_advice
+from contrastive_align.data.rows import FIX, ROW, BadRow, number_in_file, short, values_of, without_advice
 from contrastive_align.data.scores import Ask
 from contrastive_align.data.shapes import Reading
 from contrastive_align.data.tokenise import NoRoom, tokenise_group, tokenise_prompt
@@ -146,7 +146,7 @@ class ScoredRows:
         """Yield each row's number, its columns that are not read, and its groups or what is wrong with it."""
         unread = self.unread_columns
         for place, row in enumerate(self.dataset):
-            number = row.get(ROW, place)
+            number = number_in_file(row, place)
             where = f"row {number}"
             try:
                 values = values_of(row, where)

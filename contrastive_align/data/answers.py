@@ -34,7 +34,7 @@ from contrastive_align.data.columns import (
     words_of,
 )
 from contrastive_align.data.formats import Columns, Parts, listed
-from contrastive_align.data.messages import as_text
+from contrastive_align.data.messages import as_text, is_messages
 from contrastive_align.data.rows import FIX, BadRow, parsed, short
 
 
@@ -72,55 +72,69 @@ class Answers:
         """Return the text of an answer."""
         if self.text is None:
             return answer
-        answer = parsed(answer, f"{where}: {name}")
         if not isinstance(answer, Mapping):
             raise BadRow(f"{where}: {name} is {short(answer)}, expected an object with '{self.text}'. {FIX}")
         return answer.get(self.text)
 
+    def cell(self, row: Row, key: str, names: Names, where: str) -> Any:
+        """Return an answer that has a cell of its own, which may hold an object as JSON."""
+        return row.get(key) if self.text is None else parsed(row.get(key), f"{where}: '{names[key]}'")
 
-def _text_key(values: list[Any]) -> str | None:
-    """Return the key of the text in objects that hold answers."""
-    return next((key for key in TEXTS if any(value.get(key) is not None for value in values)), None)
+
+def _text_key(answers: list[Any]) -> str | None:
+    """Return the key of the text in answers that are mostly objects, "" if they have none; None for other answers."""
+    objects = [answer for answer in answers if is_object(answer)]
+    if not objects or 2 * len(objects) < len(answers):
+        return None
+    return next((key for key in TEXTS if any(answer.get(key) is not None for answer in objects)), "")
 
 
 @dataclass(frozen=True)
 class InList(Answers):
-    """``completions: [..]``, of texts, conversations or objects; or one object of lists, ``answers: {text: [..]}``."""
+    """``completions: [..]``, of texts, conversations or objects.
+
+    Args:
+        as_object: the list of objects stands as one object of lists, ``answers: {text: [..], score: [..]}``.
+    """
+
+    as_object: bool = False
 
     @classmethod
     def find(cls, table: Table) -> Iterator[InList]:
         """Yield the columns of lists with a known name."""
         if "completions" in table.several:
             return
-        lists = [key for key in LISTS if table.mostly(key, lambda v: is_list(v) or _is_lists(v))]
+        lists = [key for key in LISTS if table.mostly(key, lambda value: items_of(value) is not None)]
         for key in lists or [key for key in ("completions", "responses") if key in table]:
-            items = [item for value in table.values(key) for item in _as_list(value) or ()]
-            objects = [item for item in items if is_object(item)]
-            text = _text_key(objects)
-            if not objects or text:
-                yield cls((key,), text=text)
+            text = _text_key([item for value in table.values(key) for item in items_of(value) or ()])
+            if text != "":
+                yield cls((key,), text=text, as_object=table.mostly(key, is_object))
 
     def parts(self, row: Row, names: Names, where: str) -> Parts:
         key = self.keys[0]
-        value = parsed(row.get(key), f"{where}: '{names[key]}'")
-        answers = listed(_as_list(value) if is_object(value) and _is_lists(value) else row.get(key), names[key], where)
-        return Parts(None, answers, [], Columns("", names[key], ""))
+        value = row.get(key)
+        if self.as_object:
+            value = parsed(value, f"{where}: '{names[key]}'")
+            if items_of(value) is None or is_list(value):
+                raise BadRow(
+                    f"{where}: '{names[key]}' is {short(value)}, expected an object of lists, all as long. {FIX}"
+                )
+            value = items_of(value)
+        return Parts(None, listed(value, names[key], where), [], Columns("", names[key], ""))
 
 
-def _is_lists(value: Any) -> bool:
-    """Whether an object holds lists, all as long: what a list of objects is as a struct of columns."""
-    lists = list(value.values()) if is_object(value) else []
-    return bool(lists) and all(map(is_list, lists)) and len({len(each) for each in lists}) == 1
+def items_of(value: Any) -> list[Any] | None:
+    """Return the items of a list, or of an object of lists that are all as long; None for any other value.
 
-
-def _as_list(value: Any) -> list[Any] | None:
+    >>> items_of({"text": ["a", "b"], "score": [1, 2]})
+    [{'text': 'a', 'score': 1}, {'text': 'b', 'score': 2}]
+    """
     if is_list(value):
         return value
-    return (
-        [dict(zip(value, each, strict=True)) for each in zip(*value.values(), strict=True)]
-        if _is_lists(value)
-        else None
-    )
+    lists = list(value.values()) if is_object(value) else []
+    if not lists or not all(map(is_list, lists)) or len({len(each) for each in lists}) > 1:
+        return None
+    return [dict(zip(value, each, strict=True)) for each in zip(*lists, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -142,17 +156,17 @@ class InColumns(Answers):
         ]
         for stem in sorted(known, key=lambda stem: stem.count("_")) or others:
             own = holding[stem]
-            objects = [value for key in own.values() for value in table.values(key) if is_object(value)]
-            yield cls(tuple(own.values()), tuple(own), text=_text_key(objects))
+            text = _text_key([value for key in own.values() for value in table.values(key)])
+            yield cls(tuple(own.values()), tuple(own), text=text)
 
     def parts(self, row: Row, names: Names, where: str) -> Parts:
         columns = Columns("", [names[key] for key in self.keys], "")
-        return Parts(None, [row.get(key) for key in self.keys], [], columns)
+        return Parts(None, [self.cell(row, key, names, where) for key in self.keys], [], columns)
 
 
 def _hold_answers(table: Table, own: Mapping[str, str]) -> bool:
     def holds(value: Any) -> bool:
-        return is_answer(value) or is_turns(value) or (is_object(value) and _text_key([value]) is not None)
+        return is_answer(value) or is_turns(value) or bool(_text_key([value]))
 
     return all(table.mostly(key, holds) or not table.values(key) for key in own.values())
 
@@ -263,7 +277,7 @@ def last_turn(value: Any, what: str) -> tuple[Any, Any]:
         BadRow: it is none, or does not end with an answer.
     """
     turns = as_text(value, what)
-    if not isinstance(turns, list) or len(turns) < 2 or turns[-1].get("role") != "assistant":
+    if not is_messages(turns) or len(turns) < 2 or turns[-1].get("role") != "assistant":
         raise BadRow(f"{what} is {short(turns)}, expected messages that end with the answer. {FIX}")
     return turns[:-1], turns[-1:]
 
@@ -278,10 +292,8 @@ class OneARow(Answers):
     def find(cls, table: Table) -> Iterator[OneARow]:
         """Yield a column of answers, or of conversations that end with them."""
         for key in ANSWERS:
-            objects = [value for value in table.values(key) if is_object(value)] if key in table else []
-            if table.mostly(key, is_answer):
-                yield cls((key,))
-            elif table.mostly(key, is_object) and (text := _text_key(objects)):
+            text = _text_key(table.values(key)) if key in table else None
+            if text or table.mostly(key, is_answer):
                 yield cls((key,), text=text)
         if talk := _answered(table):
             yield cls((talk,), holds_prompt=True)
@@ -292,7 +304,7 @@ class OneARow(Answers):
         if self.holds_prompt:
             prompt, answer = last_turn(row.get(key), f"{where}: '{names[key]}'")
             return Parts(prompt, [answer], [], columns)
-        return Parts(None, [row.get(key)], [], columns)
+        return Parts(None, [self.cell(row, key, names, where)], [], columns)
 
 
 @dataclass(frozen=True)

@@ -172,12 +172,12 @@ def check_scores(
 def how_written(scores: Iterable[Any]) -> str:
     """Return how the scores of a dataset are mostly written.
 
-    >>> how_written(["yes", "no"]), how_written(["85%", "7%"]), how_written([1, "2.5", "true"])
+    >>> how_written(["yes", "no"]), how_written(["85%", "7%"]), how_written([1, "2.5", True])
     ('labels', 'percentages', 'numbers')
     """
     found = Counter(
         PERCENTAGES if isinstance(score, str) and score.rstrip().endswith("%")
-        else LABELS if isinstance(score, str) and truth_of(score) is not None and truth_of(score) is not _truth(score)
+        else LABELS if isinstance(score, str) and truth_of(score) is not None
         else NUMBERS
         for score in scores
         if score is not None and score != ""
@@ -186,7 +186,7 @@ def how_written(scores: Iterable[Any]) -> str:
 
 
 def number_of(score: Any, what: str, *, decimal_comma: bool = False, written: str = NUMBERS) -> float:
-    """Return a score as a finite float; text of a number, as the cells of a table are, is one, and so is a truth.
+    """Return a score as a finite float; text of a number, as the cells of a table are, is one.
 
     Args:
         score: as it stands in the row.
@@ -206,7 +206,7 @@ def number_of(score: Any, what: str, *, decimal_comma: bool = False, written: st
     if score is None or (isinstance(score, str) and not score.strip()):
         raise BadRow(f"{what} is missing, expected a finite number. Fill it in or drop the row (on_bad_row='drop').")
     number: Any = score.strip() if isinstance(score, str) else score
-    truth = truth_of(number) if written == LABELS else _truth(number)
+    truth = truth_of(number) if written == LABELS or isinstance(number, bool) else None
     percent = written == PERCENTAGES and isinstance(number, str) and number.endswith("%")
     if truth is not None:
         return float(truth)
@@ -223,11 +223,6 @@ def number_of(score: Any, what: str, *, decimal_comma: bool = False, written: st
     if not abs(number) <= LARGEST_SCORE:
         raise BadRow(f"{what} is {number}, expected a finite number (at most {LARGEST_SCORE:.2g} in float32). {FIX}")
     return number
-
-
-def _truth(value: Any) -> bool | None:
-    """Return a truth, or what "true" and "false" say."""
-    return {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else truth_of(value)
 
 
 def _number_text(text: str, what: str, decimal_comma: bool) -> str:

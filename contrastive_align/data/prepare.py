@@ -20,7 +20,7 @@ from contrastive_align.data import formats, rows, tokenise
 from contrastive_align.data.columns import Options
 from contrastive_align.data.formats import Columns, Group, TooFew, check_scores, checked_group, distinct
 from contrastive_align.data.reading import FIRST_ROWS, SOURCE, TOKEN_COLUMNS, as_utf8, join_rows, read_shape, unbatched
-from contrastive_align.data.rows import ROW, BadRow, values_of, without_advice
+from contrastive_align.data.rows import BadRow, number_in_file, values_of, without_advice
 from contrastive_align.data.shapes import Reading
 from contrastive_align.data.tokenise import NoRoom, TokenisedGroup, fit, tokenise_groups
 
@@ -284,7 +284,7 @@ class _RowReader:
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> Any:
         read: list[_Read] = []
         for row, number in zip(unbatched(batch), indices, strict=True):
-            read += self._read(row, row.get(ROW, number))
+            read += self._read(row, number_in_file(row, number))
         waiting = [item for item in read if item.group is not None]
         limits = {"max_length": self.max_length, "max_prompt_length": self.max_prompt_length}
         tokenised = tokenise_groups([item.group for item in waiting], self.tokenizer, **limits)

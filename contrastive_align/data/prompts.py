@@ -46,7 +46,7 @@ class Prompt:
         template = {key: row.get(key) for key in self.template}
         value = row.get(self.main) if self.main else None
         if isinstance(value, str | Mapping):
-            value, inner = _of_object(value, f"{where}: '{self.main}'")
+            value, inner = _of_object(value, f"{where}: '{self.main}'", in_cells=self.main == "info")
             template |= inner
         for key in self.added:
             value = _with_added(value, row.get(key), f"{where}: '{key}'")
@@ -124,14 +124,17 @@ def _is_titled(value: Any) -> bool:
     return isinstance(value, Mapping) and any(key in value for key in TITLED)
 
 
-def _of_object(value: Any, what: str) -> tuple[Any, dict[str, Any]]:
-    """Return the prompt that an object holds, and the tools in it; any other value as it is."""
+def _of_object(value: Any, what: str, *, in_cells: bool) -> tuple[Any, dict[str, Any]]:
+    """Return the prompt that an object holds, and the tools in it; any other value as it is.
+
+    ``in_cells``: JSON text of the column is no prompt, but an object in the cell of a table.
+    """
     found = parsed(value, what)
     if not isinstance(found, Mapping) or is_turn(found):
         return value, {}
     if is_conversation(found.get("messages")):
         return found["messages"], {key: found[key] for key in ("tools",) if found.get(key)}
-    if isinstance(value, str) and not isinstance(found.get("full_text"), str):
+    if isinstance(value, str) and not in_cells and not isinstance(found.get("full_text"), str):
         return value, {}  # a text in JSON
     if _is_titled(found):
         text = next((found[key] for key in TITLED if isinstance(found.get(key), str)), None)

@@ -16,7 +16,7 @@ from datasets.fingerprint import Hasher
 from contrastive_align.data import answers, columns, formats, messages, prompts, rows, scores, shapes
 from contrastive_align.data.columns import Options
 from contrastive_align.data.formats import Group, TooFew, checked_group
-from contrastive_align.data.rows import OWN_COLUMNS, RAW, ROW, BadRow, values_of
+from contrastive_align.data.rows import OWN_COLUMNS, RAW, ROW, BadRow, number_in_file, values_of
 from contrastive_align.data.shapes import Reading, first_rows, recognise
 
 
@@ -144,7 +144,7 @@ class _Keys:
 
 
 def _single(reading: Reading, row: Mapping[str, Any], number: int, name: str) -> tuple[Group, int]:
-    number = row.get(ROW, number)
+    number = number_in_file(row, number)
     where = f"{name}, row {number}"
     values = values_of(row, where)
     [parts] = reading(values, where)
@@ -179,7 +179,7 @@ def groups_of(dataset: Dataset | IterableDataset, *, options: Options, on_bad_ro
         dataset, _ = join_rows(dataset, reading, on_bad_row=on_bad_row, name=name)
         reading = read_shape(dataset, Options(), name)
     for number, row in enumerate(dataset):
-        where = f"{name}, row {row.get(ROW, number)}"
+        where = f"{name}, row {number_in_file(row, number)}"
         try:
             values = values_of(row, where)
             for parts in reading(values, where):

@@ -112,6 +112,12 @@ def values_of(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in OWN_COLUMNS}
 
 
+def number_in_file(row: Mapping[str, Any], place: int) -> int:
+    """Return the number of a row in its file, or its place in the dataset, where its reader gave it none."""
+    number = row.get(ROW)
+    return number if isinstance(number, int) else place
+
+
 def check_text(value: Any, what: str) -> None:
     """Refuse half a UTF-16 pair, which no tokenizer reads, anywhere in a value.
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from contrastive_align.data.answers import Answers, InList, Names
+from contrastive_align.data.answers import Answers, InList, Names, items_of
 from contrastive_align.data.columns import (
     ABOUT,
     FROM_0,
@@ -116,7 +116,7 @@ class Inside(Scores):
             parts.columns.scores = [f"{name}.{self.name}" for name in parts.columns.completions]
         scores = []
         for i, answer in enumerate(parts.completions):
-            value = parsed(answer)
+            value = answer
             if not isinstance(value, Mapping):
                 raise BadRow(
                     f"{where}: {parts.columns.completion(i)} is {short(value)}, expected an object with a text and "
@@ -145,17 +145,9 @@ def _paths(table: Table, answers: Answers) -> list[tuple[str, ...]]:
 
     for key in answers.keys:
         for value in table.values(key):
-            for item in value if is_list(value) else _columns_as_items(value):
+            for item in items_of(value) or [value]:
                 walk(item, ())
     return list(found)
-
-
-def _columns_as_items(value: Any) -> list[Any]:
-    """Return an object as a list of one; one of lists, as its entries."""
-    lists = list(value.values()) if isinstance(value, Mapping) else []
-    if lists and all(map(is_list, lists)):
-        return [dict(zip(value, each, strict=False)) for each in zip(*lists, strict=False)]
-    return [value]
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def _check_rendered(turns: Sequence[Mapping[str, Any]], text: str, what: str) ->
             ]
             if lost or not leaves[0]:
                 raise BadRow(
-                    f"the chat template leaves out the tool call of {what}: {str(lost or call)[:60]!r}. Use a "
+                    f"the chat template leaves out the tool call of {what}: {str(lost or call)[:60]}. Use a "
                     "model whose template knows tool calls, or drop the row (on_bad_row='drop')."
                 )
 

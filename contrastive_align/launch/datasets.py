@@ -23,7 +23,7 @@ from contrastive_align.data.formats import with_system
 from contrastive_align.data.messages import as_text
 from contrastive_align.data.prompts import Prompt, find_prompt
 from contrastive_align.data.reading import join_rows
-from contrastive_align.data.rows import RAW, ROW, BadRow, values_of
+from contrastive_align.data.rows import RAW, ROW, BadRow, number_in_file, values_of
 from contrastive_align.launch.arguments import Arguments, RunArguments
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.trl_seam import DatasetConfig
@@ -162,7 +162,7 @@ def from_rows(rows: Any, name: str, columns: Any = None) -> Dataset:
     plain = []
     for number, row in enumerate(rows):
         try:
-            plain.append(values_of(row, f"{name}, row {row.get(ROW, number)}"))
+            plain.append(values_of(row, f"{name}, row {number_in_file(row, number)}"))
         except BadRow as error:
             raise UsageError(str(error)) from error
     if not plain:
