@@ -25,6 +25,7 @@ import contextlib
 import copy
 import csv
 import datetime
+import decimal
 import gzip
 import io
 import itertools
@@ -115,9 +116,12 @@ class Case:
     members: int = 1  # of the compressed file
     arrow_types: str | None = None
     stream: bool = False
+    written: str = "numbers"  # how the scores are: "numbers", "percentages", or labels: "words", "truths"
 
 
-SHAPES = ("lists", "pairs", "rated", "lettered", "wide", "long", "nested")
+SHAPES = ("lists", "pairs", "rated", "lettered", "wide", "long", "nested", "compared", "tagged", "openai")
+JOINED = ("long", "tagged")  # a row is one answer
+TRUTHS = {"words": ("yes", "no"), "truths": ("True", "False")}
 TABLES = {"csv": ",", "tsv": "\t"}
 
 
@@ -135,6 +139,10 @@ def columns_of(shape: str, chat: str | None, rng: random.Random) -> dict[str, st
         "long": [{"answer": "response", "score": "score"}, {"answer": "completion", "score": "label"}],
         "nested": [{"answers": a, "text": t, "score": "score"} for a in ("answers", "completions")
                    for t in ("text", "response")],
+        "compared": [{"a": "response_a", "b": "response_b", "winner": "winner"},
+                     {"a": "first_answer", "b": "second_answer", "winner": "preference"}],
+        "tagged": [{"talk": "messages", "score": "kto_tag"}, {"talk": "conversations", "score": "label"}],
+        "openai": [{"chosen": "preferred_output", "rejected": "non_preferred_output", "prompt": "input"}],
     }  # fmt: skip
     return {"prompt": prompt, **rng.choice(named[shape])}
 
@@ -151,8 +159,12 @@ def spell_rows(case: Case, rng: random.Random) -> list[Row]:
         prompt, shared = sentence(rng), rng.choice(["", "The answer is ", "It "])
         answers = [shared + sentence(rng) for _ in range(case.k)]
         scores: list[Any] = rng.sample([0, 1, 2, 3, 4, 0.5, 2.5, -1.25, 7, 1e-3], case.k)
-        if c.get("score") == "label":
+        if c.get("score") in ("label", "kto_tag"):
             scores = [rng.randint(0, 1) for _ in scores]
+            if case.written in TRUTHS:
+                scores = [TRUTHS[case.written][1 - score] for score in scores]
+        elif case.written == "percentages":
+            scores = [f"{abs(10 * score):g}%" for score in scores]
         if case.chat:
             role, content, user, assistant = (
                 ("role", "content", "user", "assistant") if case.chat == "role" else ("from", "value", "human", "gpt")
@@ -173,12 +185,22 @@ def spell_rows(case: Case, rng: random.Random) -> list[Row]:
             own = own_columns(case)
             row = {c["prompt"]: prompt} | {a: x for (a, _), x in zip(own, answers, strict=True)}
             rows.append(row | {s: x for (_, s), x in zip(own, scores, strict=True)})
+        elif case.shape == "compared":
+            marks = [key.split("_")[0] if key.endswith("answer") else key[-1] for key in (c["a"], c["b"])]
+            winner = rng.choice([*marks, *marks, f"response_{marks[0]}", marks[1].upper(), "tie", "Tie (both bad)"])
+            rows.append({c["prompt"]: prompt, c["a"]: answers[0], c["b"]: answers[1], c["winner"]: winner})
+        elif case.shape == "tagged":
+            turns = [a if isinstance(a, list) else [a] for a in answers]
+            rows += [{c["talk"]: [*prompt, *turn], c["score"]: s} for turn, s in zip(turns, scores, strict=True)]
+        elif case.shape == "openai":
+            turns = [a if isinstance(a, list) else [a] for a in answers]
+            rows.append({c["prompt"]: {"messages": prompt}, c["chosen"]: turns[0], c["rejected"]: turns[1]})
         elif case.shape == "long":
             rows += [{c["prompt"]: prompt, c["answer"]: a, c["score"]: s} for a, s in zip(answers, scores, strict=True)]
         else:
             items = [{c["text"]: a, c["score"]: s} for a, s in zip(answers, scores, strict=True)]
             rows.append({c["prompt"]: prompt, c["answers"]: items})
-    if case.shape == "long" and rng.random() < 0.5:
+    if case.shape in JOINED and rng.random() < 0.5:
         rng.shuffle(rows)
     return rows
 
@@ -224,7 +246,7 @@ def _missing(case: Case, rng: random.Random) -> None:
 
 
 def _missing_prompt(case: Case, rng: random.Random) -> None:
-    del rng.choice(case.rows)[case.columns["prompt"]]
+    rng.choice(case.rows).pop(case.columns["prompt"], None)
 
 
 def _duplicate(case: Case, rng: random.Random) -> None:
@@ -485,6 +507,7 @@ def make_case(seed: int, number: int) -> Case:
     rng = random.Random(f"{seed} {number}")
     shape = rng.choice(SHAPES)
     chat = rng.choice([None, None, None, "role", "from"])
+    chat = (chat or "role") if shape == "tagged" else "role" if shape == "openai" else chat
     style = rng.choice(FORMATS)
     if style == "xlsx" and not HAS_OPENPYXL:
         style = "csv"
@@ -496,12 +519,16 @@ def make_case(seed: int, number: int) -> Case:
         drop=number % 2 == 1,
         hard=rng.random() < 0.2,
         columns=columns_of(shape, chat, rng),
-        k=2 if shape in ("pairs", "rated") else rng.randint(2, 4),
+        k=2 if shape in ("pairs", "rated", "compared", "openai") else rng.randint(2, 4),
     )
+    if case.columns.get("score") in ("label", "kto_tag"):
+        case.written = rng.choice(["numbers", "words", "truths"])
+    elif shape in ("lists", "wide", "long", "nested") and rng.random() < 0.2:
+        case.written = "percentages"
     case.rows = spell_rows(case, rng)
     case.delimiter = "\t" if style == "tsv" else rng.choice(",,;\t|") if style == "csv" else ","
     case.ascii = rng.random() < 0.5
-    case.stream = shape != "long" and rng.random() < 0.1
+    case.stream = shape not in JOINED and rng.random() < 0.1
     if number % 20 == 0:
         case.mutations = [NONE]
         return case
@@ -685,6 +712,13 @@ class Number:
     text: str
 
 
+@dataclass(frozen=True)
+class Told:
+    """A conversation that is read already."""
+
+    turns: list[tuple[str, str]]
+
+
 class Twice(dict):
     """An object in which a key stands twice."""
 
@@ -761,8 +795,8 @@ def file_rows(path: Path, case: Case) -> list[Any]:
 
 
 def _numbered(value: Any) -> Any:
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return Number(repr(value))
+    if isinstance(value, int | float | decimal.Decimal) and not isinstance(value, bool):
+        return Number(str(value) if isinstance(value, decimal.Decimal) else repr(value))
     if isinstance(value, dict):
         return {key: _numbered(item) for key, item in value.items()}
     return [_numbered(item) for item in value] if isinstance(value, list) else value
@@ -851,9 +885,11 @@ class RowReader:
             row = {re.sub(r"[\W_]+", "_", name.strip().lower()).strip("_"): value for name, value in raw.items()}
             self.doubt |= len(row) < len(raw) or any(_has_half_of(value) for value in row.values())
             found = [group for parts in self.parts(row) for group in self.groups(*parts, row)]
+            if self.case.shape == "compared" and any(len(set(map(repr, g.completions))) < 2 for g in found):
+                self.doubt = True
         except Bad as error:
             return Reading([], False, False, str(error))
-        if self.case.shape == "long":
+        if self.case.shape in JOINED:
             return Reading(found, not self.doubt)
         kept = [group for group in map(_distinct, found) if group is not None]
         if not kept:
@@ -882,6 +918,16 @@ class RowReader:
             yield prompt, [item.get(c["text"]) for item in items], [item.get(c["score"]) for item in items]
         elif shape == "long":
             yield prompt, [row.get(c["answer"])], [row.get(c["score"])]
+        elif shape == "compared":
+            answers = [row.get(c["a"]), row.get(c["b"])]
+            yield prompt, answers, self.better(row.get(c["winner"]), answers)
+        elif shape == "tagged":
+            for turns in self.texts(row.get(c["talk"])):
+                if isinstance(turns, str) or len(turns) < 2 or turns[-1][0] != "assistant":
+                    raise Bad("no conversation that ends with an answer")
+                yield Told(turns[:-1]), [Told(turns[-1:])], [row.get(c["score"])]
+        elif shape == "openai":
+            yield from self.pair(self.messages_in(prompt), row)
         elif shape in ("pairs", "rated"):
             yield from self.pair(prompt, row)
         else:
@@ -906,6 +952,35 @@ class RowReader:
             scores = [Number("1")] * len(sides[0]) + [Number("0")] * len(sides[1])
         yield prompt, [*sides[0], *sides[1]], scores
 
+    def better(self, value: Any, answers: list[Any]) -> list[Number]:
+        """The scores of two answers by the word for the better one."""
+        if not isinstance(value, str):
+            raise Bad(f"the better answer {value!r}")
+        if [answer == value for answer in answers].count(True) == 1:
+            self.doubt = True  # the text of an answer names it
+            return [Number(str(int(answer == value))) for answer in answers]
+        word = value.strip().lower().removeprefix("response_")
+        marks = ("first", "second") if self.c["a"].endswith("answer") else ("a", "b")
+        if word.startswith("tie"):
+            return [Number("0.5"), Number("0.5")]
+        if word not in marks:
+            raise Bad(f"the better answer {value!r}")
+        return [Number(str(int(word == mark))) for mark in marks]
+
+    def messages_in(self, value: Any) -> Any:
+        """The messages in the object of a prompt, which a table has as JSON."""
+        inner = value
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                inner = _loads(value)
+            self.doubt |= not self.table
+        _check_keys({"": inner})
+        if isinstance(inner, dict) and _talks(inner.get("messages")):
+            self.doubt |= not isinstance(inner["messages"], list)
+            return inner["messages"]
+        self.doubt = True
+        return value
+
     def listed(self, value: Any) -> list[Any]:
         if isinstance(value, str):
             try:
@@ -919,7 +994,7 @@ class RowReader:
         return value
 
     def groups(self, prompt: Any, answers: list[Any], scores: list[Any], row: Row) -> Iterator[Group]:
-        least = 1 if self.case.shape == "long" else 2
+        least = 1 if self.case.shape in JOINED else 2
         if len(answers) != len(scores) or len(answers) < least:
             raise Bad(f"{len(answers)} answers, {len(scores)} scores")
         numbers = [self.score(score) for score in scores]
@@ -944,8 +1019,11 @@ class RowReader:
             return [prompt]
         found = [prompt]
         for key in ("input", "context"):
-            if isinstance(row.get(key), str) and isinstance(prompt, str):
-                found += [f"{p}\n{row[key]}" for p in found]
+            if isinstance(row.get(key), str):
+                found += [
+                    f"{p}\n{row[key]}" if isinstance(p, str) else [("user", f"{p[0][1]}\n{row[key]}")]
+                    for p in found if isinstance(p, str) or [role for role, _ in p] == ["user"]
+                ]  # fmt: skip
         system = row.get("system")
         if isinstance(system, str) and system.strip():
             found += [f"{system}\n\n{p}" if isinstance(p, str) else [("system", system), *p] for p in found]
@@ -953,24 +1031,43 @@ class RowReader:
 
     def score(self, value: Any) -> float:
         text = value.text if isinstance(value, Number) else value
+        if self.case.written in TRUTHS and self.case.shape != "compared":
+            return self.label(text)
         if isinstance(text, bool):
             self.doubt = True
             return float(text)
         if not isinstance(text, str):
             raise Bad(f"the score {value!r}")
         self.doubt |= isinstance(value, str) and not self.table
-        text = text.strip()
+        text, percent = text.strip(), self.case.written == "percentages"
+        if percent != text.endswith("%"):
+            raise Bad(f"the score {text!r}")
+        text = text.removesuffix("%").rstrip()
         if self.decimal_comma and re.fullmatch(r"[+-]?\d+,\d+", text):
             text = text.replace(",", ".")
         if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text):
             raise Bad(f"the score {text!r}")
-        number = float(text)
+        number = float(text) / (100 if percent else 1)
         if not abs(number) <= LARGEST:
             raise Bad(f"the score {text!r}")
         return number
 
+    def label(self, text: Any) -> float:
+        """The number of a label; words of another kind may be understood."""
+        if isinstance(text, bool):
+            self.doubt = True
+            return float(text)
+        word = text.strip().lower() if isinstance(text, str) else ""
+        for good, bad in TRUTHS.values():
+            if word in (good.lower(), bad.lower()):
+                self.doubt |= word not in [told.lower() for told in TRUTHS[self.case.written]]
+                return float(word == good.lower())
+        raise Bad(f"the label {text!r}")
+
     def texts(self, value: Any, *, is_prompt: bool = False) -> list[Any]:
         """The readings of a text or a conversation."""
+        if isinstance(value, Told):
+            return [value.turns]
         if isinstance(value, Number):
             self.doubt = True
             return [value.text]
@@ -1149,7 +1246,7 @@ def compare(case: Case, split: str, readings: list[Reading], rows: list[Row], lo
     bad = [i for i, r in enumerate(readings) if not r.groups and not r.few]
     if bad and not case.drop:
         return Outcome("wrong", f"{split}: row {bad[0]} ({readings[bad[0]].why}) was not refused")
-    if case.shape == "long":
+    if case.shape in JOINED:
         for expected in joined(readings, case):
             if len(expected) == len(rows) and all(map(ids.same, rows, expected)):
                 return Outcome("groups")
@@ -1198,7 +1295,7 @@ def through_the_door(name: str, case: Case, tokenizer: Any) -> dict[str, tuple[l
         told = {"max_length": None, "max_prompt_length": None, "on_bad_row": on_bad_row, "name": split}
         prepared, report = prepare_groups(rows, tokenizer, options=options, **told)
         found[split] = (list(prepared), None if case.stream else report.dropped)
-        if case.shape == "long":
+        if case.shape in JOINED:
             notes = " ".join(args.notes)
             found[split] = (
                 list(prepared),

@@ -103,16 +103,17 @@ def read_files(paths: list[Path], *, streaming: bool = False) -> Dataset | Itera
     typed = kinds & set(TYPED)
     if None in kinds or (typed and len(kinds) > 1):
         raise FileProblem(
-            f"{', '.join(p.name for p in paths)}: files of one split, expected all of one kind, as .jsonl."
+            f"{', '.join(p.name for p in paths)}: files of one split, expected all of one kind. Give one of them, or "
+            "convert the others."
         )
     if typed and any(kind_of(path).compression for path in paths):
         raise FileProblem(f"'{paths[0]}' is compressed twice. Uncompress it, as with gunzip or unzstd.")
     for path in paths:
         if not path.stat().st_size:
             raise FileProblem(f"'{path}' is empty, expected at least one row.")
-    if kinds == {"arrow"} and not streaming and len(paths) == 1:
+    if kinds == {"arrow"} and not streaming and len(paths) == 1 and not _unknown_types(_arrow_schema(paths[0])):
         return _open_arrow(paths[0])
-    features = _schema(paths[0]) if typed else _FEATURES
+    features = _features(_arrow_schema(paths[0])) if typed else _FEATURES
     if not typed:
         _check_same_columns(paths)
     # The key of the cache: files that changed, and other code, are read again.
@@ -186,7 +187,9 @@ def _text(path: Path, compression: str | None) -> Iterator[TextIO]:
         try:
             head = file.peek(4)  # type: ignore[attr-defined]
         except OSError as error:
-            raise FileProblem(f"{path} is no {compression} file: {error}") from error
+            raise FileProblem(
+                f"{path} is no {compression} file: {error}. Name it by what it is, without '{path.suffix}'."
+            ) from error
         encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), "utf-8")
         try:
             yield io.TextIOWrapper(file, encoding=encoding, newline="")
@@ -231,7 +234,8 @@ def _read_json(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
         row = 0
         for line, text in rest:
             try:
-                check_text(parse_object(text), "the row")
+                for name, value in parse_object(text).items():
+                    check_text([name, value], f"'{name.encode('utf-8', 'backslashreplace').decode()}'")
             except ValueError as error:
                 yield _bad(path, f"row {row} (line {line})", error)
             else:
@@ -475,20 +479,44 @@ def _cell(value: Any) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- with types
 
 
-def _schema(path: Path) -> Features:
+def _arrow_schema(path: Path) -> pa.Schema:
     known = kind_of(path)
     with _bytes(path, known.compression if known else None) as file:
         try:
-            schema = pq.ParquetFile(file).schema_arrow if known.kind == "parquet" else _arrow_reader(path).schema
+            return pq.ParquetFile(file).schema_arrow if known.kind == "parquet" else _arrow_reader(path).schema
         except (pa.ArrowException, OSError) as error:
             raise FileProblem(f"'{path}' cannot be read as {known.kind}: {error}") from error
-    return Features.from_arrow_schema(schema)
+
+
+def _unknown_types(schema: pa.Schema) -> list[str]:
+    """Return the columns whose types datasets does not know."""
+    unknown = []
+    for field in schema:
+        try:
+            Features.from_arrow_schema(pa.schema([field]))
+        except (ValueError, TypeError, NotImplementedError):
+            unknown.append(field.name)
+    return unknown
+
+
+def _features(schema: pa.Schema) -> Features:
+    unknown = _unknown_types(schema)
+    known = Features.from_arrow_schema(pa.schema([field for field in schema if field.name not in unknown]))
+    return Features({name: known.get(name) or Value("string") for name in schema.names})
+
+
+def _typed_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
+    """Yield rows; a value of a type that datasets does not know is its JSON text."""
+    unknown: list[str] | None = None
+    for batch in batches:
+        unknown = _unknown_types(batch.schema) if unknown is None else unknown
+        for row in batch.to_pylist():
+            yield row | {name: json.dumps(row[name], default=str) for name in unknown if row[name] is not None}
 
 
 def _read_parquet(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
     with _bytes(path, compression) as file:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
-            yield from batch.to_pylist()
+        yield from _typed_rows(pq.ParquetFile(file).iter_batches(batch_size=1000))
 
 
 def _arrow_reader(path: Path) -> Any:
@@ -502,8 +530,7 @@ def _arrow_reader(path: Path) -> Any:
 def _read_arrow(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
     reader = _arrow_reader(path)
     batches = reader if hasattr(reader, "__iter__") else (reader.get_batch(i) for i in range(reader.num_record_batches))
-    for batch in batches:
-        yield from batch.to_pylist()
+    yield from _typed_rows(batches)
 
 
 def _open_arrow(path: Path) -> Dataset:

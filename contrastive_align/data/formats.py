@@ -6,8 +6,10 @@ import json
 import math
 import numbers
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from contrastive_align.data.messages import (
@@ -19,13 +21,17 @@ from contrastive_align.data.messages import (
     is_messages,
     without_none,
 )
-from contrastive_align.data.rows import FIX, BadRow, check_text, parsed, short, text_of
+from contrastive_align.data.rows import FIX, BadRow, check_text, parsed, short, text_of, truth_of
 
 
 __all__ = ["BadRow", "Group", "Message", "Parts", "Text", "checked_group", "distinct_prompts"]
 
 LARGEST_SCORE = 3.4028234663852886e38  # scores are float32 on their way to the loss
+NUMBERS, PERCENTAGES, LABELS = "numbers", "percentages", "labels"  # how scores are written
+EXPECTED = {PERCENTAGES: "a percentage", LABELS: "a label such as yes or no"}
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+_GRADE = re.compile(r"[A-F][+-]?")
 
 
 @dataclass
@@ -44,18 +50,17 @@ class Group:
 
 @dataclass
 class Columns:
-    """A row's names for its parts, for errors; ``own`` if each completion has its own column and score column."""
+    """A row's names for its parts, for errors; lists of names where each completion, or each score, has a column."""
 
     prompt: str
-    completions: str
-    scores: str
-    own: list[tuple[str, str]] | None = None
+    completions: str | list[str]
+    scores: str | list[str]
 
     def completion(self, i: int) -> str:
-        return f"'{self.own[i][0]}'" if self.own else f"'{self.completions}'[{i}]"
+        return f"'{self.completions}'[{i}]" if isinstance(self.completions, str) else f"'{self.completions[i]}'"
 
     def score(self, i: int) -> str:
-        return f"'{self.own[i][1]}'" if self.own else f"'{self.scores}'[{i}]"
+        return f"'{self.scores}'[{i}]" if isinstance(self.scores, str) else f"'{self.scores[i]}'"
 
 
 @dataclass
@@ -69,6 +74,7 @@ class Parts:
     template: dict[str, Any] = field(default_factory=dict)  # tools and chat_template_kwargs, as they stand in the row
     system: Any = None
     decimal_comma: bool = False
+    written: str = NUMBERS  # how the scores of the dataset are
 
 
 @dataclass
@@ -95,7 +101,8 @@ def checked_group(parts: Parts, where: str, *, least: int = 2, prompt_repeats: b
     """
     columns, counts = parts.columns, Counts()
     completions = [text_of(completion) for completion in parts.completions]
-    scores = check_scores(parts.scores, len(completions), where, columns, least, parts.decimal_comma)
+    written = {"decimal_comma": parts.decimal_comma, "written": parts.written}
+    scores = check_scores(parts.scores, len(completions), where, columns, least, **written)
     completions = [as_text(c, f"{where}: {columns.completion(i)}") for i, c in enumerate(completions)]
     prompt = as_text(parts.prompt, f"{where}: '{columns.prompt}'")
     prompt, completions = _same_form(prompt, completions, where, columns)
@@ -148,52 +155,91 @@ def distinct(completions: list[Any], scores: list[float]) -> list[int]:
 
 
 def check_scores(
-    scores: list[Any], k: int, where: str, columns: Columns, least: int = 2, decimal_comma: bool = False
+    scores: list[Any], k: int, where: str, columns: Columns, least: int = 2, **written: Any
 ) -> list[float]:
     """Check that there are K completions and K finite scores; return the scores as floats, or raise BadRow."""
+    answers, numbers = (n if isinstance(n, str) else ", ".join(n) for n in (columns.completions, columns.scores))
     if k < least:
         raise BadRow(
-            f"{where}: '{columns.completions}' has {k} completion{'s' * (k != 1)}, expected at least {least} per "
-            "prompt. Add completions or drop the row (on_bad_row='drop')."
+            f"{where}: '{answers}' has {k} completion{'s' * (k != 1)}, expected at least {least} per prompt. Add "
+            "completions or drop the row (on_bad_row='drop')."
         )
     if len(scores) != k:
-        raise BadRow(
-            f"{where}: '{columns.scores}' has {len(scores)} numbers for {k} completions, expected one each. {FIX}"
-        )
-    return [number_of(score, f"{where}: {columns.score(i)}", decimal_comma) for i, score in enumerate(scores)]
+        raise BadRow(f"{where}: '{numbers}' has {len(scores)} numbers for {k} completions, expected one each. {FIX}")
+    return [number_of(score, f"{where}: {columns.score(i)}", **written) for i, score in enumerate(scores)]
 
 
-def number_of(score: Any, what: str, decimal_comma: bool = False) -> float:
+def how_written(scores: Iterable[Any]) -> str:
+    """Return how the scores of a dataset are mostly written.
+
+    >>> how_written(["yes", "no"]), how_written(["85%", "7%"]), how_written([1, "2.5", True])
+    ('labels', 'percentages', 'numbers')
+    """
+    found = Counter(
+        PERCENTAGES if isinstance(score, str) and score.rstrip().endswith("%")
+        else LABELS if isinstance(score, str) and truth_of(score) is not None
+        else NUMBERS
+        for score in scores
+        if score is not None and score != ""
+    )  # fmt: skip
+    return max(found, key=lambda how: found[how], default=NUMBERS)
+
+
+def number_of(score: Any, what: str, *, decimal_comma: bool = False, written: str = NUMBERS) -> float:
     """Return a score as a finite float; text of a number, as the cells of a table are, is one.
+
+    Args:
+        score: as it stands in the row.
+        what: the score's name, for errors.
+        decimal_comma: numbers of its table may be written 4,5.
+        written: how the scores of the dataset are: as numbers, as percentages (85%), or as labels (yes and no, good and
+            bad); what is written otherwise is refused.
 
     Raises:
         BadRow: it is none.
 
-    >>> number_of("4.5", "row 0"), number_of("4,5", "row 0", decimal_comma=True)
-    (4.5, 4.5)
+    >>> number_of("4.5", "row 0"), number_of("4,5", "row 0", decimal_comma=True), number_of(True, "row 0")
+    (4.5, 4.5, 1.0)
+    >>> number_of("85%", "row 0", written=PERCENTAGES), number_of("good", "row 0", written=LABELS)
+    (0.85, 1.0)
     """
     if score is None or (isinstance(score, str) and not score.strip()):
         raise BadRow(f"{what} is missing, expected a finite number. Fill it in or drop the row (on_bad_row='drop').")
-    number: Any = score
-    if isinstance(score, str):
-        text = {"true": "1", "false": "0"}.get(score.strip().lower(), score.strip())
-        # 1,000 may be a thousand.
-        german = decimal_comma and _DECIMAL_COMMA.fullmatch(text) and not re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", text)
-        number = text.replace(",", ".") if german else text
-        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", number):
-            comma = (
-                " Write decimals with a point, and no separator of thousands." if _DECIMAL_COMMA.fullmatch(text) else ""
-            )
-            raise BadRow(f"{what} is {short(score)}, expected a finite number.{comma} {FIX}")
-    elif not isinstance(score, numbers.Real):
+    number: Any = score.strip() if isinstance(score, str) else score
+    truth = truth_of(number) if written == LABELS or isinstance(number, bool) else None
+    percent = written == PERCENTAGES and isinstance(number, str) and number.endswith("%")
+    if truth is not None:
+        return float(truth)
+    if written == LABELS or (written == PERCENTAGES and not percent):
+        raise BadRow(f"{what} is {short(score)}, expected {EXPECTED[written]} as in other rows. {FIX}")
+    if isinstance(number, str):
+        number = _number_text(number.removesuffix("%").rstrip() if percent else number, what, decimal_comma)
+    elif not isinstance(number, numbers.Real | Decimal):
         raise BadRow(f"{what} is {short(score)}, expected a finite number, not a {type(score).__name__}. {FIX}")
     try:
-        number = float(number)
+        number = float(number) / (100 if percent else 1)
     except OverflowError:
         number = math.inf
     if not abs(number) <= LARGEST_SCORE:
         raise BadRow(f"{what} is {number}, expected a finite number (at most {LARGEST_SCORE:.2g} in float32). {FIX}")
     return number
+
+
+def _number_text(text: str, what: str, decimal_comma: bool) -> str:
+    """Return the text of a number as Python writes it."""
+    comma = bool(_DECIMAL_COMMA.fullmatch(text))
+    # 1,000 may be a thousand.
+    german = decimal_comma and comma and not re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", text)
+    number = text.replace(",", ".") if german else text
+    if _NUMBER.fullmatch(number):
+        return number
+    if _GRADE.fullmatch(text):
+        raise BadRow(
+            f"{what} is the grade {text!r}, expected a finite number: how far grades are apart is not known. Write a "
+            "number for each grade, as 4 for A and 3 for B, or drop the row (on_bad_row='drop')."
+        )
+    hint = " Write decimals with a point, and no separator of thousands." if comma else ""
+    raise BadRow(f"{what} is {short(text)}, expected a finite number.{hint} {FIX}")
 
 
 def distinct_prompts(rows: Iterable[Mapping[str, Any]], at_most: int | None = None) -> list[Mapping[str, Any]]:

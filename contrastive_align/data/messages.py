@@ -16,10 +16,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's names and others' -> the role of a chat template.
 ROLE_NAMES = {
     **{role: role for role in ROLES},
-    **{"human": "user", "prompter": "user", "instruction": "user", "observation": "tool", "function_response": "tool"},
+    **{"human": "user", "prompter": "user", "instruction": "user"},
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
     **{"gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant", "bing": "assistant"},
     **{"chatbot": "assistant", "ai": "assistant"},
 }
+CALLS = ("function_call", "tool_call")  # roles whose content is the call
 
 
 def as_text(value: Any, what: str) -> Any:
@@ -63,9 +66,30 @@ def _message(turn: Mapping[str, Any], what: str) -> Message:
     else:
         role, content = turn.get("role"), turn.get("content", turn.get("text"))
         rest = {key: value for key, value in turn.items() if key not in ("role", "content", "text")}
-    role = ROLE_NAMES.get(role.lower(), role) if isinstance(role, str) else role
     content = joined_parts(content, what)
+    if role in CALLS:
+        return {"role": "assistant", "tool_calls": tool_calls(content, what), **rest}
+    if "function_call" in rest:
+        rest["tool_calls"] = tool_calls(rest.pop("function_call"), what)
+    role = ROLE_NAMES.get(role.lower(), role) if isinstance(role, str) else role
     return {"role": role, **({} if content is None else {"content": content}), **rest}
+
+
+def tool_calls(told: Any, what: str) -> list[dict[str, Any]]:
+    """Return the tool calls that a turn of its own holds: an object with a name and arguments, or a list of them.
+
+    Raises:
+        BadRow: it holds something else.
+    """
+    found = parsed(told, what)
+    calls = [without_none(call) for call in (found if isinstance(found, list) else [found])]
+    if not calls or not all(isinstance(call, Mapping) and isinstance(call.get("name"), str) for call in calls):
+        raise BadRow(f"{what} is the tool call {short(told)}, expected JSON with a 'name' and 'arguments'. {FIX}")
+    arguments = [parsed(call.get("arguments", call.get("parameters")), what) for call in calls]
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": {} if value is None else value}}
+        for call, value in zip(calls, arguments, strict=True)
+    ]
 
 
 def joined_parts(content: Any, what: str) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,11 +16,11 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from contrastive_align.data import formats, rows, shapes, tokenise
+from contrastive_align.data import formats, rows, tokenise
 from contrastive_align.data.columns import Options
 from contrastive_align.data.formats import Columns, Group, TooFew, check_scores, checked_group, distinct
 from contrastive_align.data.reading import FIRST_ROWS, SOURCE, TOKEN_COLUMNS, as_utf8, join_rows, read_shape, unbatched
-from contrastive_align.data.rows import ROW, BadRow, values_of
+from contrastive_align.data.rows import BadRow, number_in_file, values_of, without_advice
 from contrastive_align.data.shapes import Reading
 from contrastive_align.data.tokenise import NoRoom, TokenisedGroup, fit, tokenise_groups
 
@@ -40,14 +39,14 @@ _SOURCE = hashlib.sha256(
 class DataReport:
     """What a dataset turned out to hold. Row numbers are the dataset's own, from 0.
 
-    Counts are known for a map-style dataset; a stream is read as it is trained on, so that only its shape and columns
-    are.
+    Of a stream the counts are those of the rows that this process read so far, each counted once.
     """
 
     spelling: str  # the name of its shape
     known_from: str = ""
-    rows: int | None = None
-    groups: int | None = None
+    streamed: bool = False
+    rows: int = 0
+    groups: int = 0
     groups_by_k: dict[int, int] = field(default_factory=dict)
     read_columns: list[str] = field(default_factory=list)
     unread_columns: list[str] = field(default_factory=list)
@@ -71,16 +70,50 @@ class DataReport:
         """Say as what the dataset was recognised, and how many groups it holds."""
         known = f"{self.spelling} (like {self.known_from})" if self.known_from else self.spelling
         read = f", from {', '.join(self.read_columns)}" if self.read_columns else ""
-        if self.groups is None:
-            return f"a stream of {known}{read}"
-        ks = ", ".join(f"{n} of K = {k}" for k, n in self.groups_by_k.items())
-        return f"{self.groups} groups ({ks}) of {self.rows} rows, read as {known}{read}"
+        ks = ", ".join(f"{n} of K = {k}" for k, n in sorted(self.groups_by_k.items()))
+        of = f"the first {self.rows} rows of a stream" if self.streamed else f"{self.rows} rows"
+        return f"{self.groups} groups ({ks}) of {of}, read as {known}{read}"
+
+    def count(self, columns: Mapping[str, list[Any]]) -> None:
+        """Add rows as :func:`prepare_groups` makes them, before the bad ones are taken out."""
+        for row in unbatched(columns):
+            self.rows += row["rows"]
+            if row["problem"]:
+                self.dropped += 1
+                if len(self.dropped_because) < FIRST_ROWS:
+                    self.dropped_because[str(row["row"])] = without_advice(row["problem"])
+                continue
+            k = len(row["scores"])
+            self.groups += 1
+            self.groups_by_k[k] = self.groups_by_k.get(k, 0) + 1
+            if len(set(row["scores"])) == 1:
+                self.no_signal += 1
+                self.no_signal_rows += [row["row"]] if len(self.no_signal_rows) < FIRST_ROWS else []
+            self.cut_completions += row["cut_completions"]
+            self.cut_prompts += row["cut_prompt_tokens"] > 0
+            self.moved_boundaries += row["moved_boundary"] > 0
+            self.equal_completions += row["equal_completions"]
+            self.repeated_prompts += row["repeated_prompt"]
+            self.ties += row["rated"] == EQUAL
+            self.contradictions += row["rated"] == LOWER
+
+    def check_some_left(self, name: str) -> None:
+        """Refuse a dataset without a group.
+
+        Raises:
+            ValueError: with the reasons of the first rows.
+        """
+        if not self.groups:
+            reasons = "\n  ".join(self.dropped_because.values())
+            raise ValueError(
+                f"No group is left of the {name} dataset's {self.rows} rows. The first reasons:\n  {reasons}"
+            )
 
     def lost(self) -> list[str]:
         """Say what was dropped or cut, a line each, with the first rows."""
         first = "; ".join(self.dropped_because.values())
         lines = {
-            f"{self.dropped} of {self.rows} rows dropped. The first: {first}": self.dropped,
+            f"{self.dropped} of {self.rows} rows dropped. The first: {first}.": self.dropped,
             f"{self.single_answers} prompts with one answer dropped: a group needs two.": self.single_answers,
             f"{self.equal_completions} completions left out that equal another of their group.": self.equal_completions,
             f"{self.cut_completions} completions cut to fit max_length (they train no EOS).": self.cut_completions,
@@ -145,18 +178,20 @@ def prepare_groups(
     reading = read_shape(dataset, options, name)
     spelling = TOKENS if reading is None else reading.shape
     joined: dict[str, Any] = {}
-    told = DataReport(spelling)
+    told = DataReport(spelling, streamed=isinstance(dataset, IterableDataset))
     if reading is not None:
-        told.known_from = shapes.SHAPES[reading.shape].known_from
+        told.known_from = reading.known_from
         told.read_columns, told.unread_columns = reading.read_columns, reading.unread_columns
         if reading.joined:
             if isinstance(dataset, IterableDataset):
                 raise ValueError(
                     f"The {name} dataset has one answer a row, and the rows of a prompt may stand anywhere in it, "
-                    "so it cannot be a stream. Load it whole."
+                    "so it cannot be a stream. Load it whole, without streaming."
                 )
             dataset, joined = join_rows(dataset, reading, on_bad_row=on_bad_row, name=name)
-            reading = read_shape(dataset, Options(), name)
+            told.dropped, told.single_answers = joined["dropped"], joined["single_answers"]
+            told.dropped_because = {row: without_advice(why) for row, why in joined["dropped_because"].items()}
+            reading = read_shape(dataset, Options(hard_pairs=options.hard_pairs), name)
     reader = _RowReader(reading, tokenizer, max_length, max_prompt_length, on_bad_row, name, vocabulary)
     columns = list(dataset.column_names or next(iter(dataset)))
     map_options = {
@@ -169,22 +204,18 @@ def prepare_groups(
     if isinstance(dataset, IterableDataset):
         reader.as_lists = True
         map_options["batch_size"] = 1  # a stream is read as it is trained on
-        return dataset.map(reader, **map_options).filter(_is_good), told
+        stream = dataset.map(reader, **map_options).filter(_GoodOfStream(told), with_indices=True)
+        next(iter(stream), None)  # up to the first group: what is wrong with all rows is said before training
+        told.check_some_left(name)
+        return stream, told
 
     desc = f"Reading and tokenising the {name} groups"
     key = reader.cache_key(dataset)
     mapped = dataset.map(reader, **map_options, num_proc=num_proc, desc=desc, new_fingerprint=key)
-    problems = mapped["problem"][:]
-    good = [i for i, problem in enumerate(problems) if not problem]
-    _count(mapped.select(good), told)
-    told.rows = joined.get("rows", len(dataset))
-    told.single_answers = joined.get("single_answers", 0)
-    told.dropped = len(mapped) - len(good) + joined.get("dropped", 0)
-    dropped = ((str(row), problem) for row, problem in zip(mapped["row"][:], problems, strict=True) if problem)
-    told.dropped_because = dict(itertools.islice([*joined.get("dropped_because", {}).items(), *dropped], FIRST_ROWS))
-    if not good:
-        reasons = "\n  ".join(told.dropped_because.values())
-        raise ValueError(f"No group is left of the {name} dataset's {told.rows} rows. The first reasons:\n  {reasons}")
+    told.count({column: mapped[column][:] for column in ("scores", *_COUNTED)})
+    told.rows = joined["rows"] if joined else len(dataset)
+    told.check_some_left(name)
+    good = [i for i, problem in enumerate(mapped["problem"][:]) if not problem]
     return (mapped if len(good) == len(mapped) else mapped.select(good)).remove_columns(_COUNTED), told
 
 
@@ -193,6 +224,7 @@ _FEATURES = Features(
     prompt_ids=List(Value("int64")),
     completion_ids=List(List(Value("int64"))),
     scores=List(Value("float64")),
+    rows=Value("int64"),  # 1 for the first group of a row of the dataset
     row=Value("int64"),
     problem=Value("string"),
     cut_completions=Value("int64"),
@@ -200,8 +232,10 @@ _FEATURES = Features(
     moved_boundary=Value("int64"),
     equal_completions=Value("int64"),
     repeated_prompt=Value("int64"),
-    rated=Value("int64"),  # of a hard pair: the sign of the ratings beside it, plus 2; 0 where there are none
+    rated=Value("int64"),
 )
+# Of a hard pair: how the ratings beside it are for the chosen; 0 where there are none.
+LOWER, EQUAL, HIGHER = 1, 2, 3
 _COUNTED = [name for name in _FEATURES if name not in TOKEN_COLUMNS]
 
 
@@ -250,7 +284,7 @@ class _RowReader:
     def __call__(self, batch: Mapping[str, list[Any]], indices: list[int]) -> Any:
         read: list[_Read] = []
         for row, number in zip(unbatched(batch), indices, strict=True):
-            read += self._read(row, row.get(ROW, number))
+            read += self._read(row, number_in_file(row, number))
         waiting = [item for item in read if item.group is not None]
         limits = {"max_length": self.max_length, "max_prompt_length": self.max_prompt_length}
         tokenised = tokenise_groups([item.group for item in waiting], self.tokenizer, **limits)
@@ -292,24 +326,21 @@ class _RowReader:
             best, worst = max(group.scores), min(group.scores)
             if best > worst:
                 group.scores = [float(score == best) for score in group.scores]
-        ultrafeedback = self.reading.shape == "nested" and self.reading.roles["text"] == "response"
-        if ultrafeedback and not group.is_conversational and self.tokenizer.chat_template:
-            # Instructions and responses of UltraFeedback are turns of a chat, written as plain text.
+        if self.reading.is_chat and not group.is_conversational and self.tokenizer.chat_template:
             group.prompt = [{"role": "user", "content": group.prompt}]
             group.completions = [[{"role": "assistant", "content": text}] for text in group.completions]
         return found
 
     def _rated(self, values: Mapping[str, Any], where: str) -> int:
-        """Return 3, 2 or 1: the ratings beside a pair are higher, equal or lower for the chosen; 0: there are none."""
-        ratings = self.reading.roles.get("scores") if self.reading.shape == "pairs" else None
-        row = shapes.by_key(values, self.reading.options)
+        """Return how the ratings beside a pair are for the chosen, or 0 where there are none."""
+        ratings, row = self.reading.ratings, self.reading.naming.by_key(values)
         if not ratings or any(row.get(key) is None for key in ratings):
             return 0
         try:  # they are only counted
             chosen, rejected = (formats.number_of(row[key], where) for key in ratings)
         except BadRow:
             return 0
-        return 2 + (chosen > rejected) - (chosen < rejected)
+        return EQUAL if chosen == rejected else HIGHER if chosen > rejected else LOWER
 
     def _finish(self, item: _Read) -> None:
         """Take out completions that are the same tokens after the cut, and check that the model has every token."""
@@ -329,7 +360,7 @@ class _RowReader:
         if self.vocabulary is not None:
             largest = max(max(ids.prompt_ids), *(max(tokens) for tokens in ids.completion_ids if tokens))
             if largest >= self.vocabulary:
-                fix = "Resize the model: model.resize_token_embeddings(len(tokenizer))."
+                fix = "Resize the model and save it, in Python by model.resize_token_embeddings(len(tokenizer))."
                 if self.reading is None:
                     fix = "Tokenise with the model's own tokenizer, or drop the row (on_bad_row='drop')."
                 raise_as = BadRow if self.reading is None else ValueError
@@ -354,8 +385,10 @@ class _RowReader:
 
 
 def _columns_of(read: list[_Read]) -> dict[str, list[int] | list[str]]:
+    rows = [item.row for item in read]
     return {
-        "row": [item.row for item in read],
+        "rows": [int(i == 0 or row != rows[i - 1]) for i, row in enumerate(rows)],
+        "row": rows,
         "problem": [as_utf8(item.error) for item in read],
         "cut_completions": [item.tokens.cut_completions for item in read],
         "cut_prompt_tokens": [item.tokens.cut_prompt_tokens for item in read],
@@ -394,22 +427,17 @@ def _list_array(lists: list[list[Any]], dtype: Any) -> pa.ListArray:
     return pa.ListArray.from_arrays(_offsets(lists), pa.array(flat))
 
 
-def _is_good(row: Mapping[str, Any]) -> bool:
-    if row["problem"]:
-        logger.warning_once(f"Rows of the stream are dropped; the first: {row['problem']}")
-    return not row["problem"]
+@dataclass
+class _GoodOfStream:
+    """Whether a row of a stream holds a group; counts each row once, however often the stream is read."""
 
+    report: DataReport
+    counted: int = 0
 
-def _count(dataset: Dataset, report: DataReport) -> None:
-    scores, numbers = dataset["scores"][:], dataset["row"][:]
-    flat = [i for i, s in enumerate(scores) if len(set(s)) == 1]
-    rated = Counter(dataset["rated"][:])
-    report.groups = len(dataset)
-    report.groups_by_k = dict(sorted(Counter(len(s) for s in scores).items()))
-    report.no_signal, report.no_signal_rows = len(flat), [numbers[i] for i in flat[:FIRST_ROWS]]
-    report.cut_completions = sum(dataset["cut_completions"][:])
-    report.cut_prompts = sum(n > 0 for n in dataset["cut_prompt_tokens"][:])
-    report.moved_boundaries = sum(n > 0 for n in dataset["moved_boundary"][:])
-    report.equal_completions = sum(dataset["equal_completions"][:])
-    report.repeated_prompts = sum(dataset["repeated_prompt"][:])
-    report.ties, report.contradictions = rated[2], rated[1]
+    def __call__(self, row: Mapping[str, Any], index: int) -> bool:
+        if index == self.counted:
+            self.counted += 1
+            self.report.count({name: [value] for name, value in row.items()})
+            if row["problem"] and self.report.dropped == 1:
+                logger.warning(f"Rows of the stream are dropped; the first: {without_advice(row['problem'])}")
+        return not row["problem"]

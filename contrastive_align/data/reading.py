@@ -13,10 +13,10 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 
-from contrastive_align.data import columns, formats, messages, rows, shapes
+from contrastive_align.data import answers, columns, formats, messages, prompts, rows, scores, shapes
 from contrastive_align.data.columns import Options
 from contrastive_align.data.formats import Group, TooFew, checked_group
-from contrastive_align.data.rows import RAW, ROW, BadRow, values_of
+from contrastive_align.data.rows import OWN_COLUMNS, RAW, ROW, BadRow, number_in_file, values_of
 from contrastive_align.data.shapes import Reading, first_rows, recognise
 
 
@@ -25,16 +25,20 @@ FIRST_ROWS = 5
 # Part of the caches' keys: rows that other code read are read again.
 SOURCE = hashlib.sha256(
     b"".join(
-        Path(f).read_bytes() for f in (__file__, *(m.__file__ for m in (columns, formats, messages, rows, shapes)))
+        Path(f).read_bytes()
+        for f in (
+            __file__,
+            *(m.__file__ for m in (answers, columns, formats, messages, prompts, rows, scores, shapes)),
+        )
     )
 ).hexdigest()
 
 
-def read_shape(dataset: Dataset | IterableDataset, options: Options, name: str) -> Reading | None:
-    """Recognise how a dataset is spelled, by its first rows; None for token ids.
+def sample_of(dataset: Dataset | IterableDataset, name: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the first rows that can be read, and the names of the columns.
 
     Raises:
-        ValueError: see :func:`contrastive_align.data.shapes.recognise`.
+        ValueError: there is none.
     """
     sample, problem = [], None
     for number, row in enumerate(first_rows(dataset)):
@@ -46,13 +50,21 @@ def read_shape(dataset: Dataset | IterableDataset, options: Options, name: str) 
     if names is None or RAW in names:
         names = list(dict.fromkeys(column for row in sample for column in row))
     if not sample:
-        if problem is not None:
-            raise problem
-        raise ValueError(f"The {name} dataset has no rows, expected at least one group.")
+        raise problem or ValueError(f"The {name} dataset has no rows, expected at least one group.")
+    return sample, [column for column in names if column not in OWN_COLUMNS]
+
+
+def read_shape(dataset: Dataset | IterableDataset, options: Options, name: str) -> Reading | None:
+    """Recognise how a dataset is spelled, by its first rows; None for token ids.
+
+    Raises:
+        ValueError: see :func:`contrastive_align.data.shapes.recognise`.
+    """
+    sample, names = sample_of(dataset, name)
     if "image" in names or "images" in names:
         raise ValueError(
-            f"The {name} dataset has images (columns {names}). Vision data is not supported here; for pairs use "
-            "trl.DPOTrainer, or remove the column."
+            f"The {name} dataset has images (columns {names}), which are not supported here; for pairs use "
+            "trl.DPOTrainer. If the texts are enough by themselves, leave the column out of the data."
         )
     if all(column in names for column in TOKEN_COLUMNS):
         return None
@@ -92,7 +104,7 @@ def join_rows(dataset: Dataset, reading: Reading, *, on_bad_row: str, name: str)
     if not (sizes > 1).any():
         raise ValueError(
             f"No two rows of the {name} dataset have the same prompt ({len(dataset)} rows of one answer each, read as "
-            f"'{reading.shape}'), and a group needs two answers. The prompt is {_prompt_columns(reading)}: if "
+            f"'{reading.shape}'), and a group needs two answers. The prompt is {reading.prompt_columns()}: if "
             "another column is, say so with columns='prompt=NAME'."
         )
     told = {"order": order, "sizes": sizes[np.argsort(first)], "reading": reading, "name": name}
@@ -103,13 +115,6 @@ def join_rows(dataset: Dataset, reading: Reading, *, on_bad_row: str, name: str)
         fingerprint=Hasher.hash((dataset._fingerprint, reading, SOURCE, on_bad_row)),
     )
     return joined, counts
-
-
-def _prompt_columns(reading: Reading) -> str:
-    prompt = reading.roles["prompt"]
-    return " + ".join(
-        f"'{reading.names[key]}'" for key in (prompt.system, prompt.history, prompt.main, *prompt.added) if key
-    )
 
 
 @dataclass
@@ -139,7 +144,7 @@ class _Keys:
 
 
 def _single(reading: Reading, row: Mapping[str, Any], number: int, name: str) -> tuple[Group, int]:
-    number = row.get(ROW, number)
+    number = number_in_file(row, number)
     where = f"{name}, row {number}"
     values = values_of(row, where)
     [parts] = reading(values, where)
@@ -174,7 +179,7 @@ def groups_of(dataset: Dataset | IterableDataset, *, options: Options, on_bad_ro
         dataset, _ = join_rows(dataset, reading, on_bad_row=on_bad_row, name=name)
         reading = read_shape(dataset, Options(), name)
     for number, row in enumerate(dataset):
-        where = f"{name}, row {row.get(ROW, number)}"
+        where = f"{name}, row {number_in_file(row, number)}"
         try:
             values = values_of(row, where)
             for parts in reading(values, where):

@@ -13,13 +13,31 @@ ROW = "__row__"  # the number of a row in the file, before shuffling and splitti
 RAW = "__json__"  # the row as JSON text, of which Arrow guesses no types
 UNREADABLE = "__unreadable__"  # the error of a row that the reader of a file could not read
 DECIMAL_COMMA = "__decimal_comma__"  # in a row: its numbers may be written 4,5
-OWN_COLUMNS = (ROW, RAW, UNREADABLE)
+OWN_COLUMNS = (ROW, RAW, UNREADABLE, DECIMAL_COMMA)
 LARGEST_INTEGER = 2**63 - 1
+# What a label says of an answer: the good word, and the bad one.
+_TRUTHS = {
+    word: truth
+    for pair in (
+        ("true", "false"), ("yes", "no"), ("good", "bad"), ("positive", "negative"), ("correct", "incorrect"),
+        ("desirable", "undesirable"), ("chosen", "rejected"), ("accepted", "rejected"), ("pass", "fail"),
+    )
+    for word, truth in zip(pair, (True, False), strict=True)
+}  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadRow(ValueError):
     """A row that cannot be trained on: its place, what was found and expected, and how to fix it."""
+
+
+def without_advice(problem: str) -> str:
+    """Return what is wrong with a row that is dropped, without the advice to drop it.
+
+    >>> without_advice(f"row 3: 'score' is 'x', expected a finite number. {FIX}")
+    "row 3: 'score' is 'x', expected a finite number"
+    """
+    return re.sub(r" [^.:]*\(on_bad_row='drop'\)\.$", "", problem).removesuffix(".")
 
 
 class Repeated(ValueError):
@@ -94,6 +112,12 @@ def values_of(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in OWN_COLUMNS}
 
 
+def number_in_file(row: Mapping[str, Any], place: int) -> int:
+    """Return the number of a row in its file, or its place in the dataset, where its reader gave it none."""
+    number = row.get(ROW)
+    return number if isinstance(number, int) else place
+
+
 def check_text(value: Any, what: str) -> None:
     """Refuse half a UTF-16 pair, which no tokenizer reads, anywhere in a value.
 
@@ -130,6 +154,16 @@ def parsed(value: Any, what: str = "the cell") -> Any:
         except (ValueError, RecursionError):
             return value
     return value
+
+
+def truth_of(value: Any) -> bool | None:
+    """Return the truth that a value is, or that a word of a label says; None for any other.
+
+    >>> truth_of("Yes"), truth_of("undesirable"), truth_of("maybe")
+    (True, False, None)
+    """
+    word = value.strip().lower() if isinstance(value, str) else value
+    return word if isinstance(word, bool) else _TRUTHS.get(word) if isinstance(word, str) else None
 
 
 def text_of(value: Any) -> Any:

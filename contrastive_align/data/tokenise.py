@@ -69,7 +69,7 @@ def tokenise_groups(
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"The tokenizer of {tokenizer.name_or_path!r} has no eos_token, without which no completion can end. Set "
-            "one, for instance tokenizer.eos_token = '</s>'."
+            "one: in its tokenizer_config.json, or in Python tokenizer.eos_token = '</s>', for instance."
         )
     rendered: list[Any] = []
     for group in groups:
@@ -135,7 +135,8 @@ def render_messages(turns: Text, tokenizer: PreTrainedTokenizerBase, **kwargs: A
     if not tokenizer.chat_template:
         raise ValueError(
             f"The prompts are conversations, but the tokenizer of {tokenizer.name_or_path!r} has no chat template. "
-            "Set tokenizer.chat_template, or give prompts and completions as plain text."
+            "Set one: in the file chat_template.jinja beside it, or in Python tokenizer.chat_template. Or give prompts "
+            "and completions as plain text."
         )
     try:
         text: Any = tokenizer.apply_chat_template(turns, tokenize=False, **kwargs)
@@ -167,7 +168,7 @@ def _check_rendered(turns: Sequence[Mapping[str, Any]], text: str, what: str) ->
             ]
             if lost or not leaves[0]:
                 raise BadRow(
-                    f"the chat template leaves out the tool call of {what}: {str(lost or call)[:60]!r}. Use a "
+                    f"the chat template leaves out the tool call of {what}: {str(lost or call)[:60]}. Use a "
                     "model whose template knows tool calls, or drop the row (on_bad_row='drop')."
                 )
 

@@ -23,6 +23,7 @@ from contrastive_align.launch.feedback_flags import build_judge, build_sampler, 
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.targets import resolve_feature
 from contrastive_align.trainers import ConditionalConfig, ConditionalTrainer
+from contrastive_align.trainers.configs import OF_SCORED
 
 
 DEMO_REWARD = "contrastive_align.demo:reward"
@@ -60,9 +61,6 @@ class ConditionalArguments(RunArguments):
     )
     judge: dict | str | None = option(None, "A YAML file, or '{model: name, base_url: address, budget: 1000}'.")
     sampler: dict | str | None = option(None, "A server that samples, LoRA only: '{base_url: address, model: name}'.")
-    score_column: str | None = option(None, "Scores that the completions have already.")
-    negate_score: bool = option(False, "Lower scores are better.")
-    feedback_column: str | None = option(None, "Words that the completions have already.")
     eval_reward: list | str | dict | None = option(None, "Of scored completions: a reward to measure with.")
     eval_prompts: int = option(100, "Prompts measured before and after; 0: none.")
     best: str | None = option(None, "A prompt to ask a trained model for its best with.")
@@ -71,12 +69,9 @@ class ConditionalArguments(RunArguments):
         super().__post_init__()
         for name in ("condition", "reward", "judge", "sampler", "eval_reward"):
             setattr(self, name, read_spec(name, getattr(self, name)))
-        columns = [name for name, value in self.columns.items() if value]
         source = next((name for name in ("reward", "judge") if getattr(self, name) is not None), None)
         if self.reward is not None and self.judge is not None:
             raise ValueError("both reward and judge are given. Give one: what says how good a completion is.")
-        if source and columns:
-            raise ValueError(f"{columns[0]} is of completions that are there, and {source} judges new ones. Give one.")
         if source and self.eval_reward is not None:
             raise ValueError(f"eval_reward is for scored completions; with {source}, that is what is measured.")
 
@@ -84,11 +79,6 @@ class ConditionalArguments(RunArguments):
     def offline(self) -> bool:
         """Whether completions are already there, since nothing would judge new ones."""
         return self.reward is None and self.judge is None
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """The flags that name columns of completions that are already there."""
-        return {name: getattr(self, name) for name in ("score_column", "feedback_column", "negate_score")}
 
 
 class ConditionalRun(Run):
@@ -106,7 +96,7 @@ class ConditionalRun(Run):
         defaults = super().defaults(args)
         if script.best is not None:
             return defaults
-        offline = script.offline and (not args.bundled_data or any(script.columns.values()))
+        offline = script.offline and (not args.bundled_data or any(getattr(args.training, n) for n in OF_SCORED))
         if offline and args.bundled_data:
             defaults["eval_reward"] = DEMO_REWARD
             if script.condition is None:  # two to six completions per prompt are too few for quantiles
@@ -138,7 +128,7 @@ class ConditionalRun(Run):
         args, script, training = self.args, self.args.script, self.args.training
         self.condition = resolve_condition(script.condition or "quantile_tokens")
         if script.offline:
-            train, test, name = load_scored(args, self.condition, **script.columns)
+            train, test, name = load_scored(args, self.condition)
         else:
             train, test, name = load_prompts(args)
         if test is None and training.eval_strategy != "no":

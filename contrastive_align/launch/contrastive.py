@@ -14,7 +14,7 @@ from contrastive_align.data.reading import TOKEN_COLUMNS
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.arguments import Arguments
 from contrastive_align.launch.ask import sample_trained
-from contrastive_align.launch.common import Run, model_arguments
+from contrastive_align.launch.common import Run, model_arguments, print_on_main
 from contrastive_align.launch.datasets import DEMO_NAME, load_demo, load_splits
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.losses import LOSSES
@@ -26,7 +26,6 @@ from contrastive_align.trainers.configs import AUTO
 
 DEMO_SAMPLES = {"per_prompt": 4, "max_new_tokens": 48}
 MEASURED_TRAIN_GROUPS = 256
-PAIR_SHAPES = ("pairs", "last_turn", "compared")  # of data/shapes.py
 
 
 class RewardRun(Run):
@@ -85,6 +84,14 @@ class RewardRun(Run):
         if self.args.bundled_data:
             self.rewards_before = _demo_rewards(self.trainer, self.test_rows)
 
+    def train(self, checkpoint: str | bool | None) -> None:
+        """Train; say what streams held, which is known once they are read."""
+        super().train(checkpoint)
+        self.summary.data = self.describe_data()
+        for split, report in self.summary.data.items():
+            if report["streamed"]:
+                print_on_main("\n  ".join([f"{split} data: {report['line']}", *report["notes"]]))
+
     def after_saving(self) -> None:
         """Describe the method again: a resumed run has the temperature of its checkpoint."""
         line, options = self.describe()
@@ -114,7 +121,7 @@ class PreferenceRun(RewardRun):
         training = self.args.training
         options = read_options(training.columns, training.score_column, training.hard_pairs)
         reading = read_shape(train, options, name)
-        if reading is None or reading.shape not in PAIR_SHAPES:
+        if reading is None or not reading.pairs:
             columns = reading.read_columns if reading else TOKEN_COLUMNS
             raise UsageError(
                 f"{name} has scored completions (columns {sorted(columns)}), expected 'chosen' and 'rejected'. Use "

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Line
@@ -81,6 +82,7 @@ def _show(args: Arguments, console: Console) -> DataReport:
         vocabulary=embedding_rows(model) if model else None,
         **told,
     )
+    tokens = tokens if isinstance(tokens, Dataset) else Dataset.from_list(list(tokens))  # a stream is read to its end
     console.print(f"{args.dataset}: {report.recognised()}")
     for line in [*args.notes[notes:], *report.notes()]:
         console.print(f"  {line}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,15 +14,16 @@ from datasets.exceptions import DatasetGenerationError
 from trl import DatasetMixtureConfig, get_dataset
 
 from contrastive_align import demo
-from contrastive_align.conditions import AttributeCondition, Condition
-from contrastive_align.data import Options, read_shape
-from contrastive_align.data.columns import SAMPLE, Prompt, Table, find_prompt, key_of, read_options
+from contrastive_align.conditions import Condition
+from contrastive_align.conditions.scored_rows import ScoredRows
+from contrastive_align.data import read_shape
+from contrastive_align.data.columns import SAMPLE, Naming, Table, key_of, read_options
 from contrastive_align.data.files import KINDS, FileProblem, folder_files, kind_of, prompts_of, read_files
 from contrastive_align.data.formats import with_system
 from contrastive_align.data.messages import as_text
+from contrastive_align.data.prompts import Prompt, find_prompt
 from contrastive_align.data.reading import join_rows
-from contrastive_align.data.rows import RAW, ROW, BadRow, values_of
-from contrastive_align.data.shapes import by_key
+from contrastive_align.data.rows import RAW, ROW, BadRow, number_in_file, values_of
 from contrastive_align.launch.arguments import Arguments, RunArguments
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.trl_seam import DatasetConfig
@@ -31,9 +31,6 @@ from contrastive_align.trl_seam import DatasetConfig
 
 # Columns of groups and pairs, which are dropped where a dataset serves for its prompts alone.
 NOT_PROMPTS = ("completion", "completions", "scores", "responses", "rewards", "chosen", "rejected", "completion_ids")
-SCORES = ("score", "scores", "reward", "rewards")  # names of a column of scores, without --score_column
-FEEDBACK = ("feedback", "feedbacks")
-PROMPT_COLUMNS = ("prompt", "instruction")
 DEMO_NAME = "the bundled demo data"
 Splits = DatasetDict | IterableDatasetDict
 
@@ -122,54 +119,79 @@ def load_prompts(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
         return take(_read_lines(Path(named).expanduser()), script.max_train_samples), None, named
     name = args.dataset or "the bundled demo prompts"
     train, test = load_demo(args) if args.bundled_data else load_splits(args)
-    return from_rows(train, name), None if test is None else from_rows(test, name), name
+    columns = getattr(args.script, "columns", None) or getattr(args.training, "columns", None)
+    train, test = (rows if rows is None else from_rows(rows, name, columns) for rows in (train, test))
+    if hasattr(args.training, "columns"):
+        args.training.columns = None  # the rows have the canonical one
+    return train, test, name
 
 
-def load_scored(args: Arguments, condition: Condition, **columns: Any) -> tuple[Dataset, Dataset | None, str]:
-    """Load completions with scores or feedback as :func:`with_feedback` names them, and the name of the data."""
+def load_scored(args: Arguments, condition: Condition) -> tuple[Dataset, Dataset | None, str]:
+    """Load completions with scores or feedback in the canonical form, and the name of the data.
+
+    The training arguments name the columns, and forget them: the canonical ones are what a trainer looks for.
+    """
     train, test = load_demo(args) if args.bundled_data else load_splits(args)
-    train = with_feedback(train, condition, **columns)
-    return train, None if test is None else with_feedback(test, condition, **columns), args.dataset or DEMO_NAME
+    training = args.training
+    options = read_options(training.columns, training.score_column)
+    told = {"feedback_column": training.feedback_column, "negate_score": training.negate_score}
+
+    def canonical(rows: Any, name: str) -> Dataset:
+        scored = ScoredRows.of(rows, condition, options=options, **told)
+        found, problems = scored.to_dataset(on_bad_row=training.on_bad_row)
+        if unread := scored.unread_columns:
+            args.notes.append(f"{name}: columns not read: {', '.join(unread)}")
+        if problems:
+            args.notes.append(f"{name}: {len(problems)} of {len(rows)} rows dropped. The first: {problems[0]}")
+        return found
+
+    rows, held_out = canonical(train, "train"), None if test is None else canonical(test, "eval")
+    training.columns = training.score_column = training.feedback_column = None
+    training.negate_score = False
+    return rows, held_out, args.dataset or DEMO_NAME
 
 
-def from_rows(rows: Any, name: str) -> Dataset:
-    """Check the prompts and return the rows in memory, without the columns of completions and scores."""
+def from_rows(rows: Any, name: str, columns: Any = None) -> Dataset:
+    """Check the prompts and return the rows in memory, without the columns of completions and scores.
+
+    ``columns`` is what the user says of them, as in ``prompt=question``.
+    """
     checked: list[dict[str, Any]] = []
     plain = []
     for number, row in enumerate(rows):
         try:
-            plain.append(values_of(row, f"{name}, row {row.get(ROW, number)}"))
+            plain.append(values_of(row, f"{name}, row {number_in_file(row, number)}"))
         except BadRow as error:
             raise UsageError(str(error)) from error
-    prompt = _prompt_of(plain)
+    if not plain:
+        raise UsageError(f"{name} has no rows, expected at least one prompt.")
+    options = read_options(columns, None)
+    names = {key_of(column): column for row in plain[:SAMPLE] for column in row}
+    naming = Naming.of(options, names)
+    table = Table([naming.by_key(row) for row in plain[:SAMPLE]], naming.names(names), options, naming)
+    prompt = find_prompt(table, map(key_of, NOT_PROMPTS))
     for number, row in enumerate(plain):
         where = f"{name}, row {number}"
-        if prompt.main is None or (keyed := by_key(row, Options())).get(prompt.main) is None:
-            raise UsageError(f"{where}: no 'prompt', only {sorted(row)}. Rename the column that has it.")
+        keyed = naming.by_key(row)
+        if prompt.main is None or keyed.get(prompt.main) is None:
+            raise UsageError(
+                f"{where}: no 'prompt', only {sorted(row)}. Name the column that has it: columns='prompt=NAME'."
+            )
         told = _read_prompt(prompt, keyed, where)
         if not is_prompt(told):
             raise UsageError(f"{where}: 'prompt' is {str(told)[:80]!r}, expected a text, or messages up to the user's.")
-        left = {key: value for key, value in row.items() if key not in NOT_PROMPTS and key_of(key) not in prompt.keys}
+        read = {table.names[key] for key in prompt.keys if key in table.names}
+        left = {key: value for key, value in row.items() if key not in NOT_PROMPTS and key not in read}
         checked.append({"prompt": told, **left})
-    if not checked:
-        raise UsageError(f"{name} has no rows, expected at least one prompt.")
     return Dataset.from_list(checked)
-
-
-def _prompt_of(rows: list[dict[str, Any]]) -> Prompt:
-    names = {key_of(name): name for row in rows[:SAMPLE] for name in row}
-    return find_prompt(
-        Table([by_key(row, Options()) for row in rows[:SAMPLE]], names, Options()), map(key_of, NOT_PROMPTS)
-    )
 
 
 def _read_prompt(prompt: Prompt, row: dict[str, Any], where: str) -> Any:
     try:
         found = prompt.read(row, where)
-        text = with_system(as_text(found["prompt"], f"{where}: 'prompt'"), found["system"], where)
+        return with_system(as_text(found["prompt"], f"{where}: 'prompt'"), found["system"], where)
     except BadRow as error:
         raise UsageError(str(error)) from error
-    return text
 
 
 def repeat(rows: Dataset, at_least: int) -> Dataset:
@@ -189,49 +211,6 @@ def is_prompt(value: Any) -> bool:
         return True
     messages = isinstance(value, list) and value and all(isinstance(m, dict) and m.get("role") for m in value)
     return bool(messages) and value[-1]["role"] != "assistant"
-
-
-def with_feedback(
-    dataset: Dataset,
-    condition: Condition,
-    *,
-    score_column: str | None = None,
-    negate_score: bool = False,
-    feedback_column: str | None = None,
-) -> Dataset:
-    """Rename the columns of scores, feedback and prompts to the names that the trainer reads.
-
-    ``negate_score`` is for scores of which lower is better (toxicity). Feedback is words, or JSON objects for the
-    condition ``attributes``; without a ``feedback_column``, the columns with the names of its attributes are joined.
-    """
-    dataset = typed(dataset) if isinstance(dataset, Dataset) else dataset
-    if not isinstance(dataset, Dataset):
-        raise UsageError("scored completions are sorted by their scores, so they cannot be a stream. Leave it out.")
-    for option, name in (("score_column", score_column), ("feedback_column", feedback_column)):
-        if name is not None and name not in dataset.column_names:
-            raise ValueError(f"{option} is '{name}', and the data has the columns {sorted(dataset.column_names)}.")
-    lists = bool({"completions", "responses"} & set(dataset.column_names))
-    score_name, feedback_name = ("scores", "feedbacks") if lists else ("score", "feedback")
-    score_column = score_column or _first(dataset, SCORES)
-    if negate_score:
-        if score_column is None:
-            raise ValueError("negate_score is given, and the data has no scores. Name them with score_column.")
-        negated = [_negative(x, f"row {i}, '{score_column}'") for i, x in enumerate(dataset[score_column])]
-        dataset = dataset.remove_columns(score_column).add_column(score_column, negated)
-    dataset = _rename(dataset, score_column, score_name, SCORES)
-    attributes = list(condition.attributes) if isinstance(condition, AttributeCondition) else []
-    missing = [name for name in attributes if name not in dataset.column_names]
-    if feedback_column is None and attributes and not missing:
-        dataset = dataset.map(
-            lambda row: {feedback_name: _objects({a: row[a] for a in attributes})}, load_from_cache_file=False
-        )
-    elif feedback_column is None and attributes and _first(dataset, FEEDBACK) is None:
-        raise ValueError(
-            f"The condition 'attributes' is of {attributes}, and the data has no column for {missing}, only "
-            f"{sorted(dataset.column_names)}. Rename them, or name a column of JSON objects with feedback_column."
-        )
-    dataset = _rename(dataset, feedback_column, feedback_name, FEEDBACK)
-    return _rename(dataset, None, "prompt", PROMPT_COLUMNS)
 
 
 def _load_mixture(script: RunArguments, mixture: DatasetMixtureConfig, want_eval: bool) -> Splits:
@@ -339,38 +318,3 @@ def _read_lines(path: Path) -> Dataset:
         return from_rows([{"prompt": line} for line in prompts_of(path)], str(path))
     except FileProblem as error:
         raise UsageError(f"{error}") from error
-
-
-def _first(dataset: Dataset, names: tuple[str, ...]) -> str | None:
-    return next((name for name in names if name in dataset.column_names), None)
-
-
-def _rename(dataset: Dataset, old: str | None, new: str, aliases: tuple[str, ...]) -> Dataset:
-    """Rename a column, by default the first alias that is there, and drop the other aliases."""
-    old = old or _first(dataset, aliases)
-    if old is None:
-        return dataset
-    dataset = dataset.remove_columns([c for c in dataset.column_names if c in aliases and c != old])
-    return dataset if old == new else dataset.rename_column(old, new)
-
-
-def _negative(value: Any, where: str) -> Any:
-    if value is None or isinstance(value, list):
-        return None if value is None else [_negative(x, where) for x in value]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where} is {value!r}, expected a number to negate.")
-    return -value
-
-
-def _objects(values: Mapping[str, Any]) -> str | list[str]:
-    """Encode the attributes of a completion, or of each of K completions where they are lists, as JSON.
-
-    >>> _objects({"helpful": 2}), _objects({"helpful": [2, 0]})
-    ('{"helpful": 2}', ['{"helpful": 2}', '{"helpful": 0}'])
-    """
-    sizes = {name: len(value) for name, value in values.items() if isinstance(value, list)}
-    if not sizes:
-        return json.dumps(dict(values))
-    if len(sizes) < len(values) or len(set(sizes.values())) > 1:
-        raise ValueError(f"attributes of one row have {sizes} entries, expected as many of each of {list(values)}.")
-    return [json.dumps(dict(zip(values, each, strict=True))) for each in zip(*values.values(), strict=True)]

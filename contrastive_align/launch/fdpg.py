@@ -45,6 +45,7 @@ class FDPGArguments(RunArguments):
     RANGES: ClassVar[dict[str, Range]] = {"eval_prompts": Range(1, whole=True)}
 
     prompt: str | None = option(None, "One prompt, instead of a dataset.")
+    columns: dict | str | None = option(None, "The prompt's column: prompt=question.")
     features: list | str | None = option(None, "Constraints: '[{contains: please, moment: 0.5}]'.")
     reward: list[str] | None = option(None, "file.py:function or reward-model ids: base * exp(reward / beta).")
     eval_samples: int = option(10_000, "Samples measured of each distribution; 0: none.")

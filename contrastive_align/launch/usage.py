@@ -14,6 +14,7 @@ class UsageError(SystemExit):
     """A wrong command line; prints the message and exits with status 2."""
 
     def __init__(self, message: str):
+        message = as_flags(message)
         print(f"error: {message}", file=sys.stderr)
         super().__init__(2)
         self.message = message
@@ -223,7 +224,7 @@ def as_flags(text: str) -> str:
         return f"--{name}={value}" if re.fullmatch(r"[\w=,.:-]*", value) else f"--{name}='{value}'"
 
     text = re.sub(r"\bresume_from_checkpoint=True\b", "--resume_from_checkpoint=true", text)
-    return re.sub(r"\b(columns|score_column|on_bad_row)=(['\"])(.*?)\2", flag, text)
+    return re.sub(r"\b(columns|score_column|feedback_column|on_bad_row)=(['\"])(.*?)\2", flag, text)
 
 
 def in_own_words(message: str) -> str:

@@ -28,6 +28,7 @@ from contrastive_align.conditions.scored_rows import read_scored
 from contrastive_align.conditions.tokens import add_condition_tokens, with_trainable_rows
 from contrastive_align.data import GroupCollator
 from contrastive_align.data.atomic import atomic_write
+from contrastive_align.data.columns import read_options
 from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
@@ -42,7 +43,7 @@ from contrastive_align.targets.evaluate import Feature
 from contrastive_align.targets.features import weighted_sum
 from contrastive_align.trainers import evaluation, rounds
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset, keep_adapter_as_reference
-from contrastive_align.trainers.configs import ConditionalConfig
+from contrastive_align.trainers.configs import OF_SCORED, ConditionalConfig
 from contrastive_align.trainers.samplers import AdapterServer, VLLMSampler, check_vllm_options, check_vllm_tokens
 from contrastive_align.trl_seam import (
     KeepsDigits,
@@ -209,6 +210,12 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     def _feedback_of(self, reward_funcs: Any, judge: Any, args: ConditionalConfig) -> rounds.Feedback | None:
         if judge is not None and reward_funcs is not None:
             raise ValueError("Both reward_funcs and judge are given, expected one of them.")
+        source = "a judge" if judge is not None else "reward_funcs"
+        given = [name for name in (*OF_SCORED, "columns") if getattr(args, name)]
+        if given and (judge is not None or reward_funcs is not None):
+            raise ValueError(
+                f"{given[0]} is of completions that are there, and {source} scores new ones. Give one of them."
+            )
         if judge is not None:
             return rounds.JudgeFeedback(judge)
         if reward_funcs is None:
@@ -317,6 +324,9 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             max_length=self.args.max_length,
             condition=condition,
             on_bad_row=self.args.on_bad_row,
+            options=read_options(self.args.columns, self.args.score_column),
+            feedback_column=self.args.feedback_column,
+            negate_score=self.args.negate_score,
         )
 
     def _fill_pool(self, samples: list[Sample]) -> int:

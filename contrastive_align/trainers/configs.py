@@ -395,6 +395,10 @@ class FDPGConfig(RLOOConfig):
             )
 
 
+# Options of completions that are there already.
+OF_SCORED = ("score_column", "feedback_column", "negate_score")
+
+
 @describe_options(layout=LAYOUTS, kl_direction=KL_DIRECTIONS, vllm_mode=VLLM_MODES, on_bad_row=ON_BAD_ROW)
 @dataclass
 class ConditionalConfig(SFTConfig):
@@ -449,6 +453,14 @@ class ConditionalConfig(SFTConfig):
             pool has is not drawn again. Tested with a stand-in for TRL's client, not with vLLM on a GPU.
         disable_dropout (`bool`, defaults to `True`):
             Completions are sampled without dropout, and the reference has none.
+        columns (`str` or `dict`, *optional*):
+            Which column is which part, where its name does not say: `prompt=question,completions=answers`.
+        score_column (`str`, *optional*):
+            Scores that the completions have already: the column, where several may be.
+        feedback_column (`str`, *optional*):
+            Words that the completions have already, by default those of `feedback`.
+        negate_score (`bool`, defaults to `False`):
+            Lower scores are better.
         on_bad_row (of scored data), allow_pickled_adapter:
             As in :class:`~contrastive_align.ContrastiveConfig`.
     """
@@ -485,6 +497,10 @@ class ConditionalConfig(SFTConfig):
     vllm_max_model_length: int | None = option_of(RLOOConfig, "vllm_max_model_length")
     vllm_tensor_parallel_size: int = option_of(RLOOConfig, "vllm_tensor_parallel_size")
     disable_dropout: bool = True
+    columns: dict[str, str] | str | None = None
+    score_column: str | None = None
+    feedback_column: str | None = None
+    negate_score: bool = False
     on_bad_row: str = option_of(ContrastiveConfig, "on_bad_row")
     allow_pickled_adapter: bool = option_of(ContrastiveConfig, "allow_pickled_adapter")
 
@@ -501,6 +517,7 @@ class ConditionalConfig(SFTConfig):
                 "scored data 'nll/<quantile_0>'."
             )
         check_choices(self)
+        read_options(self.columns, self.score_column)
         lowest, highest = VLLM_TEMPERATURES
         if self.use_vllm and not lowest <= self.temperature <= highest:
             raise ValueError(

@@ -12,8 +12,8 @@ import pytest
 
 from contrastive_align.data import BadRow, Options
 from contrastive_align.data.files import FileProblem, folder_files, prompts_of, read_files, read_folder
-from contrastive_align.data.rows import UNREADABLE, values_of
 from contrastive_align.data.reading import groups_of
+from contrastive_align.data.rows import UNREADABLE, values_of
 
 
 GROUP = {"prompt": "Name a cup.", "completions": ["tea cup", "mug"], "scores": [1, 0]}
@@ -70,6 +70,19 @@ def spreadsheet(name):
     return name
 
 
+def written(name, content):
+    Path(name).write_bytes(content)
+    return name
+
+
+def rows_of(table):
+    return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
+
+
+def zstd(content):
+    return pa.compress(content, codec="zstd", asbytes=True)
+
+
 WAYS = {
     "comma.csv": lambda name: write(name, *as_csv()),
     "semicolon.csv": lambda name: write(name, *as_csv(";", ",")),
@@ -78,11 +91,11 @@ WAYS = {
     "bars.csv": lambda name: write(name, *as_csv("|")),
     "bom.csv": lambda name: write(name, *as_csv(), encoding="utf-8-sig", end="\r\n"),
     "excel.csv": lambda name: write(name, *as_csv("\t", ","), encoding="utf-16", end="\r\n"),
-    "rows.json": lambda name: Path(name).write_text(json.dumps([dict(zip(TABLE[0], row, strict=True)) for row in TABLE[1:]], indent=1)) and name,
-    "one_object.json": lambda name: Path(name).write_text(json.dumps({"version": 1, "data": [dict(zip(TABLE[0], row, strict=True)) for row in TABLE[1:]]}, indent=1)) and name,
+    "rows.json": lambda name: written(name, json.dumps(rows_of(TABLE), indent=1).encode()),
+    "one_object.json": lambda name: written(name, json.dumps({"version": 1, "data": rows_of(TABLE)}).encode()),
     "rows.jsonl": lambda name: write(name, *[dict(zip(TABLE[0], row, strict=True)) for row in TABLE[1:]], end="\r\n"),
-    "rows.jsonl.gz": lambda name: Path(name).write_bytes(gzip.compress(Path(WAYS["rows.jsonl"]("r.jsonl")).read_bytes())) and name,
-    "rows.csv.zst": lambda name: Path(name).write_bytes(pa.compress(Path(WAYS["comma.csv"]("c.csv")).read_bytes(), codec="zstd", asbytes=True)) and name,
+    "rows.jsonl.gz": lambda name: written(name, gzip.compress(Path(WAYS["rows.jsonl"]("r.jsonl")).read_bytes())),
+    "rows.csv.zst": lambda name: written(name, zstd(Path(WAYS["comma.csv"]("c.csv")).read_bytes())),
     "sheet.xlsx": spreadsheet,
 }  # fmt: skip
 
@@ -166,7 +179,12 @@ def test_texts_and_numbers_stay_as_they_are_written():
 
 
 def test_one_odd_row_spoils_no_other():
-    rows = [GROUP, {**GROUP, "completions": "text"}, {**GROUP, "scores": [[1], 0], "extra": {"a": 1}}, {**GROUP, "extra": 3}]
+    rows = [
+        GROUP,
+        {**GROUP, "completions": "text"},
+        {**GROUP, "scores": [[1], 0], "extra": {"a": 1}},
+        {**GROUP, "extra": 3},
+    ]
     assert len(read(write("rows.jsonl", *rows), on_bad_row="drop")) == 2
 
 
@@ -178,7 +196,9 @@ def test_columns_of_other_rows_are_not_filled_in():
 
 @pytest.mark.parametrize("end", ['"completions": ["a"', "", "]]", "] trailing"])
 def test_a_list_that_does_not_end_is_named(end):
-    Path("rows.json").write_text("[" + json.dumps(GROUP) + ("," if end.startswith('"') else "") + ("{" if end.startswith('"') else "") + end)
+    Path("rows.json").write_text(
+        "[" + json.dumps(GROUP) + ("," if end.startswith('"') else "") + ("{" if end.startswith('"') else "") + end
+    )
     with pytest.raises(FileProblem, match=r"rows.json (is not JSON|goes on after the end)"):
         read("rows.json")
 
@@ -186,7 +206,21 @@ def test_a_list_that_does_not_end_is_named(end):
 # -------------------------------------------------------------------------------------------------- names and folders
 
 
-@pytest.mark.parametrize("name", ["brack[1].jsonl", "data[ab].jsonl", "star_*.jsonl", "what?.jsonl", "a b.jsonl", "%20+.jsonl", "#1.jsonl", "$HOME.jsonl", "x::y.jsonl", "{a,b}.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "brack[1].jsonl",
+        "data[ab].jsonl",
+        "star_*.jsonl",
+        "what?.jsonl",
+        "a b.jsonl",
+        "%20+.jsonl",
+        "#1.jsonl",
+        "$HOME.jsonl",
+        "x::y.jsonl",
+        "{a,b}.jsonl",
+    ],
+)
 def test_a_path_is_a_path(name):
     for other in ("dataa.jsonl", "star_a.jsonl", "whatx.jsonl", "brack1.jsonl"):
         write(other, {**GROUP, "prompt": "ANOTHER FILE"})
@@ -213,22 +247,40 @@ def test_typed_files_and_their_types():
 
 
 def test_folders_have_splits_by_their_names():
-    for name in ("f/train-00000.jsonl", "f/train-00001.jsonl", "f/test.jsonl", "f/nested/validation/x.jsonl", "f/.hidden.jsonl"):
+    for name in (
+        "f/train-00000.jsonl",
+        "f/train-00001.jsonl",
+        "f/test.jsonl",
+        "f/nested/validation/x.jsonl",
+        "f/.hidden.jsonl",
+    ):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         write(name, GROUP)
-    assert {split: len(files) for split, files in folder_files(Path("f")).items()} == {"train": 2, "test": 1, "validation": 1}
-    assert {split: len(rows) for split, rows in read_folder(Path("f")).items()} == {"train": 2, "test": 1, "validation": 1}
+    assert {split: len(files) for split, files in folder_files(Path("f")).items()} == {
+        "train": 2,
+        "test": 1,
+        "validation": 1,
+    }
+    assert {split: len(rows) for split, rows in read_folder(Path("f")).items()} == {
+        "train": 2,
+        "test": 1,
+        "validation": 1,
+    }
     write("f/train-00002.jsonl", {**GROUP, "note": "x"})
     with pytest.raises(FileProblem, match=r"train-00000.jsonl has the columns .* and train-00002.jsonl .*'note'"):
         read_folder(Path("f"))
 
 
 def test_encodings():
-    for mark, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF32_BE, "utf-32-be")):
+    for mark, encoding in (
+        (codecs.BOM_UTF8, "utf-8"),
+        (codecs.BOM_UTF16_LE, "utf-16-le"),
+        (codecs.BOM_UTF32_BE, "utf-32-be"),
+    ):
         Path("p.txt").write_bytes(mark + "größer?\r\nzwei\u2028Zeilen\n\n".encode(encoding))
         assert prompts_of(Path("p.txt")) == ["größer?", "zwei\u2028Zeilen"]
     Path("rows.jsonl").write_bytes(json.dumps(GROUP).encode() + b"\n" + '{"prompt": "größer"}'.encode("latin-1"))
-    with pytest.raises(FileProblem, match="is not UTF-8 text.*Save it as UTF-8"):
+    with pytest.raises(FileProblem, match=r"is not UTF-8 text.*Save it as UTF-8"):
         read("rows.jsonl")
     for broken in ("rows.jsonl.gz", "rows.jsonl.zst"):
         Path(broken).write_bytes(b"no such bytes at all")
@@ -236,7 +288,7 @@ def test_encodings():
             read(broken)
     whole = gzip.compress(b"\n".join([json.dumps(GROUP).encode()] * 1000))
     Path("cut.jsonl.gz").write_bytes(whole[:-20])
-    with pytest.raises(FileProblem, match="cut.jsonl.gz"):
+    with pytest.raises(FileProblem, match=r"cut.jsonl.gz"):
         read("cut.jsonl.gz")
 
 

@@ -1,147 +1,65 @@
 """Published shapes -> the groups that they mean, and what no shape fits is refused with what to type."""
 
+import re
+
 import pytest
-from datasets import Dataset, IterableDataset
+from data.published import LONG, ONE_ROW, READ, REFUSED, SHAPES, SYSTEM, A, B, C, P, assistant, from_json, talk, user
+from datasets import Dataset
 from transformers import AutoTokenizer
 
 from contrastive_align import demo
-from contrastive_align.data import Options, prepare_groups
+from contrastive_align.data import BadRow, Options, prepare_groups
 from contrastive_align.data.columns import key_of, read_options
 from contrastive_align.data.reading import groups_of
 
 
-P, A, B, C = "Name a fruit.", "A lime.", "Pear?", "No."
-SYSTEM = "Be brief."
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def talk(*texts):
-    return [(user, assistant)[i % 2](text) for i, text in enumerate(texts)]
-
-
-def from_value(role, text):
-    return {"from": role, "value": text}
+TEMPLATE = "{% for m in messages %}{{ m.content or m.tool_calls | tojson }}|{% endfor %}{{ tools | tojson }}"
 
 
 def groups(rows, on_bad_row="raise", **options):
-    found = groups_of(Dataset.from_list(rows), options=Options(**options), on_bad_row=on_bad_row, name="train")
+    found = groups_of(from_json(rows), options=Options(**options), on_bad_row=on_bad_row, name="train")
     return [(g.prompt, g.completions, g.scores) for g in found]
 
 
-TEXT = (P, [A, B], [1, 0])
-TALK = ([user(P)], [[assistant(A)], [assistant(B)]], [1, 0])
-PUBLISHED = {
-    "orca": ({"system": SYSTEM, "question": P, "chosen": A, "rejected": B}, (f"{SYSTEM}\n\n{P}", [A, B], [1, 0])),
-    "alpaca": ({"instruction": "Answer.", "input": P, "chosen": A, "rejected": B}, (f"Answer.\n{P}", [A, B], [1, 0])),
-    "alpaca_without_input": ({"instruction": P, "input": "", "chosen": A, "rejected": B}, TEXT),
-    "dolly": ({"instruction": "Answer.", "context": P, "chosen": A, "rejected": B}, (f"Answer.\n{P}", [A, B], [1, 0])),
-    "llama_factory_history": (
-        {"instruction": "And in winter?", "history": [["Cold?", "No."]], "chosen": A, "rejected": B, "system": SYSTEM},
-        (
-            [{"role": "system", "content": SYSTEM}, *talk("Cold?", "No.", "And in winter?")],
-            [[assistant(A)], [assistant(B)]],
-            [1, 0],
-        ),
-    ),
-    "sharegpt": (
-        {"conversations": [from_value("human", P)], "chosen": from_value("gpt", A), "rejected": from_value("gpt", B)},
-        TALK,
-    ),
-    "sharegpt_text": ({"conversations": f'[{{"from": "human", "value": "{P}"}}]', "chosen": A, "rejected": B}, TALK),
-    "single_messages": ({"messages": [user(P)], "chosen": assistant(A), "rejected": assistant(B)}, TALK),
-    "dialogues": ({"chosen": talk(P, A), "rejected": talk(P, B), "source": "own"}, TALK),
-    "dialogues_and_rendered_prompt": ({"prompt": f"<|user|>{P}", "chosen": talk(P, A), "rejected": talk(P, B)}, TALK),
-    "system_beside_dialogues": (
-        {"system": SYSTEM, "chosen": talk(P, A), "rejected": talk(P, B)},
-        ([{"role": "system", "content": SYSTEM}, user(P)], *TALK[1:]),
-    ),
-    "ms_swift": ({"messages": talk(P, A), "rejected_response": B}, TALK),
-    "hh": ({"chosen": f"\n\nHuman: {P}\n\nAssistant: {A}", "rejected": f"\n\nHuman: {P}\n\nAssistant: {B}"},
-           (f"\n\nHuman: {P}\n\nAssistant:", [f" {A}", f" {B}"], [1, 0])),
-    "math_preference": (
-        {"instruction": P, "chosen_response": A, "rejected_response": B, "chosen_rating": 9, "rejected_rating": 4},
-        (P, [A, B], [9, 4]),
-    ),
-    "ratings_with_dashes": (
-        {"prompt": P, "chosen": A, "Chosen-Rating": 5.0, "rejected": B, "Rejected-Rating": 5.0, "chosen-model": "m"},
-        (P, [A, B], [5, 5]),
-    ),
-    "stack_exchange": ({"qid": 1, "question": P, "response_j": A, "response_k": B}, TEXT),
-    "lists_of_chosen": ({"prompt": P, "chosen": [A, C], "rejected": [B]}, (P, [A, C, B], [1, 1, 0])),
-    "distilabel": ({"input": P, "generations": [B, A], "rating": [2.0, 5.0], "order": ["rejected", "chosen"]}, (P, [B, A], [2, 5])),
-    "nectar": (
-        {"prompt": P, "answers": [{"answer": A, "model": "m", "rank": 1.0}, {"answer": B, "model": "n", "rank": 2.0}]},
-        (P, [A, B], [-1, -2]),
-    ),
-    "ranks": ({"prompt": P, "responses": [B, A], "ranks": [2, 1]}, (P, [B, A], [-2, -1])),
-    "webgpt": (
-        {"question": {"id": "1", "full_text": P}, "answer_0": A, "score_0": 0.5, "answer_1": B, "score_1": -0.5},
-        (P, [A, B], [0.5, -0.5]),
-    ),
-    "shp": (
-        {"post_id": "x", "history": P, "human_ref_A": A, "human_ref_B": B, "labels": 1, "score_A": 52, "score_B": 7},
-        (P, [A, B], [52, 7]),
-    ),
-    "score_inside": ({"prompt": P, "response_a": A, "response_a_score": 3, "response_b": B, "response_b_score": 1}, (P, [A, B], [3, 1])),
-    "help_steer_2_preference": (
-        {"prompt": P, "response_1": A, "response_2": B, "preference_strength": -2, "preference_statement": "better"},
-        (P, [A, B], [2, 0]),
-    ),
-    "help_steer_3": (
-        {"domain": "x", "context": [user(P)], "response1": A, "response2": B, "overall_preference": 1},
-        ([user(P)], TALK[1], [0, 1]),
-    ),
-    "summarise": (
-        {"info": {"post": P, "title": "T"}, "summaries": [{"text": A}, {"text": B}], "choice": 1},
-        (f"T\n{P}", [A, B], [0, 1]),
-    ),
-    "arena": ({"conversation_a": talk(P, A), "conversation_b": talk(P, B), "winner": "model_a", "judge": "j"}, TALK),
-    "arena_tie": ({"conversation_a": talk(P, A), "conversation_b": talk(P, B), "winner": "tie (bothbad)"}, (*TALK[:2], [0.5, 0.5])),
-    "lmsys": (
-        {"prompt": f'["{P}"]', "response_a": f'["{A}"]', "response_b": f'["{B}"]', "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0},
-        TEXT,
-    ),
-    "pku_asked": ({"prompt": P, "response_0": B, "response_1": A, "better_response_id": 1}, (P, [B, A], [0, 1])),
-    "prometheus": ({"instruction": P, "response_A": A, "response_B": B, "orig_preference": "A"}, TEXT),
-    "panda_lm": (
-        {"instruction": P, "input": "", "response1": A, "response2": B, "annotator1": 1, "annotator2": 1, "annotator3": 2},
-        (P, [A, B], [2, 1]),
-    ),
-    "alpaca_eval": (
-        {"instruction": P, "output_1": B, "generator_1": "m", "output_2": A, "generator_2": "n", "preference": 1.75},
-        (P, [B, A], [0.25, 0.75]),
-    ),
-    "letters_case": ({"PROMPT": P, "a0": A, "a1": B, "Score_A0": 2, "Score_A1": 1}, (P, [A, B], [2, 1])),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", READ)
 def test_a_published_shape_is_the_groups_that_it_means(name):
-    row, expected = PUBLISHED[name]
-    assert groups([row, row, row]) == [expected] * 3
+    shape = SHAPES[name]
+    copies = 3 if len(shape["rows"]) == 1 else 1
+    assert groups(shape["rows"] * copies, **shape.get("options", {})) == [tuple(shape["group"])] * copies
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_stream_of_it_gives_the_same(name):
-    row, expected = PUBLISHED[name]
-    rows = IterableDataset.from_generator(lambda: iter([row] * 3))
-    found = groups_of(rows, options=Options(), on_bad_row="raise", name="train")
-    assert [(g.prompt, g.completions, g.scores) for g in found] == [expected] * 3
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_shape_that_is_not_told_by_its_names_is_refused_with_what_it_needs(name):
+    shape = SHAPES[name]
+    with pytest.raises(ValueError) as caught:
+        groups(shape["rows"] * 3)
+    assert [word for word in shape["refused"] if word not in str(caught.value)] == []
+    for option in ("columns", "score_column"):  # an option that is offered is known, and leads on
+        if match := re.search(rf"\b{option}='([^']*)'", str(caught.value)):
+            told = read_options(match[1], None).columns if option == "columns" else match[1]
+            if "NAME" not in match[1] and not isinstance(caught.value, BadRow):
+                try:
+                    groups(shape["rows"] * 3, **{option: told})
+                except ValueError as error:
+                    assert str(error) != str(caught.value)
 
 
-LONG = [
-    {"prompt": P, "completion": A, "label": True},
-    {"prompt": "What?", "completion": "This.", "label": True},
-    {"prompt": P, "completion": B, "label": False},
-    {"prompt": P, "completion": C, "label": False},
-]
+@pytest.mark.parametrize("name", ONE_ROW)
+def test_a_stream_of_it_is_prepared_and_counted_like_the_whole(name):
+    shape = SHAPES[name]
+    rows = [{**shape["rows"][0], "n": n} for n in range(3)]
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_PATH)
+    tokenizer.chat_template = TEMPLATE
+    told = {
+        "max_length": 100,
+        "max_prompt_length": None,
+        "on_bad_row": "drop",
+        "options": Options(**shape.get("options", {})),
+    }
+    whole, counts = prepare_groups(from_json(rows), tokenizer, **told)
+    stream, report = prepare_groups(from_json(rows).to_iterable_dataset(), tokenizer, **told)
+    assert [{name: row[name] for name in whole.column_names} for row in stream] == whole.to_list()
+    assert report.as_dict() == {**counts.as_dict(), "streamed": True} and report.groups == report.rows == 3
 
 
 def test_rows_of_a_prompt_are_joined_wherever_they_stand():
@@ -151,7 +69,7 @@ def test_rows_of_a_prompt_are_joined_wherever_they_stand():
     other = [*LONG, {**LONG[0], "completion": "A fig."}]
     assert groups([{**row, "system": f"s{i // 4}"} for i, row in enumerate(other)])[0][1] == [A, B, C]
     helpsteer = [{"prompt": P, "response": text, "helpfulness": n, "coherence": 4} for n, text in enumerate((C, B, A))]
-    with pytest.raises(ValueError, match="'helpfulness', 'coherence'. Say which: score_column='helpfulness'"):
+    with pytest.raises(ValueError, match=r"'helpfulness', 'coherence'. Say which: score_column='helpfulness'"):
         groups(helpsteer)
     assert groups(helpsteer, score_column="helpfulness") == [(P, [C, B, A], [0, 1, 2])]
 
@@ -165,9 +83,11 @@ def test_what_is_joined_is_counted_and_a_stream_of_it_refused():
     assert (len(found), report.rows, report.single_answers, report.dropped) == (1, 5, 1, 1)
     assert "1 prompts with one answer dropped" in " ".join(report.lost())
     stream = Dataset.from_list(LONG).to_iterable_dataset()
-    with pytest.raises(ValueError, match="cannot be a stream. Load it whole"):
+    with pytest.raises(ValueError, match=r"cannot be a stream. Load it whole, without streaming"):
         prepare_groups(stream, tokenizer, **told)
-    with pytest.raises(ValueError, match="No two rows of the train dataset have the same prompt.*columns='prompt=NAME'"):
+    with pytest.raises(
+        ValueError, match=r"No two rows of the train dataset have the same prompt.*columns='prompt=NAME'"
+    ):
         prepare_groups(Dataset.from_list(LONG[:2]), tokenizer, **told)
 
 
@@ -185,9 +105,13 @@ def test_columns_are_named_by_the_user():
 
 def test_an_implicit_prompt_is_believed_only_where_no_column_may_be_the_prompt():
     row = {"chosen": "The answer is 4.", "rejected": "The answer is 5.", "riddle": "two and two?", "id": "x"}
-    with pytest.raises(ValueError, match="'riddle' may be the prompt.*columns='prompt=riddle', or say.*columns='prompt='"):
+    with pytest.raises(
+        ValueError, match=r"'riddle' may be the prompt.*columns='prompt=riddle', or say.*columns='prompt='"
+    ):
         groups([row])
-    assert groups([row], columns={"prompt": "riddle"}) == [("two and two?", ["The answer is 4.", "The answer is 5."], [1, 0])]
+    assert groups([row], columns={"prompt": "riddle"}) == [
+        ("two and two?", ["The answer is 4.", "The answer is 5."], [1, 0])
+    ]
     assert groups([row], columns={"prompt": ""}) == [("The answer is", [" 4.", " 5."], [1, 0])]
 
 
@@ -212,11 +136,23 @@ def test_columns_that_are_not_read_are_named():
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"verse": "a b", "chorus": "c d"}, r"'verse' \(text\), 'chorus' \(text\).*columns='prompt=verse,chosen=NAME,rejected=NAME'"),
-        ({"verse": P, "one": A, "two": B}, "columns='prompt=verse,chosen=NAME,rejected=NAME'"),
-        ({"verse": P, "line": A, "fame": 3}, r"columns='prompt=verse,completion=line,score=fame' \(one answer a row\)"),
-        ({"prompt": P, "response_0": A, "response_1": B, "better_response_id": 0, "safer_response_id": 1}, "score_column='better_response_id'"),
-        ({"prompt": P, "chosen": A, "rejected": B, "Prompt": "x"}, "'prompt' and 'Prompt' differ in case or punctuation alone"),
+        (
+            {"verse": "a b", "chorus": "c d"},
+            r"'verse' \(text\), 'chorus' \(text\).*columns='prompt=verse,chosen=NAME,rejected=NAME'",
+        ),
+        ({"verse": P, "one": A, "two": B}, "columns='prompt=verse,chosen=one,rejected=two'"),
+        (
+            {"verse": P, "line": A, "fame": 3},
+            "resemble those of HelpSteer2, KTO, with columns='prompt=verse,completion=line,score=fame'",
+        ),
+        (
+            {"prompt": P, "response_0": A, "response_1": B, "better_response_id": 0, "safer_response_id": 1},
+            "score_column='better_response_id'",
+        ),
+        (
+            {"prompt": P, "chosen": A, "rejected": B, "Prompt": "x"},
+            r"'prompt' and 'Prompt' differ in case or punctuation alone.*columns='prompt=prompt'",
+        ),
         ({"question": P, "answers": [{"text": A, "wit": 3}, {"text": B, "wit": 1}]}, "score_column='wit'"),
     ],
 )  # fmt: skip
@@ -241,7 +177,8 @@ def test_a_part_of_the_prompt_that_is_empty_in_the_first_rows_is_read_in_others(
 
 @pytest.mark.parametrize(
     ("value", "scores"),
-    [("A>B", [1, 0]), ("B >> A", [0, 1]), ("A<B", [0, 1]), ("A=B", [0.5, 0.5]), ("model_b", [0, 1]), ("Tie (bothbad)", [0.5, 0.5]),
+    [("A>B", [1, 0]), ("B >> A", [0, 1]), ("A<B", [0, 1]),
+     ("A=B", [0.5, 0.5]), ("model_b", [0, 1]), ("Tie (bothbad)", [0.5, 0.5]),
      ("A is better than B", None), ("not a", None), (1, None), ("-1", None)],
 )  # fmt: skip
 def test_a_winner_is_read_whole_or_refused(value, scores):
@@ -275,8 +212,14 @@ def test_ranks_count_down_however_they_are_named():
     [
         ({"prompt": P, "responses": [A, B], "chosen": 1, "rejected": 0}, "hold labels of answers"),
         ({"prompt": P, "answer_a": A, "answer_b": B, "chosen": "A", "rejected": "B"}, "hold labels of answers"),
-        ({"messages": talk("h", "r", "q"), "prompt": "another", "chosen": A, "rejected": B}, "'messages', 'prompt' may each be"),
-        ({"instruction": "Answer.", "question": P, "chosen": A, "rejected": B}, "columns='system=instruction,prompt=question'"),
+        (
+            {"messages": talk("h", "r", "q"), "prompt": "another", "chosen": A, "rejected": B},
+            "'messages', 'prompt' may each be",
+        ),
+        (
+            {"instruction": "Answer.", "question": P, "chosen": A, "rejected": B},
+            "columns='system=instruction,prompt=question'",
+        ),
         ({"prompt": P, "completions": [A, B], "labels": [True, False]}, "score_column='labels'"),
         ({"prompt": P, "completions": [{"response": A, "wit": 1}, {"response": B, "wit": 2}]}, "score_column='wit'"),
     ],

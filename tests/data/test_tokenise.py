@@ -260,7 +260,9 @@ def test_an_eos_that_the_tokenizer_adds_to_the_prompt_is_no_moved_boundary(name)
 def test_a_template_that_drops_the_completion_is_refused():
     drops = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     tokenizer = tokenizer_of_characters(drops)
-    with pytest.raises(BadRow, match=r"^train, row 0: the chat template leaves out a text of completion 0: 'Please sit.'"):
+    with pytest.raises(
+        BadRow, match=r"^train, row 0: the chat template leaves out a text of completion 0: 'Please sit.'"
+    ):
         ours(TALKS[:1], tokenizer)
 
 
@@ -341,7 +343,7 @@ def check_mixed(kept, report) -> None:
     assert (report.no_signal, report.no_signal_rows) == (2, [2, 5])  # the dataset's own numbers
     assert [list(s) for s in kept["scores"]] == [[1, 0], [3, 3], [1, 0], [0, 0]]  # equal scores are kept
     assert report.notes() == [
-        f"2 of 6 rows dropped. The first: {report.dropped_because['1']}; {report.dropped_because['3']}",
+        f"2 of 6 rows dropped. The first: {report.dropped_because['1']}; {report.dropped_because['3']}.",
         "2 of 4 groups have equal scores only (first rows [2, 5]).",
     ]
 
@@ -446,11 +448,24 @@ def stream(rows: list[dict]) -> IterableDataset:
 
 @pytest.mark.parametrize("make", [stream, lambda rows: Dataset.from_list(rows).to_iterable_dataset()])
 def test_a_stream_gives_the_rows_of_the_whole_dataset(plain, make):
-    whole, _ = ours(MIXED, plain, on_bad_row="drop")
+    whole, counts = ours(MIXED, plain, on_bad_row="drop")
     kept, report = ours(make(MIXED), plain, on_bad_row="drop")
+    assert (report.rows, report.groups) == (
+        1,
+        1,
+    ) and "1 groups (1 of K = 2) of the first 1 rows of a stream" in report.recognised()
+    beside = iter(kept)
+    next(beside)  # opened once more in between, as a trainer does for its first group
     for _ in range(2):  # every epoch
         assert [{k: r[k] for k in ("prompt_ids", "completion_ids", "scores")} for r in kept] == whole.to_list()
-    assert (report.spelling, report.groups) == ("lists", None)
+        assert report.as_dict() == {**counts.as_dict(), "streamed": True}
+    assert next(beside)["row"] == 2 and report.as_dict() == {**counts.as_dict(), "streamed": True}
+
+
+@pytest.mark.parametrize("rows", [[bad(0), bad(1)], [{**group(0), "completions": ["same", "same"]}]])
+def test_a_stream_without_a_group_is_refused_before_training(plain, rows):
+    with pytest.raises(ValueError, match=r"No group is left of the eval dataset's \d rows(.|\n)*eval, row 0: "):
+        ours(stream(rows), plain, on_bad_row="drop", name="eval")
 
 
 def test_a_bad_row_of_a_stream_raises_when_it_is_read(plain):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset
 from judge_server import JudgeServer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -19,7 +18,6 @@ from contrastive_align import demo
 from contrastive_align.conditions import Condition, resolve_condition
 from contrastive_align.launch import cli
 from contrastive_align.launch.conditional_measure import in_words
-from contrastive_align.launch.datasets import with_feedback
 from contrastive_align.launch.feedback_flags import build_judge
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.report import Change, plot_rewards, plot_round
@@ -248,7 +246,10 @@ def raises(prompts, completions, **columns):
         (["--prompt=Say."], "nothing says how good a completion is"),
         (["--dataset_name=prompts.txt"], "nothing says how good a completion is"),
         (["--dataset_name=rows.jsonl"], "Expected 'prompt' and 'completion' with 'score' or 'feedback'"),
-        (["--dataset_name=rows.jsonl", "--score_column=points"], "score_column is 'points', and the data has the"),
+        (
+            ["--dataset_name=rows.jsonl", "--score_column=points"],
+            "score_column is 'points', and the columns are 'prompt' (text), 'comp",
+        ),
         (["--dataset_name=rows.jsonl", "--negate_score"], "the data has no scores"),
         (["--prompt=a", "--dataset_name=b", REWARD], "both a prompt and a dataset"),
         ([REWARD, "--judge={model: a}"], "both reward and judge"),
@@ -278,8 +279,11 @@ def raises(prompts, completions, **columns):
             "belongs to a data set with splits, and prompts.txt",
         ),
         (["--dataset_name=prompts.txt", REWARD, "--eval_strategy=epoch"], "--eval_strategy=epoch is given, but there"),
-        ([SCORED, "--negate_score", "--score_column=completion"], "row 0, 'completion' is 'No.', expected a number"),
-        ([SCORED, "--condition=categories"], "'categories' is made from each completion's feedback, and the data has"),
+        ([SCORED, "--score_column=completion"], "No answers were found of which 'completion' is the score"),
+        (
+            [SCORED, "--condition=categories"],
+            "'completion', 'none', 'prompt', 'score']. Name the one that has it, --feedback_column=NAME",
+        ),
         (
             [SCORED, "--condition={kind: attributes, attributes: {harm: 0}}"],
             "no column for ['harm'], only ['comp",
@@ -313,21 +317,6 @@ def test_wrong_input_is_a_message_and_exit_2(flags, said, tmp_path, capsys, monk
     assert error.value.code == 2
     assert said in capsys.readouterr().err
     assert not Path("runs/conditional/summary.json").exists()
-
-
-def test_columns_of_scored_completions():
-    tokens, attributes = resolve_condition("quantile_tokens"), resolve_condition("attributes")
-    pair = {"completions": [["b", "c"]]}
-    rows = Dataset.from_dict({"instruction": ["a"], **pair, "harm": [[1.0, None]], "scores": [[9, 9]]})
-    found = with_feedback(rows, tokens, score_column="harm", negate_score=True)
-    assert found[0] == {"prompt": "a", "completions": ["b", "c"], "scores": [-1.0, None]}
-    rows = Dataset.from_dict({"prompt": ["a"], "response": ["b"], "harmful": [1], "helpful": [2], "words": ["no"]})
-    assert json.loads(with_feedback(rows, attributes)[0]["feedback"]) == {"harmful": 1, "helpful": 2}
-    assert with_feedback(rows, attributes, feedback_column="words")[0]["feedback"] == "no"
-    assert "feedback" not in with_feedback(rows, tokens).column_names
-    rows = Dataset.from_dict({"prompt": ["a"], **pair, "harmful": [[1]], "helpful": [[2, 0]]})
-    with pytest.raises(ValueError, match="as many of each"):
-        with_feedback(rows, attributes)
 
 
 def test_a_judge_is_asked_for_what_the_condition_needs(tmp_path):

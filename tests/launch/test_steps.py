@@ -397,7 +397,7 @@ def test_an_empty_completion_that_does_not_say_that_it_ended_is_refused():
     tokenizer = AutoTokenizer.from_pretrained(MODEL_PATH)
     for finished in ([True, None], [True, False]):
         data = {"prompt": ["p"], "completions": [["a", ""]], "scores": [[1.0, 0.0]], "finished": [finished]}
-        with pytest.raises(ValueError, match=r"row 0, 'completions'\[1\] is ''"):
+        with pytest.raises(ValueError, match=r"row 0: 'completions'\[1\] is empty"):
             read_scored(Dataset.from_dict(data), tokenizer)
 
 
