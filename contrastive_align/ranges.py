@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Iterable, Mapping
@@ -118,7 +119,7 @@ def check_numbers(options: Any) -> None:
     values = vars(options)
     declared: dict[str, Any] = {}
     for cls in reversed(type(options).__mro__):  # not fields(), whose types HfArgumentParser changes
-        declared |= vars(cls).get("__annotations__", {})
+        declared |= inspect.get_annotations(cls)
     for name, expected in {**RANGES, **getattr(options, "RANGES", {})}.items():
         if name not in values:
             continue

@@ -57,9 +57,10 @@ def in_sentences(argv: Sequence[str]) -> Iterator[None]:
     """
     try:
         yield
-    except UsageError as error:
-        if error.__cause__ is not None and _debugs(argv):
+    except SystemExit as error:  # a sentence was printed already
+        if error.__cause__ is not None and _debugs(argv) and not isinstance(error, Fault):
             traceback.print_exception(error.__cause__)
+            error.__cause__ = None  # one command may run another
         raise
     except Exception as error:
         said = _sentence(error, argv)
@@ -67,7 +68,7 @@ def in_sentences(argv: Sequence[str]) -> Iterator[None]:
             raise Fault(error, argv) from error
         if _debugs(argv):
             traceback.print_exception(error)
-            raise UsageError(said) from error
+            raise UsageError(said) from None
         raise UsageError(f"{said}\n(--log_level=debug shows where)") from error
 
 

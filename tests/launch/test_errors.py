@@ -139,7 +139,13 @@ def test_commands_answer_so(tmp_path, monkeypatch, capsys):
         cli.main(["reward", "--learning_rate=nan", "--log_level=debug"])
     printed = capsys.readouterr().err
     assert "error: --learning_rate is nan, expected a finite number of 0 or more." in printed and "Traceback" in printed
-    Path("rows.jsonl").write_text(json.dumps({"prompt": "a", "generations": ["b"]}))
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "a", "generations": ["b"], "rewards": [1]}))
+    with pytest.raises(SystemExit):
+        cli.main(["data", "rows.jsonl", "--columns=prompt=nothing", "--log_level=debug"])
+    assert capsys.readouterr().err.count("Traceback") == 1
+    with pytest.raises(UsageError):
+        cli.main(["steps", "train", "--input=rows.jsonl", "--output_dir=out", "--seed=-1", "--log_level=debug"])
+    assert capsys.readouterr().err.count("Traceback") == 1
     step = ["score", "--input=rows.jsonl", "--output=out.jsonl", "--reward=contrastive_align.demo:reward"]
     monkeypatch.setattr(step_commands, "call_feature", raising(KeyError("x"), LIBRARY))
     with pytest.raises(Fault):
