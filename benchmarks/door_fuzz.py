@@ -843,14 +843,21 @@ def _cells_as_rows(lines: list[list[Any]]) -> list[Any]:
     header = ["" if name is None else str(name).strip() for name in lines[0]]
     while header and not header[-1]:
         header.pop()
-    if not header or len(set(header)) < len(header) or "" in header:
-        raise Bad("a header with an empty name, or one twice")
+    named = [name for name in header if name]
+    if not header or len(set(named)) < len(named):
+        raise Bad("a header without names, or with one twice")
+    nameless = [i for i, name in enumerate(header) if i and not name]
+    if any(cells[i] not in (None, "") for cells in lines[1:] if len(cells) >= len(header) for i in nameless):
+        raise Bad("a column without a name that has cells")
     rows: list[Any] = []
     for cells in lines[1:]:
         if len(cells) < len(header) or any(cell not in (None, "") for cell in cells[len(header) :]):
             rows.append(Bad("another number of cells"))
+        elif [str(cell).strip() for cell in cells[: len(header)]] == header:
+            rows.append(Bad("the header once more"))
         elif any(cell not in (None, "") for cell in cells):
-            rows.append({name: None if cell == "" else cell for name, cell in zip(header, cells, strict=False)})
+            told = enumerate(zip(header, cells, strict=False))
+            rows.append({name: None if cell == "" else cell for i, (name, cell) in told if name or not i})
     return rows
 
 

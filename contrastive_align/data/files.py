@@ -26,7 +26,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, IterableDa
 from datasets.exceptions import DatasetGenerationError
 
 from contrastive_align.data import rows as rows_module
-from contrastive_align.data.rows import DECIMAL_COMMA, RAW, ROW, UNREADABLE, check_text, parse_object
+from contrastive_align.data.rows import DECIMAL_COMMA, FIX, RAW, ROW, UNREADABLE, check_text, parse_object
 
 
 KINDS = {
@@ -46,6 +46,14 @@ BOMS = {
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
+}
+# The first bytes of a file -> what it is, and the ending that says so.
+MAGIC = {
+    b"\x1f\x8b": ("a gzip file", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("a zstd file", ".zst"),
+    b"PAR1": ("a Parquet file", ".parquet"),
+    b"PK\x03\x04": ("a spreadsheet or a zip file", ".xlsx"),
+    b"ARROW1": ("an Arrow file", ".arrow"),
 }
 CONTAINERS = {
     "data",
@@ -190,16 +198,31 @@ def _text(path: Path, compression: str | None) -> Iterator[TextIO]:
             raise FileProblem(
                 f"{path} is no {compression} file: {error}. Name it by what it is, without '{path.suffix}'."
             ) from error
+        for magic, (what, ending) in MAGIC.items():
+            if head.startswith(magic):
+                raise FileProblem(f"{path} is {what}, and no text. Give it a name that ends in {ending}.")
         encoding = next((name for mark, name in BOMS.items() if head.startswith(mark)), "utf-8")
         try:
             yield io.TextIOWrapper(file, encoding=encoding, newline="")
         except UnicodeDecodeError as error:
-            raise FileProblem(
-                f"{path} is not {encoding.upper().removesuffix('-SIG')} text: {error.reason} (byte "
-                f"{error.object[error.start]:#04x}). Save it as UTF-8."
-            ) from error
+            found = f"{error.reason} (byte {error.object[error.start]:#04x}{_undecodable(path, compression, encoding)})"
+            name = encoding.upper().removesuffix("-SIG")
+            raise FileProblem(f"{path} is not {name} text: {found}. Save it as UTF-8.") from error
         except (OSError, EOFError) as error:
             raise FileProblem(f"{path} cannot be read to its end: {error}") from error
+
+
+def _undecodable(path: Path, compression: str | None, encoding: str) -> str:
+    """Say which line of a file is the first that is no such text."""
+    if not encoding.startswith("utf-8"):
+        return ""
+    with _bytes(path, compression) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return f" in line {number}"
+    return ""
 
 
 def _rows_of(paths: list[str], stamps: list[str], source: str) -> Iterator[dict[str, Any]]:
@@ -230,7 +253,11 @@ def _bad(path: Path, place: str, problem: Any) -> dict[str, Any]:
 def _read_json(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
     with _text(path, compression) as file:
         head = file.read(SNIFFED)
-        rest = _from_array(path, head, file) if _is_one_value(head) else _lines(head, file)
+        if _is_one_value(head):
+            rest = _from_array(path, head, file)
+        else:
+            _check_no_columns(path, head)
+            rest = _lines(head, file)
         row = 0
         for line, text in rest:
             try:
@@ -259,6 +286,23 @@ def _is_one_value(head: str) -> bool:
     return whole and (start[0] == "[" or set(json.loads(first)) <= CONTAINERS)
 
 
+def _check_no_columns(path: Path, head: str) -> None:
+    """Refuse one object of columns, as pandas writes a table."""
+    try:
+        table = json.loads(head)
+    except (ValueError, RecursionError):
+        return
+    columns = list(table.values()) if isinstance(table, dict) else []
+    lists = [value for value in columns if isinstance(value, list) and not any(isinstance(x, dict) for x in value)]
+    by_row = [value for value in columns if isinstance(value, dict) and value and all(map(str.isdigit, value))]
+    alike = len({len(value) for value in columns if isinstance(value, list | dict)}) == 1
+    if len(columns) > 1 and alike and len(columns) in (len(lists), len(by_row)):
+        raise FileProblem(
+            f"{path} is one object of columns, expected a list of rows, or an object a line. In pandas: "
+            "df.to_json(path, orient='records', lines=True)."
+        )
+
+
 def _lines(head: str, file: TextIO) -> Iterator[tuple[int, str]]:
     number, left = 0, head
     while True:
@@ -283,7 +327,7 @@ def _from_array(path: Path, head: str, file: TextIO) -> Iterator[tuple[int, str]
         items = list(_items(path, text, at))
         lists = {key: start for key, start, _ in items if re.match(r"\[\s*\{", text[start : start + 99])}
         if text[_skip(text, _skip(text, items[-1][2] if items else at + 1) + 1) :]:
-            raise FileProblem(f"{path} goes on after the end of its object.")
+            raise FileProblem(f"{path} goes on after the end of its object. Write an object a line, or a list of them.")
         if len(lists) != 1:
             keys = [key for key, _, _ in items][:8]
             raise FileProblem(
@@ -305,6 +349,9 @@ def _elements(path: Path, text: str, at: int) -> Iterator[tuple[int, int, int]]:
     while text[(at := _skip(text, at)) : at + 1] != "]":
         if not first:
             at = _skip(text, _expect(path, text, at, ","))
+            if text[at : at + 1] == "]":
+                line = text.count(chr(10), 0, at) + 1
+                raise FileProblem(f"{path} is not JSON: a comma stands before the ']' in line {line}. Take it out.")
         end = _end_of_value(path, text, at)
         yield text.count("\n", 0, at) + 1, at, end
         at, first = end, False
@@ -352,11 +399,16 @@ def _read_table(path: Path, compression: str | None) -> Iterator[dict[str, Any]]
     csv.field_size_limit(sys.maxsize)
     with _text(path, compression) as file:
         head = file.read(SNIFFED)
+        if re.match(r"\s*\[?\s*\{\s*\"", head):
+            raise FileProblem(f"{path} is JSON, and no table. Give it a name that ends in .json or .jsonl.")
         delimiter = sniff_delimiter(head, tabs=".tsv" in [suffix.lower() for suffix in path.suffixes])
+        if said := re.match(r"sep=(.)\r?\n", head):  # as Excel writes it
+            delimiter, head = said[1], head[said.end() :]
         table = csv.reader(_chained(head, file), delimiter=delimiter, strict=True)
         try:
             cells = ((table.line_num, row) for row in table if row)
-            yield from _from_cells(path, cells, decimal_comma=delimiter != ",")
+            fix = "A text that holds the delimiter stands in quotation marks."
+            yield from _from_cells(path, cells, fix, decimal_comma=delimiter != ",")
         except csv.Error as error:
             fix = "End its lines with LF." if "new-line" in str(error) else "Close every quotation mark, or double it."
             raise FileProblem(f"{path}, line {table.line_num}: {error}. {fix}") from error
@@ -400,32 +452,40 @@ def sniff_delimiter(head: str, *, tabs: bool = False) -> str:
     return best if quality(best)[1] else ","
 
 
-def _from_cells(path: Path, rows: Iterable[tuple[int, list[Any]]], *, decimal_comma: bool) -> Iterator[dict[str, Any]]:
-    """Make rows of a table's cells, all text; an empty cell is None."""
+def _from_cells(
+    path: Path, rows: Iterable[tuple[int, list[Any]]], fix: str, *, decimal_comma: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Make rows of a table's cells, all text; an empty cell is None.
+
+    A first column without a name is the index that pandas writes, which is part of no group. Further columns without
+    one have to be empty.
+    """
     rows = iter(rows)
-    _, header = next(rows, (0, []))
-    header = [str(name).strip() if name is not None else "" for name in header]
-    while header and not header[-1]:
-        header.pop()
-    twice = [name for i, name in enumerate(header) if name in header[:i]]
-    if not header or twice or "" in header:
-        found = f"'{twice[0]}' twice" if twice else f"{header}"
-        raise FileProblem(f"{path}: the first line has the names {found}, expected a name for each column.")
+    _, first = next(rows, (0, []))
+    first = [str(name).strip() if name is not None else "" for name in first]
+    while first and not first[-1]:
+        first.pop()
+    header = ["index without a name" if not first[0] else first[0], *first[1:]] if first else []
+    nameless = [i for i, name in enumerate(header) if not name]
+    twice = [name for i, name in enumerate(header) if name and name in header[:i]]
+    if not header or twice:
+        found = f"the name '{twice[0]}' twice" if twice else "no names"
+        raise FileProblem(f"{path}: the first line has {found}, expected a name for each column.")
     for number, (line, cells) in enumerate(rows):
-        if (len(cells) > len(header) and any(cell not in (None, "") for cell in cells[len(header) :])) or len(
-            cells
-        ) < len(header):
-            yield _bad(
-                path,
-                f"row {number} (line {line})",
-                f"{len(cells)} cells for {len(header)} columns, expected one each. A text that holds the "
-                "delimiter stands in quotation marks.",
-            )
-            continue
-        values = {name: None if cell in (None, "") else cell for name, cell in zip(header, cells, strict=False)}
-        if not any(values.values()):
-            continue
-        yield _row(values | ({DECIMAL_COMMA: True} if decimal_comma else {}))
+        place = f"row {number} (line {line})"
+        if len(cells) < len(header) or any(cell not in (None, "") for cell in cells[len(header) :]):
+            yield _bad(path, place, f"{len(cells)} cells for {len(header)} columns, expected one each. {fix}")
+        elif [str(cell).strip() for cell in cells[: len(header)]] == first:
+            yield _bad(path, place, f"the names of the columns stand here once more, expected a row. {FIX}")
+        elif any(cells):
+            if odd := [i for i in nameless if cells[i] not in (None, "")]:
+                cell = str(cells[odd[0]])[:60]
+                raise FileProblem(
+                    f"{path}: the first line has no name for column {odd[0] + 1}, which is {cell!r} in line {line}, "
+                    "expected a name for each column."
+                )
+            values = {name: cell or None for name, cell in zip(header, cells, strict=False) if name}
+            yield _row(values | ({DECIMAL_COMMA: True} if decimal_comma else {}))
 
 
 def _read_sheet(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
@@ -452,7 +512,7 @@ def _read_sheet(path: Path, compression: str | None) -> Iterator[dict[str, Any]]
         )
     cells = ([_cell(value) for value in row] for row in full[0].iter_rows(values_only=True))
     numbered = ((line, row) for line, row in enumerate(cells, start=1) if any(cell is not None for cell in row))
-    yield from _from_cells(path, _filled(numbered), decimal_comma=False)
+    yield from _from_cells(path, _filled(numbered), "The first row of the sheet names the columns.")
 
 
 def _filled(rows: Iterable[tuple[int, list[Any]]]) -> Iterator[tuple[int, list[Any]]]:
@@ -483,9 +543,13 @@ def _arrow_schema(path: Path) -> pa.Schema:
     known = kind_of(path)
     with _bytes(path, known.compression if known else None) as file:
         try:
-            return pq.ParquetFile(file).schema_arrow if known.kind == "parquet" else _arrow_reader(path).schema
+            schema = pq.ParquetFile(file).schema_arrow if known.kind == "parquet" else _arrow_reader(path).schema
         except (pa.ArrowException, OSError) as error:
             raise FileProblem(f"'{path}' cannot be read as {known.kind}: {error}") from error
+    twice = [name for i, name in enumerate(schema.names) if name in schema.names[:i]]
+    if twice:
+        raise FileProblem(f"{path} has the column '{twice[0]}' twice, expected each once.")
+    return schema
 
 
 def _unknown_types(schema: pa.Schema) -> list[str]:

@@ -343,7 +343,8 @@ def listed(value: Any, name: str, where: str) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         found = parsed(value, f"{where}: '{name}'")
         if not isinstance(found, list):
-            raise BadRow(f"{where}: '{name}' is text that is not a JSON list: {short(value)}. {FIX}")
+            python = " It is a list as Python prints it: write it by json.dumps." if value.lstrip()[1:2] == "'" else ""
+            raise BadRow(f"{where}: '{name}' is text that is not a JSON list: {short(value)}.{python} {FIX}")
         value = found
     if not isinstance(value, list):
         raise BadRow(f"{where}: '{name}' is {short(value)}, expected a list with one entry per completion. {FIX}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 
@@ -109,7 +111,21 @@ def values_of(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             return parse_object(row[RAW])
         except ValueError as error:
             raise BadRow(f"{where}: {error}") from error
-    return {name: value for name, value in row.items() if name not in OWN_COLUMNS}
+    return {name: _as_text(value) for name, value in row.items() if name not in OWN_COLUMNS}
+
+
+def _as_text(value: Any) -> Any:
+    """Return bytes and dates, which typed files have, as the text that they are."""
+    if isinstance(value, list) and value and isinstance(value[0], bytes | datetime.date | datetime.time):
+        return [_as_text(item) for item in value]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat().removesuffix("T00:00:00")
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return value
+    return value
 
 
 def number_in_file(row: Mapping[str, Any], place: int) -> int:
@@ -174,7 +190,8 @@ def text_of(value: Any) -> Any:
     """
     if isinstance(value, Literal):
         return value.text
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER:
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LARGEST_INTEGER
+    if whole or isinstance(value, Decimal):
         return str(value)
     return repr(value) if isinstance(value, float) and value == value else value
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
+from datasets.data_files import EmptyDatasetError
+from datasets.exceptions import DataFilesNotFoundError, DatasetGenerationError
 from trl import DatasetMixtureConfig, get_dataset
 
 from contrastive_align import demo
@@ -276,7 +277,7 @@ def _load_named(name: str, config: str | None, streaming: bool) -> Splits:
         return IterableDatasetDict(streams) if streaming else splits
     if path.is_dir():
         splits = {split: _read(path, files, streaming) for split, files in folder_files(path).items()}
-        return _splits(splits, streaming) if splits else load_dataset(str(path), name=config, streaming=streaming)
+        return _splits(splits, streaming) if splits else _load_folder(path, config, streaming)
     if path.is_file():
         raise UsageError(f"'{name}' ends in '{path.suffix}', expected one of {', '.join(KINDS)}, or a folder.")
     looks_local = os.path.isabs(name) or name.startswith(("~", ".")) or name.count("/") > 1
@@ -288,6 +289,15 @@ def _load_named(name: str, config: str | None, streaming: bool) -> Splits:
         return load_dataset(name, name=config, streaming=streaming)
     except ConnectionError as error:
         raise UsageError(f"'{name}' is no local file or folder, and the hub cannot be reached: {error}") from error
+
+
+def _load_folder(path: Path, config: str | None, streaming: bool) -> Splits:
+    """Load a folder by what datasets knows of its files."""
+    try:
+        return load_dataset(str(path), name=config, streaming=streaming)
+    except (EmptyDatasetError, DataFilesNotFoundError) as error:
+        found = ", ".join(sorted(os.listdir(path))[:8]) or "nothing"
+        raise UsageError(f"the folder '{path}' has no rows, but {found}. Files end in {', '.join(KINDS)}.") from error
 
 
 def _splits(splits: Mapping[str, Any], streaming: bool) -> Splits:
