@@ -339,7 +339,7 @@ class Better(Scores):
         value = values[0]
         if isinstance(value, str) and not is_number(value):
             told = [
-                [row.get(key) for key in keys] if len(keys) > 1 else parsed(row.get(keys[0])) for keys in self.beside
+                parsed(row.get(*keys)) if len(keys) == 1 else [row.get(key) for key in keys] for keys in self.beside
             ]
             for each in [parts.completions, *told]:
                 if isinstance(each, list) and len(each) == len(marks) and each.count(value) == 1:

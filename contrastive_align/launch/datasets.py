@@ -121,7 +121,7 @@ def load_prompts(args: Arguments) -> tuple[Dataset, Dataset | None, str]:
     name = args.dataset or "the bundled demo prompts"
     train, test = load_demo(args) if args.bundled_data else load_splits(args)
     columns = getattr(args.script, "columns", None) or getattr(args.training, "columns", None)
-    train, test = (rows if rows is None else from_rows(rows, name, columns) for rows in (train, test))
+    train, test = from_rows(train, name, columns), None if test is None else from_rows(test, name, columns)
     if hasattr(args.training, "columns"):
         args.training.columns = None  # the rows have the canonical one
     return train, test, name
