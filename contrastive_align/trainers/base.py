@@ -36,6 +36,7 @@ from transformers.utils import logging
 
 from contrastive_align.data.atomic import atomic_write, give_usual_mode, why_not_written
 from contrastive_align.data.folder_lock import folder_held
+from contrastive_align.models.cpu.four_bit import use_training_kernel
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.layout import set_layout
 from contrastive_align.models.loading import (
@@ -368,6 +369,8 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
             )
         self.check_loaded()
         models = self.base_models()
+        for model in models:
+            use_training_kernel(model)
         self.layout = set_layout(
             models, self.args.layout, obstacle=obstacle, sharded=self.is_sharded, autocast=self.computes_in_16_bits
         )

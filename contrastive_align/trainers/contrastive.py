@@ -294,16 +294,12 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             model = self.engine_for_precompute()
         loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))
         rows: list[list[float]] = []
-        # In the mode the policy will be in: 4-bit layers on CPU take another kernel in evaluation mode.
-        was_training = model.training
-        model.train(self.args.disable_dropout)
         with freed_memory_kept(self.args.device.type):
             for batch in self.progress(loader, f"Reference log-probs of the {name} dataset"):
                 logps = self.compute_ref_log_probs(model, batch)
                 rows += self.accelerator.gather_for_metrics(
                     [row[ok].tolist() for row, ok in zip(logps, batch["valid"], strict=True)], use_gather_object=True
                 )
-        model.train(was_training)
         return rows
 
     def reference_group(self) -> dict[str, Any]:
