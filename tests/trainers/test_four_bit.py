@@ -41,10 +41,11 @@ def logps(model, prompt_ids, completion_ids):
 
 def best(model, dataset):
     """The log-prob of the best completion of each group."""
-    return torch.tensor([
-        logps(model, row["prompt_ids"], row["completion_ids"][max(range(len(row["scores"])), key=row["scores"].__getitem__)])
-        for row in dataset
-    ])  # fmt: skip
+    found = []
+    for row in dataset:
+        _, completion = max(zip(row["scores"], row["completion_ids"], strict=True), key=lambda pair: pair[0])
+        found.append(logps(model, row["prompt_ids"], completion))
+    return torch.tensor(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -54,8 +55,8 @@ def test_the_closing_table_is_the_evaluation_is_plain_transformers(model_path, t
         f"--model_name_or_path={model_path}", f"--dtype={name}", f"--bf16={dtype == torch.bfloat16}",
         f"--output_dir={tmp_path}", "--load_in_4bit", "--use_peft", "--lora_dropout=0.1", "--lora_target_modules",
         "q_proj", "down_proj", "--max_train_samples=24", "--max_eval_samples=8", "--eval_strategy=steps",
-        "--eval_steps=1", "--max_steps=3", "--per_device_train_batch_size=8", "--learning_rate=1e-2", "--warmup_steps=0",
-        "--disable_tqdm=true",
+        "--eval_steps=1", "--max_steps=3", "--per_device_train_batch_size=8", "--learning_rate=1e-2",
+        "--warmup_steps=0", "--disable_tqdm=true",
     ]))  # fmt: skip
     closing = run.execute().metrics["logps/best"]
     log = [row for row in run.trainer.state.log_history if row.get("step") == 3]
