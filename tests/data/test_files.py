@@ -166,12 +166,7 @@ def test_texts_and_numbers_stay_as_they_are_written():
 
 
 def test_one_odd_row_spoils_no_other():
-    rows = [
-        GROUP,
-        {**GROUP, "completions": "text"},
-        {**GROUP, "scores": [[1], 0], "extra": {"a": 1}},
-        {**GROUP, "extra": 3},
-    ]
+    rows = [GROUP, {**GROUP, "completions": "text"}, {**GROUP, "scores": [[1], 0], "extra": {"a": 1}}, {**GROUP, "extra": 3}]
     assert len(read(write("rows.jsonl", *rows), on_bad_row="drop")) == 2
 
 
@@ -183,9 +178,7 @@ def test_columns_of_other_rows_are_not_filled_in():
 
 @pytest.mark.parametrize("end", ['"completions": ["a"', "", "]]", "] trailing"])
 def test_a_list_that_does_not_end_is_named(end):
-    Path("rows.json").write_text(
-        "[" + json.dumps(GROUP) + ("," if end.startswith('"') else "") + ("{" if end.startswith('"') else "") + end
-    )
+    Path("rows.json").write_text("[" + json.dumps(GROUP) + ("," if end.startswith('"') else "") + ("{" if end.startswith('"') else "") + end)
     with pytest.raises(FileProblem, match=r"rows.json (is not JSON|goes on after the end)"):
         read("rows.json")
 
@@ -193,21 +186,7 @@ def test_a_list_that_does_not_end_is_named(end):
 # -------------------------------------------------------------------------------------------------- names and folders
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "brack[1].jsonl",
-        "data[ab].jsonl",
-        "star_*.jsonl",
-        "what?.jsonl",
-        "a b.jsonl",
-        "%20+.jsonl",
-        "#1.jsonl",
-        "$HOME.jsonl",
-        "x::y.jsonl",
-        "{a,b}.jsonl",
-    ],
-)
+@pytest.mark.parametrize("name", ["brack[1].jsonl", "data[ab].jsonl", "star_*.jsonl", "what?.jsonl", "a b.jsonl", "%20+.jsonl", "#1.jsonl", "$HOME.jsonl", "x::y.jsonl", "{a,b}.jsonl"])
 def test_a_path_is_a_path(name):
     for other in ("dataa.jsonl", "star_a.jsonl", "whatx.jsonl", "brack1.jsonl"):
         write(other, {**GROUP, "prompt": "ANOTHER FILE"})
@@ -234,36 +213,18 @@ def test_typed_files_and_their_types():
 
 
 def test_folders_have_splits_by_their_names():
-    for name in (
-        "f/train-00000.jsonl",
-        "f/train-00001.jsonl",
-        "f/test.jsonl",
-        "f/nested/validation/x.jsonl",
-        "f/.hidden.jsonl",
-    ):
+    for name in ("f/train-00000.jsonl", "f/train-00001.jsonl", "f/test.jsonl", "f/nested/validation/x.jsonl", "f/.hidden.jsonl"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         write(name, GROUP)
-    assert {split: len(files) for split, files in folder_files(Path("f")).items()} == {
-        "train": 2,
-        "test": 1,
-        "validation": 1,
-    }
-    assert {split: len(rows) for split, rows in read_folder(Path("f")).items()} == {
-        "train": 2,
-        "test": 1,
-        "validation": 1,
-    }
+    assert {split: len(files) for split, files in folder_files(Path("f")).items()} == {"train": 2, "test": 1, "validation": 1}
+    assert {split: len(rows) for split, rows in read_folder(Path("f")).items()} == {"train": 2, "test": 1, "validation": 1}
     write("f/train-00002.jsonl", {**GROUP, "note": "x"})
     with pytest.raises(FileProblem, match=r"train-00000.jsonl has the columns .* and train-00002.jsonl .*'note'"):
         read_folder(Path("f"))
 
 
 def test_encodings():
-    for mark, encoding in (
-        (codecs.BOM_UTF8, "utf-8"),
-        (codecs.BOM_UTF16_LE, "utf-16-le"),
-        (codecs.BOM_UTF32_BE, "utf-32-be"),
-    ):
+    for mark, encoding in ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF32_BE, "utf-32-be")):
         Path("p.txt").write_bytes(mark + "größer?\r\nzwei\u2028Zeilen\n\n".encode(encoding))
         assert prompts_of(Path("p.txt")) == ["größer?", "zwei\u2028Zeilen"]
     Path("rows.jsonl").write_bytes(json.dumps(GROUP).encode() + b"\n" + '{"prompt": "größer"}'.encode("latin-1"))

@@ -83,18 +83,13 @@ def test_explicit_scores_go_before_a_preference():
 
 
 def test_bad_first_rows_do_not_hide_the_shape():
-    good = {
-        "instruction": "p",
-        "completions": [{"response": "a", "overall_score": 1}, {"response": "b", "overall_score": 0}],
-    }
+    good = {"instruction": "p", "completions": [{"response": "a", "overall_score": 1}, {"response": "b", "overall_score": 0}]}
     rows = [{"instruction": "p", "completions": None}, {"instruction": "p", "completions": []}, good, good, good]
     assert recognise(rows, list(good), Options()).shape == "nested"
 
 
 def test_unknown_columns_say_what_was_found_and_what_to_type():
-    with pytest.raises(
-        ValueError, match=r"'verse' \(text\), 'chorus' \(text\), 'hits' \(number\).*columns='prompt=verse,completion="
-    ):
+    with pytest.raises(ValueError, match=r"'verse' \(text\), 'chorus' \(text\), 'hits' \(number\).*columns='prompt=verse,completion="):
         read({"verse": "Roses are", "chorus": "red", "hits": 3})
     with pytest.raises(ValueError, match=r"No groups found in the columns 'prompt' \(text\), 'completions' \(list\)"):
         read({"prompt": "p", "completions": ["a", "b"]})  # no scores anywhere

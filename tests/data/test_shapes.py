@@ -167,9 +167,7 @@ def test_what_is_joined_is_counted_and_a_stream_of_it_refused():
     stream = Dataset.from_list(LONG).to_iterable_dataset()
     with pytest.raises(ValueError, match="cannot be a stream. Load it whole"):
         prepare_groups(stream, tokenizer, **told)
-    with pytest.raises(
-        ValueError, match="No two rows of the train dataset have the same prompt.*columns='prompt=NAME'"
-    ):
+    with pytest.raises(ValueError, match="No two rows of the train dataset have the same prompt.*columns='prompt=NAME'"):
         prepare_groups(Dataset.from_list(LONG[:2]), tokenizer, **told)
 
 
@@ -187,13 +185,9 @@ def test_columns_are_named_by_the_user():
 
 def test_an_implicit_prompt_is_believed_only_where_no_column_may_be_the_prompt():
     row = {"chosen": "The answer is 4.", "rejected": "The answer is 5.", "riddle": "two and two?", "id": "x"}
-    with pytest.raises(
-        ValueError, match="'riddle' may be the prompt.*columns='prompt=riddle', or say.*columns='prompt='"
-    ):
+    with pytest.raises(ValueError, match="'riddle' may be the prompt.*columns='prompt=riddle', or say.*columns='prompt='"):
         groups([row])
-    assert groups([row], columns={"prompt": "riddle"}) == [
-        ("two and two?", ["The answer is 4.", "The answer is 5."], [1, 0])
-    ]
+    assert groups([row], columns={"prompt": "riddle"}) == [("two and two?", ["The answer is 4.", "The answer is 5."], [1, 0])]
     assert groups([row], columns={"prompt": ""}) == [("The answer is", [" 4.", " 5."], [1, 0])]
 
 

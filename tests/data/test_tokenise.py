@@ -260,9 +260,7 @@ def test_an_eos_that_the_tokenizer_adds_to_the_prompt_is_no_moved_boundary(name)
 def test_a_template_that_drops_the_completion_is_refused():
     drops = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     tokenizer = tokenizer_of_characters(drops)
-    with pytest.raises(
-        BadRow, match=r"^train, row 0: the chat template leaves out a text of completion 0: 'Please sit.'"
-    ):
+    with pytest.raises(BadRow, match=r"^train, row 0: the chat template leaves out a text of completion 0: 'Please sit.'"):
         ours(TALKS[:1], tokenizer)
 
 
