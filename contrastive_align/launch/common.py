@@ -22,6 +22,7 @@ from contrastive_align.launch.arguments import Arguments, RunArguments, parse
 from contrastive_align.launch.datasets import load_prompts
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
+from contrastive_align.models.describe import count_parameters, describe_adapter, quantisation_of
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary
 from contrastive_align.trainers import ContrastiveConfig
@@ -216,19 +217,19 @@ class Run:
 
     def _describe_model(self) -> dict[str, Any]:
         model, arguments = self.trainer.model, self.args.model
-        parameters = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        bits = "4-bit " if arguments.load_in_4bit else "8-bit " if arguments.load_in_8bit else ""
+        parameters, trained = count_parameters(model), count_parameters(model, trained=True)
+        quantisation, adapter = quantisation_of(model), describe_adapter(model)
         shown = [f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M" for n in (parameters, trained)]
-        precision = f"{bits}{str(model.dtype).removeprefix('torch.')}"
-        adapted = f", LoRA r={arguments.lora_r}" if is_peft_model(model) else ""
+        adapted = f", {adapter.pop('line')}" if adapter else ""
+        precision = " ".join(filter(None, [quantisation, str(model.dtype).removeprefix("torch.")]))
         return {
             "line": f"{self.model_name} ({shown[0]} parameters, {shown[1]} trained{adapted}, {precision})",
             "name_or_path": arguments.model_name_or_path,
             "revision": arguments.model_revision,
             "start": self.trainer.start_description,
-            "quantisation": bits.strip() or None,
-            "peft": is_peft_model(model),
+            "quantisation": quantisation,
+            "peft": adapter is not None,
+            "adapter": adapter,
             "parameters": parameters,
             "trained_parameters": trained,
         }

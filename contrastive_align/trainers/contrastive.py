@@ -359,7 +359,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
 
         In training the batch carries what makes the step's mean exact (see :meth:`get_batch_samples`), so that
         ``num_items_in_batch`` is not needed and an override may drop it. ``return_outputs`` adds a dict with
-        ``policy_logps``, ``ref_logps``, ``log_ratios``, ``valid`` (B, K) and ``losses`` (B,).
+        ``policy_logps``, ``ref_logps``, ``log_ratios``, ``valid`` (B, K) and ``losses`` (B,). In evaluation
+        ``loss_delta`` is logged: the loss less that of the reference, where training starts.
         """
         training = self.model.training
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
@@ -376,8 +377,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         given = {"log_ratios": log_ratios, "scores": scores, "valid": valid, "lengths": policy.lengths}
         given |= {"policy_logps": policy.logps, "ref_logps": ref_logps}
         given |= {"beta": self.args.beta, "temperature_alpha": self.temperature_alpha}
-        terms = {name: group_loss(name, **given) for name in self.loss_types}
-        losses = sum(weight * terms[name] for name, weight in zip(self.loss_types, self.loss_weights, strict=True))
+        losses, terms = self._losses(given)
         weights = inputs.get("group_weights", torch.ones_like(losses))
         groups = inputs.get("step_groups", weights.sum().clamp(min=1))
         loss = (weights * losses).sum() / groups
@@ -390,6 +390,9 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             )
             everyone = torch.ones_like(losses)
             metrics["loss"] = (losses, everyone)
+            if not training:
+                at_reference = given | {"log_ratios": torch.zeros_like(log_ratios), "policy_logps": ref_logps}
+                metrics["loss_delta"] = (losses - self._losses(at_reference)[0], everyone)
             if len(terms) > 1:
                 metrics |= {f"loss/{name}": (term, everyone) for name, term in terms.items()}
             if self.aux_loss_enabled:
@@ -403,6 +406,11 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             return loss
         outputs = {"policy_logps": policy.logps, "ref_logps": ref_logps, "log_ratios": log_ratios}
         return loss, outputs | {"valid": valid, "losses": losses}
+
+    def _losses(self, given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of the losses (B,), and each by its name."""
+        terms = {name: group_loss(name, **given) for name in self.loss_types}
+        return sum(weight * terms[name] for name, weight in zip(self.loss_types, self.loss_weights, strict=True)), terms
 
     # ---------------------------------------------------------------------------------------------------- metrics
 
