@@ -35,7 +35,7 @@ from hostile_judge_server import PAYLOAD, kind_of, verdict
 
 from contrastive_align.judge.answers import FeedbackAnswers, read_template, render
 from contrastive_align.judge.judge import Judge
-from contrastive_align.report.card import add_section, how_to_ask, objective_section
+from contrastive_align.report.card import Card, complete_card, objective_section
 
 
 MUST_BE_0 = (

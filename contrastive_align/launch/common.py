@@ -24,7 +24,7 @@ from contrastive_align.launch.usage import UsageError
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.models.describe import count_parameters, describe_adapter, quantisation_of
 from contrastive_align.models.loading import ADAPTER_CONFIG
-from contrastive_align.report import Summary
+from contrastive_align.report import Summary, card
 from contrastive_align.trainers import ContrastiveConfig
 from contrastive_align.trainers.base import hold_folders, newest_whole_checkpoint
 from contrastive_align.trainers.processes import keep_to_the_end
@@ -176,6 +176,7 @@ class Run:
             raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
         self.trainer = trainer = self.build_trainer(checkpoint)
         trainer.stopping = self.stopping
+        trainer.data_names = (card.DEMO_DATA,) if args.bundled_data else args.dataset_names
         if args.script.ignore_bias_buffers:
             ignore_bool_buffers(trainer)
         line, options = self.describe()
@@ -205,9 +206,10 @@ class Run:
         self.measure()
         if trainer.args.should_save:
             summary.write(folder)
+        trainer.create_model_card()  # with the results
         print_on_main(summary.closing())
         if args.training.push_to_hub:
-            trainer.push_to_hub(dataset_name=args.dataset)
+            trainer.push_to_hub()
         trainer.end()
         return summary
 
@@ -237,7 +239,7 @@ class Run:
     def _save_model(self) -> None:
         trainer, folder = self.trainer, self.args.training.output_dir
         trainer.save_model(folder)
-        trainer.create_model_card(model_name=Path(folder).name, dataset_name=self.args.dataset)
+        trainer.create_model_card()
         head = "Seq2SeqLM" if trainer.model.config.is_encoder_decoder else "CausalLM"
         auto = "peft.AutoPeftModelFor" if is_peft_model(trainer.model) else "transformers.AutoModelFor"
         self.summary.saved = {

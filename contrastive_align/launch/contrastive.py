@@ -157,7 +157,7 @@ def _measure(summary: Summary, trainer: ContrastiveTrainer, test: Any) -> None:
 def _words(changes: Mapping[str, Change], beta: float, *, held_out: bool) -> str:
     """Say what moved. The scale is the loss's own: it reads log-probs as implied rewards, beta times as large.
 
-    An implied reward that moves by a tenth moves a probability between two completions by a fortieth at most.
+    An implied reward that moves by a twentieth moves a probability between two completions by one in eighty at most.
     """
     nats = {"scale": 1 / beta, "unit": "nats"}
     best, rest = changes["logps/best"], changes["logps/rest"]

@@ -55,3 +55,22 @@ def quantisation_of(model: nn.Module) -> str | None:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
     return None if method is None else str(getattr(method, "value", method))
+
+
+def four_bit_options(model: nn.Module) -> dict[str, Any] | None:
+    """Return the arguments of ``BitsAndBytesConfig`` that a model's weights were quantised with, as JSON can hold them.
+
+    None for weights in full, and for other quantisations, which a config of the base itself asks for.
+    """
+    bits = quantisation_of(model)
+    if bits == "8-bit":
+        return {"load_in_8bit": True}
+    if bits != "4-bit":
+        return None
+    config: Any = model.config.quantization_config
+    return {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": config.bnb_4bit_use_double_quant,
+        "bnb_4bit_compute_dtype": str(config.bnb_4bit_compute_dtype).removeprefix("torch."),
+    }

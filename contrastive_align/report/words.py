@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contrastive_align.report.summary import Change, show
 
 
-NEGLIGIBLE = 0.1  # of the scale that a caller names
+NEGLIGIBLE = 0.05  # of the scale that a caller names
 
 
 def interval(change: Change) -> tuple[float, float]:
@@ -33,8 +33,8 @@ def moved(what: str, change: Change, *, scale: float, unit: str = "") -> str:
     """Say whether a number rose, fell or did not move, or that this many measurements cannot tell.
 
     It rose or fell where the interval of the change is on one side of 0. It did not move where the whole interval is
-    within a tenth of ``scale``: what would matter, in the number's own unit. An interval that holds both 0 and changes
-    that would matter tells nothing.
+    within a twentieth of ``scale``, less than what would matter in the number's own unit. An interval that holds both 0
+    and changes that would matter tells nothing.
 
     >>> moved("the reward", Change(0.5, 0.8, se=0.05, n=100), scale=1.0)
     'the reward rose by 0.3000 (0.2008 to 0.3992)'

@@ -22,6 +22,8 @@ from trl import DPOTrainer
 from contrastive_align.data import DataReport, GroupCollator, prepare_groups
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.columns import read_options
+from contrastive_align.data.rows import BadRow
+from contrastive_align.data.tokenise import render_messages
 from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_labels
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.loading import embedding_rows
@@ -318,6 +320,21 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         batch = self.to_device(self.data_collator([group]))
         return self.compute_ref_log_probs(self.reference_or_policy, batch)[batch["valid"]].tolist()
 
+    @property
+    def is_conversational(self) -> bool:
+        """Whether the first prompt, of which tokens alone are kept, ends as the chat template ends one."""
+        tokenizer = self.processing_class
+        if not tokenizer.chat_template:
+            return False
+        try:
+            turn = [{"role": "user", "content": "\u2603"}]
+            text = render_messages(turn, tokenizer, add_generation_prompt=True)
+        except BadRow:  # a template that wants other turns
+            return False
+        before, _, after = text.rpartition("\u2603")
+        found = tokenizer.decode(self._first_row["prompt_ids"])
+        return found.rstrip().endswith(after.strip()) if after.strip() else found.startswith(before.strip())
+
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def save_own_state(self, folder: Path) -> None:
@@ -410,7 +427,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
     def _losses(self, given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted sum of the losses (B,), and each by its name."""
         terms = {name: group_loss(name, **given) for name in self.loss_types}
-        return sum(weight * terms[name] for name, weight in zip(self.loss_types, self.loss_weights, strict=True)), terms
+        weighted = [weight * terms[name] for name, weight in zip(self.loss_types, self.loss_weights, strict=True)]
+        return torch.stack(weighted).sum(0), terms
 
     # ---------------------------------------------------------------------------------------------------- metrics
 
