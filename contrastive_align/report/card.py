@@ -87,11 +87,12 @@ def results_section(summary: Mapping[str, Any]) -> str:
 def as_text(value: Any) -> str:
     r"""Escape a value for one line of Markdown, in which nothing of it is markup.
 
-    >>> print(as_text("a_b <x>\n# [c]"))
-    a\_b \<x\> \# \[c\]
+    >>> print(as_text("a_b <x>\n# [c]"), as_text("---"), as_text("1. x"), as_text("-0.5"))
+    a\_b \<x\> \# \[c\] \--- 1\. x -0.5
     """
     text = "".join(char if char.isprintable() else "\ufffd" for char in " ".join(str(value).split()))
-    return re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", text)
+    text = re.sub(r"([\\`*_\[\]<>#|~&])", r"\\\1", text)
+    return re.sub(r"^(\d*)([-+=.)])(?=[-+=\s]|$)", r"\1\\\2", text)  # a list, a rule, a heading of the line above
 
 
 @dataclass(frozen=True)
@@ -168,8 +169,14 @@ class Card:
             )
         where = "  # the folder of this model" if self.folder == "." else ""
         code = [f"folder = {json.dumps(self.folder)}{where}", *self._loading(), *self._asking()]
-        imports = sorted({line for line in code if line.startswith("from ")})
-        code = [*imports, "", *(line for line in code if not line.startswith("from "))]
+        imports: dict[str, list[str]] = {}
+        for _, module, _, name in sorted(line.split() for line in code if line.startswith("from ")):
+            imports.setdefault(module, []).append(name)
+        code = [
+            *(f"from {module} import {', '.join(names)}" for module, names in imports.items()),
+            "",
+            *(line for line in code if not line.startswith("from ")),
+        ]
         return f"{heading}\n\n{text}```python\n" + "\n".join(code) + "\n```"
 
     def _loading(self) -> list[str]:
@@ -189,8 +196,11 @@ class Card:
             lines += [f"from peft import AutoPeftModelFor{kind}"]
             lines += [f"model = AutoPeftModelFor{kind}.from_pretrained(folder{options})"]
         else:
-            base = f'folder, subfolder="{self.merged_base}"'
-            if not self.merged_base:
+            if self.merged_base:
+                lines += ["from pathlib import Path", "from huggingface_hub import snapshot_download"]
+                lines += ["path = folder if Path(folder).is_dir() else snapshot_download(folder)"]
+                base = f'f"{{path}}/{self.merged_base}"'
+            else:
                 lines += ["from peft import PeftConfig"]
                 base = "PeftConfig.from_pretrained(folder).base_model_name_or_path"
             lines += [f"base = {auto}({base}{options})"]
@@ -243,8 +253,10 @@ def licence_of(card: str | None) -> dict[str, str]:
     >>> licence_of("---\nlicense: mit\n---\n"), licence_of("---\nlicence: license\n---\n"), licence_of(None)
     ({'license': 'mit'}, {}, {})
     """
+    if not card or not card.startswith("---"):
+        return {}
     try:
-        data = ModelCard(card or "", ignore_metadata_errors=True).data.to_dict()
+        data = ModelCard(card, ignore_metadata_errors=True).data.to_dict()
     except (ValueError, TypeError, AttributeError):
         return {}
     licence = data.get("license")

@@ -61,10 +61,10 @@ def in_words(clauses: Sequence[str], *, held_out: bool) -> str:
     """Join clauses to a sentence that says what they hold for.
 
     >>> in_words(["the reward rose by 0.3000"], held_out=False)
-    'In words, of what it was trained on (nothing held out was measured): the reward rose by 0.3000.'
+    'In words, on training data alone, with 95% intervals: the reward rose by 0.3000.'
     """
-    where = "" if held_out else ", of what it was trained on (nothing held out was measured)"
-    return f"In words{where}: {'; '.join(clauses)}."
+    where = "" if held_out else ", on training data alone"
+    return f"In words{where}, with 95% intervals: {'; '.join(clauses)}."
 
 
 def warn_if_above_start(what: str, change: Change) -> list[str]:
@@ -73,7 +73,7 @@ def warn_if_above_start(what: str, change: Change) -> list[str]:
     >>> warn_if_above_start("the loss", Change(1.386, 1.402, se=0.002, n=100))
     ['WARNING: the loss ended above its value before training: 1.4020, from 1.3860.']
     """
-    if not change.after > change.before:
+    if not change.after > change.before or show(change.after) == show(change.before):
         return []
     low, _ = interval(change)
     doubt = "" if low > 0 else " (within what chance does)"

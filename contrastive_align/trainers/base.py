@@ -637,7 +637,7 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         return not isinstance(row.get("prompt", ""), str)
 
     def asked_with(self) -> tuple[str, str, bool] | None:
-        """Return kind, best text and whether it has tokens, of the condition a prompt stands under (to be overridden)."""
+        """Return a condition's kind, its best text, and whether it has tokens of its own (to be overridden)."""
         return None
 
     def create_model_card(

@@ -48,7 +48,6 @@ from contrastive_align.trl_seam import (
     Method,
     PreparesDatasets,
     disable_dropout_in_model,
-    get_config_model_id,
     nothing_loaded_by_trl,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -322,18 +323,21 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
 
     @property
     def is_conversational(self) -> bool:
-        """Whether the first prompt, of which tokens alone are kept, ends as the chat template ends one."""
+        """Whether the first prompt, of which tokens alone are kept, has the tokens of the chat template around it."""
         tokenizer = self.processing_class
         if not tokenizer.chat_template:
             return False
         try:
-            turn = [{"role": "user", "content": "\u2603"}]
-            text = render_messages(turn, tokenizer, add_generation_prompt=True)
+            turns = [[{"role": "user", "content": text}] for text in ("a", "b")]
+            texts = [render_messages(turn, tokenizer, add_generation_prompt=True) for turn in turns]
         except BadRow:  # a template that wants other turns
             return False
-        before, _, after = text.rpartition("\u2603")
-        found = tokenizer.decode(self._first_row["prompt_ids"])
-        return found.rstrip().endswith(after.strip()) if after.strip() else found.startswith(before.strip())
+        one, other = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompt = self._first_row["prompt_ids"]
+        if after := _common_start(one[::-1], other[::-1]):
+            return prompt[::-1][: len(after)] == after
+        before = _common_start(one, other)
+        return len(before) > 1 and prompt[: len(before)] == before  # one may be BOS, which plain text has as well
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -482,3 +486,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         if self.reads_labels:
             found["temperature_alpha"] = self.temperature_alpha
         return found
+
+
+def _common_start(one: list[int], other: list[int]) -> list[int]:
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return [first for first, _ in pairs]
