@@ -217,8 +217,8 @@ def test_the_bases_licence_is_inherited(tmp_path):
 
 
 def test_the_bundled_run_has_a_true_card(tmp_path):
-    cli.main(["fdpg", f"--output_dir={tmp_path}", "--max_steps=1", "--per_device_train_batch_size=32", "--fit_samples=64",
-              "--eval_samples=100", "--disable_tqdm=true"])  # fmt: skip
+    small = ["--max_steps=1", "--per_device_train_batch_size=32", "--fit_samples=64", "--eval_samples=100"]
+    cli.main(["fdpg", f"--output_dir={tmp_path}", *small, "--disable_tqdm=true"])
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.license == demo.LICENCE and "huggingface.co/None" not in card.content
     assert "the demo model of contrastive-align, trained on the demo data of contrastive-align" in card.text
