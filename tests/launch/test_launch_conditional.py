@@ -342,7 +342,8 @@ def test_words_say_when_the_order_is_wrong():
     for values in ([[0.2, 0.4], [0.3, 0.4]], [[0.5, 0.4], [0.1, 0.1], [0.3, 0.4]]):
         given = {f"{i}": np.array(pair) for i, pair in enumerate(values)}
         said = words_on(given, change, held_out=True)
-        assert said.startswith("In words, with 95% intervals: the reward given the best condition fell by 0.2000") and said.endswith(wrong)
+        assert said.startswith("In words, with 95% intervals: the reward given the best condition fell by 0.2000")
+        assert said.endswith(wrong)
     assert "on training data alone" in words_on(given, change, held_out=False)
 
 
