@@ -324,7 +324,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
     @property
     def is_conversational(self) -> bool:
         """Whether the first prompt, of which tokens alone are kept, has the tokens of the chat template around it."""
-        tokenizer = self.processing_class
+        tokenizer: Any = self.processing_class
         if not tokenizer.chat_template:
             return False
         try:
