@@ -35,7 +35,7 @@ from hostile_judge_server import PAYLOAD, kind_of, verdict
 
 from contrastive_align.judge.answers import FeedbackAnswers, read_template, render
 from contrastive_align.judge.judge import Judge
-from contrastive_align.report.card import add_section, how_to_ask, objective_section
+from contrastive_align.report.card import Card, complete_card, objective_section, results_section
 
 
 MUST_BE_0 = (
@@ -138,9 +138,10 @@ def outline(words: str, folder: Path) -> list[Any]:
     from markdown_it import MarkdownIt
 
     (folder / "README.md").write_text(CARD, encoding="utf-8")
-    section = how_to_ask("text", words, adapter=False, tokens=False, base="base")
-    add_section(folder, section, instead_of="## Quick start")
-    add_section(folder, objective_section({"condition": json.dumps({"exemplars": [words]}), "beta": 0.1}))
+    results = {"table": [["", "after"], [words, "1.0"]], "metrics_on": words, "state": " ".join(words.split())}
+    objective = objective_section({"condition": json.dumps({"exemplars": [words]}), "beta": 0.1})
+    said = Card(title="M", folder=".", base="base", condition=("text", words))
+    complete_card(folder / "README.md", said, [objective, results_section(results)])
     card = (folder / "README.md").read_text(encoding="utf-8")
     parser = MarkdownIt("commonmark", {"html": True}).enable("table")
     tokens = [t for token in parser.parse(card) for t in (token, *(token.children or ()))]

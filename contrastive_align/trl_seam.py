@@ -8,6 +8,8 @@ each trainer that TRL still calls every one of them (``tests/test_trl_seam.py``)
 from __future__ import annotations
 
 import contextlib
+import functools
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PreTrainedModel, Trainer
+from transformers import trainer as trainer_module
 
 # Inner modules of TRL: what they offer has no public import.
 from trl.data_utils import extract_prompt
@@ -368,6 +371,44 @@ def nothing_loaded_by_trl(args: Any) -> Iterator[None]:
     finally:
         for name, value in options.items():
             setattr(args, name, value)
+
+
+@contextlib.contextmanager
+def uploading_copies(copy: Callable[[Path, Sequence[str]], Path]) -> Iterator[None]:
+    """Have Trainer upload what ``copy`` makes of its folder, given also the patterns that are left out.
+
+    Trainer uploads the folder itself, in the middle of its methods, and takes the API from a function of its module.
+    """
+    original = trainer_module.hf_api
+    trainer_module.hf_api = lambda *args, **kwargs: _Uploads(original(*args, **kwargs), copy)
+    try:
+        yield
+    finally:
+        trainer_module.hf_api = original
+
+
+class _Uploads:
+    """The hub's API, of which ``upload_folder`` takes a copy in the folder's place, and removes it afterwards."""
+
+    def __init__(self, api: Any, copy: Callable[[Path, Sequence[str]], Path]) -> None:
+        self._api, self._copy = api, copy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._api, name)
+
+    def upload_folder(self, *, folder_path: str, ignore_patterns: Sequence[str] = (), **options: Any) -> Any:
+        copy = self._copy(Path(folder_path), ignore_patterns)
+        remove = functools.partial(shutil.rmtree, copy, ignore_errors=True)
+        try:
+            found = self._api.upload_folder(folder_path=str(copy), ignore_patterns=ignore_patterns, **options)
+        except BaseException:
+            remove()
+            raise
+        if options.get("run_as_future"):
+            found.add_done_callback(lambda _: remove())
+        else:
+            remove()
+        return found
 
 
 def ignore_bool_buffers(trainer: Trainer) -> None:

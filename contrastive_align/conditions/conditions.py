@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.formats import Text
+from contrastive_align.models.loading import file_of
 from contrastive_align.pool.draws import quantiles
 from contrastive_align.pool.files import Sample
 from contrastive_align.pool.pool import NEW, Table
@@ -133,13 +134,13 @@ class Condition(ABC):
 
     @staticmethod
     def load(folder: str | Path) -> Condition:
-        """Read ``condition.json``.
+        """Read ``condition.json`` of a folder or hub id.
 
         Raises:
             FileNotFoundError: the folder has none.
             ValueError: the file is damaged, or has unknown or wrong entries.
         """
-        path = Path(folder) / FILE
+        path = Path(file_of(str(folder), FILE) or Path(folder, FILE))
         if not path.exists():
             raise FileNotFoundError(
                 f"{folder} has no {FILE}. Give the folder of a model saved by conditional training."

@@ -14,12 +14,15 @@ from .task import contains_please, reward
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-__all__ = ["MODEL_PATH", "contains_please", "load_preference_dataset", "load_reward_dataset", "reward"]
+__all__ = ["LICENCE", "MODEL_PATH", "contains_please", "load_preference_dataset", "load_reward_dataset", "reward"]
 
 _ROOT = Path(__file__).resolve().parent
 
 MODEL_PATH = str(_ROOT / "model")
 """The folder of the bundled model and its tokenizer, for `from_pretrained`."""
+
+LICENCE = "apache-2.0"
+"""Of the bundled model and data: the package's own."""
 
 
 def load_reward_dataset() -> "DatasetDict":

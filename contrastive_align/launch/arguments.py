@@ -66,9 +66,15 @@ class Arguments:
     notes: list[str]
 
     @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """The names of the data set, or of those in the mixture."""
+        named = self.script.dataset_name
+        return (named,) if named else tuple(part.path for part in self.datasets.datasets)
+
+    @property
     def dataset(self) -> str | None:
         """The name of the data set or mixture; None for one prompt and for the bundled data."""
-        return self.script.dataset_name or ", ".join(part.path for part in self.datasets.datasets) or None
+        return ", ".join(self.dataset_names) or None
 
     @property
     def bundled_data(self) -> bool:

@@ -22,8 +22,9 @@ from contrastive_align.launch.arguments import Arguments, RunArguments, parse
 from contrastive_align.launch.datasets import load_prompts
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
+from contrastive_align.models.describe import count_parameters, describe_adapter, quantisation_of
 from contrastive_align.models.loading import ADAPTER_CONFIG
-from contrastive_align.report import Summary
+from contrastive_align.report import Summary, card
 from contrastive_align.trainers import ContrastiveConfig
 from contrastive_align.trainers.base import hold_folders, newest_whole_checkpoint
 from contrastive_align.trainers.processes import keep_to_the_end
@@ -175,6 +176,7 @@ class Run:
             raise UsageError(f"--{unused[0]} is given, but there is no evaluation split to take it from.")
         self.trainer = trainer = self.build_trainer(checkpoint)
         trainer.stopping = self.stopping
+        trainer.data_names = (card.DEMO_DATA,) if args.bundled_data else args.dataset_names
         if args.script.ignore_bias_buffers:
             ignore_bool_buffers(trainer)
         line, options = self.describe()
@@ -204,9 +206,10 @@ class Run:
         self.measure()
         if trainer.args.should_save:
             summary.write(folder)
+        trainer.create_model_card()  # with the results
         print_on_main(summary.closing())
         if args.training.push_to_hub:
-            trainer.push_to_hub(dataset_name=args.dataset)
+            trainer.push_to_hub()
         trainer.end()
         return summary
 
@@ -216,19 +219,19 @@ class Run:
 
     def _describe_model(self) -> dict[str, Any]:
         model, arguments = self.trainer.model, self.args.model
-        parameters = sum(p.numel() for p in model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        bits = "4-bit " if arguments.load_in_4bit else "8-bit " if arguments.load_in_8bit else ""
+        parameters, trained = count_parameters(model), count_parameters(model, trained=True)
+        quantisation, adapter = quantisation_of(model), describe_adapter(model)
         shown = [f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M" for n in (parameters, trained)]
-        precision = f"{bits}{str(model.dtype).removeprefix('torch.')}"
-        adapted = f", LoRA r={arguments.lora_r}" if is_peft_model(model) else ""
+        adapted = f", {adapter.pop('line')}" if adapter else ""
+        precision = " ".join(filter(None, [quantisation, str(model.dtype).removeprefix("torch.")]))
         return {
             "line": f"{self.model_name} ({shown[0]} parameters, {shown[1]} trained{adapted}, {precision})",
             "name_or_path": arguments.model_name_or_path,
             "revision": arguments.model_revision,
             "start": self.trainer.start_description,
-            "quantisation": bits.strip() or None,
-            "peft": is_peft_model(model),
+            "quantisation": quantisation,
+            "peft": adapter is not None,
+            "adapter": adapter,
             "parameters": parameters,
             "trained_parameters": trained,
         }
@@ -236,7 +239,7 @@ class Run:
     def _save_model(self) -> None:
         trainer, folder = self.trainer, self.args.training.output_dir
         trainer.save_model(folder)
-        trainer.create_model_card(model_name=Path(folder).name, dataset_name=self.args.dataset)
+        trainer.create_model_card()
         head = "Seq2SeqLM" if trainer.model.config.is_encoder_decoder else "CausalLM"
         auto = "peft.AutoPeftModelFor" if is_peft_model(trainer.model) else "transformers.AutoModelFor"
         self.summary.saved = {

@@ -13,7 +13,7 @@ from datasets import Dataset
 from contrastive_align.data import distinct_prompts
 from contrastive_align.launch.common import picture_saved
 from contrastive_align.launch.datasets import take
-from contrastive_align.report import Change, Summary, plot_rewards
+from contrastive_align.report import Change, Summary, in_words, moved, plot_rewards, spread, warn_if_above_start
 from contrastive_align.trainers import ConditionalTrainer
 from contrastive_align.trainers.evaluation import UNCONDITIONED
 
@@ -33,7 +33,8 @@ class Measurement:
         self.rows = None
         if not at_most:
             return
-        rows, where = (train, "training") if test is None else (test, "held-out")
+        self.held_out = test is not None
+        rows, where = (test, "held-out") if test is not None else (train, "training")
         if self.by_reward:
             self.rows = Dataset.from_list(distinct_prompts(rows, at_most))
             self.start = trainer.rewards_given(self.rows, conditions=[UNCONDITIONED])[UNCONDITIONED]
@@ -51,6 +52,8 @@ class Measurement:
             now, n = self._likelihoods(), len(self.rows)
             summary.metrics = {k: Change(x, now[k], math.nan, n) for k, x in self.likelihoods.items()}
             summary.metrics_on = f"{self.rows_name}; negative log-likelihood per token of <label>, given a condition"
+            own = {name: change for name, change in summary.metrics.items() if "_given/" not in name}
+            summary.state = "\n".join(line for x in own.items() for line in warn_if_above_start(*x))
             return
         found = self.trainer.rewards_given(self.rows)
         conditions = [name for name in found if name != UNCONDITIONED]
@@ -62,7 +65,8 @@ class Measurement:
         summary.metrics |= {f"{GIVEN}{name}": change for name, change in changes.items()}
         how = f"{self.trainer.args.num_generations} samples each; before: the start, given nothing"
         summary.metrics_on = f"{self.rows_name}, {how}; mean_reward: after, given the best"
-        summary.state = in_words({name: found[name] for name in conditions}, changes[conditions[0]])
+        given = {name: found[name] for name in conditions}
+        summary.state = words_on(given, changes[conditions[0]], held_out=self.held_out)
 
     def _likelihoods(self) -> dict[str, float]:
         found = self.trainer.evaluate(self.rows, metric_key_prefix="measured")
@@ -74,20 +78,19 @@ def _paired(before: np.ndarray, after: np.ndarray) -> Change | None:
     return Change.paired(before[both].tolist(), after[both].tolist()) if both.sum() > 1 else None
 
 
-def in_words(given: dict[str, np.ndarray], change: Change) -> str:
+def words_on(given: dict[str, np.ndarray], change: Change, *, held_out: bool) -> str:
     """Say whether the best condition gained reward and whether the conditions are in order (``given``: best first).
 
-    >>> in_words({"good": np.array([0.8, 0.9, 0.7]), "bad": np.array([0.3, 0.3, 0.1])}, Change(0.5, 0.8, 0.1, 3))
-    'In words: given the best, the reward is 0.3000 above the start (3.0 standard errors); from best to worst it falls.'
+    >>> given = {"good": np.array([0.8, 0.9, 0.7]), "bad": np.array([0.3, 0.3, 0.1])}
+    >>> words_on(given, Change(0.5, 0.8, 0.01, 3, before_se=0.1), held_out=True)  # doctest: +ELLIPSIS
+    'In words, with 95% intervals: the reward given the best condition rose by 0.3000 (0.2583 to 0.3417); from ...'
     """
-    moved = change.after - change.before
-    size = f"{abs(moved) / change.se:.1f} standard errors" if change.se > 0 else "no spread"
-    text = f"In words: given the best, the reward is {abs(moved):.4f} {'below' if moved < 0 else 'above'} the start"
+    clauses = [moved("the reward given the best condition", change, scale=spread(change))]
     means = [float(np.nanmean(values)) for values in given.values()]
-    if len(means) < 2:
-        return f"{text} ({size})."
-    falls = "falls" if all(a > b for a, b in itertools.pairwise(means)) else "does NOT always fall"
-    return f"{text} ({size}); from best to worst it {falls}."
+    if len(means) > 1:
+        falls = "falls" if all(a > b for a, b in itertools.pairwise(means)) else "does NOT always fall"
+        clauses.append(f"from best to worst it {falls}")
+    return in_words(clauses, held_out=held_out)
 
 
 def whole_prompts(rows: Dataset, at_most: int) -> Dataset:

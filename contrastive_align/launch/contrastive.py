@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from accelerate.utils import is_peft_model
@@ -18,7 +19,7 @@ from contrastive_align.launch.common import Run, model_arguments, print_on_main
 from contrastive_align.launch.datasets import DEMO_NAME, load_demo, load_splits
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.losses import LOSSES
-from contrastive_align.report import Change, Summary
+from contrastive_align.report import Change, Summary, in_words, moved, spread, warn_if_above_start
 from contrastive_align.sampling.decode import seed_of
 from contrastive_align.trainers import ContrastiveTrainer
 from contrastive_align.trainers.configs import AUTO
@@ -103,6 +104,9 @@ class RewardRun(Run):
         if self.args.bundled_data:
             after = _demo_rewards(self.trainer, self.test_rows)
             self.summary.metrics = {"mean_reward": Change.paired(self.rewards_before, after), **self.summary.metrics}
+        if "logps/best" in self.summary.metrics:
+            held_out = self.test_rows is not None
+            self.summary.state = _words(self.summary.metrics, self.args.training.beta, held_out=held_out)
 
 
 class PreferenceRun(RewardRun):
@@ -135,7 +139,7 @@ def _data_entry(name: str, report: DataReport) -> dict[str, Any]:
 
 
 def _measure(summary: Summary, trainer: ContrastiveTrainer, test: Any) -> None:
-    """Compare the log-probs of the reference (before) and of the policy (after) on the same groups."""
+    """Compare the reference (before) and the policy (after) on the same groups, in one evaluation."""
     if test is not None:
         trainer.evaluate()
         summary.metrics_on = "the evaluation split"
@@ -146,22 +150,32 @@ def _measure(summary: Summary, trainer: ContrastiveTrainer, test: Any) -> None:
         summary.metrics_on = f"the first {n} training groups"
     else:
         return
-    means = trainer.last_evaluation
     if trainer.args.sync_ref_model:
         summary.state = "The reference moved with the policy (sync_ref_model): there is no before to compare with."
         return
-    for name in ("logps/best", "logps/rest"):
+    means, changes = trainer.last_evaluation, summary.metrics
+    for name in ("loss", "logps/best", "logps/rest"):
         value, delta = means[name], means[f"{name}_delta"]
-        summary.metrics[name] = Change(value.mean - delta.mean, value.mean, delta.se, round(value.n))
-    moved = [f"the best completion's likelihood {_direction(means['logps/best_delta'])}"]
+        changes[name] = Change(value.mean - delta.mean, value.mean, delta.se, round(value.n))
     if (margin := means.get("rewards/margins")) is not None:  # before training policy and reference are equal
-        summary.metrics["rewards/margins"] = Change(0.0, margin.mean, margin.se, round(margin.n))
-        moved.append(f"its margin over the others {_direction(margin)}")
-    summary.state = f"In words: {', '.join(moved)}."
+        changes["rewards/margins"] = Change(0.0, margin.mean, margin.se, round(margin.n))
 
 
-def _direction(change: Any) -> str:
-    return "did not move" if abs(change.mean) <= 2 * change.se else "rose" if change.mean > 0 else "fell"
+def _words(changes: Mapping[str, Change], beta: float, *, held_out: bool) -> str:
+    """Say what moved. The scale is the loss's own: it reads log-probs as implied rewards, beta times as large.
+
+    An implied reward that moves by a twentieth moves a probability between two completions by one in eighty at most.
+    """
+    nats = {"scale": 1 / beta, "unit": "nats"}
+    best, rest = changes["logps/best"], changes["logps/rest"]
+    clauses = [moved("the best completion's likelihood", best, **nats)]
+    if abs(rest.after - rest.before) > abs(best.after - best.before):
+        clauses.append(moved("the other completions' likelihood", rest, **nats))
+    if (margin := changes.get("rewards/margins")) is not None:
+        clauses.append(moved("the margin between them", margin, scale=1.0))
+    if (reward := changes.get("mean_reward")) is not None:
+        clauses.append(moved("the mean reward of samples", reward, scale=spread(reward)))
+    return "\n".join([in_words(clauses, held_out=held_out), *warn_if_above_start("the loss", changes["loss"])])
 
 
 def _demo_rewards(trainer: ContrastiveTrainer, test: Dataset) -> list[float]:

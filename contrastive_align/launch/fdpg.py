@@ -17,7 +17,7 @@ from contrastive_align.launch.arguments import Arguments, RunArguments, load_yam
 from contrastive_align.launch.common import Run, model_arguments, picture_saved
 from contrastive_align.launch.datasets import only_prompts, repeat
 from contrastive_align.launch.feedback_flags import check_models, read_spec
-from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for
+from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for, words_on
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.losses import DIVERGENCES
 from contrastive_align.models.loading import adapter_config_path
@@ -154,7 +154,8 @@ class FDPGRun(Run):
         summary.metrics_on = (
             f"{self.measured_on}, {columns['tuned']['samples']} samples of each distribution; pi is the column"
         )
-        summary.state = "\n".join(f"note: {remark}" for remark in remarks)
+        words = words_on(summary.metrics, self.args.training.divergence, held_out=self.test_rows is not None)
+        summary.state = "\n".join([*words, *(f"note: {remark}" for remark in remarks)])
 
 
 def _build_target(args: Arguments) -> Target:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from contrastive_align import losses
-from contrastive_align.report import Number, TargetChange
+from contrastive_align.report import Number, TargetChange, in_words, moved, warn_if_above_start
+from contrastive_align.report.summary import show
 from contrastive_align.sampling import (
     PolicyProposal,
     QRSResult,
@@ -91,6 +92,22 @@ def metrics_of(columns: Distributions, names: Sequence[str], moments: Sequence[f
             prompts=prompts,
         )
     return metrics
+
+
+def words_on(metrics: dict[str, TargetChange], trained: str, *, held_out: bool) -> list[str]:
+    """Say what moved on the way to the target, whose distance from the start is the scale.
+
+    ``trained`` is the divergence that training lowers; of one that is not measured, KL(p||pi) stands in its place.
+    """
+    distance = f"{trained if trained in TO_TARGET else 'kl'}_target"
+    clauses = []
+    for name, change in metrics.items():
+        if name.startswith("moment/"):
+            clause = moved(name, change, scale=abs(change.target - change.before))
+            clauses.append(f"{clause}, under the target it is {show(change.target)}")
+    label = TO_TARGET[distance.removesuffix("_target")]
+    clauses.append(moved(label, metrics[distance], scale=metrics[distance].before))
+    return [in_words(clauses, held_out=held_out), *warn_if_above_start(label, metrics[distance])]
 
 
 class _Measured:

@@ -53,6 +53,8 @@ class Start:
     model: str | PeftModel  # an id or folder without an adapter; on a 4-bit or 8-bit base, a model with its adapter
     description: str  # one line with model, revision and adapter, and whether the adapter was merged
     tokenizer_source: str  # model id or folder
+    base: str  # without the adapter
+    adapter: str | None = None
 
 
 def adapter_config_path(model_id: str, revision: str | None = None) -> str | None:
@@ -102,7 +104,7 @@ def resolve_start(
     config_path = adapter_config_path(model_id, revision)
     revision_note = f" (revision {revision})" if revision and revision != "main" else ""
     if config_path is None:
-        return Start(model_id, f"{model_id}{revision_note}", model_id)
+        return Start(model_id, f"{model_id}{revision_note}", model_id, model_id)
 
     _check_adapter_weights(model_id, revision, allow_pickled_adapter)
     kwargs.setdefault("trust_remote_code", trust_remote_code)
@@ -127,14 +129,27 @@ def resolve_start(
             _add_adapter_rows(base, load_tokenizer(model_id, revision=revision, trust_remote_code=trust_remote_code))
         model = PeftModel.from_pretrained(base, model_id, is_trainable=True, revision=revision)
         description = f"{base_id}, quantised, + adapter {model_id}{revision_note}, kept"
-        return Start(model, description, tokenizer_source)
+        return Start(model, description, tokenizer_source, base_id, model_id)
 
     merged = Path(output_dir) / MERGED_BASE
     with PartialState().main_process_first():
         if PartialState().is_main_process:
             _merge(model_id, revision, base_id, config.revision, merged, tokenizer_source, kwargs)
     description = f"{base_id} + adapter {model_id}{revision_note}, merged into {merged}"
-    return Start(str(merged.resolve()), description, str(merged.resolve()))
+    return Start(str(merged.resolve()), description, str(merged.resolve()), base_id, model_id)
+
+
+def unmerged(base: str) -> str:
+    """Return the model that a base was merged from, and from which that one was, to the first."""
+    while (note := Path(base) / MERGE_NOTE).is_file():
+        base = json.loads(note.read_text())["base"]
+    return base
+
+
+def card_of(model_id: str) -> str | None:
+    """Return the model card of a folder or hub id, or None if it has none that can be read."""
+    file = file_of(model_id, "README.md")
+    return None if file is None else Path(file).read_text(encoding="utf-8", errors="replace")
 
 
 def _merge(
@@ -210,13 +225,13 @@ def _check_merge(before: Tensor, merged: PreTrainedModel, adapter: str) -> None:
 
 
 def _hash_of_adapter(adapter: str, revision: str | None) -> str:
-    name = ADAPTER_WEIGHTS if _file_of(adapter, ADAPTER_WEIGHTS, revision) else PICKLED_WEIGHTS
-    digest = hashlib.sha256(Path(_file_of(adapter, name, revision)).read_bytes())
+    name = ADAPTER_WEIGHTS if file_of(adapter, ADAPTER_WEIGHTS, revision) else PICKLED_WEIGHTS
+    digest = hashlib.sha256(Path(file_of(adapter, name, revision)).read_bytes())
     digest.update(Path(adapter_config_path(adapter, revision)).read_bytes())
     return digest.hexdigest()
 
 
-def _file_of(model_id: str, name: str, revision: str | None) -> str | None:
+def file_of(model_id: str, name: str, revision: str | None = None) -> str | None:
     """Return the path of a file in a folder or (cached) hub repository, or None if it has none."""
     try:
         return cached_file(model_id, name, revision=revision)
@@ -290,7 +305,7 @@ def check_exists(model_id: str) -> None:
 
 def _check_adapter_weights(model_id: str, revision: str | None, allow_pickle: bool) -> None:
     readable = (ADAPTER_WEIGHTS, PICKLED_WEIGHTS) if allow_pickle else (ADAPTER_WEIGHTS,)
-    if any(_file_of(model_id, name, revision) for name in readable):
+    if any(file_of(model_id, name, revision) for name in readable):
         return
     if os.path.isdir(model_id) and not os.path.isfile(os.path.join(model_id, PICKLED_WEIGHTS)):
         raise FileNotFoundError(

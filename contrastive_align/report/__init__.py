@@ -10,6 +10,7 @@ from contrastive_align.report.summary import (
     distribution_rows,
     table,
 )
+from contrastive_align.report.words import in_words, moved, spread, warn_if_above_start
 
 
 __all__ = [
@@ -19,9 +20,13 @@ __all__ = [
     "TargetChange",
     "TargetSummary",
     "distribution_rows",
+    "in_words",
+    "moved",
     "plot_rewards",
     "plot_round",
     "plot_steps",
     "plot_tradeoff",
+    "spread",
     "table",
+    "warn_if_above_start",
 ]

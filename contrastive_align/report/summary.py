@@ -38,6 +38,11 @@ class Change:
         differences = [b - a for a, b in zip(before, after, strict=True)]
         return cls(_mean(before), _mean(after), _se(differences), len(before), _se(before), _se(after))
 
+    @property
+    def units(self) -> int:
+        """How many independent measurements ``se`` is taken over."""
+        return self.n
+
 
 @dataclass
 class TargetChange(Change):
@@ -47,6 +52,11 @@ class TargetChange(Change):
     qrs: float | None = None  # the number with quasi-rejection sampling
     qrs_se: float | None = None
     prompts: int | None = None  # over which se is taken
+
+    @property
+    def units(self) -> int:
+        """Prompts, or the samples of a single one."""
+        return self.prompts if self.prompts and self.prompts > 1 else self.n
 
 
 @dataclass(frozen=True)
@@ -84,7 +94,8 @@ class Summary:
         path = Path(output_dir) / "summary.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            file.write(json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False).encode() + b"\n")
+            contents = {**asdict(self), "table": self.measured_rows()}
+            file.write(json.dumps(_finite(contents), indent=2, ensure_ascii=False).encode() + b"\n")
         return path
 
     def opening(self) -> str:
@@ -95,14 +106,16 @@ class Summary:
             rows += [("", line) for line in report["notes"]]
         return table(rows)
 
-    def closing(self) -> str:
-        """Return the tables after training."""
+    def measured_rows(self) -> list[tuple[str, ...]]:
+        """Return the cells of the table of what was measured, the header first; none where nothing was."""
         rows = [("", "before", "after", "change", "+- se", "n")]
         for name, c in self.metrics.items():
-            rows.append((name, _show(c.before), _show(c.after), _show(c.after - c.before), _show(c.se), str(c.n)))
-        return self._closing(rows if self.metrics else None)
+            rows.append((name, show(c.before), show(c.after), show(c.after - c.before), show(c.se), str(c.n)))
+        return rows if self.metrics else []
 
-    def _closing(self, rows: Sequence[Sequence[str]] | None) -> str:
+    def closing(self) -> str:
+        """Return the tables after training."""
+        rows = self.measured_rows()
         measured = [f"measured on {self.metrics_on}", table(rows, numbers=True)] if rows else []
         return "\n".join([*measured, *filter(None, [self.state]), table(list(self.saved.items()))])
 
@@ -113,9 +126,9 @@ class TargetSummary(Summary):
 
     distributions: dict[str, dict[str, Number]] = field(default_factory=dict)
 
-    def closing(self) -> str:
-        """Return the table after training: base, target, tuned and tuned + QRS side by side."""
-        return self._closing(distribution_rows(self.distributions) if self.distributions else None)
+    def measured_rows(self) -> list[tuple[str, ...]]:
+        """Return base, target, tuned and tuned + QRS side by side."""
+        return distribution_rows(self.distributions) if self.distributions else []
 
 
 def table(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
@@ -154,7 +167,10 @@ def _se(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else float("nan")
 
 
-def _show(value: float) -> str:
+def show(value: float) -> str:
+    """Write a number with four digits after the point, fewer where it is large."""
+    if math.isnan(value):
+        return "-"
     if value and abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.2f}"

@@ -34,11 +34,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from contrastive_align import demo
 from contrastive_align.data.atomic import atomic_write, give_usual_mode, why_not_written
 from contrastive_align.data.folder_lock import folder_held
+from contrastive_align.data.published import published_copy
+from contrastive_align.models.cpu.four_bit import use_training_kernel
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
+from contrastive_align.models.describe import describe_adapter, four_bit_options
 from contrastive_align.models.layout import set_layout
 from contrastive_align.models.loading import (
+    MERGED_BASE,
+    card_of,
     check_generates,
     check_output_dir,
     check_weights_are_finite,
@@ -47,12 +53,20 @@ from contrastive_align.models.loading import (
     not_finite,
     placement,
     resolve_start,
+    unmerged,
     verify_saved,
     with_pad_token,
 )
 from contrastive_align.models.logps import remove_head
 from contrastive_align.ranges import check_numbers
-from contrastive_align.report.card import add_section, objective_section
+from contrastive_align.report.card import (
+    DEMO_MODEL,
+    Card,
+    complete_card,
+    licence_of,
+    objective_section,
+    results_section,
+)
 from contrastive_align.trainers.configs import ARGUMENTS_NOT_SUPPORTED
 from contrastive_align.trainers.first_step import cause_of
 from contrastive_align.trainers.processes import on_main
@@ -74,6 +88,7 @@ from contrastive_align.trl_seam import (
     create_model_from_path,
     disable_dropout_in_model,
     get_config_model_id,
+    uploading_copies,
 )
 
 
@@ -108,6 +123,9 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
     takes_encoder_decoders = False
     changed_weights = "save the changed model and start from its folder"  # a way out
     start_description = ""
+    start_base: str | None = None  # the model under an adapter that training begins from
+    start_adapter: str | None = None
+    data_names: Sequence[str] = ()  # hub ids, or files, for the model card
     layout = ""
     reference_is_given = False
     reference_is_proven: bool | None = None  # False: at the next batch of train()
@@ -208,6 +226,7 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
                 logger.warning(f"Start and reference: {start.description}")
                 kwargs.pop("revision", None)  # the adapter's
             model, source, self.start_description = start.model, start.tokenizer_source, start.description
+            self.start_base, self.start_adapter = start.base, start.adapter
             args.model_init_kwargs = dict(kwargs)
         if isinstance(model, PeftModel) and peft_config is not None and isinstance(start_id, str):
             logger.warning("The adapter's own LoRA goes on training; the peft_config given is not used.")
@@ -368,6 +387,8 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
             )
         self.check_loaded()
         models = self.base_models()
+        for model in models:
+            use_training_kernel(model)
         self.layout = set_layout(
             models, self.args.layout, obstacle=obstacle, sharded=self.is_sharded, autocast=self.computes_in_16_bits
         )
@@ -412,6 +433,7 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
                 around.callback(self.remove_callback, stopping)
                 around.enter_context(stopping.training())
             around.enter_context(freed_memory_kept(self.args.device.type))
+            around.enter_context(uploading_copies(published_copy))
             result = super().train(self._begin(resume_from_checkpoint), *args, **kwargs)
             self._check_that_it_trained()
             return result
@@ -608,11 +630,68 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         """Return what decides the objective, by name, for the model card (to be overridden)."""
         raise NotImplementedError
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write TRL's card, with a section on the objective, which the method's name leaves open."""
-        super().create_model_card(*args, **kwargs)
+    @property
+    def is_conversational(self) -> bool:
+        """Whether the prompts are messages."""
+        row = next(iter(self.train_dataset), {}) if self.train_dataset is not None else {}
+        return not isinstance(row.get("prompt", ""), str)
+
+    def asked_with(self) -> tuple[str, str, bool] | None:
+        """Return a condition's kind, its best text, and whether it has tokens of its own (to be overridden)."""
+        return None
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the card: what TRL's template says of the procedure, and the rest from the run and ``summary.json``.
+
+        It is the same whoever asks for it: a command, a checkpoint or a push.
+        """
+        if dataset_name is not None:
+            self.data_names = (dataset_name,)
+        super().create_model_card(model_name, None, tags)
         if self.is_world_process_zero():
-            add_section(self.args.output_dir, objective_section(self.objective()))
+            folder = Path(self.args.output_dir)
+            sections, summary = [objective_section(self.objective())], folder / "summary.json"
+            found = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+            if found.get("table"):
+                sections.append(results_section(found))
+            complete_card(folder / "README.md", self._card(model_name), sections)
+
+    def _card(self, title: str | None) -> Card:
+        args, model, tokenizer = self.args, self.model, self.processing_class
+        base_model = model.get_base_model() if is_peft_model(model) else model
+        known = self.start_base or get_config_model_id(base_model.config)
+        base = unmerged(known) if known else f"a {type(base_model).__name__} given in memory"
+        name, licence = base, licence_of(card_of(base))
+        if base == demo.MODEL_PATH:
+            name, licence = DEMO_MODEL, {"license": demo.LICENCE}
+        adapter = describe_adapter(model)
+        condition = self.asked_with()
+        named_inputs = getattr(tokenizer, "model_input_names", ())
+        merged = adapter and Path(args.output_dir, MERGED_BASE).is_dir()
+        return Card(
+            title=title or (args.hub_model_id or Path(args.output_dir).name).split("/")[-1],
+            folder=self.hub_model_id or ".",
+            base=name,
+            base_licence=licence,
+            data=self.data_names,
+            adapter=adapter["type"] if adapter else None,
+            start_adapter=self.start_adapter,
+            continued=self.start_adapter is not None and not merged,
+            merged_base=MERGED_BASE if merged else None,
+            quantisation=four_bit_options(base_model) if adapter else None,
+            condition=condition[:2] if condition else None,
+            condition_tokens=bool(condition and condition[2]),
+            encoder_decoder=model.config.is_encoder_decoder,
+            chat=self.is_conversational,
+            tokenizer_options=", return_token_type_ids=False" if "token_type_ids" in named_inputs else "",
+        )
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push as Trainer does; what goes up names no path of this machine (see ``data.published``)."""
+        with uploading_copies(published_copy):
+            return super().push_to_hub(*args, **kwargs)
 
     def end(self) -> None:
         """End the run as Trainer does, once all processes have arrived: none leaves while another still talks to it."""

@@ -37,7 +37,6 @@ from contrastive_align.models.logps import completion_logps, completion_objectiv
 from contrastive_align.models.token_loss import token_loss
 from contrastive_align.pool import Pool, Sample, Table
 from contrastive_align.registry import hash_of_user
-from contrastive_align.report.card import add_section, how_to_ask
 from contrastive_align.sampling.decode import draw
 from contrastive_align.targets.evaluate import Feature
 from contrastive_align.targets.features import weighted_sum
@@ -50,7 +49,6 @@ from contrastive_align.trl_seam import (
     Method,
     PreparesDatasets,
     disable_dropout_in_model,
-    get_config_model_id,
     nothing_loaded_by_trl,
 )
 
@@ -740,18 +738,14 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         found |= {name: getattr(args, name) for name in ("kl_target", "entropy_target")}
         return {name: value for name, value in found.items() if value is not None}
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card; how to ask for the best takes the place of TRL's quick start, which has no condition."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            condition, adapter = self.best_condition(), is_peft_model(self.model)
-            try:
-                best = condition.best
-            except ValueError:  # a judge's words, before the first round
-                best = "words of the judge, once there are some"
-            base = get_config_model_id(self.model.config)
-            section = how_to_ask(condition.kind, best, adapter=adapter, tokens=bool(condition.tokens), base=base)
-            add_section(self.args.output_dir, section, instead_of="## Quick start")
+    def asked_with(self) -> tuple[str, str, bool]:
+        """Return the kind of the condition, the text that stands for the best, and whether it has tokens."""
+        condition = self.best_condition()
+        try:
+            best = condition.best
+        except ValueError:  # a judge's words, before the first round
+            best = "words of the judge, once there are some"
+        return condition.kind, best, bool(condition.tokens)
 
 
 class _BeginsRounds(TrainerCallback):

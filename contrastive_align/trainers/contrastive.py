@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ from trl import DPOTrainer
 from contrastive_align.data import DataReport, GroupCollator, prepare_groups
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.columns import read_options
+from contrastive_align.data.rows import BadRow
+from contrastive_align.data.tokenise import render_messages
 from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_labels
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.loading import embedding_rows
@@ -294,16 +297,12 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             model = self.engine_for_precompute()
         loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))
         rows: list[list[float]] = []
-        # In the mode the policy will be in: 4-bit layers on CPU take another kernel in evaluation mode.
-        was_training = model.training
-        model.train(self.args.disable_dropout)
         with freed_memory_kept(self.args.device.type):
             for batch in self.progress(loader, f"Reference log-probs of the {name} dataset"):
                 logps = self.compute_ref_log_probs(model, batch)
                 rows += self.accelerator.gather_for_metrics(
                     [row[ok].tolist() for row, ok in zip(logps, batch["valid"], strict=True)], use_gather_object=True
                 )
-        model.train(was_training)
         return rows
 
     def reference_group(self) -> dict[str, Any]:
@@ -321,6 +320,24 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             return first.get("ref_logps") if first["completion_ids"] == group["completion_ids"] else None
         batch = self.to_device(self.data_collator([group]))
         return self.compute_ref_log_probs(self.reference_or_policy, batch)[batch["valid"]].tolist()
+
+    @property
+    def is_conversational(self) -> bool:
+        """Whether the first prompt, of which tokens alone are kept, has the tokens of the chat template around it."""
+        tokenizer: Any = self.processing_class
+        if not tokenizer.chat_template:
+            return False
+        try:
+            turns = [[{"role": "user", "content": text}] for text in ("a", "b")]
+            texts = [render_messages(turn, tokenizer, add_generation_prompt=True) for turn in turns]
+        except BadRow:  # a template that wants other turns
+            return False
+        one, other = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompt = self._first_row["prompt_ids"]
+        if after := _common_start(one[::-1], other[::-1]):
+            return prompt[::-1][: len(after)] == after
+        before = _common_start(one, other)
+        return len(before) > 1 and prompt[: len(before)] == before  # one may be BOS, which plain text has as well
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -363,7 +380,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
 
         In training the batch carries what makes the step's mean exact (see :meth:`get_batch_samples`), so that
         ``num_items_in_batch`` is not needed and an override may drop it. ``return_outputs`` adds a dict with
-        ``policy_logps``, ``ref_logps``, ``log_ratios``, ``valid`` (B, K) and ``losses`` (B,).
+        ``policy_logps``, ``ref_logps``, ``log_ratios``, ``valid`` (B, K) and ``losses`` (B,). In evaluation
+        ``loss_delta`` is logged: the loss less that of the reference, where training starts.
         """
         training = self.model.training
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
@@ -380,8 +398,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         given = {"log_ratios": log_ratios, "scores": scores, "valid": valid, "lengths": policy.lengths}
         given |= {"policy_logps": policy.logps, "ref_logps": ref_logps}
         given |= {"beta": self.args.beta, "temperature_alpha": self.temperature_alpha}
-        terms = {name: group_loss(name, **given) for name in self.loss_types}
-        losses = sum(weight * terms[name] for name, weight in zip(self.loss_types, self.loss_weights, strict=True))
+        losses, terms = self._losses(given)
         weights = inputs.get("group_weights", torch.ones_like(losses))
         groups = inputs.get("step_groups", weights.sum().clamp(min=1))
         loss = (weights * losses).sum() / groups
@@ -394,6 +411,9 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             )
             everyone = torch.ones_like(losses)
             metrics["loss"] = (losses, everyone)
+            if not training:
+                at_reference = given | {"log_ratios": torch.zeros_like(log_ratios), "policy_logps": ref_logps}
+                metrics["loss_delta"] = (losses - self._losses(at_reference)[0], everyone)
             if len(terms) > 1:
                 metrics |= {f"loss/{name}": (term, everyone) for name, term in terms.items()}
             if self.aux_loss_enabled:
@@ -407,6 +427,12 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             return loss
         outputs = {"policy_logps": policy.logps, "ref_logps": ref_logps, "log_ratios": log_ratios}
         return loss, outputs | {"valid": valid, "losses": losses}
+
+    def _losses(self, given: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the weighted sum of the losses (B,), and each by its name."""
+        terms = {name: group_loss(name, **given) for name in self.loss_types}
+        weighted = [weight * terms[name] for name, weight in zip(self.loss_types, self.loss_weights, strict=True)]
+        return torch.stack(weighted).sum(0), terms
 
     # ---------------------------------------------------------------------------------------------------- metrics
 
@@ -460,3 +486,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         if self.reads_labels:
             found["temperature_alpha"] = self.temperature_alpha
         return found
+
+
+def _common_start(one: list[int], other: list[int]) -> list[int]:
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return [first for first, _ in pairs]

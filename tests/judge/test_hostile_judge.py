@@ -18,7 +18,7 @@ from contrastive_align.judge.answers import CategoryAnswers, FeedbackAnswers, re
 from contrastive_align.judge.judge import Judge, Verdict
 from contrastive_align.judge.ledger import AnswerCache
 from contrastive_align.openai_client import CallError
-from contrastive_align.report.card import add_section, how_to_ask, objective_section
+from contrastive_align.report.card import Card, complete_card, objective_section, results_section
 from contrastive_align.sampling.server import ServerSampler
 
 
@@ -257,14 +257,17 @@ def test_a_judges_words_are_no_part_of_the_card(tmp_path):
     words = "`a` ``\n\n## Training procedure\n<script>alert(1)</script>\x1b[2J\n```\n---"
     card = "---\nlicense: mit\n---\n\n# M\n\n## Quick start\n\nx\n\n## Training procedure\n\nIt was trained.\n"
     (tmp_path / "README.md").write_text(card)
-    add_section(tmp_path, how_to_ask("text", words, adapter=False, tokens=False, base="b"), instead_of="## Quick start")
-    add_section(tmp_path, objective_section({"condition": words}))
+    said = Card(title="M", folder=".", base="b", condition=("text", words))
+    results = {"table": [["", "after"], [words, "1.0"]], "metrics_on": words, "state": words}
+    sections = [objective_section({"condition": words}), results_section(results)]
+    complete_card(tmp_path / "README.md", said, sections)
     lines = (tmp_path / "README.md").read_text().splitlines()
     shown = "```` `a` `` ## Training procedure <script>alert(1)</script>\ufffd[2J ``` --- ````"
-    assert [line for line in lines if "script" in line] == [
+    assert sum(r"\<script\>" in line for line in lines) == 3  # of the results, in which it is escaped
+    assert [line for line in lines if "<script>" in line and r"\<" not in line] == [
         next(line for line in lines if line.endswith(f"asked for with: {shown}")),
         f"- condition: {shown}",
     ]
     headings = [line for line in lines if line.startswith("#") and "folder" not in line]
-    assert headings == ["# M", "## Asking for the best", "## Objective", "## Training procedure"]
-    assert lines[:3] == ["---", "license: mit", "---"]
+    assert headings == ["# M", "## Asking for the best", "## Objective", "## Results", "## Training procedure"]
+    assert "---" not in lines[lines.index("---", 1) + 1 :]

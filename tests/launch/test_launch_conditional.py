@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from contrastive_align import demo
 from contrastive_align.conditions import Condition, resolve_condition
 from contrastive_align.launch import cli
-from contrastive_align.launch.conditional_measure import in_words
+from contrastive_align.launch.conditional_measure import words_on
 from contrastive_align.launch.feedback_flags import build_judge
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.report import Change, plot_rewards, plot_round
@@ -59,7 +59,7 @@ def test_the_embedded_default(tmp_path, capsys, monkeypatch):
     assert [r["round/samples"] for r in found["training"]["rounds"]] == [20, 20]
     shown = capsys.readouterr().out
     assert "quantile_tokens by reward, KL 0.05 (reverse), entropy 0.06; 2 rounds of 4 prompts x 5 samples" in shown
-    assert "reward_given/<quantile_4>" in shown and "In words: given the best" in shown
+    assert "reward_given/<quantile_4>" in shown and "the reward given the best condition" in shown
     for picture in ("rewards.png", "rounds/round-001.png", "rounds/round-002.png"):
         assert (tmp_path / picture).stat().st_size > 5_000
     AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -327,11 +327,13 @@ def test_a_judge_is_asked_for_what_the_condition_needs(tmp_path):
 
 
 def test_words_say_when_the_order_is_wrong():
-    given = {"good": np.array([0.2, 0.4]), "bad": np.array([0.3, 0.4])}
-    assert in_words(given, Change(0.5, 0.3, 0.1, 2)).endswith("from best to worst it does NOT always fall.")
-    given = {"good": np.array([0.5, 0.4]), "fair": np.array([0.1, 0.1]), "bad": np.array([0.3, 0.4])}
-    assert in_words(given, Change(0.5, 0.3, 0.1, 2)).endswith("does NOT always fall.")
-    assert "0.2000 below the start (2.0 standard errors)" in in_words(given, Change(0.5, 0.3, 0.1, 2))
+    change, wrong = Change(0.5, 0.3, 0.01, 50), "from best to worst it does NOT always fall."
+    for values in ([[0.2, 0.4], [0.3, 0.4]], [[0.5, 0.4], [0.1, 0.1], [0.3, 0.4]]):
+        given = {f"{i}": np.array(pair) for i, pair in enumerate(values)}
+        said = words_on(given, change, held_out=True)
+        assert said.startswith("In words, with 95% intervals: the reward given the best condition fell by 0.2000")
+        assert said.endswith(wrong)
+    assert "on training data alone" in words_on(given, change, held_out=False)
 
 
 def test_the_picture_needs_scores(tmp_path):
