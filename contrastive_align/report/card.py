@@ -274,6 +274,7 @@ def complete_card(path: Path, card: Card, sections: Sequence[str]) -> None:
     template.data.model_name = card.title
     template.data.tags = sorted(template.data.tags or ())
     kept = template.text[_place(template.text, re.escape(BEFORE)) :]
+    kept = re.sub(r"\n\s*\n", "\n\n", kept)  # the template's places for badges
     template.text = "\n" + "\n\n".join([card.introduction(), card.usage(), *sections, kept.strip()]) + "\n"
     with atomic_write(path) as file:
         file.write(str(template).encode())
