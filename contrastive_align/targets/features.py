@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 
-from contrastive_align.registry import Registry, load_function
+from contrastive_align.registry import NoSuchFunction, Registry, load_function
 from contrastive_align.targets.classifiers import SCORER_OPTIONS, classifier, loaded_reward_model, reward_model
 from contrastive_align.targets.evaluate import Feature, FeatureError, call_feature, completion_text, shorten
 
@@ -60,7 +60,7 @@ def resolve_feature(
 
     Raises:
         ValueError: an unknown kind, a key that the kind does not take, or a value that it cannot use.
-        FileNotFoundError, AttributeError: ``file.py:function`` is not there.
+        FileNotFoundError, NoSuchFunction: ``file.py:function`` is not there.
 
     >>> polite = resolve_feature({"contains": "please"})
     >>> polite.name, polite(prompts=["", ""], completions=["Please wait.", "Wait."])
@@ -271,6 +271,8 @@ def _function(value: Any) -> Feature:
         return Feature(FUNCTIONS[value], value)
     try:
         return Feature(load_function(value), value.rpartition(":")[2])
+    except NoSuchFunction:
+        raise
     except ValueError as error:
         raise ValueError(f"function: {error}") from error
 
