@@ -929,6 +929,9 @@ class RowReader:
             answers = [row.get(c["a"]), row.get(c["b"])]
             yield prompt, answers, self.better(row.get(c["winner"]), answers)
         elif shape == "tagged":
+            if isinstance(row.get(c["talk"]), str):
+                with contextlib.suppress(ValueError, RecursionError):
+                    _check_keys({"": _loads(row[c["talk"]])})
             for turns in self.texts(row.get(c["talk"])):
                 if isinstance(turns, str) or len(turns) < 2 or turns[-1][0] != "assistant":
                     raise Bad("no conversation that ends with an answer")
@@ -1032,6 +1035,8 @@ class RowReader:
                     for p in found if isinstance(p, str) or [role for role, _ in p] == ["user"]
                 ]  # fmt: skip
         system = row.get("system")
+        if system is not None and not isinstance(system, str):
+            return []
         if isinstance(system, str) and system.strip():
             found += [f"{system}\n\n{p}" if isinstance(p, str) else [("system", system), *p] for p in found]
         return found

@@ -12,6 +12,7 @@ from typing import Any
 from contrastive_align.data.answers import InColumns, InList, OneARow
 from contrastive_align.data.columns import (
     ABOUT,
+    ANSWERS,
     LABELS,
     RANKS,
     SCORES,
@@ -66,7 +67,8 @@ def what_to_say(table: Table, read: Callable[[Options], Any]) -> str:
             like = "They may be"
         except ValueError:
             continue
-        return f"{found} {like} columns='{told}'. If that is right, say so."
+        way = " (or chosen and rejected the other way round)" if "chosen" in columns else ""
+        return f"{found} {like} columns='{told}'{way}. If that is right, say so."
     if next(OneARow.find(table), None) and _known_prompt(table):
         return f"{found} One answer a prompt without a score is what trl.SFTTrainer trains on."
     return f"{found} Say which column is which, for instance columns='{_example(table)}'."
@@ -113,7 +115,7 @@ def _suggestions(table: Table) -> Iterator[dict[str, str]]:
         rest = [key for key in texts if key != prompt]
         for answer in rest:
             yield from ({**told, "completion": name[answer], "score": name[score]} for score in numbers)
-        if len(rest) == 2 and not numbers and not lists:
+        if len(rest) == 2 and not numbers and not lists and not {*rest} & {*ANSWERS}:
             yield {**told, "chosen": name[rest[0]], "rejected": name[rest[1]]}
 
 

@@ -252,8 +252,8 @@ class LastTurn(Answers):
     @classmethod
     def find(cls, table: Table) -> Iterator[LastTurn]:
         """Yield a conversation that ends with an answer, and the rejected one."""
-        rejected = table.first(("rejected_response", "rejected_messages", "rejected"))
         talk = _answered(table)
+        rejected = next((key for key in table.names if "rejected" in key.split("_") and _may_be_pair(table, key)), None)
         if talk and rejected and "chosen" not in table:
             yield cls((talk, rejected))
 

@@ -41,19 +41,20 @@ TEXTS = (  # of an object that holds an answer
 SCORES = ("score", "reward", "rating", "mark", "grade", "points", "overall_score", "quality", "overall")
 RANKS = ("rank", "ranks", "ranking", "rankings")  # the lowest is the best
 SCORE_LISTS = (*(f"{name}s" for name in SCORES), *SCORES, *RANKS, "all_rm_scores")
-LABELS = ("label", "kto_tag", "desirable", "thumbs_up")  # true or false
+LABELS = ("label", "kto_tag", "desirable", "thumbs_up", "thumbs")  # true or false
 # The better and the worse of a pair; a column's name may have further words, as in chosen_response.
 PAIR_WORDS = (
     ("chosen", "rejected"), ("selected", "rejected"), ("accepted", "rejected"), ("preferred", "non_preferred"),
     ("preferred", "dispreferred"), ("better", "worse"), ("best", "worst"), ("win", "lose"), ("winner", "loser"),
-    ("winning", "losing"), ("positive", "negative"), ("good", "bad"), ("j", "k"),
+    ("winning", "losing"), ("positive", "negative"), ("pos", "neg"), ("good", "bad"), ("j", "k"),
 )  # fmt: skip
 STRENGTHS = ("preference_strength", "overall_preference")  # negative: the first, positive: the second
 WINNERS = (
     "winner", "choice", "preferred", "preference", "better", "best", "better_response_id", "safer_response_id", "label",
-    "orig_preference", "human_preference", "chosen_index", "verdict", "vote", "chosen",
+    "orig_preference", "human_preference", "verdict", "vote", "chosen",
+    *(f"{word}_{index}" for word in ("chosen", "best", "winner", "preferred") for index in ("index", "idx")),
 )  # fmt: skip
-FROM_0 = ("choice", "chosen_index")  # of these, the numbers of the answers in a list, which begin at 0
+FROM_0 = re.compile(r"choice|.*_(index|idx)")  # the numbers of answers in a list, which begin at 0
 # Columns that say where a row is from, and are never its prompt.
 ABOUT = re.compile(
     r"(.*_)?(ids?|uuid|idx|index|sources?|dataset|subset|split|category|language|lang|types?|kind|domain|task|models?|"

@@ -55,16 +55,9 @@ MAGIC = {
     b"PK\x03\x04": ("a spreadsheet or a zip file", ".xlsx"),
     b"ARROW1": ("an Arrow file", ".arrow"),
 }
-CONTAINERS = {
-    "data",
-    "rows",
-    "examples",
-    "items",
-    "instances",
-    "records",
-    "train",
-    "version",
-}  # keys of an object of rows
+# Keys of an object of rows: of the list of rows, and of what stands beside it.
+CONTAINERS = {"data", "rows", "examples", "items", "instances", "records", "train"}
+BESIDE = {"version", "schema", "metadata", "info", "description", "name", "title", "license", "features", "num_rows"}
 TYPED = ("parquet", "arrow")  # kinds whose columns have types
 DELIMITERS = ",;\t|"
 SNIFFED = 1 << 16  # characters by which a table's delimiter is found
@@ -283,7 +276,7 @@ def _is_one_value(head: str) -> bool:
     except RecursionError:
         return False
     whole = not rest.strip()
-    return whole and (start[0] == "[" or set(json.loads(first)) <= CONTAINERS)
+    return whole and (start[0] == "[" or set(json.loads(first)) <= CONTAINERS | BESIDE)
 
 
 def _check_no_columns(path: Path, head: str) -> None:
@@ -328,10 +321,13 @@ def _from_array(path: Path, head: str, file: TextIO) -> Iterator[tuple[int, str]
         lists = {key: start for key, start, _ in items if re.match(r"\[\s*\{", text[start : start + 99])}
         if text[_skip(text, _skip(text, items[-1][2] if items else at + 1) + 1) :]:
             raise FileProblem(f"{path} goes on after the end of its object. Write an object a line, or a list of them.")
+        keys = [key for key, _, _ in items]
+        if not set(keys) & CONTAINERS:  # a row that is written over several lines
+            yield 1, text[at : items[-1][2] if items else at + 1].rstrip() + "}"
+            return
         if len(lists) != 1:
-            keys = [key for key, _, _ in items][:8]
             raise FileProblem(
-                f"{path} is one object with the keys {keys}, expected a list of rows, or an object a line."
+                f"{path} is one object with the keys {keys[:8]}, expected a list of rows, or an object a line."
             )
         yield from ((line, text[start:end]) for line, start, end in _elements(path, text, *lists.values()))
         return

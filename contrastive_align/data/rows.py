@@ -23,6 +23,7 @@ _TRUTHS = {
     for pair in (
         ("true", "false"), ("yes", "no"), ("good", "bad"), ("positive", "negative"), ("correct", "incorrect"),
         ("desirable", "undesirable"), ("chosen", "rejected"), ("accepted", "rejected"), ("pass", "fail"),
+        ("like", "dislike"), ("thumbs up", "thumbs down"), ("thumbs_up", "thumbs_down"), ("👍", "👎"),
     )
     for word, truth in zip(pair, (True, False), strict=True)
 }  # fmt: skip

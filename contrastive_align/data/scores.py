@@ -34,7 +34,8 @@ from contrastive_align.data.columns import (
     twin_of,
     words_of,
 )
-from contrastive_align.data.formats import Parts, listed, number_of
+from contrastive_align.data.formats import LABELS as LABELLED
+from contrastive_align.data.formats import Parts, how_written, listed, number_of
 from contrastive_align.data.rows import FIX, BadRow, parsed, short
 
 
@@ -366,7 +367,7 @@ def _first_number(table: Table, key: str, answers: Answers, k: int) -> int:
         float(v.replace(",", ".")) if isinstance(v, str) else float(v) for v in table.values(key) if is_number(v)
     }
     levels, marks = {int(n) for n in numbers if n.is_integer() and 0 <= n <= k}, answers.marks
-    named = int(marks[0]) if marks and marks[0].isdigit() else 0 if key in FROM_0 and not marks else None
+    named = int(marks[0]) if marks and marks[0].isdigit() else 0 if FROM_0.fullmatch(key) and not marks else None
     if not levels or (named == 0 and (0 in levels or levels == {1})) or (named == 1 and 0 not in levels):
         return named or 0
     if named is None and k in levels and 0 not in levels:
@@ -467,7 +468,8 @@ class OwnColumn(Scores):
     def candidates(cls, table: Table, answers: Answers) -> list[str]:
         return [
             name for key, name in table.names.items()
-            if key not in answers.keys and not ABOUT.fullmatch(key) and table.mostly(key, is_score)
+            if key not in answers.keys and table.mostly(key, is_score)
+            and (not ABOUT.fullmatch(key) or how_written(table.values(key)) == LABELLED)
         ]  # fmt: skip
 
     def read(self, row: Row, parts: Parts, names: Names, where: str) -> list[Any]:
