@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contrastive_align.data.rows import ROW
-
 
 Message = dict[str, Any]
 Text = str | list[Message]
 SHORT = 60  # characters of a prompt or value that an error shows
 NOT_COLUMNS = frozenset(  # keyword arguments that TRL gives a reward function beside the dataset's columns
-    [*"prompt prompts completion completions completion_ids trainer_state log_extra log_metric".split(), ROW]
+    # and __row__, the number that the data's reader gives a row
+    "prompt prompts completion completions completion_ids trainer_state log_extra log_metric __row__".split()
 )
 
 

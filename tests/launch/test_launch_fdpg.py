@@ -12,7 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from contrastive_align import demo
+from contrastive_align import FDPGConfig, demo
 from contrastive_align.launch import cli
 from contrastive_align.launch.arguments import parse
 from contrastive_align.launch.datasets import load_prompts, repeat
@@ -214,7 +214,8 @@ def test_prompts(tmp_path):
     def load(rows):
         file = tmp_path / "rows.jsonl"
         file.write_text("\n".join(map(json.dumps, rows)))
-        return load_prompts(parse([f"--dataset_name={file}"], prog="test", script=FDPGArguments))[0]
+        flags = [f"--dataset_name={file}"]
+        return load_prompts(parse(flags, prog="test", script=FDPGArguments, training=FDPGConfig))[0]
 
     rows = load([{"prompt": "a", "completions": ["b", "c"], "scores": [1, 0], "topic": "x"}])
     assert rows.column_names == ["prompt", "topic"]
