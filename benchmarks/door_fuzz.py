@@ -797,6 +797,8 @@ def file_rows(path: Path, case: Case) -> list[Any]:
 def _numbered(value: Any) -> Any:
     if isinstance(value, int | float | decimal.Decimal) and not isinstance(value, bool):
         return Number(str(value) if isinstance(value, decimal.Decimal) else repr(value))
+    if isinstance(value, bytes):
+        return value.decode()
     if isinstance(value, dict):
         return {key: _numbered(item) for key, item in value.items()}
     return [_numbered(item) for item in value] if isinstance(value, list) else value

@@ -301,7 +301,7 @@ class Better(Scores):
         taken = {*answers.keys, *(key for own in table.families.values() for key in own.values())}
 
         def decides(value: Any) -> bool:
-            return better_by_word(value, marks, int(marks[0]) if marks[0].isdigit() else 0) is not None
+            return better_by_word(value, marks, *(int(mark) for mark in marks[:1] if mark.isdigit())) is not None
 
         return [
             name for key, name in table.names.items()
@@ -338,14 +338,14 @@ class Better(Scores):
         self, values: list[Any], marks: tuple[str, ...], what: str, row: Row, parts: Parts
     ) -> list[float] | None:
         value = values[0]
-        if isinstance(value, str) and not is_number(value):
-            told = [
-                parsed(row.get(*keys)) if len(keys) == 1 else [row.get(key) for key in keys] for keys in self.beside
-            ]
-            for each in [parts.completions, *told]:
+        scores = better_by_word(value, marks, self.first)
+        if scores is None and isinstance(value, str):  # the answer itself, or what stands beside it
+            columns = [[row.get(key) for key in keys] for keys in self.beside]
+            several = [cells if len(cells) > 1 else parsed(cells[0]) for cells in columns]
+            for each in [parts.completions, *several]:
                 if isinstance(each, list) and len(each) == len(marks) and each.count(value) == 1:
                     return [float(other == value) for other in each]
-        return better_by_word(value, marks, self.first)
+        return scores
 
 
 _WON = re.compile(r"winner_(.+_)?([a-h]|tie|\d)")
