@@ -1088,9 +1088,11 @@ class RowReader:
         if isinstance(value, str):
             if not value.strip() or _has_half_of(value):
                 raise Bad(f"the text {value!r}")
-            found = [value]
-            with contextlib.suppress(ValueError, RecursionError, Bad):
+            found, inner = [value], None
+            with contextlib.suppress(ValueError, RecursionError):
                 inner = _loads(value)
+            _check_keys({"": inner})
+            with contextlib.suppress(Bad):
                 if isinstance(inner, dict | list):
                     told = self.texts(inner, is_prompt=is_prompt) if _talks(inner) or self.table else []
                     chat = self.table and self.case.chat and _talks(inner)

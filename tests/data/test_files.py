@@ -385,3 +385,15 @@ def test_lists_as_python_prints_them_are_named():
     Path("rows.csv").write_text("prompt,completions,scores\na,\"['x', 'y']\",\"[1, 0]\"\n")
     with pytest.raises(BadRow, match=r"not a JSON list.*as Python prints it: write it by json\.dumps"):
         read("rows.csv")
+
+
+def test_typed_files_of_one_split_have_columns_that_hold_both():
+    for n, score in enumerate((1, 0.25)):
+        pq.write_table(pa.table({"prompt": ["p"], "completions": [["a", "b"]], "scores": [[score, 3]]}), f"{n}.parquet")
+    assert [scores for _, _, scores in read("0.parquet", "1.parquet")] == [[1, 3], [0.25, 3]]
+    pq.write_table(pa.table({"prompt": [7], "completions": [["a", "b"]], "scores": [[1, 3]]}), "2.parquet")
+    with pytest.raises(FileProblem, match=r"0\.parquet, 2\.parquet: a column has other types in other files"):
+        read("0.parquet", "2.parquet")
+    pq.write_table(pa.table({"prompt": ["p"], "answers": [["a", "b"]], "scores": [[1, 3]]}), "3.parquet")
+    with pytest.raises(FileProblem, match=r"3\.parquet \['answers', .*expected the same in all files of a split"):
+        read("0.parquet", "3.parquet")
