@@ -640,6 +640,6 @@ def _check_same_columns(paths: list[Path]) -> None:
         if seen is not None and columns != seen[1]:
             raise FileProblem(
                 f"{seen[0].name} has the columns {sorted(seen[1])} and {path.name} {sorted(columns)}, expected the "
-                "same in all files of a split. Give one file, or name the files of other splits test.. or validation.. ."
+                "same in all files of a split. Give one, or name the files of other splits test.. or validation.. ."
             )
         seen = seen or (path, columns)
