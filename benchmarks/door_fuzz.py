@@ -968,13 +968,13 @@ class RowReader:
         """The scores of two answers by the word for the better one."""
         if not isinstance(value, str):
             raise Bad(f"the better answer {value!r}")
-        if [answer == value for answer in answers].count(True) == 1:
-            self.doubt = True  # the text of an answer names it
-            return [Number(str(int(answer == value))) for answer in answers]
         word = value.strip().lower().removeprefix("response_")
         marks = ("first", "second") if self.c["a"].endswith("answer") else ("a", "b")
         if word.startswith("tie"):
             return [Number("0.5"), Number("0.5")]
+        if word not in marks and [answer == value for answer in answers].count(True) == 1:
+            self.doubt = True  # the text of an answer names it
+            return [Number(str(int(answer == value))) for answer in answers]
         if word not in marks:
             raise Bad(f"the better answer {value!r}")
         return [Number(str(int(word == mark))) for mark in marks]
