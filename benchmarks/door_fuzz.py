@@ -797,6 +797,8 @@ def file_rows(path: Path, case: Case) -> list[Any]:
 def _numbered(value: Any) -> Any:
     if isinstance(value, int | float | decimal.Decimal) and not isinstance(value, bool):
         return Number(str(value) if isinstance(value, decimal.Decimal) else repr(value))
+    if isinstance(value, bytes):
+        return value.decode()
     if isinstance(value, dict):
         return {key: _numbered(item) for key, item in value.items()}
     return [_numbered(item) for item in value] if isinstance(value, list) else value
@@ -966,13 +968,13 @@ class RowReader:
         """The scores of two answers by the word for the better one."""
         if not isinstance(value, str):
             raise Bad(f"the better answer {value!r}")
-        if [answer == value for answer in answers].count(True) == 1:
-            self.doubt = True  # the text of an answer names it
-            return [Number(str(int(answer == value))) for answer in answers]
         word = value.strip().lower().removeprefix("response_")
         marks = ("first", "second") if self.c["a"].endswith("answer") else ("a", "b")
         if word.startswith("tie"):
             return [Number("0.5"), Number("0.5")]
+        if word not in marks and [answer == value for answer in answers].count(True) == 1:
+            self.doubt = True  # the text of an answer names it
+            return [Number(str(int(answer == value))) for answer in answers]
         if word not in marks:
             raise Bad(f"the better answer {value!r}")
         return [Number(str(int(word == mark))) for mark in marks]
@@ -1086,9 +1088,11 @@ class RowReader:
         if isinstance(value, str):
             if not value.strip() or _has_half_of(value):
                 raise Bad(f"the text {value!r}")
-            found = [value]
-            with contextlib.suppress(ValueError, RecursionError, Bad):
+            found, inner = [value], None
+            with contextlib.suppress(ValueError, RecursionError):
                 inner = _loads(value)
+            _check_keys({"": inner})
+            with contextlib.suppress(Bad):
                 if isinstance(inner, dict | list):
                     told = self.texts(inner, is_prompt=is_prompt) if _talks(inner) or self.table else []
                     chat = self.table and self.case.chat and _talks(inner)

@@ -39,7 +39,7 @@ def what_to_say(table: Table, read: Callable[[Options], Any]) -> str:
 
     Args:
         table: the columns.
-        read: recognises the data set under other options, or raises.
+        read: recognises the data set under other options, returns None, or raises.
     """
     listing = ", ".join(f"{name!r} ({_kind(table, key)})" for key, name in table.names.items())
     wanted = table.options.score
@@ -62,10 +62,10 @@ def what_to_say(table: Table, read: Callable[[Options], Any]) -> str:
         told = ",".join(f"{role}={column}" for role, column in columns.items())
         try:
             reading = read(replace(table.options, columns={**table.options.columns, **columns}))
-            like = f"They resemble those of {reading.known_from}, with"
-        except Ask:
-            like = "They may be"
-        except ValueError:
+            like = f"They resemble those of {reading.known_from}, with" if reading else None
+        except ValueError as error:
+            like = "They may be" if isinstance(error, Ask) else None
+        if like is None:
             continue
         way = " (or chosen and rejected the other way round)" if "chosen" in columns else ""
         return f"{found} {like} columns='{told}'{way}. If that is right, say so."

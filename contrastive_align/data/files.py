@@ -112,11 +112,10 @@ def read_files(paths: list[Path], *, streaming: bool = False) -> Dataset | Itera
     for path in paths:
         if not path.stat().st_size:
             raise FileProblem(f"'{path}' is empty, expected at least one row.")
+    _check_same_columns(paths)
     if kinds == {"arrow"} and not streaming and len(paths) == 1 and not _unknown_types(_arrow_schema(paths[0])):
         return _open_arrow(paths[0])
-    features = _features(_arrow_schema(paths[0])) if typed else _FEATURES
-    if not typed:
-        _check_same_columns(paths)
+    features = _features(paths) if typed else _FEATURES
     # The key of the cache: files that changed, and other code, are read again.
     stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     told = {"paths": [str(path) for path in paths], "stamps": [str(stamps)] * len(paths), "source": _SOURCE}
@@ -559,7 +558,14 @@ def _unknown_types(schema: pa.Schema) -> list[str]:
     return unknown
 
 
-def _features(schema: pa.Schema) -> Features:
+def _features(paths: list[Path]) -> Features:
+    """Return the types of the columns, which hold those of each file."""
+    schemas = [_arrow_schema(path).remove_metadata() for path in paths]
+    try:
+        schema = pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        names = ", ".join(path.name for path in paths[:4])
+        raise FileProblem(f"{names}: a column has other types in other files of a split: {error}") from error
     unknown = _unknown_types(schema)
     known = Features.from_arrow_schema(pa.schema([field for field in schema if field.name not in unknown]))
     return Features({name: known.get(name) or Value("string") for name in schema.names})
@@ -624,14 +630,16 @@ def _check_same_columns(paths: list[Path]) -> None:
     seen: tuple[Path, set[str]] | None = None
     for path in paths:
         known = kind_of(path)
-        first = next((row for row in READERS[known.kind](path, known.compression) if row[RAW]), None)
-        if first is None:
-            continue
-        columns = set(parse_object(first[RAW])) - {DECIMAL_COMMA}
+        if known.kind in TYPED:
+            columns = set(_arrow_schema(path).names)
+        else:
+            first = next((row for row in READERS[known.kind](path, known.compression) if row[RAW]), None)
+            if first is None:
+                continue
+            columns = set(parse_object(first[RAW])) - {DECIMAL_COMMA}
         if seen is not None and columns != seen[1]:
             raise FileProblem(
-                f"{seen[0].name} has the columns {sorted(seen[1])} and {path.name} {sorted(columns)}, expected "
-                "the same in all "
-                "files of a split. Give one file, or name the files of other splits test.. or validation.. ."
+                f"{seen[0].name} has the columns {sorted(seen[1])} and {path.name} {sorted(columns)}, expected the "
+                "same in all files of a split. Give one, or name the files of other splits test.. or validation.. ."
             )
         seen = seen or (path, columns)

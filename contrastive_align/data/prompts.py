@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,12 @@ from contrastive_align.data.columns import (
     asks,
     is_conversation,
     is_text,
+    is_turns,
 )
+from contrastive_align.data.formats import Parts
 from contrastive_align.data.messages import as_text, is_turn
 from contrastive_align.data.rows import FIX, BadRow, parsed, short
+from contrastive_align.trl_seam import extract_prompt
 
 
 # Keys of an object that holds a prompt: one text, or a title that stands before a longer text.
@@ -171,3 +175,48 @@ def _with_history(prompt: Any, turns: Any, what: str) -> list[dict[str, Any]]:
         raise BadRow(f"{what} is {short(turns)}, expected pairs of question and answer, or messages. {FIX}")
     prompt = as_text(prompt, what)
     return before + (prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}])
+
+
+def split_prompt_off(parts: Parts, where: str) -> None:
+    """Take what chosen and rejected share for the prompt; of dialogues it is told later."""
+    names = [parts.columns.completion(i) for i in range(len(parts.completions))]
+    told = [as_text(answer, f"{where}: {name}") for name, answer in zip(names, parts.completions, strict=True)]
+    (chosen, rejected), (a, b) = told[:2], names[:2]
+    if {type(chosen), type(rejected)} not in ({str}, {list}) or len(told) > 2:
+        raise BadRow(
+            f"{where}: {a} is {short(chosen)} and {b} {short(rejected)}, expected both text or both messages. {FIX}"
+        )
+    shorter, longer = sorted((chosen, rejected), key=len)
+    if longer[: len(shorter)] == shorter:
+        raise BadRow(
+            f"{where}: one of {a} and {b} is the beginning of the other, so that no prompt can be told from them. "
+            "Give a 'prompt' column, or drop the row (on_bad_row='drop')."
+        )
+    if isinstance(chosen, list):
+        return
+    split = extract_prompt({"chosen": chosen, "rejected": rejected})
+    shared = chosen[: next(i for i, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y)]
+    if not re.search(r"\s", shared):
+        raise BadRow(
+            f"{where}: no prompt. {a} and {b} share {shared!r} at most at their beginning. Give a 'prompt' "
+            "column, or drop the row (on_bad_row='drop')."
+        )
+    parts.prompt, parts.completions = split["prompt"], [split["chosen"], split["rejected"]]
+
+
+def join_turns(parts: Parts, where: str) -> None:
+    """Join lists of one text a turn, of the prompt and of the answers, into text or dialogues."""
+    asked, told = parsed(parts.prompt), [parsed(answer) for answer in parts.completions]
+    names = [f"'{parts.columns.prompt}'", *(parts.columns.completion(i) for i in range(len(told)))]
+    for name, turns in zip(names, [asked, *told], strict=True):
+        if not is_turns(turns) or len(turns) != len(asked):
+            raise BadRow(f"{where}: {name} is {short(turns)}, expected a list with a text for each turn. {FIX}")
+    if len(asked) == 1:
+        parts.prompt, parts.completions = asked[0], [answer[0] for answer in told]
+        return
+    parts.prompt = None
+    parts.completions = [
+        [turn for q, a in zip(asked, answer, strict=True) for turn in
+         ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
+        for answer in told
+    ]  # fmt: skip

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.fingerprint import Hasher
 
-from contrastive_align.data import answers, columns, formats, messages, prompts, rows, scores, shapes
+from contrastive_align.data import answers, better, columns, formats, messages, prompts, rows, scores, shapes
 from contrastive_align.data.columns import Options
 from contrastive_align.data.formats import Group, TooFew, checked_group
 from contrastive_align.data.rows import OWN_COLUMNS, RAW, ROW, BadRow, number_in_file, values_of
@@ -28,7 +28,7 @@ SOURCE = hashlib.sha256(
         Path(f).read_bytes()
         for f in (
             __file__,
-            *(m.__file__ for m in (answers, columns, formats, messages, prompts, rows, scores, shapes)),
+            *(m.__file__ for m in (answers, better, columns, formats, messages, prompts, rows, scores, shapes)),
         )
     )
 ).hexdigest()

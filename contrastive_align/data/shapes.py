@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from contrastive_align.data import answers, scores
 from contrastive_align.data.advice import what_to_say
-from contrastive_align.data.answers import Answers
+from contrastive_align.data.answers import Answers, InColumns, InList
+from contrastive_align.data.better import Better
 from contrastive_align.data.columns import (
     ABOUT,
     CONVERSATIONS,
@@ -32,11 +32,9 @@ from contrastive_align.data.columns import (
     roles_of,
 )
 from contrastive_align.data.formats import NUMBERS, Parts, how_written
-from contrastive_align.data.messages import as_text, is_turn
-from contrastive_align.data.prompts import Prompt, find_prompt
-from contrastive_align.data.rows import DECIMAL_COMMA, FIX, OWN_COLUMNS, BadRow, parsed, short
+from contrastive_align.data.prompts import Prompt, find_prompt, join_turns, split_prompt_off
+from contrastive_align.data.rows import DECIMAL_COMMA, OWN_COLUMNS, BadRow
 from contrastive_align.data.scores import Ask, Scores, which_score
-from contrastive_align.trl_seam import extract_prompt
 
 
 @dataclass(frozen=True)
@@ -48,8 +46,8 @@ class Shape:
         known_from: published data sets that are spelled so.
         answers: where the answers may stand.
         scores: where their scores may stand; nowhere of answers that are ranked in themselves.
-        pairs: one of two answers is better, whatever numbers say how much.
-        chat: plain texts are turns of a chat.
+        pairs: a row says which answer is better, whatever numbers say by how much.
+        chat: texts under this key are turns of a chat, though they are plain.
     """
 
     name: str
@@ -57,24 +55,31 @@ class Shape:
     answers: tuple[type[Answers], ...]
     scores: tuple[type[Scores], ...]
     pairs: bool = False
+    chat: str | None = None
 
 
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
-        Shape("nested", "UltraFeedback, Nectar", (answers.InList,), (scores.Inside,)),
-        Shape("lists", "RLHFlow, distilabel", (answers.InList, answers.InColumns), (scores.Beside,)),
+        Shape("nested", "UltraFeedback, Nectar, ELI5", (InList,), (scores.Inside,), chat="response"),
+        Shape("lists", "RLHFlow, distilabel", (InList,), (scores.Beside,)),
         Shape("tree", "OASST", (answers.Tree,), ()),
-        Shape("wide", "WebGPT, SHP, the published NCA data", (answers.InColumns,), (scores.InColumns, scores.Inside)),
+        Shape(
+            "wide", "WebGPT, SHP, the published NCA data", (InColumns,),
+            (scores.InColumns, scores.Inside, scores.Beside),
+        ),
         Shape("pairs", "UltraFeedback binarised, HH-RLHF, Orca DPO", (answers.Pair,), (scores.Rated,), pairs=True),
         Shape("last_turn", "ms-swift", (answers.LastTurn,), (scores.Rated,), pairs=True),
-        Shape(
-            "compared", "HelpSteer2 preferences, Chatbot Arena, PandaLM", (answers.InColumns, answers.InList),
-            (scores.Better,), pairs=True,
-        ),
+        Shape("compared", "HelpSteer2 preferences, Chatbot Arena, PandaLM", (InColumns, InList), (Better,), pairs=True),
         Shape("long", "HelpSteer2, KTO", (answers.OneARow,), (scores.OwnColumn, scores.Inside)),
     )
 }  # fmt: skip
+# Where scores of other names are looked for, and how they are asked for.
+PLACES: dict[type[Answers], str] = {
+    InList: "of the answers in {}",
+    InColumns: "of the answers {}",
+    answers.OneARow: "for one answer a row",
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -115,8 +120,9 @@ class Reading:
 
     @property
     def is_chat(self) -> bool:
-        """Whether plain texts are turns of a chat, as those of UltraFeedback are."""
-        return self.answers.text == "response" and not self.joined
+        """Whether plain texts are turns of a chat."""
+        chat = SHAPES[self.shape].chat
+        return chat is not None and self.answers.text == chat
 
     @property
     def ratings(self) -> tuple[str, ...]:
@@ -149,113 +155,67 @@ class Reading:
         parts.template, parts.system = found["template"], found["system"]
         parts.decimal_comma, parts.written = bool(values.get(DECIMAL_COMMA)), self.written
         if self.implicit:
-            _split_prompt_off(parts, where)
+            split_prompt_off(parts, where)
         if self.in_turns:
-            _join_turns(parts, where)
+            join_turns(parts, where)
         return [parts]
-
-
-def _split_prompt_off(parts: Parts, where: str) -> None:
-    """Take what chosen and rejected share for the prompt; of dialogues it is told later."""
-    names = [parts.columns.completion(i) for i in range(len(parts.completions))]
-    told = [as_text(answer, f"{where}: {name}") for name, answer in zip(names, parts.completions, strict=True)]
-    (chosen, rejected), (a, b) = told[:2], names[:2]
-    if {type(chosen), type(rejected)} not in ({str}, {list}) or len(told) > 2:
-        raise BadRow(
-            f"{where}: {a} is {short(chosen)} and {b} {short(rejected)}, expected both text or both messages. {FIX}"
-        )
-    shorter, longer = sorted((chosen, rejected), key=len)
-    if longer[: len(shorter)] == shorter:
-        raise BadRow(
-            f"{where}: one of {a} and {b} is the beginning of the other, so that no prompt can be told from them. "
-            "Give a 'prompt' column, or drop the row (on_bad_row='drop')."
-        )
-    if isinstance(chosen, list):
-        return
-    split = extract_prompt({"chosen": chosen, "rejected": rejected})
-    shared = chosen[: next(i for i, (x, y) in enumerate(zip(chosen, rejected, strict=False)) if x != y)]
-    if not re.search(r"\s", shared):
-        raise BadRow(
-            f"{where}: no prompt. {a} and {b} share {shared!r} at most at their beginning. Give a 'prompt' "
-            "column, or drop the row (on_bad_row='drop')."
-        )
-    parts.prompt, parts.completions = split["prompt"], [split["chosen"], split["rejected"]]
-
-
-def _join_turns(parts: Parts, where: str) -> None:
-    """Join lists of one text a turn, of the prompt and of the answers, into text or dialogues."""
-    asked, told = parsed(parts.prompt), [parsed(answer) for answer in parts.completions]
-    names = [f"'{parts.columns.prompt}'", *(parts.columns.completion(i) for i in range(len(told)))]
-    for name, turns in zip(names, [asked, *told], strict=True):
-        if not is_turns(turns) or len(turns) != len(asked):
-            raise BadRow(f"{where}: {name} is {short(turns)}, expected a list with a text for each turn. {FIX}")
-    if len(asked) == 1:
-        parts.prompt, parts.completions = asked[0], [answer[0] for answer in told]
-        return
-    parts.prompt = None
-    parts.completions = [
-        [turn for q, a in zip(asked, answer, strict=True) for turn in
-         ({"role": "user", "content": q}, {"role": "assistant", "content": a})]
-        for answer in told
-    ]  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- recognising
 
 
-def _no_advice(*_: Any) -> str:
-    return ""
-
-
-def recognise(
-    rows: list[Mapping[str, Any]], columns: list[str], options: Options, advise: Callable[..., str] = what_to_say
-) -> Reading:
+def recognise(rows: list[Mapping[str, Any]], columns: list[str], options: Options) -> Reading:
     """Recognise the shape of a data set by its columns and a few rows.
 
     Args:
         rows: the first rows, which may be bad ones.
         columns: of the data set.
         options: what the user says.
-        advise: what the error says where no shape fits (see :func:`~contrastive_align.data.advice.what_to_say`).
 
     Raises:
         ValueError: no shape fits, several columns may have a role, or two columns differ in case alone; says what was
             found, what it resembles and what to type.
     """
+    table, reading = _recognise(rows, columns, options)
+    if reading is None:
+        raise ValueError(what_to_say(table, lambda told: _recognise(rows, columns, told)[1]))
+    return reading
+
+
+def _recognise(rows: list[Mapping[str, Any]], columns: list[str], options: Options) -> tuple[Table, Reading | None]:
+    columns = [column for column in columns if column not in OWN_COLUMNS]
     names: dict[str, str] = {}
     for column in [*options.columns.values(), *columns]:  # a column that the user names goes before one that is like it
-        if column in columns and column not in OWN_COLUMNS:
+        if column in columns:
             names.setdefault(key_of(column), column)
-    alike = [column for column in columns if column not in OWN_COLUMNS and names[key_of(column)] != column]
+    alike = [column for column in columns if names[key_of(column)] != column]
     naming = Naming.of(options, names, alike)
     table = Table([naming.by_key(row) for row in rows], naming.names(names), options, naming)
     found = _find(table)
-    if found is None and options.score is None:
-        _ask(table)
     if found is None:
-        raise ValueError(advise(table, lambda told: recognise(rows, columns, told, advise=_no_advice)))
+        if options.score is None:
+            _ask(table)
+        return table, None
     shape, where, how, prompt = found
     read_keys = {*prompt.keys, *where.keys, *(how.keys if how else ())}
     read = [name for key, name in table.names.items() if key in read_keys]
-    unread = [name for name in columns if name not in read and name not in OWN_COLUMNS]
-    said = options.columns.values()
-    if doubtful := [
-        (names[key_of(name)], name) for name in alike if names[key_of(name)] in read and names[key_of(name)] not in said
-    ]:
-        a, b = doubtful[0]
-        role = "prompt" if key_of(a) in prompt.keys else "score" if how and key_of(a) in how.keys else "completion"
-        raise ValueError(
-            f"The columns '{a}' and '{b}' differ in case or punctuation alone. Say which one is read: "
-            f"columns='{key_of(a) if key_of(a) in ROLES else role}={a}'."
-        )
+    for other in alike:
+        name = names[key_of(other)]
+        if name in read and name not in options.columns.values():
+            role = next((key for key in table.names if key in ROLES and table.names[key] == name), "prompt")
+            raise Ask(
+                f"The columns '{name}' and '{other}' differ in case or punctuation alone. Say which one is read: "
+                f"columns='{role}={name}'."
+            )
+    unread = [name for name in columns if name not in read]
     reading = Reading(shape.name, prompt, where, how, options, naming, table.names, read, unread)
     reading.implicit = isinstance(where, answers.Pair) and prompt.main is None
-    in_columns = isinstance(where, answers.InColumns)
-    reading.in_turns = in_columns and all(table.mostly(key, is_turns) for key in (prompt.main, *where.keys))
+    in_turns = all(table.mostly(key, is_turns) for key in (prompt.main, *where.keys))
+    reading.in_turns = isinstance(where, InColumns) and in_turns
     seen = list(_first_parts(reading, rows))
     reading.written = how_written(score for parts in seen for score in parts.scores)
     reading.prompt_repeats = bool(seen) and all(map(_repeats_prompt, seen))
-    return reading
+    return table, reading
 
 
 def _repeats_prompt(parts: Parts) -> bool:
@@ -315,10 +275,8 @@ def _prompt_of(table: Table, where: Answers, how: Scores | None) -> Prompt | Non
 
 def _is_dialogue(value: Any) -> bool:
     """Whether an answer, or a list of them, is a whole dialogue."""
-    first = (
-        value[0] if isinstance(value, list) and value and is_conversation(value[0]) and not is_turn(value[0]) else value
-    )
-    return roles_of(first)[:1] not in ([], ["assistant"])
+    lists = isinstance(value, list) and bool(value) and isinstance(value[0], list)
+    return roles_of(value[0] if lists else value)[:1] not in ([], ["assistant"])
 
 
 def _first_parts(reading: Reading, rows: Iterable[Mapping[str, Any]]) -> Iterator[Parts]:
@@ -336,14 +294,6 @@ def _ask(table: Table) -> None:
         names = [name for kind in kinds for name in kind.candidates(table, where)] if where else []
         if names and _prompt_of(table, where, None):
             raise which_score(list(dict.fromkeys(names)), words.format(table.listing(where.keys)))
-
-
-# Where scores of other names are looked for, and how they are asked for.
-PLACES: dict[type[Answers], str] = {
-    answers.InList: "of the answers in {}",
-    answers.InColumns: "of the answers {}",
-    answers.OneARow: "for one answer a row",
-}
 
 
 def first_rows(rows: Iterable[Mapping[str, Any]], n: int = SAMPLE) -> list[Mapping[str, Any]]:

@@ -226,7 +226,8 @@ class ContrastiveConfig(DPOConfig):
         columns (`str` or `dict`, *optional*):
             Which column is which part of a group, where its name does not say: `prompt=question,completions=answers`,
             or a mapping. Parts: prompt, system, history, completions, scores, completion, score, chosen, rejected,
-            tools. `prompt=` with nothing after it: the prompt is what chosen and rejected share.
+            tools. Several columns are joined by `+`: `completions=left+right`. `prompt=` with nothing after it: the
+            prompt is what chosen and rejected share.
         score_column (`str`, *optional*):
             The column that is the score, where several may be: `helpfulness`.
         hard_pairs (`bool`, defaults to `False`):

@@ -83,7 +83,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             agree.
         args: a :class:`ContrastiveConfig`.
         data_collator: by default :class:`~contrastive_align.data.GroupCollator`; another one must return its keys.
-        train_dataset, eval_dataset: groups in any spelling of ``data/formats.py``, preference pairs included.
+        train_dataset, eval_dataset: groups in any shape of ``data/shapes.py``, preference pairs included.
         processing_class: a tokenizer.
         callbacks, optimizers, quantization_config, peft_config: as in TRL.
 

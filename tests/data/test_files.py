@@ -4,6 +4,7 @@ import codecs
 import gzip
 import json
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import pyarrow as pa
@@ -70,19 +71,6 @@ def spreadsheet(name):
     return name
 
 
-def written(name, content):
-    Path(name).write_bytes(content)
-    return name
-
-
-def rows_of(table):
-    return [dict(zip(table[0], row, strict=True)) for row in table[1:]]
-
-
-def zstd(content):
-    return pa.compress(content, codec="zstd", asbytes=True)
-
-
 WAYS = {
     "comma.csv": lambda name: write(name, *as_csv()),
     "semicolon.csv": lambda name: write(name, *as_csv(";", ",")),
@@ -91,13 +79,26 @@ WAYS = {
     "bars.csv": lambda name: write(name, *as_csv("|")),
     "bom.csv": lambda name: write(name, *as_csv(), encoding="utf-8-sig", end="\r\n"),
     "excel.csv": lambda name: write(name, *as_csv("\t", ","), encoding="utf-16", end="\r\n"),
-    "rows.json": lambda name: written(name, json.dumps(rows_of(TABLE), indent=1).encode()),
-    "one_object.json": lambda name: written(name, json.dumps({"version": 1, "data": rows_of(TABLE)}).encode()),
+    "rows.json": lambda name: (
+        Path(name).write_text(json.dumps([dict(zip(TABLE[0], row, strict=True)) for row in TABLE[1:]], indent=1))
+        and name
+    ),
+    "one_object.json": lambda name: (
+        Path(name).write_text(
+            json.dumps({"version": 1, "data": [dict(zip(TABLE[0], row, strict=True)) for row in TABLE[1:]]}, indent=1)
+        )
+        and name
+    ),
     "rows.jsonl": lambda name: write(name, *[dict(zip(TABLE[0], row, strict=True)) for row in TABLE[1:]], end="\r\n"),
-    "rows.jsonl.gz": lambda name: written(name, gzip.compress(Path(WAYS["rows.jsonl"]("r.jsonl")).read_bytes())),
-    "rows.csv.zst": lambda name: written(name, zstd(Path(WAYS["comma.csv"]("c.csv")).read_bytes())),
+    "rows.jsonl.gz": lambda name: (
+        Path(name).write_bytes(gzip.compress(Path(WAYS["rows.jsonl"]("r.jsonl")).read_bytes())) and name
+    ),
+    "rows.csv.zst": lambda name: (
+        Path(name).write_bytes(pa.compress(Path(WAYS["comma.csv"]("c.csv")).read_bytes(), codec="zstd", asbytes=True))
+        and name
+    ),
     "sheet.xlsx": spreadsheet,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", WAYS)
@@ -288,10 +289,111 @@ def test_encodings():
             read(broken)
     whole = gzip.compress(b"\n".join([json.dumps(GROUP).encode()] * 1000))
     Path("cut.jsonl.gz").write_bytes(whole[:-20])
-    with pytest.raises(FileProblem, match=r"cut.jsonl.gz"):
+    with pytest.raises(FileProblem, match=r"cut\.jsonl\.gz"):
         read("cut.jsonl.gz")
 
 
 def test_an_unreadable_row_keeps_its_number():
     rows = read_files([Path(write("rows.jsonl", GROUP, "{", GROUP))])
     assert [row[UNREADABLE] is None for row in rows] == [True, False, True] and rows["__row__"][:] == [0, 1, 2]
+
+
+# --------------------------------------------------------------------------------------- what nobody thought of, nearly
+
+PAIR = "prompt,chosen,rejected\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        ("a.jsonl", gzip.compress(b"{}\n"), r"a.jsonl is a gzip file, and no text. Give it a name that ends in \.gz"),
+        ("a.csv", b"PAR1....", r"is a Parquet file.*ends in \.parquet"),
+        ("a.csv", b"PK\x03\x04...", r"is a spreadsheet.*ends in \.xlsx"),
+        ("a.csv", json.dumps(GROUP).encode(), r"is JSON, and no table.*ends in \.json or \.jsonl"),
+        ("a.jsonl.gz", b"{}\n", r"is no gzip file: .*Name it by what it is, without '\.gz'"),
+        ("a.csv", PAIR.encode() + b"a,b,c\ngr\xf6\xdfer,b,c\n", r"not UTF-8 text: .*in line 3\)\. Save it as UTF-8"),
+        ("a.json", b'[{"prompt": "a"},\n{"prompt": "b"},\n]', r"a comma stands before the '\]' in line 3. Take it out"),
+        (
+            "a.json",
+            b'{"prompt": ["a", "b"], "chosen": ["c", "d"]}',
+            r"one object of columns.*orient='records', lines=True",
+        ),
+        (
+            "a.json",
+            b'{"prompt": {"0": "a"}, "chosen": {"0": "b"}}',
+            r"one object of columns.*orient='records', lines=True",
+        ),
+        ("a.csv", b"prompt,,chosen\na,b,c\n", r"no name for column 2, which is 'b' in line 2"),
+    ],
+)
+def test_a_file_of_another_kind_is_named(name, data, said):
+    Path(name).write_bytes(data)
+    with pytest.raises(FileProblem, match=said):
+        read(name)
+
+
+def test_tables_as_programs_write_them():
+    expected = [("Ask him.", ["please go", "go now"], [1, 0])]
+    for text in (
+        ",prompt,chosen,rejected\n0,Ask him.,please go,go now\n",  # pandas, with its index
+        "prompt,,chosen,rejected,\nAsk him.,,please go,go now,\n",  # a sheet with empty columns
+        "sep=;\nprompt;chosen;rejected\nAsk him.;please go;go now\n",  # Excel
+    ):
+        Path("rows.csv").write_text(text)
+        assert read("rows.csv") == expected
+    Path("rows.csv").write_text(f"{PAIR}Ask him.,please go,go now\n{PAIR}Ask her.,please go,go now\n")
+    with pytest.raises(BadRow, match=r"rows.csv, row 1 \(line 3\): the names of the columns stand here once more"):
+        read("rows.csv")
+    assert len(read("rows.csv", on_bad_row="drop")) == 2
+
+
+def test_one_row_over_several_lines():
+    Path("rows.json").write_text(json.dumps(GROUP, indent=2))
+    assert read("rows.json") == [("Name a cup.", ["tea cup", "mug"], [1, 0])]
+    Path("rows.json").write_text(json.dumps({"schema": {}, "data": [GROUP]}, indent=2))
+    assert read("rows.json") == [("Name a cup.", ["tea cup", "mug"], [1, 0])]
+
+
+def test_columns_of_types_that_are_text_and_of_types_that_are_not_known():
+    day = pa.array([date(2021, 1, 11)])
+    table = pa.table(
+        {
+            "prompt": pa.array([b"When?"]),
+            "chosen": day,
+            "rejected": pa.array(["never"]).dictionary_encode(),
+            "when": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+        }
+    )
+    pq.write_table(table, "rows.parquet")
+    with pa.OSFile("rows.arrow", "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write(table)
+    for name in ("rows.parquet", "rows.arrow"):
+        assert read(name) == [("When?", ["2021-01-11", "never"], [1, 0])]
+    marks = pa.array([Decimal("4.5")])
+    pq.write_table(
+        pa.table({"prompt": ["p"], "answer_1": ["a"], "score_1": marks, "answer_2": ["b"], "score_2": marks}),
+        "rows.parquet",
+    )
+    assert read("rows.parquet") == [("p", ["a", "b"], [4.5, 4.5])]
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pq.write_table(twice, "rows.parquet")
+    with pytest.raises(FileProblem, match="has the column 'prompt' twice"):
+        read("rows.parquet")
+
+
+def test_lists_as_python_prints_them_are_named():
+    Path("rows.csv").write_text("prompt,completions,scores\na,\"['x', 'y']\",\"[1, 0]\"\n")
+    with pytest.raises(BadRow, match=r"not a JSON list.*as Python prints it: write it by json\.dumps"):
+        read("rows.csv")
+
+
+def test_typed_files_of_one_split_have_columns_that_hold_both():
+    for n, score in enumerate((1, 0.25)):
+        pq.write_table(pa.table({"prompt": ["p"], "completions": [["a", "b"]], "scores": [[score, 3]]}), f"{n}.parquet")
+    assert [scores for _, _, scores in read("0.parquet", "1.parquet")] == [[1, 3], [0.25, 3]]
+    pq.write_table(pa.table({"prompt": [7], "completions": [["a", "b"]], "scores": [[1, 3]]}), "2.parquet")
+    with pytest.raises(FileProblem, match=r"0\.parquet, 2\.parquet: a column has other types in other files"):
+        read("0.parquet", "2.parquet")
+    pq.write_table(pa.table({"prompt": ["p"], "answers": [["a", "b"]], "scores": [[1, 3]]}), "3.parquet")
+    with pytest.raises(FileProblem, match=r"3\.parquet \['answers', .*expected the same in all files of a split"):
+        read("0.parquet", "3.parquet")

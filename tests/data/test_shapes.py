@@ -69,7 +69,7 @@ def test_rows_of_a_prompt_are_joined_wherever_they_stand():
     other = [*LONG, {**LONG[0], "completion": "A fig."}]
     assert groups([{**row, "system": f"s{i // 4}"} for i, row in enumerate(other)])[0][1] == [A, B, C]
     helpsteer = [{"prompt": P, "response": text, "helpfulness": n, "coherence": 4} for n, text in enumerate((C, B, A))]
-    with pytest.raises(ValueError, match=r"'helpfulness', 'coherence'. Say which: score_column='helpfulness'"):
+    with pytest.raises(ValueError, match=r"'helpfulness', 'coherence'\. Say which: score_column='helpfulness'"):
         groups(helpsteer)
     assert groups(helpsteer, score_column="helpfulness") == [(P, [C, B, A], [0, 1, 2])]
 
@@ -83,7 +83,7 @@ def test_what_is_joined_is_counted_and_a_stream_of_it_refused():
     assert (len(found), report.rows, report.single_answers, report.dropped) == (1, 5, 1, 1)
     assert "1 prompts with one answer dropped" in " ".join(report.lost())
     stream = Dataset.from_list(LONG).to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"cannot be a stream. Load it whole, without streaming"):
+    with pytest.raises(ValueError, match=r"cannot be a stream\. Load it whole, without streaming"):
         prepare_groups(stream, tokenizer, **told)
     with pytest.raises(
         ValueError, match=r"No two rows of the train dataset have the same prompt.*columns='prompt=NAME'"
@@ -155,7 +155,7 @@ def test_columns_that_are_not_read_are_named():
         ),
         ({"question": P, "answers": [{"text": A, "wit": 3}, {"text": B, "wit": 1}]}, "score_column='wit'"),
     ],
-)  # fmt: skip
+)
 def test_what_no_shape_fits_is_refused_with_what_to_type(row, said):
     with pytest.raises(ValueError, match=said):
         groups([row])
@@ -177,10 +177,19 @@ def test_a_part_of_the_prompt_that_is_empty_in_the_first_rows_is_read_in_others(
 
 @pytest.mark.parametrize(
     ("value", "scores"),
-    [("A>B", [1, 0]), ("B >> A", [0, 1]), ("A<B", [0, 1]),
-     ("A=B", [0.5, 0.5]), ("model_b", [0, 1]), ("Tie (bothbad)", [0.5, 0.5]),
-     ("A is better than B", None), ("not a", None), (1, None), ("-1", None)],
-)  # fmt: skip
+    [
+        ("A>B", [1, 0]),
+        ("B >> A", [0, 1]),
+        ("A<B", [0, 1]),
+        ("A=B", [0.5, 0.5]),
+        ("model_b", [0, 1]),
+        ("Tie (bothbad)", [0.5, 0.5]),
+        ("A is better than B", None),
+        ("not a", None),
+        (1, None),
+        ("-1", None),
+    ],
+)
 def test_a_winner_is_read_whole_or_refused(value, scores):
     row = {"question": P, "response_A": A, "response_B": B, "winner": value}
     if scores is None:
@@ -223,7 +232,7 @@ def test_ranks_count_down_however_they_are_named():
         ({"prompt": P, "completions": [A, B], "labels": [True, False]}, "score_column='labels'"),
         ({"prompt": P, "completions": [{"response": A, "wit": 1}, {"response": B, "wit": 2}]}, "score_column='wit'"),
     ],
-)  # fmt: skip
+)
 def test_what_may_mean_two_things_is_asked(row, said):
     with pytest.raises(ValueError, match=said):
         groups([row])
@@ -241,10 +250,99 @@ def test_more_spellings():
     assert groups([{**swapped, "system": SYSTEM}], columns={"system": ""})[0][0] == P
     with pytest.raises(ValueError, match="gives one column two roles"):
         groups([swapped], columns={"chosen": "rejected", "rejected": "rejected"})
-    prometheus = {"orig_instruction": P, "orig_response_A": A, "orig_response_B": B, "orig_preference": "B",
-                  "instruction": f"Judge {A} and {B}", "input": "", "output": "B"}  # fmt: skip
+    prometheus = {
+        "orig_instruction": P,
+        "orig_response_A": A,
+        "orig_response_B": B,
+        "orig_preference": "B",
+        "instruction": f"Judge {A} and {B}",
+        "input": "",
+        "output": "B",
+    }
     assert groups([prometheus]) == [(P, [A, B], [0, 1])]
 
 
 def test_keys_are_free_of_case_and_punctuation():
     assert key_of(" Chosen-Rating ") == key_of("chosen_rating") and key_of("質問") == "質問" and key_of("?") == "?"
+
+
+# ---------------------------------------------------------------------------------------------- joined columns, words
+
+
+def test_several_columns_may_have_a_role():
+    row = {"riddle": P, "more": "Any.", "left text": A, "right text": B, "left mark": 1, "right mark": 2}
+    told = {"completions": "left text+right text", "scores": "left mark + right mark"}
+    assert groups([row], columns={"prompt": "riddle", **told}) == [(P, [A, B], [1, 2])]
+    assert groups([row], columns={"prompt": "riddle+more", **told}) == [(f"{P}\nAny.", [A, B], [1, 2])]
+    ragged = [row, {**row, "right text": None, "right mark": None, "left text": "x"}]
+    assert groups(ragged, on_bad_row="drop", columns={"prompt": "riddle", **told}) == [(P, [A, B], [1, 2])]
+    for wrong, said in (
+        ({**told, "scores": "left mark+right"}, r"columns='scores=left mark\+right': there is no column 'right'"),
+        ({**told, "scores": "left mark+right mark+more"}, "names 2 columns of completions .* and 3 of scores"),
+        ({"chosen": "left text+right text"}, "only prompt and completions and scores may stand in several columns"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            groups([row], columns={"prompt": "riddle", **wrong})
+    voted = {"prompt": P, "response_a": A, "response_b": B}
+    voted = [{**voted, "label": label} for label in (0, 1)]
+    with pytest.raises(ValueError, match=r"numbers \(0, 1\).*say so: columns='completions=response_a\+response_b'"):
+        groups(voted)
+    found = groups(voted, columns={"completions": "response_a+response_b"})
+    assert [scores for _, _, scores in found] == [[1, 0], [0, 1]]
+
+
+def test_of_columns_that_are_alike_the_one_that_is_named_is_read():
+    row = {"prompt": P, "Prompt": "Another.", "chosen": A, "rejected": B, "Note": 1, "note": 2}
+    assert groups([row], columns={"prompt": "Prompt"}) == [("Another.", [A, B], [1, 0])]
+    _, report = prepare_groups(
+        from_json([row]),
+        AutoTokenizer.from_pretrained(demo.MODEL_PATH),
+        max_length=None,
+        max_prompt_length=None,
+        on_bad_row="raise",
+        options=Options({"prompt": "prompt"}),
+    )
+    assert report.read_columns == ["chosen", "rejected", "prompt"] and report.unread_columns == [
+        "Prompt",
+        "Note",
+        "note",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "read"),
+    [
+        (["85%", "20 %"], [0.85, 0.2]),
+        (["yes", "No"], [1, 0]),
+        (["True", "false"], [1, 0]),
+        (["👍", "👎"], [1, 0]),
+        (["85%", 0.2], "'scores'[1] is 0.2, expected a percentage as in other rows"),
+        (["yes", "no", 1], "'scores'[2] is 1, expected a label such as yes or no as in other rows"),
+        ([3, 2, "yes"], "'scores'[2] is 'yes', expected a finite number"),
+        (["A", "B+"], "'scores'[0] is the grade 'A', expected a finite number: how far grades are apart is not known"),
+    ],
+)
+def test_scores_are_written_in_one_way(scores, read):
+    row = {"prompt": P, "completions": [A, B, C][: len(scores)], "scores": scores}
+    if isinstance(read, list):
+        assert groups([row]) == [(P, row["completions"], read)]
+    else:
+        with pytest.raises(BadRow) as caught:
+            groups([row])
+        assert read in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("turn", "said"),
+    [
+        (
+            {"from": "function_call", "value": "find(fruit)"},
+            "is the tool call 'find(fruit)', expected JSON with a 'name'",
+        ),
+        ({"role": "tool_call", "content": '{"arguments": {}}'}, "expected JSON with a 'name' and 'arguments'"),
+    ],
+)
+def test_a_tool_call_that_is_none_is_a_bad_row(turn, said):
+    with pytest.raises(BadRow) as caught:
+        groups([{"prompt": P, "chosen": turn, "rejected": {"from": "gpt", "value": B}}])
+    assert said in str(caught.value)

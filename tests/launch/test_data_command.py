@@ -1,6 +1,7 @@
 """contrastive-align data: what training would see, without training."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,25 @@ def test_pairs_and_named_columns(capsys):
     Path("odd.jsonl").write_text(json.dumps({"verse": "p", "one": "a", "two": "b"}) + "\n")
     out = shown(capsys, "odd.jsonl", "--columns", "prompt=verse,chosen=one,rejected=two", "--preference")
     assert "1 groups (1 of K = 2) of 1 rows, read as pairs" in out and "same labels at every temperature" in out
+
+
+def test_a_stream_is_shown_as_the_file_is(capsys):
+    Path("rows.jsonl").open("a").write(json.dumps({**ROWS[0], "completions": ["a", "", "b"]}) + "\n")
+    whole, stream = (
+        shown(capsys, "rows.jsonl", "--on_bad_row=drop", f"--dataset_streaming={streaming}", "--output=groups.jsonl")
+        for streaming in ("false", "true")
+    )
+    assert "3 groups (3 of K = 3) of 4 rows" in whole and "1 of 4 rows dropped. The first: train, row 3: " in whole
+    assert stream == whole.replace("of 4 rows, read", "of the first 4 rows of a stream, read")
+    Path("long.jsonl").write_text('{"prompt": "p", "completion": "a", "label": true}\n' * 2)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["data", "long.jsonl", "--dataset_streaming=true"])
+    assert caught.value.code == 1 and "so it cannot be a stream. Load it whole" in capsys.readouterr().out
+
+
+def test_what_is_offered_is_typed_and_works(capsys):
+    Path("odd.csv").write_text("Frage;Antwort 1;Note 1;Antwort 2;Note 2\nWas nun?;Nichts;1,5;Gehen;5,0\n")
+    with pytest.raises(SystemExit):
+        cli.main(["data", "odd.csv"])
+    [flag] = re.findall(r"--columns='([^']*)'", capsys.readouterr().out)
+    assert "1 groups (1 of K = 2)" in shown(capsys, "odd.csv", f"--columns={flag}")

@@ -11,11 +11,14 @@ from trl import DatasetMixtureConfig, ModelConfig
 from trl.scripts.utils import DatasetConfig
 
 from contrastive_align import demo
+from contrastive_align.conditions import resolve_condition
 from contrastive_align.data import BadRow, prepare_groups
 from contrastive_align.data.rows import values_of
-from contrastive_align.launch.arguments import Arguments, RunArguments
-from contrastive_align.launch.datasets import load_splits
+from contrastive_align.launch.arguments import Arguments, RunArguments, parse
+from contrastive_align.launch.conditional import ConditionalArguments
+from contrastive_align.launch.datasets import from_rows, load_scored, load_splits
 from contrastive_align.launch.usage import UsageError
+from contrastive_align.trainers import ConditionalConfig
 
 
 def row(n: int) -> dict:
@@ -277,3 +280,28 @@ def test_bad_scores_in_a_file_are_named_on_either_way(scores):
         prepare_groups(train, tokenizer, max_length=None, max_prompt_length=None, on_bad_row="raise")
     train, _ = load("rows.jsonl", on_bad_row="drop")
     assert list(groups_of(train)[1].dropped_because) == ["1"]
+
+
+# ------------------------------------------------------------------------------------------ prompts, scored completions
+
+
+def test_prompts_of_other_names_are_named(capsys):
+    rows = [{"verse": "a", "chorus": "b"}]
+    refused(capsys, lambda: from_rows(rows, "verses"), "verses, row 0: no 'prompt'", "--columns=prompt=NAME")
+    assert from_rows(rows, "verses", "prompt=verse").to_list() == [{"prompt": "a", "chorus": "b"}]
+    assert from_rows(rows, "verses", {"prompt": "verse+chorus"})["prompt"][:] == ["a\nb"]
+
+
+def test_scored_completions_of_any_shape_become_canonical(tmp_path):
+    pair = {"verse": "p", "chosen": "a", "rejected": "b", "chosen_rating": 5, "rejected_rating": 2, "note": "x"}
+    pairs = [pair, {**pair, "chosen": None}]
+    flags = [f"--dataset_name={write('pairs.jsonl', pairs)}", "--columns=prompt=verse", "--on_bad_row=drop"]
+    args = parse(flags, prog="test", script=ConditionalArguments, training=ConditionalConfig)
+    rows, held_out, name = load_scored(args, resolve_condition("phrases"))
+    canonical = {"prompt": "p", "completions": ["a", "b"], "scores": [5, 2]}
+    assert (rows.to_list(), held_out, name) == ([{**canonical, "note": "x", "__row__": 0}], None, "pairs.jsonl")
+    assert args.notes[-2:] == [
+        "train: columns not read: note",
+        "train: 1 of 2 rows dropped. The first: row 1: 'chosen' is missing",
+    ]
+    assert args.training.columns is None  # the rows have the canonical ones

@@ -124,6 +124,21 @@ FAULTS = {
 }
 
 
+def test_a_stream_is_counted_once_it_is_read(tmp_path, capsys):
+    good = {"prompt": "Say.", "completions": ["a", "b"], "scores": [1, 0]}
+    rows = [{**good, "prompt": f"Say {n}."} for n in range(6)]
+    rows[2]["completions"] = ["a", ""]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    flags = [f"--dataset_name={file}", f"--output_dir={tmp_path / 'out'}", "--dataset_streaming", "--on_bad_row=drop"]
+    flags += ["--max_steps=3", "--per_device_train_batch_size=2", "--temperature_alpha=1", "--disable_tqdm=true"]
+    data = main(flags).data["train"]
+    assert (data["groups"], data["rows"], data["dropped"], data["streamed"]) == (5, 6, 1, True)
+    before, after = capsys.readouterr().out.split("train data: ")
+    assert "1 groups (1 of K = 2) of the first 1 rows of a stream" in before
+    assert "5 groups (5 of K = 2) of the first 6 rows of a stream" in after and "1 of 6 rows dropped" in after
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("drop", [False, True])
 def test_faulty_rows_of_a_file(fault, drop, tmp_path, capsys):
