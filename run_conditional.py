@@ -10,8 +10,8 @@ python run_conditional.py --model_name_or_path=output_dir --best="a prompt"     
 
 import sys
 
-from contrastive_align.launch.cli import main
+from contrastive_align.launch.cli import command_line
 
 
 if __name__ == "__main__":
-    main(["conditional", *sys.argv[1:]])
+    command_line(["conditional", *sys.argv[1:]])

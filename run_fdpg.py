@@ -8,8 +8,8 @@ accelerate launch run_fdpg.py --model_name_or_path=... --dataset_name=prompts.tx
 
 import sys
 
-from contrastive_align.launch.cli import main
+from contrastive_align.launch.cli import command_line
 
 
 if __name__ == "__main__":
-    main(["fdpg", *sys.argv[1:]])
+    command_line(["fdpg", *sys.argv[1:]])

@@ -6,8 +6,8 @@ accelerate launch run_preference.py yamls/preference_qlora.yaml --loss_type=DPO
 
 import sys
 
-from contrastive_align.launch.cli import main
+from contrastive_align.launch.cli import command_line
 
 
 if __name__ == "__main__":
-    main(["preference", *sys.argv[1:]])
+    command_line(["preference", *sys.argv[1:]])

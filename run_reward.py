@@ -7,8 +7,8 @@ accelerate launch run_reward.py --model_name_or_path=... --dataset_name=my_group
 
 import sys
 
-from contrastive_align.launch.cli import main
+from contrastive_align.launch.cli import command_line
 
 
 if __name__ == "__main__":
-    main(["reward", *sys.argv[1:]])
+    command_line(["reward", *sys.argv[1:]])

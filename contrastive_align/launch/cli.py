@@ -147,19 +147,20 @@ def _main(command: str, *given: str) -> Any:
     return run(args).execute()
 
 
-def command_line() -> None:
+def command_line(argv: Sequence[str] | None = None) -> None:
     """Be the console script: its exit status is not what a command returns, and Ctrl-C is no traceback."""
-    status: int | str | None = None
+    ended = SystemExit()
     try:
-        main()
-    except SystemExit as ended:
-        status = ended.code
+        main(argv)
+    except SystemExit as error:
+        ended = error
     except KeyboardInterrupt:
-        status = 130
         print("\nStopped by Ctrl-C.", file=sys.stderr)
+        ended = SystemExit(130)
     if "torch.distributed" in sys.modules:
-        import_module("contrastive_align.trainers.processes").end_process(status)
-    sys.exit(status)
+        import_module("contrastive_align.trainers.processes").end_one_of_several(ended.code)
+    if ended.code is not None:
+        raise ended
 
 
 def _load(module: str, name: str) -> Any:

@@ -145,6 +145,11 @@ class Run:
                 print_on_main(self._how_to_go_on(stopped))
                 raise
 
+    def _stop_if_asked(self) -> None:
+        if self.stopping.signal is not None:
+            self.trainer.end()
+            raise Stopped(self.stopping.signal)
+
     def _how_to_go_on(self, stopped: Stopped) -> str:
         args, trainer = self.args.training, getattr(self, "trainer", None)
         by = "Ctrl-C" if stopped.signal == signal.SIGINT else signal.Signals(stopped.signal).name
@@ -197,12 +202,12 @@ class Run:
         self.before_training()
         started = time.perf_counter()
         self.train(checkpoint)
-        if self.stopping.signal is not None:
-            trainer.end()
-            raise Stopped(self.stopping.signal)
+        if trainer.state.global_step < trainer.state.max_steps:
+            self._stop_if_asked()
         summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}
         self._save_model()
         self.after_saving()
+        self._stop_if_asked()
         self.measure()
         if trainer.args.should_save:
             summary.write(folder)

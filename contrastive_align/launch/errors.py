@@ -48,6 +48,8 @@ class Fault(SystemExit):
 def in_sentences(argv: Sequence[str]) -> Iterator[None]:
     """Answer an exception with a sentence; with ``--log_level=debug`` its traceback is printed beside it.
 
+    An exception whose class the calling program has defined is handed on to it.
+
     Args:
         argv: the command line, which a report of a failure repeats.
 
@@ -55,6 +57,7 @@ def in_sentences(argv: Sequence[str]) -> Iterator[None]:
         UsageError: what the user can change.
         Fault: what the user cannot.
     """
+    imported = set(sys.modules)  # by the calling program; later ones are files that options name
     try:
         yield
     except SystemExit as error:  # a sentence was printed already
@@ -63,6 +66,8 @@ def in_sentences(argv: Sequence[str]) -> Iterator[None]:
             error.__cause__ = None  # one command may run another
         raise
     except Exception as error:
+        if _is_callers(error, imported):
+            raise
         said = _sentence(error, argv)
         if said is None:
             raise Fault(error, argv) from error
@@ -117,13 +122,22 @@ def _is_raised(error: Exception) -> bool:
     return dis.opname[place.tb_frame.f_code.co_code[place.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
 
 
+def _is_callers(error: Exception, imported: set[str]) -> bool:
+    name = type(error).__module__
+    file = getattr(sys.modules.get(name), "__file__", None)
+    return name in imported and file is not None and _is_users(Path(file).resolve())
+
+
+def _is_users(file: Path) -> bool:
+    """Whether a source file is neither Python's nor a package's."""
+    library = Path(sysconfig.get_path("stdlib")).resolve() in file.parents or not file.is_file()
+    return not (library or PACKAGE in file.parents or PACKAGES & set(file.parts))
+
+
 def _place_in_user_code(frames: Sequence[traceback.FrameSummary]) -> str | None:
     """Return where the user's own code raised the error, or None where the code is a package's."""
     file = Path(frames[-1].filename).resolve()
-    library = Path(sysconfig.get_path("stdlib")).resolve() in file.parents or not file.is_file()
-    if library or _is_own(frames[-1]) or PACKAGES & set(file.parts):
-        return None
-    return f"{file.name}, line {frames[-1].lineno}, in {frames[-1].name},"
+    return f"{file.name}, line {frames[-1].lineno}, in {frames[-1].name}," if _is_users(file) else None
 
 
 def _what_was_loaded(error: Exception) -> str | None:

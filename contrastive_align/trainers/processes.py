@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -23,9 +23,7 @@ def on_main(function: Callable[..., T], *args: Any) -> T:
     if PartialState().is_main_process:
         try:
             found = [function(*args)]
-        except (
-            Exception
-        ) as error:  # raised on every process, not on the main one alone, for which the others would wait
+        except Exception as error:  # all raise it: the others would wait for the main process
             found = [error]
     broadcast_object_list(found)
     if isinstance(found[0], Exception):
@@ -37,19 +35,19 @@ _kept: list[Any] = []
 
 
 def keep_to_the_end(thing: Any) -> None:
-    """Keep the trainers of a run of several processes alive until :func:`end_process`."""
+    """Keep the trainers of a run of several processes alive until :func:`end_one_of_several`."""
     if distributed.is_initialized():
         _kept.append(thing)
 
 
-def end_process(status: int | str | None = 0) -> NoReturn:
-    """End a process as ``sys.exit`` does; one of several without Python's shutdown.
+def end_one_of_several(status: int | str | None = 0) -> None:
+    """End this process as ``sys.exit`` does, without Python's shutdown; return where it is the only one.
 
     A gloo thread that drops the tensors of the last collective needs the interpreter's lock. At shutdown it aborts the
     process; and whoever drops the last trainer joins the thread with that lock in hand, and waits for ever.
     """
     if not _kept:
-        sys.exit(status)
+        return
     atexit._run_exitfuncs()
     if isinstance(status, str):
         print(status, file=sys.stderr)

@@ -83,8 +83,9 @@ class StopOnSignal(TrainerCallback):
         if args.world_size > 1:
             number = 0 if self._asked is None else self._asked.read()
             self._asked = None if number else _Agreement(self._heard, args.device)
-        if number and not control.should_training_stop:
+        if number:
             self.signal = number
+        if number and not control.should_training_stop:  # else this was the last step
             control.should_training_stop, control.should_evaluate = True, False
             control.should_save = args.save_strategy != SaveStrategy.NO or args.enable_jit_checkpoint
 
@@ -94,10 +95,9 @@ class StopOnSignal(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Read what was asked last: a collective that is left unread could meet another."""
-        if self._asked is not None:
-            self._asked.read()
-            self._asked = None
+        """Take in a signal of the last step; a collective that is left unread could meet another."""
+        last = self._heard if args.world_size == 1 else 0 if self._asked is None else self._asked.read()
+        self.signal, self._asked = self.signal or last or None, None
 
 
 class _Agreement:

@@ -159,3 +159,14 @@ def test_a_four_bit_base_of_weights_that_bring_their_dtype(tiny_llama, tmp_path)
     qlora = ["--load_in_4bit", "--use_peft", "--lora_target_modules=q_proj", "--dtype=auto"]
     summary = cli.main(["reward", f"--model_name_or_path={model}", *qlora, f"--output_dir={tmp_path}", *SMALL])
     assert summary.model["quantisation"] == "4-bit"
+
+
+def test_an_exception_of_the_calling_programs_own_is_handed_on():
+    class Seen(Exception):
+        pass
+
+    with pytest.raises(Seen), in_sentences([]):
+        raise Seen
+    Seen.__module__ = "rewards_of_an_option"  # imported by the command, not by its caller
+    with pytest.raises(UsageError, match="2"), in_sentences([]):
+        raise Seen

@@ -14,7 +14,7 @@ from judge_server import JudgeServer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from contrastive_align import demo
+from contrastive_align import ConditionalTrainer, demo
 from contrastive_align.conditions import Condition, resolve_condition
 from contrastive_align.launch import cli
 from contrastive_align.launch.conditional_measure import words_on
@@ -183,6 +183,22 @@ def test_a_signal_ends_the_run_after_the_step(number, saving, tmp_path, capsys):
     else:
         assert "checkpoint-1 is whole, and the same command with --resume_from_checkpoint=true goes on" in said
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"] * (saving == "steps")
+
+
+def test_a_signal_in_the_last_step_ends_the_run_once_the_model_is_saved(tmp_path, capsys, monkeypatch):
+    def step(self, *args, _of=ConditionalTrainer.training_step, **kwargs):
+        if self.state.global_step == self.state.max_steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return _of(self, *args, **kwargs)
+
+    monkeypatch.setattr(ConditionalTrainer, "training_step", step)
+    with pytest.raises(Stopped):
+        main(
+            [*SMALL[:-2], "--num_train_epochs=1", "--eval_prompts=0", f"--output_dir={tmp_path}", "--save_strategy=no"]
+        )
+    said = capsys.readouterr().out
+    assert f"Stopped by SIGTERM: the trained model is in {tmp_path}; it was not measured to the end." in said
+    assert (tmp_path / "model.safetensors").is_file() and not (tmp_path / "summary.json").exists()
 
 
 def test_nothing_to_go_on_with_is_said(tmp_path, caplog, monkeypatch):
