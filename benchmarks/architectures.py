@@ -26,8 +26,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.logging import set_verbosity_error
 
 from contrastive_align.data import GroupCollator
+from contrastive_align.models.head import add_head
 from contrastive_align.models.layout import choose_layout
-from contrastive_align.models.logps import add_head, completion_logps
+from contrastive_align.models.logps import completion_logps
 
 
 SECONDS = 30

@@ -79,7 +79,8 @@ def measure(vocabulary: int, loss: str, direction: str) -> dict[str, float]:
 
     from contrastive_align.data import GroupCollator
     from contrastive_align.losses import conditional
-    from contrastive_align.models.logps import add_head, completion_objective
+    from contrastive_align.models.head import add_head
+    from contrastive_align.models.logps import completion_objective
     from contrastive_align.models.token_loss import token_loss
 
     torch.manual_seed(0)

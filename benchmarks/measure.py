@@ -29,7 +29,7 @@ from workloads import REAL, groups_of, load_tokenizer, padded_tokens, unique_tok
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
-from contrastive_align.models.logps import ScoredTokens
+from contrastive_align.models.head import ScoredTokens
 
 
 LAYOUTS = ("trl", "padded", "shared")

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers import trainer as trainer_module
 
 # Inner modules of TRL: what they offer has no public import.
@@ -35,6 +36,7 @@ from trl.trainer.utils import (
     disable_dropout_in_model,
     get_config_model_id,
     global_then_local_main_first,
+    maybe_gather_lm_head_ctx,
     pad,
     remove_none_values,
     use_adapter,
@@ -44,7 +46,8 @@ from trl.trainer.utils import (
 __all__ = [
     "DatasetConfig", "add_fused_lm_head", "create_model_from_path", "disable_dropout_in_model",
     "disable_gradient_checkpointing", "extract_prompt", "get_config_model_id", "global_then_local_main_first",
-    "pad", "remove_none_values", "vllm_generation",
+    "maybe_gather_lm_head_ctx", "pad", "prepare_deepspeed", "remove_none_values", "unwrap_model_for_generation",
+    "vllm_generation",
 ]  # fmt: skip
 
 
@@ -140,37 +143,50 @@ class Members:
         """Copy a batch to the accelerator."""
         return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
 
-    @contextlib.contextmanager
-    def sampling_from(self, *, reference: bool = False) -> Iterator[PreTrainedModel]:
-        """Give the policy, or the reference, to draw or score with.
-
-        In evaluation mode, without gradients, in the run's precision and out of its wrappers. The reference is the
-        frozen model, or the policy with its adapter off or replaced by the copy of the adapter that it came with.
-        """
-        with torch.no_grad(), self.accelerator.autocast(), contextlib.ExitStack() as stack:
-            if reference and self.reference is not None:
-                yield self.reference
-                return
-            model = stack.enter_context(
-                unwrap_model_for_generation(
-                    self.model_wrapped,
-                    self.accelerator,
-                    gather_deepspeed3_params=getattr(self.args, "ds3_gather_for_generation", True),
-                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-                )
-            )
-            if reference:
-                stack.enter_context(reference_adapter(model))
-            was_training = model.training
-            stack.callback(lambda: model.train(was_training))
-            yield model.eval()
-
 
 def reference_adapter(model: nn.Module) -> contextlib.AbstractContextManager:
     """Make a PEFT model the reference inside the block: its adapter off, or replaced by the frozen copy ``ref``."""
     if not is_peft_model(model):
         return contextlib.nullcontext()
     return use_adapter(model, "ref" if "ref" in model.peft_config else None)
+
+
+def is_partitioned(model: nn.Module) -> bool:
+    """Whether ZeRO-3 keeps a part of the weights on each process."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
+@contextlib.contextmanager
+def whole_parameters(model: nn.Module) -> Iterator[None]:
+    """Gather the weights inside the block, where ZeRO-3 has parted them."""
+    if not is_partitioned(model):
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        yield
+
+
+@contextlib.contextmanager
+def kept_after_forward(units: Sequence[FSDPModule]) -> Iterator[None]:
+    """Have FSDP2 keep gathered weights after a forward pass, inside the block.
+
+    ``set_reshard_after_forward`` does it; what was set before is known to inner members alone.
+    """
+    states = [unit._get_fsdp_state() for unit in units]
+    groups = [group for state in states for group in state._fsdp_param_groups]
+    was = [(state, state._auto_reshard_after_forward) for state in states]
+    meshes = [(group, group.post_forward_mesh_info) for group in groups]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for state, auto in was:
+            state._auto_reshard_after_forward = auto
+        for group, mesh in meshes:
+            group.post_forward_mesh_info = mesh
 
 
 class SavesModels:

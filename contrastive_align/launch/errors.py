@@ -87,6 +87,12 @@ def _sentence(error: Exception, argv: Sequence[str]) -> str | None:
         return f"{place} raised {type(error).__name__}: {text}"
     if _is_out_of_memory(error):
         return f"out of memory: {text.splitlines()[0]} Lower per_device_train_batch_size or the lengths."
+    if _is_lost_process(error):
+        lost = re.sub(r"^\[\S+\] |[. ]+$", "", text.splitlines()[0])
+        return (
+            f"another process of this run has ended, and this one cannot go on alone ({lost}). Its own "
+            "message says why. The same command line with --resume_from_checkpoint=true goes on."
+        )
     if (loaded := _what_was_loaded(error)) is not None:
         first = text.splitlines()[0]
         return first if loaded in first else f"{loaded!r} cannot be loaded: {first}"
@@ -108,6 +114,11 @@ def _user_errors() -> tuple[type[BaseException], ...]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def _is_lost_process(error: Exception) -> bool:
+    """Whether a collective of torch.distributed (gloo raises RuntimeError, NCCL a class of its own) lost its peer."""
+    return "gloo/" in str(error) or type(error).__name__ in ("DistBackendError", "DistNetworkError")
 
 
 def _is_own(frame: traceback.FrameSummary) -> bool:

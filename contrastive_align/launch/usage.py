@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
+import time
 from collections.abc import Collection
 
 from contrastive_align.ranges import RANGES
 
 
+SECONDS_TO_BE_ENDED = 3  # a launcher ends the other processes within 0.1 s of the first that failed
+
+
 class UsageError(SystemExit):
-    """A wrong command line; prints the message and exits with status 2."""
+    """A wrong command line; prints the message and exits with status 2.
+
+    Of several processes the main one speaks first: its launcher ends those that would say the same.
+    """
 
     def __init__(self, message: str):
-        message = as_flags(message)
-        print(f"error: {message}", file=sys.stderr)
+        message, process = as_flags(message), os.environ.get("RANK", "0")
+        if process != "0":
+            time.sleep(SECONDS_TO_BE_ENDED)
+        print(f"error: {message}" if process == "0" else f"error in process {process}: {message}", file=sys.stderr)
         super().__init__(2)
         self.message = message
 

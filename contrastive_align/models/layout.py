@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from contrastive_align.data.collate import GroupCollator
-from contrastive_align.models.logps import CompletionLogps, add_head, completion_logps, per_completion
+from contrastive_align.models.head import add_head
+from contrastive_align.models.logps import CompletionLogps, completion_logps, per_completion
 from contrastive_align.models.shared_prompt import ATTENTION_NAME, LastMlp, record_windows
 
 
@@ -53,7 +54,7 @@ def choose_layout(
     space), models that drop its keywords, and ALiBi, which would be wrong without an error.
 
     Args:
-        model: a causal language model with :func:`~contrastive_align.models.logps.add_head`, or a PEFT model of one.
+        model: a causal language model with :func:`~contrastive_align.models.head.add_head`, or a PEFT model of one.
         wanted, obstacle: one of ``LAYOUTS``, and why the shared layout cannot be tried, or None.
         sharded: whether the weights may be incomplete here (FSDP, ZeRO-3); a small model of the same class is then
             tried instead.

@@ -1,8 +1,7 @@
-"""What a model is given for a batch of groups, what it returns, and the head that is added to it for that."""
+"""What a model is given for a batch of groups, and what it returns."""
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
 
-from contrastive_align.models.cpu.head import score_tokens
 from contrastive_align.models.shared_prompt import pack
 
 
@@ -30,16 +27,6 @@ class CompletionLogps:
     aux_loss: Tensor | None  # the router loss of a mixture-of-experts model, if it was asked for
 
 
-@dataclass
-class ScoredTokens:
-    """What a model with :func:`add_head` returns: one value per scored token, in the order of the positions."""
-
-    log_probs: Tensor
-    entropy: Tensor | None = None
-    mean_logits: Tensor | None = None
-    is_top1: Tensor | None = None
-
-
 def completion_logps(
     model: nn.Module,
     batch: dict[str, Tensor],
@@ -53,7 +40,7 @@ def completion_logps(
     .. math:: \log\pi(y|x) = \sum_t \log\pi(y_t | x, y_{<t})
 
     Args:
-        model: a causal language model that went through :func:`add_head`.
+        model: a causal language model that went through :func:`~contrastive_align.models.head.add_head`.
         batch: what :class:`~contrastive_align.data.GroupCollator` returns.
         layout: ``"padded"``, a row for each completion, or ``"shared"``, one packed row in which the completions of a
             group share their prompt (see ``models/shared_prompt.py``; the model's attention must be set to it).
@@ -140,78 +127,3 @@ def _check_attention(model: nn.Module, inputs: dict[str, Any]) -> None:
             f"The shared-prompt layout never reached the attention of {type(model).__name__}: it was replaced after "
             "the trainer was made, or is called without the model's keyword arguments. Set layout='padded'."
         )
-
-
-def add_head(model: PreTrainedModel) -> None:
-    """Let ``model(..., shift_labels=..., fused_lm_head=True)`` score the positions with a label, and only these.
-
-    Changes ``model.forward``. To be called after TRL's ``add_fused_lm_head``, whose forward takes the calls that this
-    one does not: other arguments, router losses, and, without a ``token_objective``, other devices than a CPU.
-
-    The forward also takes ``token_stats=False``, which leaves out all but the log-probs where that saves time, and
-    ``token_objective=fn``, with which it returns ``fn(hidden, labels, weight, bias, scale, softcap)`` on any device:
-    see :func:`completion_objective`.
-    """
-    before = model.forward
-    config = model.config.get_text_config()
-    scale, softcap = logit_scale(config), getattr(config, "final_logit_softcapping", None)
-
-    def forward(self, *args, fused_lm_head=False, shift_labels=None, token_stats=True, token_objective=None, **kwargs):
-        served = fused_lm_head and shift_labels is not None and not kwargs.get("output_router_logits")
-        if token_objective is not None and not served:
-            raise ValueError(
-                "token_objective needs fused_lm_head=True, shift_labels, and output_router_logits=False: "
-                f"found {fused_lm_head=}, shift_labels {'missing' if shift_labels is None else 'given'}, "
-                f"output_router_logits={kwargs.get('output_router_logits', False)}."
-            )
-        if not served or (shift_labels.device.type != "cpu" and token_objective is None):
-            if shift_labels is not None:
-                kwargs["shift_labels"] = shift_labels
-            return before(*args, fused_lm_head=fused_lm_head, **kwargs)
-        hidden = self.base_model(*args, **kwargs).last_hidden_state
-        scored = shift_labels != -100
-        hidden, labels = hidden[scored], shift_labels[scored]
-        weight, bias = head_parameters(self.get_output_embeddings())
-        if token_objective is not None:
-            return token_objective(hidden, labels, weight, bias, scale, softcap)
-        values = score_tokens(hidden, weight, bias, labels, scale=scale, softcap=softcap, token_stats=token_stats)
-        return ScoredTokens(*values)
-
-    forward.is_head = True
-    model.forward = types.MethodType(forward, model)
-
-
-def remove_head(model: PreTrainedModel) -> None:
-    """Give a copy of a model its class's own forward: a head that was added calls the model it was added to."""
-    if getattr(vars(model).get("forward"), "is_head", False):
-        del model.forward
-
-
-def logit_scale(config: PretrainedConfig) -> float:
-    """Return the factor of a model's logits, under whichever name its config has it.
-
-    >>> logit_scale(PretrainedConfig(logits_scaling=4.0))
-    0.25
-    """
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        if getattr(config, name, None) is not None:
-            return getattr(config, name)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    return scaling if config.model_type == "hyperclovax" else 1 / scaling
-
-
-def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias that an LM head computes with: under PEFT the trained copy while its adapter is on.
-
-    Raises:
-        NotImplementedError: the head carries an adapter that is not a weight of its own (LoRA).
-    """
-    if hasattr(head, "get_base_layer") and hasattr(head, "active_adapters") and not hasattr(head, "original_module"):
-        raise NotImplementedError(
-            f"The LM head is a {type(head).__module__}.{type(head).__name__}: an adapter on the head is not in its "
-            "weight. Train the head in full, modules_to_save=['lm_head'], or leave it out of target_modules."
-        )
-    # A wrapper that trains single tokens has the weight, but not the bias, which stays the original's.
-    return head.weight, head.bias if hasattr(head, "bias") else head.original_module.bias

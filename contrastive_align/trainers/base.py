@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import os
 import re
@@ -57,7 +58,6 @@ from contrastive_align.models.loading import (
     verify_saved,
     with_pad_token,
 )
-from contrastive_align.models.logps import remove_head
 from contrastive_align.ranges import check_numbers
 from contrastive_align.report.card import (
     DEMO_MODEL,
@@ -68,6 +68,7 @@ from contrastive_align.report.card import (
     results_section,
 )
 from contrastive_align.trainers.configs import ARGUMENTS_NOT_SUPPORTED
+from contrastive_align.trainers.engines import HoldsWeights
 from contrastive_align.trainers.first_step import cause_of
 from contrastive_align.trainers.processes import on_main
 from contrastive_align.trainers.reference import (
@@ -84,9 +85,7 @@ from contrastive_align.trl_seam import (
     ReadsColumns,
     SavesModels,
     SavesState,
-    add_fused_lm_head,
     create_model_from_path,
-    disable_dropout_in_model,
     get_config_model_id,
     uploading_copies,
 )
@@ -100,7 +99,7 @@ AnyDataset = Dataset | IterableDataset
 EvalDataset = AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset]
 
 
-class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, Members):
+class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, ReadsColumns, Members):
     """What stands before the TRL class in the bases of every trainer of this package.
 
     A trainer calls :meth:`own_args`, :meth:`refuse_arguments` and :meth:`load_start` before TRL's ``__init__``, and
@@ -108,7 +107,6 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
     Methods marked "to be overridden" are the trainer's own.
 
     Attributes:
-        reference: the frozen model that the policy is compared with, where it is not the policy without its adapter.
         start_description: one line on what training starts from, which is also the reference.
         layout: ``"shared"`` or ``"padded"``.
     """
@@ -256,7 +254,8 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
                 kwargs["architecture"] = AutoModelForSeq2SeqLM
             if quantization_config is not None:
                 kwargs["quantization_config"] = quantization_config
-            model = create_model_from_path(model, **{**kwargs, **placement()})
+            self.load_again = functools.partial(create_model_from_path, model, **{**kwargs, **placement()})
+            model = self.load_again()
         if not isinstance(model, str) and isinstance(start_id, str):
             quantization_config = None
             if not self.loads_model:
@@ -292,14 +291,6 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
         for model in self.base_models():
             check_weights_are_finite(model, self.start_description)
 
-    @staticmethod
-    def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-        """Return the reference of full fine-tuning, a frozen copy, to be made before TRL wraps the policy."""
-        reference = copy.deepcopy(model)
-        remove_head(reference)  # of another trainer, which would call that trainer's model
-        disable_dropout_in_model(reference)
-        return reference.eval().requires_grad_(False)
-
     def reference_group(self) -> dict[str, Any] | None:
         """Return the group whose reference log-probs a checkpoint keeps, or None (to be overridden)."""
         raise NotImplementedError
@@ -333,42 +324,9 @@ class AlignmentTrainer(ListensToSignals, SavesModels, SavesState, ReadsColumns, 
     # ---------------------------------------------------------------------- engines, precision, layout, compilation
 
     @property
-    def uses_engine(self) -> bool:
-        """Whether DeepSpeed or FSDP holds the weights."""
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether a weight may not be here as a whole (FSDP, ZeRO-3)."""
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
-
-    @property
     def computes_in_16_bits(self) -> bool:
         """Whether the accelerator computes in 16 bits or less, as arguments, launcher or DeepSpeed ask for."""
         return self.accelerator.mixed_precision != "no"
-
-    def base_models(self) -> list[PreTrainedModel]:
-        """Return the policy without PEFT's wrapper, and the reference where it is a model of its own."""
-        models = [self.model.get_base_model() if is_peft_model(self.model) else self.model]
-        return models if self.reference is None else [*models, self.accelerator.unwrap_model(self.reference)]
-
-    def place_reference(self, other_way_out: str = "") -> None:
-        """Put a frozen copy beside the policy.
-
-        Raises:
-            ValueError: an engine would need a sharded copy.
-        """
-        if self.reference is None:
-            return
-        if self.uses_engine:
-            raise ValueError(
-                "Full fine-tuning with DeepSpeed or FSDP would need a sharded copy of the reference, which is not "
-                f"supported yet. Use LoRA (peft_config): the reference is then the policy without it{other_way_out}."
-            )
-        if not self.reference.config.is_encoder_decoder:
-            add_fused_lm_head(self.reference)
-        self.reference.to(self.accelerator.device)
 
     def choose_layout(self, obstacle: str | None = None) -> None:
         """Decide how batches go through the models, and compile their layers where that is asked for.

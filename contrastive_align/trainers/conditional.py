@@ -32,6 +32,7 @@ from contrastive_align.data.columns import read_options
 from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
+from contrastive_align.models.head import head_parameters, logit_scale, logit_softcap, whole
 from contrastive_align.models.loading import eos_token_ids
 from contrastive_align.models.logps import completion_logps, completion_objective
 from contrastive_align.models.token_loss import token_loss
@@ -190,7 +191,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             keep_rows_precise(self.model)
         if self.aux_loss_enabled:
             raise ValueError("A router loss has no place in this loss. Set router_aux_loss_coef=0.")
-        self.place_reference(", or kl_coef=0, which needs no reference")
+        self.place_reference()
         self.choose_layout()
         self.kl_coef = AdaptiveCoefficient(args.kl_coef, target=args.kl_target, horizon=args.coef_horizon)
         self.entropy_coef = AdaptiveCoefficient(
@@ -476,29 +477,30 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         if self.model.training and self.has_reference and self.reference_is_proven is False:
             self._prove_reference_on(model, inputs)
 
-        def as_reference(hidden, labels, weight, bias, scale, softcap):
-            return {"reference": (hidden, weight, bias), "ref_scale": scale, "ref_softcap": softcap}
-
-        reference: dict[str, Any] = {}
+        ref_hidden, ref_head, ref_logits = None, (None, None), {}
         if self.has_reference:
             unconditioned = rounds.without_condition(inputs)
-            with self.sampling_from(reference=True) as reference_model:
-                reference = completion_objective(reference_model, unconditioned, as_reference, layout=self.layout)
+            with self.scoring_by(reference=True) as reference:
+                ref_hidden = completion_objective(reference, unconditioned, lambda h, *_: h, layout=self.layout)
+                ref_head = head_parameters(reference.get_output_embeddings())
+                ref_logits = {"ref_scale": logit_scale(reference), "ref_softcap": logit_softcap(reference)}
 
         def objective(hidden, labels, weight, bias, scale, softcap):
-            return token_loss(
-                hidden,
-                weight,
-                bias,
-                labels,
-                scale=scale,
-                softcap=softcap,
-                kl_coef=self.kl_coef.value,
-                entropy_coef=self.entropy_coef.value,
-                kl_direction=self.args.kl_direction,
-                outside=tuple(self.condition_ids),
-                **reference,
-            )
+            with whole(*ref_head) as (ref_weight, ref_bias):
+                return token_loss(
+                    hidden,
+                    weight,
+                    bias,
+                    labels,
+                    reference=(ref_hidden, ref_weight, ref_bias) if self.has_reference else None,
+                    scale=scale,
+                    softcap=softcap,
+                    kl_coef=self.kl_coef.value,
+                    entropy_coef=self.entropy_coef.value,
+                    kl_direction=self.args.kl_direction,
+                    outside=tuple(self.condition_ids),
+                    **ref_logits,
+                )
 
         terms = completion_objective(model, inputs, objective, layout=self.layout)
         if self.model.training:
@@ -542,7 +544,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
         with torch.no_grad(), self.accelerator.autocast():
             policy = completion_objective(model, batch, log_probs, layout=self.layout)
-        with self.sampling_from(reference=True) as reference_model:
+        with self.scoring_by(reference=True) as reference_model:
             reference = completion_objective(reference_model, batch, log_probs, layout=self.layout)
         if self._first_row is None:
             first = batch["attention_mask"][0].bool()
@@ -563,7 +565,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     def reference_logps_of(self, group: dict[str, Any]) -> list[float]:
         """Log-prob of a group's completion under the reference."""
         batch = self.on_device(GroupCollator(self.processing_class.pad_token_id)([group]))
-        with self.sampling_from(reference=True) as model:
+        with self.scoring_by(reference=True) as model:
             return completion_logps(model, batch, layout=self.layout, token_stats=False).logps[0].tolist()
 
     # ---------------------------------------------------------------------------------------------------- evaluation

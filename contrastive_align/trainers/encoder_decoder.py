@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from contrastive_align.data.collate import to_table
+from contrastive_align.models.head import call_head
 from contrastive_align.models.layout import TOLERANCE, TOLERANCE_16_BIT
 from contrastive_align.models.loading import decoder_start_token
 from contrastive_align.models.logps import per_completion
@@ -26,13 +28,12 @@ from contrastive_align.models.logps import per_completion
 CHUNK = 2**24  # logits in memory at once
 
 
-def check_options_for_encoder_decoder(args: Any, *, engine: bool) -> None:
+def check_options_for_encoder_decoder(args: Any) -> None:
     """Raise ValueError for options that would leave the model without its encoder, or were never tried with one."""
     for name, wrong in {
         "layout='shared'": args.layout == "shared",
         "use_vllm": args.use_vllm,
         "use_transformers_continuous_batching": args.use_transformers_continuous_batching,
-        "DeepSpeed or FSDP": engine,
     }.items():
         if wrong:
             raise ValueError(
@@ -126,9 +127,15 @@ def add_encoder_decoder_head(model: PreTrainedModel) -> None:
             )
         scored = completion_labels != -100
         hidden, labels = seen[0][scored], completion_labels[scored]
-        bias, rows = getattr(self, "final_logits_bias", None), max(1, CHUNK // head.weight.size(0))
-        parts = zip(hidden.split(rows), labels.split(rows), strict=True)
-        return torch.cat([checkpoint(_score, head, bias, h, y, use_reentrant=False) for h, y in parts])
+        added = getattr(self, "final_logits_bias", None)
+
+        def score(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            bias = bias if added is None else added if bias is None else bias + added
+            rows = max(1, CHUNK // len(weight))
+            parts = zip(hidden.split(rows), labels.split(rows), strict=True)
+            return torch.cat([checkpoint(_score, h, weight, bias, y, use_reentrant=False) for h, y in parts])
+
+        return call_head(head, hidden, score)
 
     model.forward = types.MethodType(forward, model)
     _check(model)
@@ -150,8 +157,8 @@ def _input_of(head: nn.Module):
         handle.remove()
 
 
-def _score(head: nn.Module, bias: Tensor | None, hidden: Tensor, labels: Tensor) -> Tensor:
-    logits = head(hidden)
+def _score(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight)
     logits = logits if bias is None else logits + bias
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)

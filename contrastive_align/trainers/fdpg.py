@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 from trl import RLOOTrainer
 
@@ -47,7 +50,7 @@ from contrastive_align.trainers.encoder_decoder import (
 )
 from contrastive_align.trainers.metrics import distribution_metrics
 from contrastive_align.trainers.samplers import hand_over_without_rounding
-from contrastive_align.trl_seam import DrawsGroups, Method, nothing_loaded_by_trl
+from contrastive_align.trl_seam import DrawsGroups, Method, nothing_loaded_by_trl, whole_parameters
 
 
 logger = logging.get_logger(__name__)
@@ -153,11 +156,12 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         pad = (self.processing_class.pad_token_id, args.pad_to_multiple_of)
         self.collate: GroupCollator | EncoderDecoderCollator
         if self.is_encoder_decoder:
-            check_options_for_encoder_decoder(args, engine=self.uses_engine)
+            check_options_for_encoder_decoder(args)
             self.check_loaded()
             models = self.base_models()
             for each in models:
-                add_encoder_decoder_head(each)
+                with whole_parameters(each):
+                    add_encoder_decoder_head(each)
             self.collate = EncoderDecoderCollator(*pad, decoder_start_token(models[0]))
             self.layout = "padded"
             compile_layers(self, models)
@@ -175,7 +179,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
                     "own. Set proposal='policy', or train without them."
                 )
             self.adaptive_proposal = AdaptiveProposal(args.proposal_criterion, args.proposal_window)
-        self._evaluations = 0
+        self.add_callback(_FitsTarget(self))
+        self._evaluation: _Evaluation | None = None
         self._first_group: dict[str, Any] | None = None
 
     @property
@@ -277,11 +282,12 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         if training:
             k, parts, what = self.num_generations, self.args.steps_per_generation, ("train", self.generation)
         else:
-            self._evaluations += 1
-            k, parts, what = self.num_generations_eval, 1, ("eval", self.state.global_step, self._evaluations)
+            k, parts, what = self.num_generations_eval, 1, ("eval", self.state.global_step)
         rows = rows[::k]  # TRL's sampler repeats every prompt K times in a row
         prompt_ids = self.prompt_ids_of([row["prompt"] for row in rows])
-        first = self.accelerator.process_index * len(rows)
+        first, evaluation = self.accelerator.process_index * len(rows), None if training else self._evaluation
+        if evaluation is not None:
+            first += evaluation.begun
         completion_ids, proposal_logps = self._draw(prompt_ids, k, self._seeds(what, range(first, first + len(rows))))
         size = len(rows) // parts
         groups = [
@@ -302,8 +308,13 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         keys = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in prompt_ids]
         log_z = self._log_z_of(keys, target_log_scores - proposal_logps)
         logs = {"policy_logps": policy_logps, "proposal_logps": proposal_logps, "target_log_scores": target_log_scores}
-        self._log_groups(rows, completion_ids, keys, phi=phi, base_logps=base_logps, log_z=log_z, **logs)
+        found = self._log_groups(rows, completion_ids, keys, phi=phi, base_logps=base_logps, log_z=log_z, **logs)
         more = {"proposal_logps": proposal_logps, "target_log_scores": target_log_scores, "log_z": log_z}
+        if evaluation is not None:
+            evaluation.add(found)
+            more["counted"] = torch.arange(first, first + len(rows), device=log_z.device) < evaluation.groups
+        else:
+            self.record(distribution_metrics(names=self.target.names, **found), training=training)
         if self.baseline is not None:
             more["baseline"] = self._window_baseline(log_z, **logs)
         if self.adaptive_proposal is not None and training:
@@ -344,7 +355,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
 
     def _logps(self, batch: dict[str, Tensor], *, reference: bool = False) -> Tensor:
         """(B, K) float64, in the layout of training."""
-        with self.sampling_from(reference=reference) as model:
+        with self.scoring_by(reference=reference) as model:
             return self._completion_logps(model, batch)
 
     def _completion_logps(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -397,7 +408,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             valid=inputs["valid"] & some_mass.unsqueeze(1),
             max_ratio=self.args.max_importance_ratio,
         )
-        return losses.mean()
+        counted = inputs.get("counted")
+        return losses.mean() if counted is None else losses[counted].sum() / counted.sum().clamp(min=1)
 
     # -------------------------------------------------------------------------------------------------------- metrics
 
@@ -409,25 +421,19 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         *,
         phi: Tensor,
         **logs: Tensor,
-    ) -> None:
+    ) -> dict[str, Any]:
+        """Return what is measured of the groups of all processes."""
         training, gather = self.model.training, self.accelerator.gather
         k = phi.size(1)
         lengths = torch.tensor([[len(ids) for ids in group] for group in completion_ids], device=phi.device)
         ended = torch.tensor(
             [[ids[-1] in self.eos_token_ids for ids in group] for group in completion_ids], device=phi.device
         )
-        metrics = distribution_metrics(
-            **{name: gather(tensor) for name, tensor in logs.items()},
-            phi=gather(phi),
-            names=self.target.names,
-            keys=gather_object(keys),
-            lengths=gather(lengths),
-            ended=gather(ended),
-            completion_ids=gather_object(list(completion_ids)),
-        )
-        self.record(metrics, training=training)
+        found = {name: gather(tensor) for name, tensor in logs.items()}
+        found |= {"phi": gather(phi), "lengths": gather(lengths), "ended": gather(ended)}
+        found |= {"keys": gather_object(keys), "completion_ids": gather_object(list(completion_ids))}
         if training:
-            self.state.num_input_tokens_seen += int(gather(lengths.sum()).sum())
+            self.state.num_input_tokens_seen += int(found["lengths"].sum())
         if self.log_completions:
             texts = self.processing_class.batch_decode([i for g in completion_ids for i in g], skip_special_tokens=True)
             log_weights = logs["target_log_scores"] - logs["policy_logps"]
@@ -439,10 +445,42 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
                 },
                 {name: gather(phi[..., j].flatten()).tolist() for j, name in enumerate(self.target.names)},
             )
+        return found
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, Any, Any]:
+        """Return the loss of a batch, as TRL does; the loop counts each group once."""
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self._evaluation is not None:
+            self._evaluation.add_loss(found[0], self.accelerator)
+        return found
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Run Trainer's evaluation; loss and metrics are those of all groups together, each counted once.
+
+        They do not depend on the batches or the number of processes: a prompt's samples are those of its place.
+        """
+        groups = len(dataloader.dataset) if has_length(dataloader.dataset) else math.inf
+        self._evaluation = evaluation = _Evaluation(groups)
+        try:
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        finally:
+            self._evaluation = None
+        self.record(distribution_metrics(names=self.target.names, **evaluation.together()), training=False)
+        output.metrics[f"{metric_key_prefix}_loss"] = evaluation.loss
+        return output
 
     # --------------------------------------------------------------------------------------------- resuming and saving
 
-    def begin_training(self, *, going_on: bool) -> None:
+    def fit_where_needed(self) -> None:
         """Fit the target, unless it is known."""
         # Where all constraints are pointwise there is nothing to fit, but that something satisfies them.
         if self.resumed_from is None and (
@@ -550,3 +588,53 @@ def check_enough_prompts(dataset: Dataset | IterableDataset | None, args: FDPGCo
 def features_are_read_by_the_target(**columns: Any) -> list[float]:
     """Stand in for the reward function that TRL asks for."""
     raise AssertionError("TRL computed rewards by itself: FDPGTrainer's draw_groups was not used.")
+
+
+class _Evaluation:
+    """What one pass over an evaluation set finds. Groups that fill up the last batches are not counted again.
+
+    Args:
+        groups: the prompts of the set; infinite where a stream does not tell.
+    """
+
+    def __init__(self, groups: float) -> None:
+        self.groups, self.begun = groups, 0  # places that batches have begun before this one
+        self._parts: list[dict[str, Any]] = []
+        self._loss = self._counted = 0.0
+
+    def add(self, found: dict[str, Any]) -> None:
+        """Add the groups of a batch, of all processes in their order."""
+        self._n = len(found["keys"])
+        counted = int(max(0, min(self._n, self.groups - self.begun)))
+        self._parts.append({name: values[:counted] for name, values in found.items()})
+        self.begun += self._n
+
+    def add_loss(self, loss: Tensor, accelerator: Accelerator) -> None:
+        """Add a batch's mean loss of each process."""
+        losses, counted = accelerator.gather(loss.detach().double()[None]).tolist(), len(self._parts[-1]["keys"])
+        rows = self._n // len(losses)
+        for process, value in enumerate(losses):
+            weight = min(max(counted - process * rows, 0), rows)
+            self._loss, self._counted = self._loss + weight * value, self._counted + weight
+
+    @property
+    def loss(self) -> float:
+        return self._loss / max(1.0, self._counted)
+
+    def together(self) -> dict[str, Any]:
+        """Return what :meth:`add` was given, of all batches."""
+        found = {name: [part[name] for part in self._parts] for name in self._parts[0]}
+        return {
+            name: torch.cat(parts) if isinstance(parts[0], Tensor) else [value for part in parts for value in part]
+            for name, parts in found.items()
+        }
+
+
+class _FitsTarget(TrainerCallback):
+    """Fits the target when training begins, and every process has its part of the weights."""
+
+    def __init__(self, trainer: FDPGTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.fit_where_needed()

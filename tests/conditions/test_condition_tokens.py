@@ -23,8 +23,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from contrastive_align import demo
 from contrastive_align.conditions.tokens import add_condition_tokens, load_with_condition_tokens, with_trainable_rows
+from contrastive_align.models.head import add_head
 from contrastive_align.models.loading import verify_saved
-from contrastive_align.models.logps import add_head
 
 
 TOKENS = [f"<quantile_{i}>" for i in range(5)]

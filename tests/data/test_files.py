@@ -306,7 +306,11 @@ PAIR = "prompt,chosen,rejected\n"
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
-        ("a.jsonl", gzip.compress(b"{}\n", mtime=0), r"a.jsonl is a gzip file, and no text. Give it a name that ends in \.gz"),
+        (
+            "a.jsonl",
+            gzip.compress(b"{}\n", mtime=0),
+            r"a.jsonl is a gzip file, and no text. Give it a name that ends in \.gz",
+        ),
         ("a.csv", b"PAR1....", r"is a Parquet file.*ends in \.parquet"),
         ("a.csv", b"PK\x03\x04...", r"is a spreadsheet.*ends in \.xlsx"),
         ("a.csv", json.dumps(GROUP).encode(), r"is JSON, and no table.*ends in \.json or \.jsonl"),

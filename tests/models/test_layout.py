@@ -18,8 +18,9 @@ from contrastive_align.data import GroupCollator
 from contrastive_align.models import shared_prompt
 from contrastive_align.models.cpu import head, merged_attention
 from contrastive_align.models.cpu.head import _ScoreTokens
+from contrastive_align.models.head import add_head
 from contrastive_align.models.layout import _own_logps, choose_layout
-from contrastive_align.models.logps import add_head, completion_logps
+from contrastive_align.models.logps import completion_logps
 from contrastive_align.models.shared_prompt import ATTENTION_NAME, Segment, SharedPrompt, pack, shared_prompt_attention
 
 

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 import contrastive_align.models.token_loss as module
 from contrastive_align.data import GroupCollator
 from contrastive_align.losses import conditional
-from contrastive_align.models.logps import add_head, completion_objective
+from contrastive_align.models.head import add_head
+from contrastive_align.models.logps import completion_objective
 from contrastive_align.models.shared_prompt import ATTENTION_NAME
 from contrastive_align.models.token_loss import token_loss
 
