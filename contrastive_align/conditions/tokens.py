@@ -47,9 +47,12 @@ def add_condition_tokens(
     """
     tokens = list(tokens)
     _check_texts(tokens, tokenizer)
+    old_tokens, vocabulary = len(tokenizer), tokenizer.get_vocab()
+    new = [token for token in tokens if token not in vocabulary]
+    _check_no_adapter(model)
+    if not new and max((vocabulary[token] for token in tokens), default=-1) < _rows(model):
+        return [vocabulary[token] for token in tokens]
     _check_weights(model)
-    old_tokens = len(tokenizer)
-    new = [token for token in tokens if token not in tokenizer.get_vocab()]
     if new:
         tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     ids: Any = tokenizer.convert_tokens_to_ids(tokens)
@@ -150,6 +153,7 @@ def load_with_condition_tokens(
     missing = [token for token in tokens if token not in tokenizer.get_vocab()]
     if missing:
         raise ValueError(f"The tokenizer of {adapter} has no token {missing[0]!r}: it was not trained with it.")
+    _check_no_adapter(model)
     _check_weights(model)
     rows = max(tokenizer.get_vocab().values()) + 1
     fresh = tokenizer.convert_tokens_to_ids(list(tokens))
@@ -171,12 +175,20 @@ def _check_texts(tokens: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
             )
 
 
-def _check_weights(model: PreTrainedModel) -> None:
+def _rows(model: PreTrainedModel) -> int:
+    weight = model.get_input_embeddings().weight
+    return getattr(weight, "ds_shape", weight.shape)[0]  # of which ZeRO-3 keeps a part here
+
+
+def _check_no_adapter(model: PreTrainedModel) -> None:
     if isinstance(model, PeftModel):
         raise ValueError(
             "The model has an adapter already, which was made for the rows it has. Add the condition tokens to the "
             "base, then the adapter; load_with_condition_tokens does this for a saved one."
         )
+
+
+def _check_weights(model: PreTrainedModel) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     for what, module in (("input embedding", embedding), ("head", head)):
         if module is None:

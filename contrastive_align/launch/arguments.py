@@ -127,7 +127,8 @@ def parse(
     config |= {key: value for key, value in (defaults or {}).items() if key not in given}
     if not _accelerator_available():
         chosen = {} if "use_cpu" in given else {"use_cpu": True}
-        chosen |= {} if {"bf16", "fp16"} & given else {"bf16": False}
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")  # by accelerate, whose word it is
+        chosen |= {} if {"bf16", "fp16"} & given or launched != "no" else {"bf16": False}
         if chosen:
             config |= chosen
             notes.append("no accelerator found: " + ", ".join(f"{k}={v}" for k, v in chosen.items()))

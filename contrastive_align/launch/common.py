@@ -190,6 +190,7 @@ class Run:
             model=self._describe_model(),
             reference=self.describe_reference(),
             data=self.describe_data(),
+            engine=trainer.describe_engine(),
             versions={package: version(package) for package in [*SUPPORTED, "contrastive_align"]},
         )
         if (Path(folder) / "summary.json").is_file() and not checkpoint:

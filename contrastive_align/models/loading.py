@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -376,16 +377,25 @@ def check_generates(config: PreTrainedConfig, name: str, *, encoder_decoder: boo
 def not_finite(tensors: Iterable[tuple[str, Tensor | None]]) -> list[str]:
     """Return the names of tensors with NaN or infinite entries; those of 8 bits or less, or not here, are passed over.
 
+    Of a weight that DeepSpeed or FSDP shards, the part of this process is looked at.
+
     >>> not_finite([("a", torch.ones(2)), ("b", torch.tensor([1.0, torch.nan])), ("c", None)])
     ['b']
     """
-    present = ((name, t) for name, t in tensors if t is not None and t.is_floating_point() and not t.is_meta)
+    parts = ((name, getattr(t, "ds_tensor", t)) for name, t in tensors if t is not None)
+    parts = ((name, t.to_local() if isinstance(t, DTensor) else t) for name, t in parts)
+    present = ((name, t) for name, t in parts if t.is_floating_point() and not t.is_meta)
     return [name for name, t in present if t.dtype.itemsize > 1 and not torch.isfinite(t).all()]
 
 
-def check_weights_are_finite(model: nn.Module, name: str) -> None:
-    """Raise ValueError where a loaded weight is NaN or infinite, before anything is computed with it."""
-    if bad := not_finite(model.named_parameters()):
+def check_weights_are_finite(model: nn.Module, name: str, everywhere: Callable[[list[str]], list[str]] = list) -> None:
+    """Raise ValueError where a loaded weight is NaN or infinite, before anything is computed with it.
+
+    Args:
+        name: what the model is called.
+        everywhere: where it is sharded, gathers the names that any process finds.
+    """
+    if bad := everywhere(not_finite(model.named_parameters())):
         raise ValueError(
             f"'{bad[0]}' of {name} has NaN or infinite entries ({len(bad)} such weights), expected numbers: its file "
             "is damaged, or the run that wrote it diverged. Download it again, or take another model or checkpoint."

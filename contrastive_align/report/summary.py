@@ -82,6 +82,7 @@ class Summary:
     model: dict[str, Any]
     reference: str
     data: dict[str, Any]
+    engine: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Change] = field(default_factory=dict)
     metrics_on: str = ""
@@ -101,6 +102,7 @@ class Summary:
     def opening(self) -> str:
         """Return the table before training."""
         rows = [("method", self.method["line"]), ("model", self.model["line"]), ("reference", self.reference)]
+        rows += [("engine", self.engine["line"])] if self.engine else []
         for name, report in self.data.items():
             rows.append((f"{name} data", report["line"]))
             rows += [("", line) for line in report["notes"]]

@@ -289,7 +289,8 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
     def check_finite(self) -> None:
         """Raise ValueError where a weight, also a frozen one or one of the reference, is NaN or infinite."""
         for model in self.base_models():
-            check_weights_are_finite(model, self.start_description)
+            everywhere = self.from_all_processes if self.is_sharded else list
+            check_weights_are_finite(model, self.start_description, everywhere)
 
     def reference_group(self) -> dict[str, Any] | None:
         """Return the group whose reference log-probs a checkpoint keeps, or None (to be overridden)."""
@@ -343,6 +344,7 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
                 "Context and sequence parallelism cut completions apart, and their log-probs are not summed again. Use "
                 "data, tensor or FSDP parallelism."
             )
+        self.check_engine()
         self.check_loaded()
         models = self.base_models()
         for model in models:

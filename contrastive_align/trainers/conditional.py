@@ -19,6 +19,7 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 from trl import SFTTrainer
@@ -162,7 +163,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         self.online = self.feedback is not None
         if args.use_vllm:
             check_vllm_options(args, online=self.online, sampler=sampler, quantised=quantization_config is not None)
-        self._uses_vllm = args.use_vllm
+        self._uses_vllm, self._adds_adapter = args.use_vllm, peft_config is not None
         start = self.load_start(model, args, processing_class, quantization_config, peft_config)
         model, processing_class = start["model"], start["processing_class"]
         adapter = start["peft_config"] is not None or is_peft_model(model)
@@ -229,9 +230,17 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         return rounds.RewardFeedback(feature, lambda: self.state)
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuse a condition whose tokens vLLM would not have, before the model is loaded."""
+        """Refuse a condition whose tokens vLLM or ZeRO-3 would not have, before the model is loaded."""
         if self._uses_vllm:
             check_vllm_tokens(self.condition, tokenizer)
+        new = [token for token in self.condition.tokens if token not in tokenizer.get_vocab()]
+        if is_deepspeed_zero3_enabled() and (new or (self.condition.tokens and self._adds_adapter)):
+            raise ValueError(
+                f"The condition '{self.condition.kind}' has tokens of its own ({self.condition.tokens[0]}, ...), and "
+                "ZeRO-3 keeps a part of the embedding on each process, to which their rows cannot be added. Use "
+                "condition='phrases', which needs no tokens, ZeRO-2 or FSDP2; or, for full fine-tuning, add them with "
+                "contrastive_align.conditions.add_condition_tokens, save model and tokenizer, and start from there."
+            )
 
     def _add_tokens(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, peft_config: Any, args: ConditionalConfig

@@ -446,6 +446,9 @@ class ConditionalConfig(SFTConfig):
             Where the pool is; `output_dir`/pool by default.
         rows_at_once (`int`, defaults to `256`):
             Completions decoded together at most; with a colocated vLLM, its `max_num_seqs` of a GPU.
+        ds3_gather_for_generation (`bool`, defaults to `True`):
+            Under ZeRO-3 and FSDP2, gather all weights once to draw completions. `False`: a layer at a time in each step
+            of decoding, slower, for a model that does not fit on one device.
         use_vllm, vllm_mode, vllm_model_impl, vllm_enable_sleep_mode, vllm_server_base_url, vllm_server_host,
         vllm_server_port, vllm_server_timeout, vllm_group_port, vllm_gpu_memory_utilization, vllm_max_model_length,
         vllm_tensor_parallel_size:
@@ -485,6 +488,7 @@ class ConditionalConfig(SFTConfig):
     layout: str = "auto"
     pool_dir: str | None = None
     rows_at_once: int = 256
+    ds3_gather_for_generation: bool = True
     use_vllm: bool = option_of(RLOOConfig, "use_vllm")
     vllm_mode: str = option_of(RLOOConfig, "vllm_mode")
     vllm_model_impl: str = option_of(RLOOConfig, "vllm_model_impl")

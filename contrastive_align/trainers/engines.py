@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import fsdp2_prepare_model, is_peft_model
+from accelerate.utils import fsdp2_prepare_model, is_peft_model, parse_flag_from_env
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -51,6 +52,38 @@ class HoldsWeights:
     def is_sharded(self) -> bool:
         """Whether a weight may not be here as a whole (FSDP, ZeRO-3)."""
         return self.is_fsdp_enabled or self.uses_zero3
+
+    def check_engine(self) -> None:
+        """Raise ValueError where an engine was asked for and accelerate gave none."""
+        asked = parse_flag_from_env("ACCELERATE_USE_FSDP") or self.args.fsdp
+        if asked and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"FSDP is asked for, and accelerate gives it to GPUs and other accelerators only: this process has "
+                f"{self.accelerator.device.type}, where every process would hold the whole model instead. Run it where "
+                "there are GPUs, or take another accelerate config (multi_gpu, zero2, zero3)."
+            )
+
+    def describe_engine(self) -> dict[str, Any]:
+        """Return what computes: ``line``, and engine, processes, machines, device, precision and layout by name."""
+        state = self.accelerator.state
+        found: dict[str, Any] = {"engine": self.engine, "processes": state.num_processes}
+        found["machines"] = state.num_processes // int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+        found |= {"device": self.accelerator.device.type, "layout": self.layout}
+        found["precision"] = "as the weights" if state.mixed_precision == "no" else state.mixed_precision
+        processes = "one process" if found["processes"] == 1 else f"{found['processes']} processes"
+        machines = f" on {found['machines']} machines" if found["machines"] > 1 else ""
+        line = f"{self.engine}, {processes}{machines}, {found['device']}, precision {found['precision']}"
+        line = f"{line}, {self.layout} layout"
+        return {"line": line, **found}
+
+    @property
+    def engine(self) -> str:
+        """The name of what holds the weights."""
+        if self.is_deepspeed_enabled:
+            return f"DeepSpeed ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        if self.is_fsdp_enabled:
+            return f"FSDP{self.accelerator.state.fsdp_plugin.fsdp_version}"
+        return "no engine" if self.accelerator.num_processes == 1 else "data parallel"
 
     def base_models(self) -> list[PreTrainedModel]:
         """Return the policy without PEFT's wrapper, and the reference where it is a model of its own."""

@@ -157,6 +157,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         self.collate: GroupCollator | EncoderDecoderCollator
         if self.is_encoder_decoder:
             check_options_for_encoder_decoder(args)
+            self.check_engine()
             self.check_loaded()
             models = self.base_models()
             for each in models:

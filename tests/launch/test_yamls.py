@@ -32,6 +32,8 @@ ACCELERATE = {
     "zero3": DistributedType.DEEPSPEED,
     "zero3_offload": DistributedType.DEEPSPEED,
     "fsdp2": DistributedType.FSDP,
+    "fsdp2_offload": DistributedType.FSDP,
+    "multi_node": DistributedType.MULTI_GPU,
 }
 PUBLISHED = {
     "reward_qlora": ("ChenDRAG/ultrafeedback_reward", "run_reward.py"),
@@ -264,7 +266,7 @@ def test_accelerate_loads_its_config(name):
     config = load_config_from_file(accelerate_path(name))
     assert config.distributed_type == ACCELERATE[name]
     assert config.mixed_precision == "bf16"
-    assert (config.num_processes, config.num_machines) == (8, 1)
+    assert (config.num_processes, config.num_machines) == ((16, 2) if name == "multi_node" else (8, 1))
     # accelerate checks the outer keys only; an inner one it does not know would be passed over in silence
     known = {action.dest for action in launch_command_parser()._actions}
     assert set(config.deepspeed_config) | set(config.fsdp_config) <= known
