@@ -86,7 +86,11 @@ class Cell:
     extra: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return ", ".join([self.trainer, self.tuning, self.layout, self.reference, *(name for name, _ in self.extra)])
+        return ", ".join([self.trainer, self.tuning, self.layout, self.reference, self.options])
+
+    @property
+    def options(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.extra) or "-"
 
 
 def cells(short: bool = False) -> Iterator[Cell]:
@@ -97,10 +101,13 @@ def cells(short: bool = False) -> Iterator[Cell]:
         for layout, reference in list(itertools.product(("shared", "padded"), references))[: 1 if short else None]:
             extra = EXTRAS[next(number) % len(EXTRAS)]
             if trainer != "contrastive" and "max_tokens_per_batch" in extra:  # their batches are what was drawn
-                extra = {"kl_coef": 0.0} if trainer == "conditional" else {}
+                extra = {"ds3_gather_for_generation": False} | ({"kl_coef": 0.0} if trainer == "conditional" else {})
+            if trainer == "conditional" and engine.startswith("ZeRO-3"):
+                extra = {"condition": "phrases", **extra}
             yield Cell(trainer, tuning, engine, layout, reference, tuple(extra.items()))
     for engine in ("data parallel", "ZeRO-3"):
         yield Cell("encoder-decoder", "full", engine)
+    yield Cell("conditional", "full", "ZeRO-3", "shared", extra=(("condition", "quantile_tokens"),))
 
 
 # ------------------------------------------------------------------------------------------------------- one process
@@ -160,6 +167,7 @@ def build(cell: Cell, models: Path, output: Path, processes: int) -> Any:
     from contrastive_align.demo.task import all_prompts
 
     extra = dict(cell.extra)
+    condition = extra.pop("condition", "quantile_tokens")
     size = 8 if cell.trainer in ("contrastive", "conditional") else 32
     if "max_tokens_per_batch" in extra:  # a batch of tokens: one of the global batch on each process
         extra["gradient_accumulation_steps"] = 4 // processes
@@ -354,9 +362,7 @@ def load_saved(folder: Path) -> dict[str, Any]:
 
 def trial(cell: Cell, models: Path, folder: Path, *, kill: bool) -> dict[str, str]:
     """Run a cell; return what the table says of it, with ``wrong`` where something is not as it must be."""
-    name = f"{cell}".replace(", ", "-")
-    condition = "-phrases" if cell.trainer == "conditional" and cell.engine.startswith("ZeRO-3") else ""
-    alone, pair, killed = folder / f"{name}{condition}", folder / "pair", folder / "killed"
+    alone, pair, killed = folder / str(cell).replace(", ", "-"), folder / "pair", folder / "killed"
     for old in (pair, killed, folder / "diverged"):
         shutil.rmtree(old, ignore_errors=True)
     if not (alone / "final").is_dir():
@@ -444,7 +450,7 @@ def write_page(page: Path, rows: list[tuple[Cell, dict[str, str]]]) -> None:
     titles = ["losses, evaluation", "weights", "after a kill"]
     lines = ["| trainer | engine | options | " + " | ".join(titles) + " |", "|---" * (3 + len(titles)) + "|"]
     for cell, found in rows:
-        options = ", ".join([cell.tuning, cell.layout, cell.reference, *(name for name, _ in cell.extra)])
+        options = ", ".join([cell.tuning, cell.layout, cell.reference, *([cell.options] if cell.extra else [])])
         values = (
             [found.get("refused") or found.get("wrong", "").split("\n")[0]]
             if len(found) == 1

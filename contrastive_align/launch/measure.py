@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -47,15 +48,19 @@ def measure(
     per_prompt = math.ceil(samples / len(rows))
     remarks: list[str] = []
     with trainer.sampling_from(reference=True) as model:
-        base = _Measured(trainer, rows, _proposal(trainer, model, seed, of_base=True), per_prompt)
+        base = _Measured(
+            trainer, rows, _proposal(trainer, model, seed, model if trainer.reference is None else None), per_prompt
+        )
     columns = {"base": base.column(base.logps), "target": {}}
-    with trainer.sampling_from() as model:
-        tuned = _Measured(trainer, rows, _proposal(trainer, model, seed + 1), per_prompt)
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(trainer.sampling_from())
+        own = None if trainer.reference is None else stack.enter_context(trainer.sampling_from(reference=True))
+        tuned = _Measured(trainer, rows, _proposal(trainer, model, seed + 1, own), per_prompt)
         columns["tuned"] = tuned.column(tuned.logps)
         columns["target"] = max(base, tuned, key=lambda measured: measured.ess).target_column()
         if acceptance is not None:
             try:
-                columns["tuned+QRS"] = tuned.qrs_column(_proposal(trainer, model, seed + 2), acceptance, remarks)
+                columns["tuned+QRS"] = tuned.qrs_column(_proposal(trainer, model, seed + 2, own), acceptance, remarks)
             except ValueError as error:
                 remarks.append(f"no quasi-rejection sampling: {error}")
     return columns, remarks
@@ -212,11 +217,8 @@ class Count(Number):
         return str(self.value)
 
 
-def _proposal(trainer: FDPGTrainer, model: Any, seed: int, *, of_base: bool = False) -> PolicyProposal:
-    """Return what samples from the policy, or from its base."""
-    base = trainer.reference
-    if of_base:  # a frozen copy is its own base; with an adapter the base is the model with its adapter off
-        base = None if base is not None else model
+def _proposal(trainer: FDPGTrainer, model: Any, seed: int, base: Any) -> PolicyProposal:
+    """Return what samples from a model. ``base``: of the target; None: the model itself, without its adapter."""
     options = {"max_new_tokens": trainer.max_completion_length, "eos_token_ids": trainer.eos_token_ids}
     return PolicyProposal(model, trainer.processing_class, base=base, seed=seed, **options)
 

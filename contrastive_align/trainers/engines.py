@@ -58,8 +58,8 @@ class HoldsWeights:
         asked = parse_flag_from_env("ACCELERATE_USE_FSDP") or self.args.fsdp
         if asked and not self.is_fsdp_enabled:
             raise ValueError(
-                f"FSDP is asked for, and accelerate gives it to GPUs and other accelerators only: this process has "
-                f"{self.accelerator.device.type}, where every process would hold the whole model instead. Run it where "
+                "FSDP is asked for, and accelerate gives it to GPUs and other accelerators only: here, on "
+                f"{self.accelerator.device.type}, every process would hold the whole model instead. Run it where "
                 "there are GPUs, or take another accelerate config (multi_gpu, zero2, zero3)."
             )
 
