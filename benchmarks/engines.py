@@ -26,7 +26,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -291,7 +291,16 @@ class Ended:
     result: dict[str, Any] = field(default_factory=dict)
 
 
-def run(cell: Cell, models: Path, output: Path, processes: int, *, kill_at: int | None = None, resume: bool = False):
+def run(
+    cell: Cell,
+    models: Path,
+    output: Path,
+    processes: int,
+    *,
+    kill_at: int | None = None,
+    resume: bool = False,
+    work: Callable[..., None] = work,
+) -> Ended:
     """Fork the processes of a run, which have the libraries imported already, and wait for them."""
     output.mkdir(parents=True, exist_ok=True)
     for file in output.glob("result-*.json"):

@@ -177,7 +177,7 @@ def _check_texts(tokens: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _rows(model: PreTrainedModel) -> int:
     weight = model.get_input_embeddings().weight
-    return tuple(getattr(weight, "ds_shape", weight.shape))[0]  # of which ZeRO-3 keeps a part here
+    return int(getattr(weight, "ds_shape", weight.shape)[0])  # of which ZeRO-3 keeps a part here
 
 
 def _check_no_adapter(model: PreTrainedModel) -> None:

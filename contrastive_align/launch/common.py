@@ -170,7 +170,7 @@ class Run:
         The model is saved before it is measured, so that a failing measurement loses nothing.
         """
         args, folder = self.args, self.args.training.output_dir
-        if args.training.device.type == "cpu":
+        if args.training.device.type == "cpu" and args.training.deepspeed_plugin is None:
             keep_freed_memory()
         resume = args.training.resume_from_checkpoint
         checkpoint = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)

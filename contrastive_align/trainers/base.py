@@ -392,7 +392,7 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
                 self.add_callback(stopping)
                 around.callback(self.remove_callback, stopping)
                 around.enter_context(stopping.training())
-            around.enter_context(freed_memory_kept(self.args.device.type))
+            around.enter_context(self.keeping_freed_memory())
             around.enter_context(uploading_copies(published_copy))
             result = super().train(self._begin(resume_from_checkpoint), *args, **kwargs)
             self._check_that_it_trained()
@@ -454,7 +454,7 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
             ValueError: the loss or the gradient of the first step is not finite, with the likely cause (under DeepSpeed
                 and with a gradient scaler only the loss is looked at); or training diverged.
         """
-        with freed_memory_kept(self.args.device.type, hand_back=False):  # also in a loop of one's own
+        with self.keeping_freed_memory(hand_back=False):  # also in a loop of one's own
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.first_step_is_finite:
             self._check_first_step(inputs, loss)
@@ -486,8 +486,12 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Run Trainer's evaluation; on a CPU, freed memory is kept for it."""
-        with freed_memory_kept(self.args.device.type):
+        with self.keeping_freed_memory():
             return super().evaluation_loop(*args, **kwargs)
+
+    def keeping_freed_memory(self, **options: Any) -> contextlib.AbstractContextManager:
+        """Keep freed memory inside the block, on a CPU; not what an engine gathers, a copy of the weights each time."""
+        return freed_memory_kept("" if self.uses_engine else self.args.device.type, **options)
 
     def begin_training(self, *, going_on: bool) -> None:
         """Prepare the first step (to be overridden). ``going_on``: the caller asked to resume."""

@@ -32,7 +32,6 @@ from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.columns import read_options
 from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
-from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.head import head_parameters, logit_scale, logit_softcap, whole
 from contrastive_align.models.loading import eos_token_ids
 from contrastive_align.models.logps import completion_logps, completion_objective
@@ -601,7 +600,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         if not isinstance(dataset, Dataset):
             raise ValueError(f"eval_dataset is a {type(dataset).__name__}, expected a datasets.Dataset to evaluate on.")
         start = time.time()
-        with freed_memory_kept(self.args.device.type):
+        with self.keeping_freed_memory():
             if self.online:
                 found = evaluation.reward_metrics(self.rewards_given(dataset))
             else:

@@ -26,7 +26,6 @@ from contrastive_align.data.columns import read_options
 from contrastive_align.data.rows import BadRow
 from contrastive_align.data.tokenise import render_messages
 from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_labels
-from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.loading import embedding_rows
 from contrastive_align.models.logps import completion_logps, per_completion
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset
@@ -297,7 +296,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             model = self.engine_for_precompute()
         loader = self.accelerator.prepare(DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator))
         rows: list[list[float]] = []
-        with freed_memory_kept(self.args.device.type):
+        with self.keeping_freed_memory():
             for batch in self.progress(loader, f"Reference log-probs of the {name} dataset"):
                 logps = self.compute_ref_log_probs(model, batch)
                 rows += self.accelerator.gather_for_metrics(
