@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from safetensors import SafetensorError
-
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
@@ -62,10 +60,11 @@ _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, 
 def why_not_written(error: BaseException, folder: Path) -> OSError | None:
     """Return the OSError that kept a file from being written to ``folder``, or None where the error is of another kind.
 
-    Its text is the cause and the room that is left. Safetensors and torch raise errors of their own for a full disk.
+    Its text is the cause and the room that is left. For a full disk safetensors raises a SafetensorError, tokenizers an
+    Exception (both with the words of Rust, "os error 28"), and torch a RuntimeError.
     """
     number = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, SafetensorError) and (found := re.search(r"os error (\d+)", str(error))):
+    if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(found[1])
     elif isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
         number = errno.ENOSPC  # it says no more than that bytes are missing

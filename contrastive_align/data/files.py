@@ -288,6 +288,9 @@ def _check_no_columns(path: Path, head: str) -> None:
     lists = [value for value in columns if isinstance(value, list) and not any(isinstance(x, dict) for x in value)]
     by_row = [value for value in columns if isinstance(value, dict) and value and all(map(str.isdigit, value))]
     alike = len({len(value) for value in columns if isinstance(value, list | dict)}) == 1
+    prompt_ids = table.get("prompt_ids") if columns else None
+    if isinstance(prompt_ids, list) and not any(isinstance(ids, list) for ids in prompt_ids):
+        return  # a row of token ids
     if len(columns) > 1 and alike and len(columns) in (len(lists), len(by_row)):
         raise FileProblem(
             f"{path} is one object of columns, expected a list of rows, or an object a line. In pandas: "

@@ -20,6 +20,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, TrlParser
 from contrastive_align.launch.bundled import find_yaml
 from contrastive_align.launch.flags import (
     GONE,
+    NEGATIVE_NUMBER,
     RENAMED,
     check_ratio,
     flag_name,
@@ -109,6 +110,7 @@ def parse(
         raise UsageError(placed if placed.startswith(f"{config_path}: ") else f"{said}    (all flags: {prog} --help)")
 
     parser.error = refuse
+    parser._negative_number_matcher = NEGATIVE_NUMBER
     actions = {action.dest: action for action in parser._actions}
     aliases = script.ALIASES
     known = set(actions) - {"help"} | set(aliases)

@@ -233,8 +233,7 @@ def _launch(options: list[str], argv: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _hand_on)
+    before = {number: signal.signal(number, _hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         launch_command(launch_command_parser().parse_args([*options, "--module", "contrastive_align", *argv]))
     except subprocess.CalledProcessError as error:
@@ -245,6 +244,9 @@ def _launch(options: list[str], argv: list[str]) -> None:
         status = max(failure.exitcode for failure in error.failures.values())
     else:
         return
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     sys.exit(status if status > 0 else 128 - status)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from contrastive_align.launch.usage import UsageError, nearest
 
+
+# What a parser takes as a value and not as a flag, in the place of argparse's own, which knows neither -1e-3 nor -inf.
+NEGATIVE_NUMBER = re.compile(r"-(\d|\.\d|inf|nan)", re.IGNORECASE)
 
 # Keys of older releases and of the published YAMLs -> today's key.
 RENAMED = {

@@ -20,6 +20,7 @@ from contrastive_align.launch import step_files
 from contrastive_align.launch.ask import load_trained, sample_trained
 from contrastive_align.launch.errors import in_sentences
 from contrastive_align.launch.feedback_flags import build_sampler, read_spec
+from contrastive_align.launch.flags import NEGATIVE_NUMBER
 from contrastive_align.launch.step_files import LISTS, Output, Row, fingerprint, read_rows
 from contrastive_align.launch.usage import UsageError, in_own_words
 from contrastive_align.models import load_tokenizer
@@ -237,6 +238,10 @@ def convert(rows: list[Row], score_key: str | None, *, where: str) -> list[Row]:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self._negative_number_matcher = NEGATIVE_NUMBER
+
     def error(self, message: str) -> None:
         raise UsageError(f"{in_own_words(message)}    (all flags: {self.prog} -h)")
 

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
+from contrastive_align.data.atomic import why_not_written
 from contrastive_align.trl_seam import create_model_from_path
 
 
@@ -194,6 +195,11 @@ def _merge(
         tokenizer.save_pretrained(aside)
         (aside / MERGE_NOTE).write_text(json.dumps(note, indent=2))
         aside.rename(merged)
+    except Exception as error:
+        if (cause := why_not_written(error, aside)) is None:
+            raise
+        way_out = "Make room or give another folder."
+        raise OSError(cause.errno, f"{merged} was not written: {cause.strerror}. {way_out}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -6,6 +6,7 @@ the path. It raises ImportError if matplotlib is missing (``pip install "contras
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import textwrap
@@ -197,6 +198,7 @@ def _figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure  # pyplot would look for a screen
     except ImportError as error:
         raise ImportError('Pictures need matplotlib: pip install "contrastive-align[report]".') from error
+    gc.collect()  # the figure before: its parts refer to each other, and Python collects old objects too rarely
     return Figure(figsize=(width, height), layout="constrained")
 
 

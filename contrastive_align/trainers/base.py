@@ -528,7 +528,7 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
         """
         try:
             yield
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:
             if (cause := why_not_written(error, folder)) is None:
                 raise
             output_dir = Path(self.args.output_dir)

@@ -324,6 +324,11 @@ PAIR = "prompt,chosen,rejected\n"
         ),
         (
             "a.json",
+            b'{"prompt_ids": [[5, 6], [7]], "chosen_ids": [[8], [9]]}',
+            r"one object of columns.*orient='records', lines=True",
+        ),
+        (
+            "a.json",
             b'{"prompt": {"0": "a"}, "chosen": {"0": "b"}}',
             r"one object of columns.*orient='records', lines=True",
         ),
@@ -334,6 +339,12 @@ def test_a_file_of_another_kind_is_named(name, data, said):
     Path(name).write_bytes(data)
     with pytest.raises(FileProblem, match=said):
         read(name)
+
+
+def test_a_single_row_of_token_ids_is_no_object_of_columns():
+    row = {"prompt_ids": [5, 6], "completion_ids": [[7, 8], [9]], "scores": [1, 0]}
+    rows = read_files([Path(write("rows.jsonl", row))])
+    assert [values_of(each, "row 0") for each in rows] == [row]
 
 
 def test_tables_as_programs_write_them():

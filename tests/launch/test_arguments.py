@@ -328,6 +328,8 @@ def test_a_wrong_yaml_is_a_clean_error(capsys, text, parts):
         (["--bet", "1"], ["unknown flag '--bet'. Did you mean '--beta'?"]),  # no abbreviations
         (["--no_betaa"], ["unknown flag '--no_betaa'"]),
         (["--beta=abc"], ["--beta is 'abc', expected a finite number above 0."]),
+        (["--loss_type", "nca", "sft", "--loss_weights", "1", "-inf"], ["--loss_weights[1] is -inf, expected"]),
+        (["--beta", "-1e-3"], ["--beta is -0.001, expected a finite number above 0."]),
         (["--beta"], ["--beta", "needs a value: --beta=VALUE"]),
         (["--loss_type=foo"], ["Unknown loss_type 'foo'", "nca_pair"]),
         (["stray"], ["'stray' is neither a flag nor a .yaml file"]),

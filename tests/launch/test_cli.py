@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import MISSING, fields
@@ -170,7 +171,7 @@ def test_a_judge_is_a_file_or_its_text(tmp_path):
 
 
 def test_accelerate_launches_this_command(tmp_path, monkeypatch):
-    launched = []
+    launched, before = [], signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launched.append)
     flags = ["--accelerate_config", "zero3", "--num_processes=2", "--beta=0.5"]
     cli.main(["reward", "--config=reward_qlora", *flags])
@@ -178,6 +179,7 @@ def test_accelerate_launches_this_command(tmp_path, monkeypatch):
     assert args.config_file.endswith("accelerate_configs/zero3.yaml") and args.num_processes == 2
     assert (args.module, args.training_script) == (True, "contrastive_align")
     assert args.training_script_args == ["reward", "--config=reward_qlora", "--beta=0.5"]
+    assert signal.getsignal(signal.SIGTERM) == before
     for wrong, said in (
         (["--accelerate_config=zero4"], "Bundled are fsdp2, multi_gpu, zero2, zero3, zero3_offload"),
         (["--accelerate_config=zero3", "--num_processes=0"], "--num_processes is 0, expected a whole number of 1 or"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.models import resolve_start, verify_saved
@@ -121,6 +121,18 @@ def test_resuming_finds_its_merged_base_and_another_adapter_does_not(adapter, gr
     save_file({k: v + 1 for k, v in weights.items()}, f"{adapter}/adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="another merged base"):
         ContrastiveTrainer(adapter, args=args, train_dataset=groups)
+
+
+def test_a_merged_base_that_does_not_fit_on_the_disk(adapter, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise Exception("No space left on device (os error 28)")  # as tokenizers does
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", full)
+    with pytest.raises(
+        OSError, match=r"merged_base was not written: No space left on device; .* MB are free. Make room"
+    ):
+        resolve_start(adapter, output_dir=str(tmp_path / "out"))
+    assert not any((tmp_path / "out").glob("*"))
 
 
 def test_lora_initialised_away_from_zero_stops_at_step_0(tiny_llama, groups, tmp_path):

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from small_trainers import COLUMNS
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from contrastive_align.data import GroupCollator
@@ -692,12 +692,13 @@ def test_sigterm_ends_training_after_the_step_with_a_checkpoint(column, tmp_path
     assert resumed.state.global_step == 4 and torch.equal(flat(resumed), flat(whole))
 
 
-@pytest.mark.parametrize("file", ["own state", "weights", "optimizer.pt"])
+@pytest.mark.parametrize("file", ["own state", "weights", "tokenizer", "optimizer.pt"])
 def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(column, run, tmp_path, monkeypatch, file):
     folder = run.copied(tmp_path / "run")
     full = {
         "own state": (base, "atomic_write", OSError(errno.ENOSPC, "No space left on device")),
         "weights": (PreTrainedModel, "save_pretrained", SafetensorError("I/O error: ... (os error 28)")),
+        "tokenizer": (PreTrainedTokenizerBase, "save_pretrained", Exception("No space left on device (os error 28)")),
         "optimizer.pt": (torch, "save", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5")),
     }
     place, name, error = full[file]
