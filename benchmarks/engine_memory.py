@@ -2,8 +2,8 @@
 
     python benchmarks/engine_memory.py
 
-Full fine-tuning on pairs with a live reference: TRL's DPOTrainer and ContrastiveTrainer with the DPO loss, two processes
-each (gloo, CPU), the same rows. The peak of a process is the most that it held during the third and fourth step.
+Full fine-tuning on pairs with a live reference: TRL's DPOTrainer, and ContrastiveTrainer with the DPO loss, in two
+processes each (gloo, CPU), on the same rows. The peak of a process is the most it held in the third and fourth step.
 """
 
 from __future__ import annotations
