@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DynamoBackend, gather_object, is_peft_model, tqdm
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftModel
@@ -157,6 +158,8 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
                 setattr(args, name, copy.copy(value))
         check_numbers(args)
         try_options(args)
+        if not PartialState().is_main_process and args.log_level_replica == "warning":  # its default
+            logging.get_logger("contrastive_align").setLevel(logging.ERROR)  # what is said is the same on all processes
         return args
 
     @classmethod

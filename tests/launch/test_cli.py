@@ -181,7 +181,10 @@ def test_accelerate_launches_this_command(tmp_path, monkeypatch):
     assert args.training_script_args == ["reward", "--config=reward_qlora", "--beta=0.5"]
     assert signal.getsignal(signal.SIGTERM) == before
     for wrong, said in (
-        (["--accelerate_config=zero4"], "Bundled are fsdp2, fsdp2_offload, multi_gpu, multi_node, zero2, zero3, zero3_offload"),
+        (
+            ["--accelerate_config=zero4"],
+            "Bundled are fsdp2, fsdp2_offload, multi_gpu, multi_node, zero2, zero3, zero3_offload",
+        ),
         (["--accelerate_config=zero3", "--num_processes=0"], "--num_processes is 0, expected a whole number of 1 or"),
         (["--accelerate_config=zero3", "--machine_rank=one"], "--machine_rank is 'one', expected a whole number of 0"),
         (["--num_processes=2"], "--num_processes belongs to --accelerate_config"),

@@ -26,6 +26,7 @@ def outcomes(tiny_llama, tmp_path_factory):
             [sys.executable, *launch, str(WORKER), model, str(out)], env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr[-4000:]
+        (out / "said").write_text(done.stderr)
         runs[processes] = (json.loads((out / "results.json").read_text()), out)
     return runs
 
@@ -45,6 +46,11 @@ def test_two_processes_equal_one(outcomes, case):
         assert second == pytest.approx(first, rel=1e-4, abs=5e-6), name
     # A float32 log-prob of -90 has steps of 8e-6, which beta = 0.1 leaves in the rewards.
     assert two[case]["eval"] == pytest.approx(one[case]["eval"], rel=1e-4, abs=5e-6)
+
+
+def test_two_processes_say_a_thing_once(outcomes):
+    one, two = ((outcomes[n][1] / "said").read_text().count("makes the labels one-hot") for n in (1, 2))
+    assert one == two > 1
 
 
 def test_every_process_has_the_same_auto_temperature(outcomes):
