@@ -152,7 +152,7 @@ class Floor(Contender):
         self.base = base.requires_grad_(False)
         for model in (self.policy, self.base):
             add_fused_lm_head(model)
-        set_layout([self.policy, self.base], "shared", obstacle=None, autocast=False)
+        set_layout([self.policy, self.base], "shared", obstacle=None)
         pad = self.tokenizer.pad_token_id
         self.generation = GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=args.new_tokens, pad_token_id=pad

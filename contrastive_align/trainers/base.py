@@ -332,6 +332,11 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
         """Whether the accelerator computes in 16 bits or less, as arguments, launcher or DeepSpeed ask for."""
         return self.accelerator.mixed_precision != "no"
 
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype that the accelerator computes in, where it is not that of the weights."""
+        return {"no": None, "fp16": torch.float16}.get(self.accelerator.mixed_precision, torch.bfloat16)
+
     def choose_layout(self, obstacle: str | None = None) -> None:
         """Decide how batches go through the models, and compile their layers where that is asked for.
 
@@ -353,7 +358,7 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
         for model in models:
             use_training_kernel(model)
         self.layout = set_layout(
-            models, self.args.layout, obstacle=obstacle, sharded=self.is_sharded, autocast=self.computes_in_16_bits
+            models, self.args.layout, obstacle=obstacle, sharded=self.is_sharded, autocast=self.autocast_dtype
         )
         compile_layers(self, models)
 

@@ -20,12 +20,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from contrastive_align.data.collate import to_table
 from contrastive_align.models.head import call_head
-from contrastive_align.models.layout import TOLERANCE, TOLERANCE_16_BIT
+from contrastive_align.models.layout import TOLERANCE
 from contrastive_align.models.loading import decoder_start_token
 from contrastive_align.models.logps import per_completion
 
 
 CHUNK = 2**24  # logits in memory at once
+TOLERANCE_16_BIT = 5e-2  # largest difference that counts as rounding, in nats per token
 
 
 def check_options_for_encoder_decoder(args: Any) -> None:

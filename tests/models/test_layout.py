@@ -527,17 +527,84 @@ def test_models_that_cannot_go_padded_or_raise(name, caplog):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_short_convolutions_are_found_whatever_rounding_hides(dtype, caplog):
-    """Of a last layer that mixes 3 tokens, log-probs in 16 bits tell less than their tolerance."""
-    import logging
-
+def test_short_convolutions_are_found_whatever_rounding_hides(dtype):
+    """Of a last layer that mixes 3 tokens, log-probs in 16 bits tell less than a float32 model of the class."""
     model = build(hf.Lfm2Config, {"layer_types": ["full_attention", "full_attention", "conv"]}).to(dtype)
-    add_head_over_plain(model)
-    logging.getLogger("contrastive_align.models.layout").propagate = True
-    logging.getLogger("transformers").propagate = True
-    with caplog.at_level(logging.WARNING):
-        assert choose_layout(model, "auto") == "padded"
-    assert (dtype == torch.float32) != ("nats with the words of another" in caplog.text)
+    assert choose_layout(add_head_over_plain(model), "auto") == "padded"
+
+
+def deep(layers, width=64, seed=0):
+    """A random Llama that neither dies out nor explodes, however deep."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        hf.LlamaConfig(**SHAPE | {"hidden_size": width, "num_hidden_layers": layers, "vocab_size": 1000})
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.normal_(std=p.size(-1) ** -0.5)
+        model.lm_head.weight.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize(("layers", "width"), [(2, 64), (24, 64), (48, 32), (32, 128)])
+def test_rounding_grows_with_depth_and_what_it_hides_is_measured(layers, width):
+    model = add_head_over_plain(deep(layers, width).to(torch.bfloat16))
+    assert choose_layout(model, "auto") == "shared"
+
+
+def leak(share, to):
+    """The last token of some branches sees a share of another branch's."""
+
+    def wrong(model):
+        def add(module, args, kwargs, output):
+            if "shared_prompt" in kwargs:
+                hidden = output[0].clone()
+                hidden[:, to] += share * output[0][:, to].roll(9, 1)
+                return (hidden, *output[1:])
+
+        model.model.layers[1].self_attn.register_forward_hook(add, with_kwargs=True)
+
+    return wrong
+
+
+def shifted_positions(by, tokens):
+    def wrong(model):
+        def shift(module, args, kwargs):
+            if "shared_prompt" in kwargs:
+                positions = kwargs["position_ids"].clone()
+                positions[:, tokens] += by
+                return args, {**kwargs, "position_ids": positions}
+
+        model.model.register_forward_pre_hook(shift, with_kwargs=True)
+
+    return wrong
+
+
+def window_of_a_layer(window):
+    """A layer whose attention is told another window than its mask has."""
+
+    def wrong(model):
+        model.model.layers[0].self_attn.sliding_window = window
+
+    return wrong
+
+
+AFTER_THE_FIRST_PROMPT = slice(5, None)
+WRONG = {f"a leak of {share:.0%} at {to}": leak(share, to) for share in (0.01, 0.03, 0.1, 1.0)
+         for to in (slice(None), slice(8, 20))}  # fmt: skip
+WRONG |= {f"positions {by:+} at {tokens}": shifted_positions(by, tokens) for by in (1, 2, 5)
+          for tokens in (AFTER_THE_FIRST_PROMPT, slice(8, 20), slice(0, 5))}  # fmt: skip
+WRONG |= {f"a window of {window}": window_of_a_layer(window) for window in (None, 3, 40)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", WRONG)
+def test_a_model_that_is_wrong_on_purpose_is_found(what, dtype):
+    """Wrong in this model alone: the small one of its class is right."""
+    model = build(*ARCHITECTURES["gemma2"]) if "window" in what else deep(12)
+    WRONG[what](model)
+    assert choose_layout(add_head_over_plain(model.to(dtype)), "auto") == "padded"
 
 
 def test_log_probs_that_are_no_numbers_say_nothing_for_the_shared_layout():
