@@ -18,6 +18,7 @@ from contrastive_align.launch.bundled import find_yaml
 from contrastive_align.launch.errors import in_sentences
 from contrastive_align.launch.flags import modernise_flags
 from contrastive_align.launch.help import command_help, read_aliases, read_options
+from contrastive_align.launch.quiet import quiet_imports
 from contrastive_align.launch.usage import UsageError, nearest
 from contrastive_align.ranges import check_numbers
 
@@ -121,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
 
 def _main(command: str, *given: str) -> Any:
     rest = list(given)
+    quiet_imports()
     if command in ("--help", "-h", "help"):
         return print(_overview())
     if command == "--version":

@@ -81,7 +81,8 @@ def results_section(summary: Mapping[str, Any]) -> str:
     lines = ["## Results", "", f"Measured on {as_text(summary['metrics_on'])}.", ""]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(5, f"|{'---|' * len(rows[0])}")
-    return "\n".join([*lines, *(f"\n{as_text(line)}" for line in summary["state"].splitlines())])
+    words = [*summary["state"].splitlines(), *summary.get("verdict", ())]
+    return "\n".join([*lines, *(f"\n{as_text(line)}" for line in words)])
 
 
 def as_text(value: Any) -> str:
