@@ -31,7 +31,7 @@ from contrastive_align.launch.quiet import quiet_run
 from contrastive_align.launch.record import AFTER, BEFORE, HeldOut, Recorder, choose_rows, shown_text
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
-from contrastive_align.models.describe import count_parameters, describe_adapter, quantisation_of
+from contrastive_align.models.describe import count_parameters, describe_adapter, four_bit_options, quantisation_of
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary, card
 from contrastive_align.report.doctor import as_dicts, diagnose, verdict
@@ -169,8 +169,8 @@ class Run:
         return math.ceil(args.num_train_epochs * math.ceil(len(rows) / per_step))
 
     def facts(self) -> dict[str, Any]:
-        """Return numbers of the data and the options that the doctor reads."""
-        return {}
+        """Return numbers of the data and the options that the doctor reads, and a hash of the data."""
+        return {"data_hash": preflight.hash_of_rows(self.train_rows)}
 
     def _look_before(self) -> None:
         """Sample the start, and check what can be checked before the first step."""
@@ -348,6 +348,7 @@ class Run:
             "revision": arguments.model_revision,
             "start": self.trainer.start_description,
             "quantisation": quantisation,
+            "quantisation_options": four_bit_options(self.trainer.base_models()[0]),
             "peft": adapter is not None,
             "adapter": adapter,
             "parameters": parameters,

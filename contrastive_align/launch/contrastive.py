@@ -108,7 +108,7 @@ class RewardRun(Run):
 
     def facts(self) -> dict[str, Any]:
         """Read grades and lengths of the training groups."""
-        return preflight.data_facts(self.trainer.train_dataset, self.trainer)
+        return {**super().facts(), **preflight.data_facts(self.trainer.train_dataset, self.trainer)}
 
     def train(self, checkpoint: str | bool | None) -> None:
         """Train; say what streams held, which is known once they are read."""

@@ -161,7 +161,7 @@ class FDPGRun(Run):
             return
         started = time.perf_counter()
         acceptance, seed = script.qrs_acceptance or None, self.args.training.seed
-        columns, remarks = measure(
+        columns, remarks, summary.tradeoff = measure(
             self.trainer, self.measured_rows, samples=script.eval_samples, acceptance=acceptance, seed=seed
         )
         summary.training["seconds_measuring"] = round(time.perf_counter() - started, 1)

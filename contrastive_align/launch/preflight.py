@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -13,10 +15,10 @@ from datasets import Dataset
 from torch import nn
 
 from contrastive_align.launch.record import BEFORE, Recorder
-from contrastive_align.losses.contrastive import group_loss
+from contrastive_align.losses.contrastive import group_loss, target_labels
 from contrastive_align.models.loading import eos_token_ids
 from contrastive_align.trainers import ContrastiveTrainer
-from contrastive_align.trainers.labels import add_first_score_bonus
+from contrastive_align.trainers.labels import add_first_score_bonus, scores_of
 
 
 LOOKED_AT = 4096  # rows of the training data
@@ -165,6 +167,16 @@ def sample_in_words(recorder: Recorder, most: int = 100) -> str:
     return f"{prompt!r} -> {text[:half] + '...' if len(text) > half else text!r}"
 
 
+def hash_of_rows(dataset: Any) -> str | None:
+    """Hash the first rows of a data set with their number, so that two runs can be told apart; None for a stream."""
+    if not isinstance(dataset, Dataset):
+        return None
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    for row in dataset.select(range(min(len(dataset), LOOKED_AT))):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
 def data_facts(dataset: Any, trainer: ContrastiveTrainer) -> dict[str, Any]:
     """Return what the doctor reads of training groups: grades, label entropy, length of the best, score by length."""
     facts: dict[str, Any] = {"reads_labels": trainer.reads_labels, "reference_moves": bool(trainer.args.sync_ref_model)}
@@ -174,7 +186,11 @@ def data_facts(dataset: Any, trainer: ContrastiveTrainer) -> dict[str, Any]:
     scores, lengths = rows["scores"], [[len(ids) for ids in group] for group in rows["completion_ids"]]
     signal = [(s, n) for s, n in zip(scores, lengths, strict=True) if min(s) < max(s)]
     facts["graded_groups"] = sum(len(set(s)) > 2 for s, _ in signal) / len(scores)
-    facts["largest_label_entropy"] = sum(math.log(len(s)) for s in scores) / len(scores)
+    if trainer.reads_labels and signal:
+        table, valid = scores_of(dataset, LOOKED_AT)
+        for name, alpha in (("", trainer.temperature_alpha), ("least_", 1e-12), ("largest_", 1e12)):
+            labels = target_labels(table, temperature_alpha=alpha, valid=valid)
+            facts[f"{name}label_entropy"] = torch.special.entr(labels).sum(-1).mean().item()
     if signal:
         facts["best_length"] = sum(n[int(np.argmax(s))] for s, n in signal) / len(signal)
         found = [c for s, n in signal if (c := rank_correlation(s, n)) is not None]

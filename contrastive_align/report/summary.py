@@ -143,6 +143,7 @@ class TargetSummary(Summary):
     """A :class:`Summary` with the measurements of each distribution: column -> row -> number."""
 
     distributions: dict[str, dict[str, Number]] = field(default_factory=dict)
+    tradeoff: list[dict[str, float]] = field(default_factory=list)  # of quasi-rejection sampling: rate, kl, tvd by beta
 
     def measured_rows(self) -> list[tuple[str, ...]]:
         """Return base, target, tuned and tuned + QRS side by side."""
