@@ -196,11 +196,15 @@ class Recorder(TrainerCallback):
         shape = (len(groups), PER_PROMPT)
         length = np.array([[len(c) for c in group] for group in groups], dtype=float)
         kl = None
-        if self._has_reference and not conditioned and not self.suppress:
+        if self._has_reference and not conditioned:
             flat = [c for group in groups for c in group]
             repeated = [prompt for prompt in ids for _ in range(PER_PROMPT)]
+            own = drawn.logps
+            if self.suppress:  # drawn without some tokens
+                with trainer.sampling_from() as model:
+                    own = score(model, repeated, flat, pad_token_id=pad).view(shape)
             with trainer.sampling_from(reference=True) as model:
-                kl = drawn.logps.numpy() - score(model, repeated, flat, pad_token_id=pad).numpy().reshape(shape)
+                kl = own.numpy() - score(model, repeated, flat, pad_token_id=pad).numpy().reshape(shape)
         texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in groups]
         stage = Stage(
             name=name,

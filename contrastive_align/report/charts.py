@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 
 from contrastive_align.report.history import MOST_POINTS, Curve, Point
 from contrastive_align.report.summary import show
+from contrastive_align.report.texts import clean
 
 
 WIDTH, HEIGHT = 440, 230
@@ -65,7 +66,7 @@ class Chart:
         parts += [plot.wanted(value, colour) for _, value, colour in self.wanted]
         parts += [plot.band(line) for line in self.lines]
         parts += [plot.line(line) for line in self.lines]
-        label = escape(f"{self.title}: {', '.join(line.label for line in self.lines)}")
+        label = escape(clean(f"{self.title}: {', '.join(line.label for line in self.lines)}"))
         return Markup(
             f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg">'
             f"{''.join(parts)}</svg>"
@@ -127,7 +128,7 @@ class _Plot:
         if len(line.points) > 30:
             return drawn
         for p in line.points:
-            said = escape(f"{line.label}: {show(p.mean)} at {p.step:g}")
+            said = escape(clean(f"{line.label}: {show(p.mean)} at {p.step:g}"))
             drawn += f'<circle cx="{self.x(p.step)}" cy="{self.y(p.mean)}" r="2.4" fill="{colour}">'
             drawn += f"<title>{said}</title></circle>"
         return drawn

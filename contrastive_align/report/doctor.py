@@ -84,6 +84,11 @@ class Case:
         change.se = math.nan if change.se is None else change.se
         return change
 
+    def option(self, name: str) -> str:
+        """Return an option of the method as text."""
+        value = self.summary.get("method", {}).get(name)
+        return f"{value:g}" if isinstance(value, int | float) else "not known"
+
     def fact(self, name: str) -> float | None:
         """Return a number that describes the data or the options."""
         return self.summary.get("facts", {}).get(name)
@@ -211,9 +216,9 @@ def _one_hot_labels(case: Case) -> tuple[str, dict[str, float]] | None:
     graded, place = case.fact("graded_groups"), _place_of_label_entropy(case)
     if not graded or graded < 0.1 or place is None or place >= 0.02:
         return None
-    alpha = case.summary["method"].get("temperature_alpha")
+    alpha = case.option("temperature_alpha")
     return (
-        f"Graded scores can give graded labels; at temperature_alpha={alpha:g} the labels are one-hot, and only which "
+        f"Graded scores can give graded labels; at temperature_alpha={alpha} the labels are one-hot, and only which "
         f"completion is best counts in the {graded:.0%} of the groups that have more grades. That is the published "
         "setting; --temperature_alpha=auto uses all grades.",
         {"entropy_place": place, "graded_groups": graded},
@@ -230,9 +235,9 @@ def _temperature_high(case: Case) -> tuple[str, dict[str, float]] | None:
     place = _place_of_label_entropy(case)
     if place is None or place <= 0.97:
         return None
-    alpha = case.summary["method"].get("temperature_alpha")
+    alpha = case.option("temperature_alpha")
     return (
-        f"Labels should prefer the better completion; at temperature_alpha={alpha:g} they are all but equal "
+        f"Labels should prefer the better completion; at temperature_alpha={alpha} they are all but equal "
         f"({place:.0%} of the largest entropy), so that little is learned of which is better. Lower "
         "--temperature_alpha, or use auto.",
         {"entropy_place": place},
@@ -255,8 +260,8 @@ def _place_of_label_entropy(case: Case) -> float | None:
     "the untouched model is a point of the same loss: a run that ends above it has overshot.",
 )
 def _learning_rate_high(case: Case) -> tuple[str, dict[str, float]] | None:
-    rate = case.summary.get("method", {}).get("learning_rate")
-    advice = f"Lower --learning_rate (it is {rate:g}) to a third, or warm up longer (--warmup_steps)."
+    rate = case.option("learning_rate")
+    advice = f"Lower --learning_rate (it is {rate}) to a third, or warm up longer (--warmup_steps)."
     for name, what, trained in _LOSSES:
         change = case.change(name)
         if change is None or not interval(change)[0] > 0 or show(change.after) == show(change.before):
@@ -295,10 +300,10 @@ _LOSSES = (
     "a margin of 0.05 moves the probability between two completions by one in eighty (report/words.py).",
 )
 def _learning_rate_low(case: Case) -> tuple[str, dict[str, float]] | None:
-    rate = case.summary.get("method", {}).get("learning_rate")
+    rate = case.option("learning_rate")
     if _no_signal(case) or _temperature_high(case) or _learning_rate_high(case):
         return None  # nothing moves for another reason
-    advice = f"Raise --learning_rate (it is {rate:g}) to three times as much, or train longer."
+    advice = f"Raise --learning_rate (it is {rate}) to three times as much, or train longer."
     margin = case.change("rewards/margins")
     if margin is not None and interval(margin)[1] < 0.05 and abs(margin.after) < 0.05:
         return (

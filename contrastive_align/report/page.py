@@ -22,13 +22,12 @@ from contrastive_align.report.curves import acceptance_chart, charts_of_run, cha
 from contrastive_align.report.doctor import RULES, Finding, diagnose
 from contrastive_align.report.history import History, read_history
 from contrastive_align.report.summary import Change, show
+from contrastive_align.report.texts import clean
 from contrastive_align.report.words import interval
 
 
 PAGE = "report.html"
 SAMPLES_FILE = "samples.json"
-LONGEST_TEXT = 3000  # characters of a sample or a prompt that a page shows
-_INVISIBLE = re.compile(r"[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass
@@ -219,16 +218,6 @@ def marked(before: str, after: str) -> Markup:
         text = escape("".join(new[start:end]))
         parts.append(f"<ins>{text}</ins>" if kind in ("replace", "insert") and text.strip() else str(text))
     return Markup("".join(parts))
-
-
-def clean(value: Any) -> str:
-    r"""Cut a long text, and show characters that nobody sees, such as those that turn the direction of writing.
-
-    >>> clean("a\u202eb"), len(clean("x" * 5000))
-    ('a\ufffdb', 3003)
-    """
-    text = _INVISIBLE.sub("\ufffd", str(value))
-    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}..."
 
 
 def _environment() -> Environment:
