@@ -21,8 +21,14 @@ from contrastive_align.report.history import read_history
 
 
 SHORT = ["--max_eval_samples=100", "--logging_steps=5", "--warmup_steps=3"]
-FDPG = ["--max_steps=15", "--per_device_train_batch_size=64", "--fit_samples=4096", "--logging_steps=1"]
-FDPG += ["--eval_samples=1000", "--eval_prompts=20", "--qrs_acceptance=0", "--max_completion_length=32"]
+FDPG = ["--max_steps=15", "--per_device_train_batch_size=64", "--fit_samples=2048", "--logging_steps=1"]
+FDPG += [
+    "--eval_samples=500",
+    "--eval_prompts=10",
+    "--report_prompts=8",
+    "--qrs_acceptance=0",
+    "--max_completion_length=32",
+]
 ROUNDS = ["--num_train_epochs=2", "--prompts_per_round=64", "--draws_per_round=1280", "--eval_prompts=40"]
 RARE = "{contains: kindly, moment: 0.95}"
 
@@ -80,7 +86,7 @@ def digits(i, prompt, completions, scores):
 
 def diseases(folder):
     """Disease -> the command that makes it."""
-    sft = ["--loss_type=sft", "--learning_rate=2e-3", "--max_steps=40", "--report_prompts=20"]
+    sft = ["--loss_type=sft", "--learning_rate=2e-3", "--max_steps=30", "--report_prompts=10", "--max_train_samples=96"]
     return {
         "likelihood_displacement": [
             "preference",
@@ -183,11 +189,16 @@ def healthy():
 def run(argv, folder):
     """Make a run quietly; return what the doctor found, and the seconds."""
     started, said = time.perf_counter(), io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        cli.main([*argv, f"--output_dir={folder}"])
+    if not (folder / "summary.json").is_file():  # a benchmark that was stopped goes on
+        _make(argv, folder, said)
     summary = json.loads((folder / "summary.json").read_text())
     history = read_history(folder)
     return summary, history, diagnose(summary, history), time.perf_counter() - started
+
+
+def _make(argv, folder, said):
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        cli.main([*argv, f"--output_dir={folder}"])
 
 
 def recorded(summary, history):

@@ -17,8 +17,8 @@ from contrastive_align.report.summary import show
 from contrastive_align.report.texts import clean
 
 
-WIDTH, HEIGHT = 440, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30
+WIDTH, HEIGHT = 390, 215
+LEFT, RIGHT, TOP, BOTTOM = 50, 10, 8, 31
 COLOURS = 7  # of the palette of Okabe and Ito, told apart by colour-blind readers: --c0 to --c6 of the page
 DASHES = ("", "7 3", "2 3", "9 3 2 3")  # a second sign beside the colour
 

@@ -215,8 +215,10 @@ def marked(before: str, after: str) -> Markup:
     matcher = difflib.SequenceMatcher(a=old, b=new, autojunk=False)
     parts = []
     for kind, _, _, start, end in matcher.get_opcodes():
-        text = escape("".join(new[start:end]))
-        parts.append(f"<ins>{text}</ins>" if kind in ("replace", "insert") and text.strip() else str(text))
+        text = "".join(new[start:end])
+        space = text[: len(text) - len(text.lstrip())]
+        said = escape(text[len(space) :])
+        parts.append(f"{space}<ins>{said}</ins>" if kind in ("replace", "insert") and said else space + str(said))
     return Markup("".join(parts))
 
 
