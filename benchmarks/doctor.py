@@ -20,7 +20,7 @@ from contrastive_align.report.doctor import diagnose
 from contrastive_align.report.history import read_history
 
 
-SHORT = ["--max_eval_samples=100", "--logging_steps=5", "--warmup_steps=3"]
+SHORT = ["--max_eval_samples=60", "--logging_steps=5", "--warmup_steps=3", "--report_prompts=16"]
 FDPG = ["--max_steps=15", "--per_device_train_batch_size=64", "--fit_samples=2048", "--logging_steps=1"]
 FDPG += [
     "--eval_samples=500",
@@ -29,7 +29,13 @@ FDPG += [
     "--qrs_acceptance=0",
     "--max_completion_length=32",
 ]
-ROUNDS = ["--num_train_epochs=2", "--prompts_per_round=64", "--draws_per_round=1280", "--eval_prompts=40"]
+ROUNDS = [
+    "--num_train_epochs=1",
+    "--prompts_per_round=64",
+    "--draws_per_round=1280",
+    "--eval_prompts=40",
+    "--report_prompts=8",
+]
 RARE = "{contains: kindly, moment: 0.95}"
 
 
@@ -141,9 +147,10 @@ def diseases(folder):
             "--model_name_or_path=" + demo.MODEL_PATH,
             "--learning_rate=4e-3",
             "--per_device_train_batch_size=64",
-            "--max_steps=60",
+            "--max_steps=100",
             "--max_completion_length=32",
-            "--eval_prompts=40",
+            "--eval_prompts=25",
+            "--report_prompts=8",
         ],
     }
 
@@ -161,7 +168,7 @@ MODEL = [
 
 def healthy():
     """20 runs in which nothing is wrong."""
-    reward = ["reward", "--max_steps=50", *SHORT]
+    reward = ["reward", "--max_steps=35", *SHORT]
     found = {
         **{f"nca {seed}": [*reward, "--loss_type=NCA", f"--seed={seed}"] for seed in range(3)},
         **{f"info_nca {seed}": [*reward, "--loss_type=InfoNCA", f"--seed={seed}"] for seed in range(2)},
@@ -170,12 +177,12 @@ def healthy():
         "sft": [*reward, "--loss_type=sft", "--learning_rate=1e-4"],
         "nca and sft": [*reward, "--loss_type", "NCA", "sft", "--loss_weights", "1", "0.1"],
         "lora": [*reward, "--use_peft", "--lora_r=8", "--lora_target_modules=all-linear", "--learning_rate=2e-3"],
-        "with evaluations": [*reward, "--eval_strategy=steps", "--eval_steps=20"],
+        "with evaluations": [*reward, "--eval_strategy=steps", "--eval_steps=15"],
         "beta 0.5": [*reward, "--beta=0.5"],
         "linear": [*reward, "--lr_scheduler_type=linear", "--learning_rate=2e-4"],
-        "two epochs": ["reward", "--max_train_samples=600", "--num_train_epochs=2", *SHORT],
+        "two epochs": ["reward", "--max_train_samples=280", "--num_train_epochs=2", *SHORT],
         **{
-            f"preference {seed}": ["preference", "--loss_type=NCA", "--max_steps=50", f"--seed={seed}", *SHORT]
+            f"preference {seed}": ["preference", "--loss_type=NCA", "--max_steps=35", f"--seed={seed}", *SHORT]
             for seed in range(2)
         },
         "fdpg": ["fdpg", "--learning_rate=5e-4", *FDPG],
@@ -238,28 +245,25 @@ def main():
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     kept, named, alarms = {}, {}, {}
-    for disease, argv in diseases(args.out).items():
-        if args.only and args.only not in disease:
+    sick, well = diseases(args.out), healthy()
+    jobs = [(disease, seed, [*argv, f"--seed={seed}"]) for seed in range(args.seeds) for disease, argv in sick.items()]
+    jobs = [*jobs[: len(sick)], *(("healthy " + name, 0, argv) for name, argv in well.items()), *jobs[len(sick) :]]
+    for name, seed, argv in jobs:
+        if args.only and args.only not in name:
             continue
-        for seed in range(args.seeds):
-            summary, history, found, seconds = run([*argv, f"--seed={seed}"], args.out / f"{disease}-{seed}")
-            rules = [finding.rule for finding in found]
-            named.setdefault(disease, []).append(disease in rules)
-            if seed == 0:
-                kept[disease] = recorded(summary, history)
-            print(f"{disease} {seed}: {rules} ({seconds:.0f} s)", flush=True)
-    for name, argv in healthy().items():
-        if args.only and args.only not in f"healthy {name}":
-            continue
-        summary, history, found, seconds = run(argv, args.out / f"healthy-{name.replace(' ', '-')}")
-        alarms[name] = [finding.rule for finding in found if finding.level == "warning"]
-        if len([k for k in kept if k.startswith("healthy")]) < 20:
-            kept[f"healthy {name}"] = recorded(summary, history)
-        print(f"healthy {name}: {alarms[name]} ({seconds:.0f} s)", flush=True)
+        summary, history, found, seconds = run(argv, args.out / f"{name.replace(' ', '-')}-{seed}")
+        rules = [finding.rule for finding in found]
+        if seed == 0:
+            kept[name] = recorded(summary, history)
+        if name in sick:
+            named.setdefault(name, []).append(name in rules)
+        else:
+            alarms[name] = [finding.rule for finding in found if finding.level == "warning"]
+        print(f"{name} {seed}: {rules} ({seconds:.0f} s)", flush=True)
+        if args.record:
+            args.record.write_text(json.dumps(kept, separators=(",", ":")) + "\n")
     print(f"diseases named in all seeds: {sum(map(all, named.values()))} of {len(named)}")
     print(f"healthy runs with an alarm: {sum(map(bool, alarms.values()))} of {len(alarms)}")
-    if args.record:
-        args.record.write_text(json.dumps(kept, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

@@ -462,8 +462,8 @@ def _kl_large(case: Case) -> tuple[str, dict[str, float]] | None:
 @rule(
     "ess_low",
     "Effective sample size too low",
-    "in the last fifth of the run, the weights towards the target are worth less than a tenth of a step's samples, or "
-    "samples weighted towards the target miss its moment by a quarter of the way from the base",
+    "the weights towards the target are worth less than a tenth of a step's samples in the last fifth of the run, or "
+    "samples weighted towards the target miss its moment by a quarter of the way from the base in the last half",
     "Kong 1992: the variance of a weighted mean is that of as many independent samples as the ESS. Owen 2013, Monte "
     "Carlo theory, 9.2: a self-normalised mean is biased towards the proposal by about 1 / ESS.",
 )
@@ -482,7 +482,7 @@ def _ess_low(case: Case) -> tuple[str, dict[str, float]] | None:
         wanted = case.summary["metrics"][name].get("target")
         if not name.startswith("moment/") or wanted is None or f"{name}/target" not in case.history:
             continue
-        start, seen = case.change(name).before, case.history[f"{name}/target"].end()
+        start, seen = case.change(name).before, case.history[f"{name}/target"].end(0.5)
         if abs(wanted - start) > 0.05 and (wanted - seen) / (wanted - start) > 0.25:
             return (
                 f"A step's samples should show the target; weighted towards it, they give {name} {show(seen)} where it "

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,7 @@ from contrastive_align.report.words import interval
 
 PAGE = "report.html"
 SAMPLES_FILE = "samples.json"
+MOST_PAIRS = 20_000  # of equal words in two texts that are compared word by word
 
 
 @dataclass
@@ -211,14 +213,18 @@ def marked(before: str, after: str) -> Markup:
     >>> print(marked("a plain <b> answer", "a better <b> answer"))
     a <ins>better</ins> &lt;b&gt; answer
     """
-    old, new = (re.findall(r"\s+|[^\s]+", clean(text)) for text in (before, after))
+    old, new = (re.findall(r"\S+\s*|\s+", clean(text)) for text in (before, after))
     matcher = difflib.SequenceMatcher(a=old, b=new, autojunk=False)
+    known = Counter(old)
+    if sum(known[word] for word in new) > MOST_PAIRS:  # a text that repeats itself, whose comparison takes long
+        matcher = difflib.SequenceMatcher(a=["".join(old)], b=["".join(new)])
+        new = ["".join(new)]
     parts = []
     for kind, _, _, start, end in matcher.get_opcodes():
         text = "".join(new[start:end])
-        space = text[: len(text) - len(text.lstrip())]
-        said = escape(text[len(space) :])
-        parts.append(f"{space}<ins>{said}</ins>" if kind in ("replace", "insert") and said else space + str(said))
+        said = text.rstrip()
+        space = text[len(said) :]
+        parts.append(f"<ins>{escape(said)}</ins>{space}" if kind in ("replace", "insert") and said else escape(text))
     return Markup("".join(parts))
 
 
