@@ -36,6 +36,7 @@ from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary, card
 from contrastive_align.report.doctor import as_dicts, diagnose, verdict
 from contrastive_align.report.page import PAGE
+from contrastive_align.report.summary import wrap
 from contrastive_align.trainers import ContrastiveConfig
 from contrastive_align.trainers.base import hold_folders, newest_whole_checkpoint
 from contrastive_align.trainers.processes import keep_to_the_end
@@ -301,7 +302,7 @@ class Run:
         self._look_before()
         print_on_main(self._opening())
         for note in args.notes:
-            print_on_main(f"note: {note}")
+            print_on_main("\n".join(wrap(f"note: {note}")))
         if args.script.preflight_only:
             trainer.end()
             return summary

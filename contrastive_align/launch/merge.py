@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
-from transformers.utils import logging
 
 from contrastive_align.conditions import Condition
 from contrastive_align.conditions.conditions import FILE
@@ -24,15 +24,15 @@ from contrastive_align.data.published import published_copy
 from contrastive_align.demo import MODEL_PATH
 from contrastive_align.demo.task import all_prompts
 from contrastive_align.launch.common import command_line
+from contrastive_align.launch.quiet import quiet_run
 from contrastive_align.launch.step_files import read_rows
 from contrastive_align.launch.usage import UsageError, UsageParser
 from contrastive_align.models.loading import adapter_config_path, base_of, card_of, check_exists, hash_of_adapter
 from contrastive_align.report.card import DEMO_MODEL, Card, complete_card, licence_of, results_section
 from contrastive_align.report.page import SAMPLES_FILE
+from contrastive_align.report.summary import wrap
 from contrastive_align.versions import SUPPORTED
 
-
-logger = logging.get_logger(__name__)
 
 LINEAGE = "lineage.json"
 ROWS = 32  # of the proof
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     """Merge, prove that log-probs stay, save model, card and lineage; return the lineage."""
     args = build_parser().parse_args(argv)
     adapter, output = args.adapter, Path(args.output_dir)
+    quiet_run(on_cpu=torch.accelerator.current_accelerator() is None)
     check_exists(adapter)
     config_path = adapter_config_path(adapter)
     if config_path is None:
@@ -105,7 +106,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         shutil.rmtree(aside, ignore_errors=True)
     said = f"log-probs of {found['tokens']} tokens moved by {found['mean_nats_per_token']:.2g} nats on average, "
     why = " (the base computed in 4 bits, and the merged model does not)" if four_bit else ""
-    print(f"{output}: {lineage['dtype']}, {said}{found['max_nats_per_token']:.2g} at most{why}")
+    print("\n".join(wrap(f"{output}: {lineage['dtype']}, {said}{found['max_nats_per_token']:.2g} at most{why}")))
     print(f'load with  {base.auto().__name__}.from_pretrained("{output}")')
     if args.push_to_hub:
         push(output, args.hub_model_id, private=args.hub_private_repo)
@@ -138,8 +139,6 @@ class Base:
         if (Path(adapter) / "tokenizer_config.json").is_file():
             model, tokenizer = load_with_condition_tokens(model, adapter)
         else:
-            from peft import PeftModel
-
             model = PeftModel.from_pretrained(model, adapter)
             tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.options["revision"])
         return model.eval(), tokenizer

@@ -133,8 +133,8 @@ class Summary:
     def closing(self) -> str:
         """Return the tables after training."""
         rows = self.measured_rows()
-        measured = [*_wrap(f"measured on {self.metrics_on}"), table(rows, numbers=True)] if rows else []
-        words = [line for text in [*self.state.splitlines(), *self.verdict] for line in _wrap(text)]
+        measured = [*wrap(f"measured on {self.metrics_on}"), table(rows, numbers=True)] if rows else []
+        words = [line for text in [*self.state.splitlines(), *self.verdict] for line in wrap(text)]
         return "\n".join([*measured, *words, wrapped_table(list(self.saved.items()))])
 
 
@@ -176,12 +176,13 @@ def wrapped_table(rows: Sequence[tuple[str, str]]) -> str:
     width = max((len(name) for name, _ in rows), default=0)
     lines = []
     for name, text in rows:
-        wrapped = _wrap(text, CONSOLE - width - 2) or [""]
+        wrapped = wrap(text, CONSOLE - width - 2) or [""]
         lines += [f"{name if i == 0 else '':{width}}  {line}".rstrip() for i, line in enumerate(wrapped)]
     return "\n".join(lines)
 
 
-def _wrap(text: str, width: int = 0) -> list[str]:
+def wrap(text: str, width: int = 0) -> list[str]:
+    """Break a text into lines of a console, or of a width; words, such as paths, stay whole."""
     return textwrap.wrap(text, width or CONSOLE, break_long_words=False, break_on_hyphens=False)
 
 

@@ -230,7 +230,9 @@ def test_a_run_that_fails_in_training_leaves_no_summary_of_another(tmp_path, mon
     (tmp_path / "summary.json").write_text("an earlier run's")
     with pytest.raises(KeyboardInterrupt):
         main([f"--output_dir={tmp_path}", *SMALL])
-    assert f"note: {tmp_path} holds an earlier run, which this one replaces" in capsys.readouterr().out
+    assert f"note: {tmp_path} holds an earlier run, which this one replaces" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.parametrize("given", ["true", "True", "false", "none", "folder"])
