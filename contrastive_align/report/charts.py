@@ -155,11 +155,11 @@ def tick(value: float, ticks: Sequence[float]) -> str:
     """Write a number of an axis with as many digits as its ticks need.
 
     >>> tick(0.25, [0.0, 0.25, 0.5]), tick(20000, [0, 20000]), tick(1e-4, [0.0, 1e-4])
-    ('0.25', '20k', '1e-04')
+    ('0.25', '20k', '0.0001')
     """
     step = ticks[1] - ticks[0]
     if abs(value) >= 1e4 and step >= 100:
         return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
     if 0 < step < 1e-3:
-        return f"{value:.0e}" if value else "0"
+        return f"{value:.2g}" if value else "0"
     return f"{value:.6g}"

@@ -24,6 +24,7 @@ class View:
     x: str = "step"
 
 
+RANKS = (("rewards/rank_*", "rank "),)
 VIEWS = (
     View(
         "Loss",
@@ -33,7 +34,7 @@ VIEWS = (
     View(
         "Implied rewards by rank",
         "Beta times the log-ratio to the reference. Rank 0, the best score, should be on top and the order kept.",
-        (("rewards/rank_*", "rank "),),
+        RANKS,
     ),
     View(
         "Log-probs since the reference",
@@ -146,7 +147,7 @@ def charts_of_run(history: History, wanted: Mapping[str, float | None] | None = 
             if name.startswith("moment/") and goal is not None:
                 levels.append((f"wanted: {goal:g}", goal, line.colour))
             lines.append(line)
-        if lines:
+        if any(len(line.points) > 1 for line in lines):  # a single measurement is in the table
             charts.append(Chart(view.title, view.about, lines, wanted=levels, x=view.x))
     return charts
 
@@ -156,6 +157,8 @@ def charts_of_runs(histories: Mapping[str, History]) -> list[Chart]:
     charts = []
     for view in VIEWS:
         names = dict.fromkeys(pair for history in histories.values() for pair in _expand(view, history))
+        if view.metrics == RANKS:  # the best of many
+            names = dict.fromkeys(list(names)[:1])
         for name, label in names:
             curves = {run: history[name] for run, history in histories.items() if name in history}
             lines = [Line.of(run, curve, list(histories).index(run)) for run, curve in curves.items()]

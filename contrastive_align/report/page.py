@@ -187,7 +187,7 @@ def settings_that_differ(summaries: Sequence[Mapping[str, Any]]) -> list[tuple[s
         for summary in summaries
     ]
     names = dict.fromkeys(name for one in flat for name in one)
-    rows = [(name, [_plain(one.get(name, "")) for one in flat]) for name in names]
+    rows = [(name, [_plain(one.get(name, "(not given)")) for one in flat]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
 
 
