@@ -30,7 +30,7 @@ FDPG += [
     "--max_completion_length=32",
 ]
 ROUNDS = [
-    "--num_train_epochs=1",
+    "--num_train_epochs=3",
     "--prompts_per_round=64",
     "--draws_per_round=1280",
     "--eval_prompts=40",

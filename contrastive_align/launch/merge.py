@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     aside = output.with_name(f"{output.name}.incomplete")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        _save(merged, tokenizer, aside)
+        save_whole(merged, tokenizer, aside)
         del merged, model
         gc.collect()
         plain = base.auto().from_pretrained(aside, dtype=dtype, trust_remote_code=args.trust_remote_code).eval()
@@ -205,7 +205,8 @@ def _check(found: dict[str, Any], dtype: torch.dtype, four_bit: Any, adapter: st
         )
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer; what was dequantised says so no more."""
     folder.mkdir(parents=True)
     config = model.config
     if getattr(config, "quantization_config", None) is not None:

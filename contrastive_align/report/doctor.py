@@ -295,8 +295,9 @@ _LOSSES = (
 @rule(
     "learning_rate_low",
     "Learning rate too low",
-    "the margin of implied rewards stays within 0.05 (contrastive), the divergence loses less than a tenth (f-DPG), "
-    "the best and the worst condition differ by less than a twentieth of the reward's spread (conditional)",
+    "the margin of implied rewards stays within 0.05 and the loss within 1% (contrastive), the divergence loses less "
+    "than a tenth (f-DPG), the best and the worst condition differ by less than a twentieth of the reward's spread "
+    "(conditional)",
     "a margin of 0.05 moves the probability between two completions by one in eighty (report/words.py).",
 )
 def _learning_rate_low(case: Case) -> tuple[str, dict[str, float]] | None:
@@ -304,8 +305,9 @@ def _learning_rate_low(case: Case) -> tuple[str, dict[str, float]] | None:
     if _no_signal(case) or _temperature_high(case) or _learning_rate_high(case):
         return None  # nothing moves for another reason
     advice = f"Raise --learning_rate (it is {rate}) to three times as much, or train longer."
-    margin = case.change("rewards/margins")
-    if margin is not None and interval(margin)[1] < 0.05 and abs(margin.after) < 0.05:
+    margin, loss = case.change("rewards/margins"), case.change("loss")
+    falls = _fell(loss, 0.01 * abs(loss.before)) if loss is not None else False  # of an SFT loss the margin is no aim
+    if margin is not None and not falls and interval(margin)[1] < 0.05 and abs(margin.after) < 0.05:
         return (
             f"The margin of implied rewards should open; it went from {show(margin.before)} to {show(margin.after)}. "
             f"{advice}",
