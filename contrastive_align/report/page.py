@@ -78,8 +78,8 @@ class RunView:
             rows.append(("reference", found["reference"]))
         for split, report in found.get("data", {}).items():
             rows.append((f"{split} data", "; ".join([report["line"], *report["notes"]])))
-        for name, value in found.get("engine", {}).items():
-            rows.append((name, str(value)))
+        if found.get("engine"):
+            rows.append(("engine", found["engine"]["line"]))
         if found.get("training"):
             steps, seconds = found["training"].get("steps"), found["training"].get("seconds")
             rows.append(("training", f"{steps} steps in {seconds} s"))

@@ -93,7 +93,6 @@ class Summary:
     versions: dict[str, str] = field(default_factory=dict)
     command: str = ""
     settings: dict[str, Any] = field(default_factory=dict)  # the options that were given
-    engine: dict[str, Any] = field(default_factory=dict)
     preflight: dict[str, str] = field(default_factory=dict)  # what was checked before the first step, in words
     facts: dict[str, Any] = field(default_factory=dict)  # numbers of the data and options that the doctor reads
     samples: dict[str, Any] = field(default_factory=dict)  # of held-out prompts: number -> Change as a dictionary

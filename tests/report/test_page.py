@@ -42,7 +42,7 @@ def summary(**more):
         "preflight": {EVIL: EVIL},
         "command": EVIL,
         "versions": {EVIL: EVIL},
-        "engine": {EVIL: EVIL},
+        "engine": {"line": EVIL},
     }
     return found | more
 
