@@ -88,7 +88,8 @@ _NAMES: dict[Range, str] = {
         "total_splits concurrency num_processes num_machines"
     ),
     _COUNT_FROM_0: (
-        "dataloader_num_workers eval_samples eval_prompts num_completions_to_print split_number machine_rank"
+        "dataloader_num_workers eval_samples eval_prompts report_prompts num_completions_to_print split_number "
+        "machine_rank"
     ),
     _STEPS: "logging_steps eval_steps save_steps",
     _PORT: "vllm_server_port vllm_group_port",

@@ -68,7 +68,7 @@ def _written_without_paths(source: Path, to: Path) -> bool:
             return False
         to.write_text(json.dumps(_cleaned(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return True
-    if source.suffix == ".md":
+    if source.suffix in (".md", ".html"):
         to.write_text(without_paths(source.read_text(encoding="utf-8")), encoding="utf-8")
         return True
     return False

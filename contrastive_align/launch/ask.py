@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from contrastive_align.conditions import Condition
 from contrastive_align.conditions.conditions import FILE
@@ -110,18 +110,25 @@ def load_trained(folder: str, **kwargs: Any) -> tuple[Any, Any]:
     check_exists(folder)
     config = adapter_config_path(folder)
     if config is None:
-        if not (Path(folder) / "config.json").is_file():
+        if Path(folder).is_dir() and not (Path(folder) / "config.json").is_file():
             raise FileNotFoundError(f"{folder} holds no model: expected config.json and weights.")
-        check_generates(AutoConfig.from_pretrained(folder, trust_remote_code=trust), folder)
+        known = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+        check_generates(known, folder, encoder_decoder=True)
         tokenizer = load_tokenizer(folder, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+        model = _auto(known).from_pretrained(folder, **kwargs)
     else:
         found = json.loads(Path(config).read_text())
         name = base_of(found.get("base_model_name_or_path"), folder)
-        base = AutoModelForCausalLM.from_pretrained(name, revision=found.get("revision") or "main", **kwargs)
+        revision = found.get("revision") or "main"
+        known = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
+        base = _auto(known).from_pretrained(name, revision=revision, **kwargs)
         model, tokenizer = load_with_condition_tokens(base, folder)
     check_weights_are_finite(model, folder)
     return model, tokenizer
+
+
+def _auto(config: Any) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def sample_trained(

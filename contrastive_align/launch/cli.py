@@ -18,6 +18,7 @@ from contrastive_align.launch.bundled import find_yaml
 from contrastive_align.launch.errors import in_sentences
 from contrastive_align.launch.flags import modernise_flags
 from contrastive_align.launch.help import command_help, read_aliases, read_options
+from contrastive_align.launch.quiet import quiet_imports
 from contrastive_align.launch.usage import UsageError, nearest
 from contrastive_align.ranges import check_numbers
 
@@ -86,7 +87,12 @@ OTHERS = {
     "steps": "Sample, score, judge, merge and train over JSONL files, as in the jobs of a cluster.",
     "data": "Show what training would see of a file: its shape, scores, lengths and first groups.",
     "ask": "Print what a trained model answers to a prompt, under its best condition.",
+    "report": "Rebuild the page of a run, or lay several runs side by side.",
+    "sample": "Sample any model or adapter: JSONL, AlpacaEval, MT-bench; --compare prints another beside it.",
+    "chat": "Talk in the terminal to the model before and after training, side by side.",
+    "merge": "Merge an adapter into its base, and prove that log-probs stay.",
 }
+_WITH_PARSER = ("report", "sample", "chat", "merge")
 _DATA = (("launch/data.py", "DataArguments"), *_CONTRASTIVE)
 _DATA_OPTIONS = (
     "output",
@@ -121,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
 
 def _main(command: str, *given: str) -> Any:
     rest = list(given)
+    quiet_imports()
     if command in ("--help", "-h", "help"):
         return print(_overview())
     if command == "--version":
@@ -130,6 +137,8 @@ def _main(command: str, *given: str) -> Any:
     if command == "data" and {"--help", "-h"} & set(rest):
         options = {name: o for place in _DATA for name, o in read_options(*place).items() if name in _DATA_OPTIONS}
         return print(command_help(command, OTHERS[command], _DATA_EXAMPLE, options, _LENGTH))
+    if command in _WITH_PARSER:
+        return _load(command, "main")(rest)
     if command in ("ask", "data"):
         return _load(command, "main")(rest)
     if command not in COMMANDS:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import re
+import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -18,13 +22,21 @@ from transformers.trainer_utils import SaveStrategy
 from trl import get_peft_config, get_quantization_config
 
 from contrastive_align import demo
+from contrastive_align.data.tokenise import tokenise_prompt
+from contrastive_align.launch import preflight
 from contrastive_align.launch.arguments import Arguments, RunArguments, parse
+from contrastive_align.launch.console import LiveLine
 from contrastive_align.launch.datasets import load_prompts
+from contrastive_align.launch.quiet import quiet_run
+from contrastive_align.launch.record import AFTER, BEFORE, HeldOut, Recorder, choose_rows, shown_text
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
-from contrastive_align.models.describe import count_parameters, describe_adapter, quantisation_of
+from contrastive_align.models.describe import count_parameters, describe_adapter, four_bit_options, quantisation_of
 from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary, card
+from contrastive_align.report.doctor import as_dicts, diagnose, verdict
+from contrastive_align.report.page import PAGE
+from contrastive_align.report.summary import wrap
 from contrastive_align.trainers import ContrastiveConfig
 from contrastive_align.trainers.base import hold_folders, newest_whole_checkpoint
 from contrastive_align.trainers.processes import keep_to_the_end
@@ -66,7 +78,9 @@ class Run:
         chosen = cls.defaults(args)
         defaults = DEMO_MODEL | cls.demo_model if args.model.model_name_or_path is None else {}
         defaults |= DEMO_DATA | cls.demo_data if args.bundled_data else {}
-        return parse(argv, defaults=defaults | chosen, **options)
+        found = parse(argv, defaults=defaults | chosen, **options)
+        found.command_line = command_line(cls.command, sys.argv[1:] if argv is None else argv)
+        return found
 
     @classmethod
     def defaults(cls, args: Arguments) -> dict[str, Any]:
@@ -116,6 +130,92 @@ class Run:
     def train(self, checkpoint: str | bool | None) -> None:
         """Train; True resumes from the newest whole checkpoint, and begins anew if there is none."""
         self.trainer.train(resume_from_checkpoint=checkpoint)
+
+    # ------------------------------------------------------------------------------------------------- what is seen
+
+    def held_out(self, most: int) -> HeldOut:
+        """Choose prompts to sample before, during and after training: held-out ones where there are any."""
+        rows = choose_rows(self.train_rows if self.test_rows is None else self.test_rows, most, self.args.training.seed)
+        rows = [row for row in rows if row.get("prompt")]
+        prompts = [row["prompt"] for row in rows]
+        ids = [tokenise_prompt(prompt, self.trainer.processing_class) for prompt in prompts]
+        return HeldOut([shown_text(prompt) for prompt in prompts], ids, rows, self._where)
+
+    @property
+    def _where(self) -> str:
+        return f"{'training' if self.test_rows is None else 'held-out'} prompts"
+
+    def rewards_of(self) -> tuple[Any, str]:
+        """Return the function that scores samples for the page (see ``record.Rewards``), or None, and its name."""
+        return None, ""
+
+    def longest_and_mean(self) -> tuple[int, int] | None:
+        """Return the tokens of the longest and of the mean batch; None where they are not known."""
+        args, known = self.trainer.args, self.recorder.held_out.ids
+        new = getattr(args, "max_completion_length", None)
+        if not known or not new:
+            return None
+        lengths = [len(ids) for ids in known]
+        rows = args.per_device_train_batch_size
+        return rows * (max(lengths) + new), round(rows * (sum(lengths) / len(lengths) + new))
+
+    def planned_steps(self) -> int | None:
+        """Return the number of optimiser steps; None for a stream, whose end is not known."""
+        args, rows = self.trainer.args, self.trainer.train_dataset
+        if args.max_steps > 0:
+            return args.max_steps
+        if not hasattr(rows, "__len__"):
+            return None
+        per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return math.ceil(args.num_train_epochs * math.ceil(len(rows) / per_step))
+
+    def facts(self) -> dict[str, Any]:
+        """Return numbers of the data and the options that the doctor reads, and a hash of the data."""
+        return {"data_hash": preflight.hash_of_rows(self.train_rows)}
+
+    def _look_before(self) -> None:
+        """Sample the start, and check what can be checked before the first step."""
+        trainer, summary = self.trainer, self.summary
+        most = 0 if trainer.is_sharded else self.args.script.report_prompts
+        if trainer.is_sharded and self.args.script.report_prompts:
+            self.args.notes.append("no samples for report.html: the weights are sharded")
+        rewards, name = self.rewards_of()
+        held_out = self.held_out(most) if most else HeldOut([], [], [], "")
+        tokens = getattr(trainer, "condition_ids", ())
+        self.recorder = Recorder(trainer, held_out, rewards=rewards, reward_name=name, suppress=tokens)
+        self.recorder.sample(BEFORE)
+        trainer.add_callback(self.recorder)
+        summary.facts = self.facts()
+        batch = self.longest_and_mean()
+        summary.preflight["first step"] = preflight.steps_in_words(trainer, self.planned_steps(), batch)
+        if batch is not None and not trainer.is_sharded:
+            needed, self._there_is = preflight.memory_in_words(trainer, batch[0])
+            summary.preflight["memory"] = needed
+        for name, said in (
+            ("checks", preflight.checks_in_words(trainer, self.recorder)),
+            ("sample", preflight.sample_in_words(self.recorder)),
+        ):
+            if said:
+                summary.preflight[name] = said
+
+    _there_is = ""
+
+    def _opening(self) -> str:
+        summary = self.summary
+        shown = dataclasses.replace(summary, preflight=dict(summary.preflight))
+        if "memory" in shown.preflight:  # what there is differs from run to run, and is no part of summary.json
+            memory = shown.preflight.pop("memory") + self._there_is
+            shown.preflight["first step"] += f"; {memory}"
+        return shown.opening()
+
+    def _look_after(self) -> None:
+        """Sample the trained model, and ask the doctor."""
+        summary, recorder = self.summary, self.recorder
+        recorder.sample(AFTER)
+        summary.samples = recorder.changes
+        findings = diagnose(summary.contents(), recorder.history)
+        summary.doctor = as_dicts(findings)
+        summary.verdict = verdict(findings)
 
     def after_saving(self) -> None:
         """Write further files beside the model, and add to ``summary.training`` and ``summary.saved``."""
@@ -170,7 +270,9 @@ class Run:
         The model is saved before it is measured, so that a failing measurement loses nothing.
         """
         args, folder = self.args, self.args.training.output_dir
-        if args.training.device.type == "cpu" and args.training.deepspeed_plugin is None:
+        on_cpu = args.training.device.type == "cpu"
+        quiet_run(on_cpu=on_cpu)
+        if on_cpu and args.training.deepspeed_plugin is None:
             keep_freed_memory()
         resume = args.training.resume_from_checkpoint
         checkpoint = {"true": True, "false": None, "none": None}.get(str(resume).lower(), resume)
@@ -192,15 +294,23 @@ class Run:
             data=self.describe_data(),
             engine=trainer.describe_engine(),
             versions={package: version(package) for package in [*SUPPORTED, "contrastive_align"]},
+            command=args.command_line,
+            settings=given_settings(args),
         )
         if (Path(folder) / "summary.json").is_file() and not checkpoint:
             args.notes.append(f"{folder} holds an earlier run, which this one replaces")
-        print_on_main(summary.opening())
+        self._look_before()
+        print_on_main(self._opening())
         for note in args.notes:
-            print_on_main(f"note: {note}")
+            print_on_main("\n".join(wrap(f"note: {note}")))
+        if args.script.preflight_only:
+            trainer.end()
+            return summary
         trainer.add_callback(RemoveEarlierSummary())
+        LiveLine.install(trainer)
 
         self.before_training()
+        self.recorder.summary = summary.contents()
         started = time.perf_counter()
         self.train(checkpoint)
         if trainer.state.global_step < trainer.state.max_steps:
@@ -210,8 +320,11 @@ class Run:
         self.after_saving()
         self._stop_if_asked()
         self.measure()
+        self._look_after()
         if trainer.args.should_save:
             summary.write(folder)
+        self.recorder.summary = summary.contents()
+        self.recorder.write_page()
         trainer.create_model_card()  # with the results
         print_on_main(summary.closing())
         if args.training.push_to_hub:
@@ -236,6 +349,7 @@ class Run:
             "revision": arguments.model_revision,
             "start": self.trainer.start_description,
             "quantisation": quantisation,
+            "quantisation_options": four_bit_options(self.trainer.base_models()[0]),
             "peft": adapter is not None,
             "adapter": adapter,
             "parameters": parameters,
@@ -249,8 +363,8 @@ class Run:
         head = "Seq2SeqLM" if trainer.model.config.is_encoder_decoder else "CausalLM"
         auto = "peft.AutoPeftModelFor" if is_peft_model(trainer.model) else "transformers.AutoModelFor"
         self.summary.saved = {
-            "saved": folder,
-            "summary": f"{folder}/summary.json",
+            "saved": f"{folder}: the model, README.md, summary.json, log.jsonl",
+            "look at": f"{folder}/{PAGE}",
             "load with": f'{auto}{head}.from_pretrained("{folder}")',
         }
 
@@ -262,6 +376,40 @@ class RemoveEarlierSummary(TrainerCallback):
         """Remove the file on the process that writes it."""
         if args.should_save:
             (Path(args.output_dir) / "summary.json").unlink(missing_ok=True)
+
+
+# Options whose values are secrets, as a flag or in a mapping such as a judge's.
+_SECRET = re.compile(
+    r"""((?:hub_token|api_?key|password|secret|authorization)['"]?\s*[:=]\s*)(?:'[^']*'|"[^"]*"|[^\s,}]+)""", re.I
+)
+
+
+def without_secrets(text: str) -> str:
+    """Replace the values of secrets by dots.
+
+    >>> without_secrets("--judge={model: m, api_key: sk-1} --hub_token=hf_1 --max_new_tokens=3")
+    '--judge={model: m, api_key: ...} --hub_token=... --max_new_tokens=3'
+    """
+    return _SECRET.sub(lambda found: f"{found[1]}...", text)
+
+
+def command_line(command: str, argv: Sequence[str]) -> str:
+    """Return the command as it was given, for the page; secrets are left out."""
+    argv = ["..." if before == "--hub_token" else token for before, token in zip(["", *argv], argv, strict=False)]
+    return " ".join(["contrastive-align", command, *(shlex.quote(without_secrets(token)) for token in argv)])
+
+
+def given_settings(args: Arguments) -> dict[str, Any]:
+    """Return the options that were given, as JSON can hold them; secrets are left out."""
+    found = {}
+    for name in sorted(args.given - {"hub_token"}):
+        for part in (args.script, args.training, args.model):
+            if hasattr(part, name):
+                value = getattr(part, name)
+                plain = value if isinstance(value, bool | int | float | None) else without_secrets(str(value))
+                found[name] = plain
+                break
+    return found
 
 
 # As Run.demo_model and Run.demo_data, of all commands.
@@ -335,4 +483,4 @@ def picture_saved(summary: Summary, path: Path) -> Iterator[None]:
 def print_on_main(text: str) -> None:
     """Print on the main process."""
     if PartialState().is_main_process:
-        print(f"\n{text}" if "\n" in text else text, flush=True)
+        print(text, flush=True)

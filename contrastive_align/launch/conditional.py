@@ -14,12 +14,14 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from contrastive_align.conditions import resolve_condition
+from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.arguments import Arguments, RunArguments, option
 from contrastive_align.launch.ask import ask_best
 from contrastive_align.launch.common import Run, model_arguments
 from contrastive_align.launch.conditional_measure import Measurement, draw_picture, last_terms, rounds_of
 from contrastive_align.launch.datasets import load_prompts, load_scored, only_prompts
 from contrastive_align.launch.feedback_flags import build_judge, build_sampler, check_models, check_reward, read_spec
+from contrastive_align.launch.record import HeldOut
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.targets import resolve_feature
 from contrastive_align.trainers import ConditionalConfig, ConditionalTrainer
@@ -228,6 +230,37 @@ class ConditionalRun(Run):
     def before_training(self) -> None:
         """Measure the rewards, or the likelihoods, of the start."""
         self.measurement = Measurement(self.trainer, self.train_rows, self.test_rows, self.args.script.eval_prompts)
+
+    def rewards_of(self) -> tuple[Any, str]:
+        """Score samples by the reward; a judge, who is slow or costs money, is not asked."""
+        feedback = self.trainer.feedback
+        if feedback is None or self.trainer.judge is not None:
+            return None, ""
+        tokenizer = self.trainer.processing_class
+
+        def reward(rows: list[dict[str, Any]], texts: list[list[str]]) -> list[list[float]]:
+            groups = [
+                [{"text": t, "ids": tokenizer(t, add_special_tokens=False)["input_ids"]} for t in group]
+                for group in texts
+            ]
+            answers = feedback(rows, groups)
+            return [[math.nan if score is None else score for score, _ in group] for group in answers]
+
+        return reward, "reward"
+
+    def planned_steps(self) -> int | None:
+        """Count the steps of all rounds."""
+        steps = self.args.training.max_steps
+        return steps if steps > 0 else math.ceil(self.trainer.steps_per_round * self.rounds)
+
+    def _look_before(self) -> None:
+        super()._look_before()
+        if self.trainer.best_condition().askable():
+            self.recorder.best_ids = self._best_ids
+
+    def _best_ids(self, held_out: HeldOut) -> list[list[int]]:
+        best, tokenizer = self.trainer.best_condition(), self.trainer.processing_class
+        return [tokenise_prompt(best.apply_best(row["prompt"]), tokenizer) for row in held_out.rows]
 
     def kept(self) -> str:
         """Name the rounds that are on the disk."""

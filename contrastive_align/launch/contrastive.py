@@ -13,10 +13,12 @@ from contrastive_align.data import DataReport, read_shape
 from contrastive_align.data.columns import read_options
 from contrastive_align.data.reading import TOKEN_COLUMNS
 from contrastive_align.data.tokenise import tokenise_prompt
+from contrastive_align.launch import preflight
 from contrastive_align.launch.arguments import Arguments
 from contrastive_align.launch.ask import sample_trained
 from contrastive_align.launch.common import Run, model_arguments, print_on_main
 from contrastive_align.launch.datasets import DEMO_NAME, load_demo, load_splits
+from contrastive_align.launch.record import HeldOut, MovedGroups, choose_rows
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.losses import LOSSES
 from contrastive_align.report import Change, Summary, in_words, moved, spread, warn_if_above_start
@@ -85,6 +87,29 @@ class RewardRun(Run):
         if self.args.bundled_data:
             self.rewards_before = _demo_rewards(self.trainer, self.test_rows)
 
+    def held_out(self, most: int) -> HeldOut:
+        """Choose groups by their tokens, whatever shape the rows had."""
+        trainer, dataset = self.trainer, self.trainer.eval_dataset
+        dataset = trainer.train_dataset if dataset is None else dataset
+        if not isinstance(dataset, Dataset):  # reading a tokenised stream would count its rows twice
+            return super().held_out(most)
+        ids = [row["prompt_ids"] for row in choose_rows(dataset, most, trainer.args.seed)]
+        texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+        return HeldOut(texts, ids, [{"prompt": text} for text in texts], self._where)
+
+    def rewards_of(self) -> tuple[Any, str]:
+        """Score samples of the bundled prompts; other scored data come without a function."""
+        return (_demo_scores, "reward") if self.args.bundled_data else (None, "")
+
+    def longest_and_mean(self) -> tuple[int, int] | None:
+        """Count the tokens of batches of groups."""
+        sizes = preflight.group_sizes(self.trainer.train_dataset, self.trainer.layout)
+        return preflight.largest_and_mean(sizes, self.trainer.args.per_device_train_batch_size)
+
+    def facts(self) -> dict[str, Any]:
+        """Read grades and lengths of the training groups."""
+        return {**super().facts(), **preflight.data_facts(self.trainer.train_dataset, self.trainer)}
+
     def train(self, checkpoint: str | bool | None) -> None:
         """Train; say what streams held, which is known once they are read."""
         super().train(checkpoint)
@@ -100,7 +125,10 @@ class RewardRun(Run):
 
     def measure(self) -> None:
         """Compare log-probs, and on bundled data rewards, before and after."""
+        self.trainer.on_evaluated = moved = MovedGroups()
         _measure(self.summary, self.trainer, self.test_rows)
+        self.trainer.on_evaluated = None
+        self.recorder.moved = moved.described(self.trainer.processing_class)
         if self.args.bundled_data:
             after = _demo_rewards(self.trainer, self.test_rows)
             self.summary.metrics = {"mean_reward": Change.paired(self.rewards_before, after), **self.summary.metrics}
@@ -176,6 +204,10 @@ def _words(changes: Mapping[str, Change], beta: float, *, held_out: bool) -> str
     if (reward := changes.get("mean_reward")) is not None:
         clauses.append(moved("the mean reward of samples", reward, scale=spread(reward)))
     return "\n".join([in_words(clauses, held_out=held_out), *warn_if_above_start("the loss", changes["loss"])])
+
+
+def _demo_scores(rows: list[dict[str, Any]], texts: list[list[str]]) -> list[list[float]]:
+    return [demo.reward([row["prompt"]] * len(group), group) for row, group in zip(rows, texts, strict=True)]
 
 
 def _demo_rewards(trainer: ContrastiveTrainer, test: Dataset) -> list[float]:

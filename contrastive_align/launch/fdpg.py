@@ -23,7 +23,7 @@ from contrastive_align.losses import DIVERGENCES
 from contrastive_align.models.loading import adapter_config_path
 from contrastive_align.ranges import Range
 from contrastive_align.report import TargetSummary, plot_steps
-from contrastive_align.targets import Target, resolve_constraint, weighted_sum
+from contrastive_align.targets import Target, columns_of, resolve_constraint, weighted_sum
 from contrastive_align.trainers import FDPGConfig, FDPGTrainer
 
 
@@ -127,6 +127,22 @@ class FDPGRun(Run):
             **self.options("max_completion_length", "seed"),
         }
 
+    def rewards_of(self) -> tuple[Any, str]:
+        """Score samples by the first feature of the target."""
+        target = self.trainer.target
+
+        def first_feature(rows: list[dict[str, Any]], texts: list[list[str]]) -> list[list[float]]:
+            k = len(texts[0])
+            conversational = not isinstance(rows[0]["prompt"], str)
+            flat = [text for group in texts for text in group]
+            said = [[{"role": "assistant", "content": text}] for text in flat] if conversational else flat
+            tokens = self.trainer.processing_class(flat, add_special_tokens=False)["input_ids"]
+            prompts = [row["prompt"] for row in rows for _ in range(k)]
+            columns = {"completion_ids": tokens, "trainer_state": self.trainer.state} | columns_of(rows, k)
+            return target.features(prompts, said, **columns)[:, 0].view(len(texts), k).tolist()
+
+        return first_feature, target.names[0]
+
     def after_saving(self) -> None:
         """Write ``target.json`` and the picture."""
         target, folder = self.trainer.target, Path(self.args.training.output_dir)
@@ -145,7 +161,7 @@ class FDPGRun(Run):
             return
         started = time.perf_counter()
         acceptance, seed = script.qrs_acceptance or None, self.args.training.seed
-        columns, remarks = measure(
+        columns, remarks, summary.tradeoff = measure(
             self.trainer, self.measured_rows, samples=script.eval_samples, acceptance=acceptance, seed=seed
         )
         summary.training["seconds_measuring"] = round(time.perf_counter() - started, 1)

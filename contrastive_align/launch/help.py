@@ -30,7 +30,7 @@ GROUPS = {
         "num_rounds, prompts_per_round, num_generations, draws_per_round, max_completion_length, temperature, top_p, "
         "drop_factor, pool_dir, rows_at_once, sampler, proposal, proposal_criterion, proposal_window, use_vllm"
     ),
-    "Measuring": "eval_samples, eval_prompts, eval_reward, qrs_acceptance, best",
+    "Measuring": "eval_samples, eval_prompts, eval_reward, qrs_acceptance, best, report_prompts, preflight_only",
     "Computing": (
         "layout, max_tokens_per_batch, per_device_train_batch_size, unfrozen_layers_ratio, disable_dropout, "
         "allow_pickled_adapter, ds3_gather_for_generation"

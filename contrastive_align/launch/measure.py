@@ -33,13 +33,16 @@ METRICS = {label: f"{name}_target" for name, label in TO_TARGET.items()} | {TO_B
 # Z of a prompt is estimated from its own samples, which biases its divergences downwards by about 1 / samples:
 # by 100% with one sample, 15% with 20, 4% with 50, 1% with 200 (a word in 0.12 of the texts, wanted in half).
 SAMPLES_PER_PROMPT = 50
+RATES = tuple(round(0.1 * i, 1) for i in range(1, 10))  # acceptance rates of the trade-off
 BUDGET = 5  # times the expected number of proposals, after which QRS gives up on a prompt
 
 
 def measure(
     trainer: FDPGTrainer, rows: Sequence[dict[str, Any]], *, samples: int, acceptance: float | None, seed: int
-) -> tuple[Distributions, list[str]]:
-    """Return the columns of the table and remarks, from ``samples`` per distribution spread evenly over the rows.
+) -> tuple[Distributions, list[str], list[dict[str, float]]]:
+    """Return the columns of the table, remarks, and the trade-off of quasi-rejection sampling.
+
+    They are from ``samples`` per distribution, spread evenly over the rows.
 
     ``base`` and ``tuned`` are measured on their own samples, ``target`` with importance weights on those of larger
     effective sample size. The moments of ``tuned+QRS`` come from what quasi-rejection sampling accepts of further
@@ -47,6 +50,7 @@ def measure(
     """
     per_prompt = math.ceil(samples / len(rows))
     remarks: list[str] = []
+    tradeoff: list[dict[str, float]] = []
     with trainer.sampling_from(reference=True) as model:
         base = _Measured(
             trainer, rows, _proposal(trainer, model, seed, model if trainer.reference is None else None), per_prompt
@@ -60,10 +64,11 @@ def measure(
         columns["target"] = max(base, tuned, key=lambda measured: measured.ess).target_column()
         if acceptance is not None:
             try:
+                tradeoff = tuned.tradeoff()
                 columns["tuned+QRS"] = tuned.qrs_column(_proposal(trainer, model, seed + 2, own), acceptance, remarks)
             except ValueError as error:
                 remarks.append(f"no quasi-rejection sampling: {error}")
-    return columns, remarks
+    return columns, remarks, tradeoff
 
 
 def prompts_enough_for(samples: int, at_most: int) -> int:
@@ -145,6 +150,18 @@ class _Measured:
         normalised = (self.scores - self.log_z.unsqueeze(1))[some]
         distance = _number(losses.estimate_kl_base(normalised, self.base_logps[some], proposal_logps=self.logps[some]))
         return self._moments(self.scores) | dict.fromkeys(TO_TARGET.values(), Number(0.0)) | {TO_BASE: distance}
+
+    def tradeoff(self) -> list[dict[str, float]]:
+        """Predict acceptance rate and divergences of quasi-rejection sampling at nine rates."""
+        some = torch.isfinite(self.log_z)
+        if not some.any():
+            return []
+        logs = (self.scores[some], self.logps[some])
+        found = [choose_beta(*logs, acceptance=rate, log_z=self.log_z[some]) for rate in RATES]
+        return [
+            {"beta": e.beta, "rate": e.acceptance_rate, "kl": e.kl, "kl_se": e.kl_se, "tvd": e.tvd, "tvd_se": e.tvd_se}
+            for e in found
+        ]
 
     def qrs_column(self, proposal: PolicyProposal, acceptance: float, remarks: list[str]) -> dict[str, Number]:
         """Measure the target with quasi-rejection sampling from this policy; add to the remarks."""

@@ -22,7 +22,7 @@ from contrastive_align.launch.errors import in_sentences
 from contrastive_align.launch.feedback_flags import build_sampler, read_spec
 from contrastive_align.launch.flags import NEGATIVE_NUMBER
 from contrastive_align.launch.step_files import LISTS, Output, Row, fingerprint, read_rows
-from contrastive_align.launch.usage import UsageError, in_own_words
+from contrastive_align.launch.usage import UsageError, UsageParser
 from contrastive_align.models import load_tokenizer
 from contrastive_align.ranges import check_numbers
 from contrastive_align.sampling.decode import seed_of
@@ -237,13 +237,10 @@ def convert(rows: list[Row], score_key: str | None, *, where: str) -> list[Row]:
     return [{"prompt": row["prompt"], **{new: row[old] for old, new in wanted.items()}} for row in rows]
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(UsageParser):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self._negative_number_matcher = NEGATIVE_NUMBER
-
-    def error(self, message: str) -> None:
-        raise UsageError(f"{in_own_words(message)}    (all flags: {self.prog} -h)")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
 import sys
 import time
 from collections.abc import Collection
+from typing import NoReturn
 
 from contrastive_align.ranges import RANGES
 
@@ -220,6 +222,13 @@ _OPTIONS: dict[str, list[str]] = {}  # guess -> the options that may be meant
 for _option, _guesses in MEANT.items():
     for _guess in _guesses.split(", "):
         _OPTIONS.setdefault(_guess, []).append(_option)
+
+
+class UsageParser(argparse.ArgumentParser):
+    """A parser whose errors are UsageErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{in_own_words(message)}    (all flags: {self.prog} -h)")
 
 
 def as_flags(text: str) -> str:

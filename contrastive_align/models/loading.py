@@ -163,7 +163,7 @@ def _merge(
         "base_revision": base_revision,
         "adapter": adapter,
         "adapter_revision": adapter_revision,
-        "adapter_sha256": _hash_of_adapter(adapter, adapter_revision),
+        "adapter_sha256": hash_of_adapter(adapter, adapter_revision),
         "dtype": str(dtype).removeprefix("torch."),
     }
     note_path = merged / MERGE_NOTE
@@ -231,7 +231,8 @@ def _check_merge(before: Tensor, merged: PreTrainedModel, adapter: str) -> None:
         )
 
 
-def _hash_of_adapter(adapter: str, revision: str | None) -> str:
+def hash_of_adapter(adapter: str, revision: str | None) -> str:
+    """Hash the weights and the config of an adapter."""
     name = ADAPTER_WEIGHTS if file_of(adapter, ADAPTER_WEIGHTS, revision) else PICKLED_WEIGHTS
     digest = hashlib.sha256(Path(file_of(adapter, name, revision)).read_bytes())
     digest.update(Path(adapter_config_path(adapter, revision)).read_bytes())

@@ -7,9 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 
 from contrastive_align.data.atomic import atomic_write
 
@@ -81,7 +82,8 @@ def results_section(summary: Mapping[str, Any]) -> str:
     lines = ["## Results", "", f"Measured on {as_text(summary['metrics_on'])}.", ""]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines.insert(5, f"|{'---|' * len(rows[0])}")
-    return "\n".join([*lines, *(f"\n{as_text(line)}" for line in summary["state"].splitlines())])
+    words = [*summary["state"].splitlines(), *summary.get("verdict", ())]
+    return "\n".join([*lines, *(f"\n{as_text(line)}" for line in words)])
 
 
 def as_text(value: Any) -> str:
@@ -266,12 +268,43 @@ def licence_of(card: str | None) -> dict[str, str]:
     return {"license": licence} | {f"license_{name}": x for name, x in further.items() if isinstance(x, str)}
 
 
-def complete_card(path: Path, card: Card, sections: Sequence[str]) -> None:
-    """Replace what TRL's template says before the section on the training procedure."""
+def evaluation_results(summary: Mapping[str, Any], card: Card) -> list[EvalResult]:
+    """Return the measured metrics of ``summary.json`` for the head of a card (``model-index``).
+
+    >>> summary = {"metrics": {"loss": {"after": 1.2, "n": 8}}, "data": {"eval": {"name": "org/data"}}}
+    >>> evaluation_results(summary, Card("m", ".", "b"))[0].metric_value
+    1.2
+    """
+    data = summary.get("data", {})
+    split = next((name for name in ("eval", "test", "train") if name in data), None)
+    name = data[split].get("name") if split else None
+    known = card.data[0] if card.data else name or "not named"
+    shown = {"dataset_name": known if not is_local(known) else re.split(r"[/\\\\]+", known)[-1]}
+    shown |= {"dataset_type": known if not is_local(known) else "local", "dataset_split": split}
+    task = "text2text-generation" if card.encoder_decoder else "text-generation"
+    return [
+        EvalResult(task_type=task, metric_type=metric, metric_name=metric, metric_value=change["after"], **shown)
+        for metric, change in summary.get("metrics", {}).items()
+        if isinstance(change.get("after"), int | float)
+    ]
+
+
+def complete_card(
+    path: Path, card: Card, sections: Sequence[str], summary: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Replace what TRL's template says before the section on the training procedure.
+
+    Args:
+        path: of the card.
+        card: what it says.
+        sections: after the program that loads the model.
+        summary: of the run, whose metrics go into the head.
+    """
     template = ModelCard.load(path)
     for name, value in card.metadata().items():
         setattr(template.data, name, value)
     template.data.model_name = card.title
+    template.data.eval_results = evaluation_results(summary, card) or None
     template.data.tags = sorted(template.data.tags or ())
     kept = template.text[_place(template.text, re.escape(BEFORE)) :]
     kept = re.sub(r"\n\s*\n", "\n\n", kept)  # the template's places for badges

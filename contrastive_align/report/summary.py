@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from contrastive_align.data.atomic import atomic_write
 
 
 TIMES = ("seconds", "seconds_measuring")  # of ``training``: two runs of one command differ in nothing else
+CONSOLE = 120  # characters of a line
 COLUMNS = ("base", "target", "tuned", "tuned+QRS")
 
 
@@ -89,24 +91,36 @@ class Summary:
     state: str = ""
     saved: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    command: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)  # the options that were given
+    preflight: dict[str, str] = field(default_factory=dict)  # what was checked before the first step, in words
+    facts: dict[str, Any] = field(default_factory=dict)  # numbers of the data and options that the doctor reads
+    samples: dict[str, Any] = field(default_factory=dict)  # of held-out prompts: number -> Change as a dictionary
+    doctor: list[dict[str, Any]] = field(default_factory=list)  # findings, see report/doctor.py
+    verdict: list[str] = field(default_factory=list)  # the findings in words
 
     def write(self, output_dir: str | os.PathLike) -> Path:
         """Write ``summary.json`` atomically and return its path. NaN becomes null."""
         path = Path(output_dir) / "summary.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            contents = {**asdict(self), "table": self.measured_rows()}
-            file.write(json.dumps(_finite(contents), indent=2, ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(self.contents(), indent=2, ensure_ascii=False).encode() + b"\n")
         return path
+
+    def contents(self) -> dict[str, Any]:
+        """Return what the file holds."""
+        return _finite({**asdict(self), "table": self.measured_rows()})
 
     def opening(self) -> str:
         """Return the table before training."""
         rows = [("method", self.method["line"]), ("model", self.model["line"]), ("reference", self.reference)]
         rows += [("engine", self.engine["line"])] if self.engine else []
+        read = {}
         for name, report in self.data.items():
-            rows.append((f"{name} data", report["line"]))
-            rows += [("", line) for line in report["notes"]]
-        return table(rows)
+            counts, how, columns = report["line"].partition(", read as ")
+            said = "" if read.setdefault(columns, name) != name else how + columns  # once
+            rows.append((f"{name} data", "; ".join([counts + said, *report["notes"]])))
+        return wrapped_table([*rows, *self.preflight.items()])
 
     def measured_rows(self) -> list[tuple[str, ...]]:
         """Return the cells of the table of what was measured, the header first; none where nothing was."""
@@ -118,8 +132,9 @@ class Summary:
     def closing(self) -> str:
         """Return the tables after training."""
         rows = self.measured_rows()
-        measured = [f"measured on {self.metrics_on}", table(rows, numbers=True)] if rows else []
-        return "\n".join([*measured, *filter(None, [self.state]), table(list(self.saved.items()))])
+        measured = [*wrap(f"measured on {self.metrics_on}"), table(rows, numbers=True)] if rows else []
+        words = [line for text in [*self.state.splitlines(), *self.verdict] for line in wrap(text)]
+        return "\n".join([*measured, *words, wrapped_table(list(self.saved.items()))])
 
 
 @dataclass
@@ -127,6 +142,7 @@ class TargetSummary(Summary):
     """A :class:`Summary` with the measurements of each distribution: column -> row -> number."""
 
     distributions: dict[str, dict[str, Number]] = field(default_factory=dict)
+    tradeoff: list[dict[str, float]] = field(default_factory=list)  # of quasi-rejection sampling: rate, kl, tvd by beta
 
     def measured_rows(self) -> list[tuple[str, ...]]:
         """Return base, target, tuned and tuned + QRS side by side."""
@@ -147,6 +163,26 @@ def table(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
         cells += [c.rjust(w) if numbers else c.ljust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def wrapped_table(rows: Sequence[tuple[str, str]]) -> str:
+    """Align two columns, the second of which is wrapped so that no line is longer than a console's ``CONSOLE``.
+
+    >>> print(wrapped_table([("model", "a"), ("x", "b")]))
+    model  a
+    x      b
+    """
+    width = max((len(name) for name, _ in rows), default=0)
+    lines = []
+    for name, text in rows:
+        wrapped = wrap(text, CONSOLE - width - 2) or [""]
+        lines += [f"{name if i == 0 else '':{width}}  {line}".rstrip() for i, line in enumerate(wrapped)]
+    return "\n".join(lines)
+
+
+def wrap(text: str, width: int = 0) -> list[str]:
+    """Break a text into lines of a console, or of a width; words, such as paths, stay whole."""
+    return textwrap.wrap(text, width or CONSOLE, break_long_words=False, break_on_hyphens=False)
 
 
 def distribution_rows(distributions: Mapping[str, Mapping[str, Number]]) -> list[tuple[str, ...]]:

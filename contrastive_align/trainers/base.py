@@ -628,7 +628,7 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
             found = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
             if found.get("table"):
                 sections.append(results_section(found))
-            complete_card(folder / "README.md", self._card(model_name), sections)
+            complete_card(folder / "README.md", self._card(model_name), sections, found)
 
     def _card(self, title: str | None) -> Card:
         args, model, tokenizer = self.args, self.model, self.processing_class

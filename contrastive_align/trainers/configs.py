@@ -268,6 +268,7 @@ class ContrastiveConfig(DPOConfig):
         self.temperature_alpha = _number_or_auto(self.temperature_alpha)
         check_options(self, DPOConfig, NOT_SUPPORTED_CONTRASTIVE, "ContrastiveTrainer")
         _check_loss_weights(self.loss_type, self.loss_weights)
+        _name_checkpointing_anew(self)
         super().__post_init__()
         check_choices(self)
         read_options(self.columns, self.score_column)
@@ -300,6 +301,14 @@ class ContrastiveConfig(DPOConfig):
                 "dataloader_drop_last=True drops the batch that falls short of the batch size, and with "
                 "max_tokens_per_batch none does. Leave it out: every group is trained on once an epoch."
             )
+
+
+def _name_checkpointing_anew(args: Any) -> None:
+    """Give transformers the new name of what TRL's configs call ``gradient_checkpointing``, which it deprecates."""
+    for end in ("checkpointing", "checkpointing_kwargs"):
+        old, new = f"gradient_{end}", f"activation_{end}"
+        if hasattr(args, new) and getattr(args, new) is None:
+            setattr(args, new, getattr(args, old))
 
 
 def _check_loss_weights(names: list[str], weights: list[float] | None) -> None:
@@ -380,6 +389,7 @@ class FDPGConfig(RLOOConfig):
                 f"num_generations={self.num_generations}: the samples of a prompt stay together. Raise "
                 "gradient_accumulation_steps for larger steps."
             )
+        _name_checkpointing_anew(self)
         super().__post_init__()
         self.divergence = find_divergence(self.divergence)
         check_choices(self)
@@ -514,6 +524,7 @@ class ConditionalConfig(SFTConfig):
         best = (self.metric_for_best_model or "").split("/")[0]  # of several evaluation sets, their names are in it
         if self.greater_is_better is None and best.split("_")[-1] == "nll":
             self.greater_is_better = False  # else everything is, whose name does not end in "loss"
+        _name_checkpointing_anew(self)
         super().__post_init__()
         if self.metric_for_best_model in ("loss", "eval_loss"):  # which the Trainer takes where none is given
             raise ValueError(

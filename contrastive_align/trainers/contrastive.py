@@ -147,6 +147,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         self.vocabulary = embedding_rows(model)
         self.data_reports: dict[str, DataReport] = {}
         self.last_evaluation: dict[str, Mean] = {}  # with standard errors
+        # Called with each batch that this process evaluates, its log-ratios (B, K) and the weights (B,) of its groups.
+        self.on_evaluated: Callable[[dict[str, Tensor], Tensor, Tensor], None] | None = None
         self.reference_is_given = ref_model is not None
         self._means = {"train": Averages(), "eval": Averages()}
         self._group_weights = GroupWeights()
@@ -413,6 +415,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             if not training:
                 at_reference = given | {"log_ratios": torch.zeros_like(log_ratios), "policy_logps": ref_logps}
                 metrics["loss_delta"] = (losses - self._losses(at_reference)[0], everyone)
+                if self.on_evaluated is not None:
+                    self.on_evaluated(inputs, log_ratios, weights)
             if len(terms) > 1:
                 metrics |= {f"loss/{name}": (term, everyone) for name, term in terms.items()}
             if self.aux_loss_enabled:

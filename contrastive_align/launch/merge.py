@@ -1,0 +1,273 @@
+"""``contrastive-align merge ADAPTER --output_dir=FOLDER``: whole weights of base and adapter, proven on rows."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, BitsAndBytesConfig
+
+from contrastive_align.conditions import Condition
+from contrastive_align.conditions.conditions import FILE
+from contrastive_align.conditions.tokens import load_with_condition_tokens
+from contrastive_align.data.atomic import atomic_write
+from contrastive_align.data.published import published_copy
+from contrastive_align.demo import MODEL_PATH
+from contrastive_align.demo.task import all_prompts
+from contrastive_align.launch.common import command_line
+from contrastive_align.launch.quiet import quiet_run
+from contrastive_align.launch.step_files import read_rows
+from contrastive_align.launch.usage import UsageError, UsageParser
+from contrastive_align.models.loading import adapter_config_path, base_of, card_of, check_exists, hash_of_adapter
+from contrastive_align.report.card import DEMO_MODEL, Card, complete_card, licence_of, results_section
+from contrastive_align.report.page import SAMPLES_FILE
+from contrastive_align.report.summary import wrap
+from contrastive_align.versions import SUPPORTED
+
+
+LINEAGE = "lineage.json"
+ROWS = 32  # of the proof
+MOST = {torch.float32: 1e-3}  # nats per token, on average, above which a merge is refused
+MOST_16_BIT = 0.1
+# Files of a run that go with the merged model.
+KEPT = ("summary.json", "report.html", SAMPLES_FILE, "log.jsonl", FILE)
+
+
+def main(argv: Sequence[str]) -> dict[str, Any]:
+    """Merge, prove that log-probs stay, save model, card and lineage; return the lineage."""
+    args = build_parser().parse_args(argv)
+    adapter, output = args.adapter, Path(args.output_dir)
+    quiet_run(on_cpu=torch.accelerator.current_accelerator() is None)
+    check_exists(adapter)
+    config_path = adapter_config_path(adapter)
+    if config_path is None:
+        raise UsageError(f"{adapter} is no adapter (no adapter_config.json): there is nothing to merge.")
+    if output.exists() and any(output.iterdir()):
+        raise UsageError(f"--output_dir: {output} is not empty. Give another, or remove it.")
+    if args.push_to_hub and not args.hub_model_id:
+        raise UsageError("--push_to_hub needs --hub_model_id=owner/name.")
+    config = json.loads(Path(config_path).read_text(encoding="utf-8"))
+    summary = _summary(adapter)
+    base_name = base_of(config.get("base_model_name_or_path"), adapter)
+    revision, four_bit = config.get("revision") or "main", _four_bit(args, summary)
+    base = Base(base_name, revision, args.dtype, args.trust_remote_code, four_bit)
+
+    model, tokenizer = base.with_adapter(adapter)
+    rows = proof_rows(adapter, args.rows, tokenizer)
+    before = token_logps(model, rows)
+    if four_bit:  # packed weights would round what is merged
+        del model
+        gc.collect()
+        model, tokenizer = base.with_adapter(adapter, dequantised=True)
+    merged = model.merge_and_unload(safe_merge=True)
+    dtype = merged.dtype
+    aside = output.with_name(f"{output.name}.incomplete")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        save_whole(merged, tokenizer, aside)
+        del merged, model
+        gc.collect()
+        plain = base.auto().from_pretrained(aside, dtype=dtype, trust_remote_code=args.trust_remote_code).eval()
+        after = token_logps(plain, rows)
+        gap = (after - before).abs()
+        found = {"mean_nats_per_token": gap.mean().item(), "max_nats_per_token": gap.max().item(), "tokens": len(gap)}
+        _check(found, dtype, four_bit, adapter)
+        lineage = {
+            "base": base_name,
+            "base_revision": revision,
+            "base_quantisation": "4-bit, dequantised before the merge" if four_bit else None,
+            "adapters": [{"adapter": adapter, "sha256": hash_of_adapter(adapter, None)}],
+            "start_adapter": summary.get("model", {}).get("start"),
+            "data": {"name": summary.get("data", {}).get("train", {}).get("name")}
+            | {"hash": summary.get("facts", {}).get("data_hash")},
+            "dtype": str(dtype).removeprefix("torch."),
+            "parity": {"rows": len(rows), **found},
+            "versions": {package: version(package) for package in [*SUPPORTED, "contrastive_align"]},
+            "command": command_line("merge", list(argv)),
+        }
+        (aside / LINEAGE).write_text(json.dumps(lineage, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for name in KEPT:
+            if (Path(adapter) / name).is_file():
+                shutil.copyfile(Path(adapter) / name, aside / name)
+        _write_card(aside, args, adapter, base_name, summary, plain, tokenizer)
+        if output.exists():
+            output.rmdir()
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    said = f"log-probs of {found['tokens']} tokens moved by {found['mean_nats_per_token']:.2g} nats on average, "
+    why = " (the base computed in 4 bits, and the merged model does not)" if four_bit else ""
+    print("\n".join(wrap(f"{output}: {lineage['dtype']}, {said}{found['max_nats_per_token']:.2g} at most{why}")))
+    print(f'load with  {base.auto().__name__}.from_pretrained("{output}")')
+    if args.push_to_hub:
+        push(output, args.hub_model_id, private=args.hub_private_repo)
+    return lineage
+
+
+class Base:
+    """The base of an adapter, to be loaded as it was in training, or with its packed weights in full."""
+
+    def __init__(self, name: str, revision: str, dtype: str, trust: bool, four_bit: dict[str, Any] | None) -> None:
+        self.name, self.four_bit = name, four_bit
+        self.options = {"revision": revision, "dtype": dtype, "trust_remote_code": trust}
+
+    def auto(self) -> Any:
+        """Return the class that loads it."""
+        options = {name: self.options[name] for name in ("revision", "trust_remote_code")}
+        config = AutoConfig.from_pretrained(self.name, **options)
+        return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+    def with_adapter(self, adapter: str, *, dequantised: bool = False) -> tuple[Any, Any]:
+        """Return base and adapter, not merged, and the adapter's tokenizer."""
+        quantised = {}
+        if self.four_bit:
+            quantised["quantization_config"] = BitsAndBytesConfig(**self.four_bit)
+        model = self.auto().from_pretrained(self.name, **self.options, **quantised)
+        if dequantised:
+            model = model.dequantize()
+            if self.options["dtype"] == "auto":
+                model = model.to(torch.bfloat16 if model.dtype == torch.float16 else model.dtype)
+        if (Path(adapter) / "tokenizer_config.json").is_file():
+            model, tokenizer = load_with_condition_tokens(model, adapter)
+        else:
+            model = PeftModel.from_pretrained(model, adapter)
+            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.options["revision"])
+        return model.eval(), tokenizer
+
+
+def _summary(adapter: str) -> dict[str, Any]:
+    path = Path(adapter) / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _four_bit(args: argparse.Namespace, summary: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of ``BitsAndBytesConfig`` that the base was trained with; None for weights in full."""
+    found = summary.get("model", {}).get("quantisation_options")
+    if args.load_in_4bit and not found:
+        return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    return found
+
+
+def proof_rows(adapter: str, file: str | None, tokenizer: Any) -> list[tuple[list[int], int]]:
+    """Return rows to compare log-probs on: token ids, and how many of them are the prompt's.
+
+    They are ``file``'s (JSONL with ``prompt`` and ``generations``), or else what the run sampled (``samples.json``), or
+    else sentences of the bundled task.
+    """
+    samples = Path(adapter) / SAMPLES_FILE
+    if file is not None:
+        pairs = [(row["prompt"], text) for row in read_rows(file, generations=True) for text in row["generations"]]
+        pairs = [(p if isinstance(p, str) else "\n".join(m["content"] for m in p), text) for p, text in pairs]
+    elif samples.is_file():
+        found = json.loads(samples.read_text(encoding="utf-8"))
+        pairs = [pair for stage in found["stages"] for pair in zip(found["prompts"], stage["texts"], strict=True)]
+    else:
+        pairs = [(prompt, prompt) for prompt in all_prompts()]
+    rows = []
+    for prompt, text in pairs[:ROWS]:
+        start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = [*start, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        if len(ids) > max(1, len(start)):
+            rows.append((ids[:1024], max(1, len(start))))
+    return rows
+
+
+@torch.no_grad()
+def token_logps(model: Any, rows: Sequence[tuple[list[int], int]]) -> torch.Tensor:
+    """Return the log-prob of every token after the prompts, in nats, all in one vector."""
+    found = []
+    for ids, start in rows:
+        tokens = torch.tensor([ids], device=model.device)
+        if model.config.is_encoder_decoder:
+            logits, labels = model(input_ids=tokens[:, :start], labels=tokens[:, start:]).logits, tokens[:, start:]
+        else:
+            logits, labels = model(input_ids=tokens).logits[:, start - 1 : -1], tokens[:, start:]
+        logps = logits.double().log_softmax(-1).gather(2, labels.unsqueeze(2))
+        found.append(logps.flatten().cpu())
+    return torch.cat(found)
+
+
+def _check(found: dict[str, Any], dtype: torch.dtype, four_bit: Any, adapter: str) -> None:
+    most = MOST_16_BIT if four_bit else MOST.get(dtype, MOST_16_BIT)
+    if not found["mean_nats_per_token"] <= most:
+        raise ValueError(
+            f"Merging {adapter} moves log-probs by {found['mean_nats_per_token']:.3g} nats per token, expected at most "
+            f"{most:g}. An adapter on tied embeddings does that: use base and adapter as they are."
+        )
+
+
+def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer; what was dequantised says so no more."""
+    folder.mkdir(parents=True)
+    config = model.config
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _write_card(
+    folder: Path, args: argparse.Namespace, adapter: str, base: str, summary: dict, model: Any, tokenizer: Any
+) -> None:
+    earlier = Path(adapter) / "README.md"
+    text = earlier.read_text(encoding="utf-8") if earlier.is_file() else "---\nlibrary_name: transformers\n---\n"
+    with atomic_write(folder / "README.md") as file:
+        file.write(text.encode())
+    condition = None
+    if (folder / FILE).is_file():
+        kept = Condition.load(folder)
+        condition = (kept.kind, str(next(iter(kept.askable().values()), "")))
+    data = summary.get("data", {}).get("train", {}).get("name")
+    sections = [results_section(summary)] if summary.get("table") else []
+    complete_card(
+        folder / "README.md",
+        Card(
+            title=(args.hub_model_id or Path(args.output_dir).name).split("/")[-1],
+            folder=args.hub_model_id or ".",
+            base=DEMO_MODEL if base == MODEL_PATH else base,
+            base_licence=licence_of(card_of(base)),
+            data=(data,) if data else (),
+            condition=condition,
+            encoder_decoder=model.config.is_encoder_decoder,
+            chat=bool(summary.get("data", {}).get("train", {}).get("conversational", False)),
+            tokenizer_options="",
+        ),
+        sections,
+        summary=summary,
+    )
+
+
+def push(folder: Path, repo: str, *, private: bool | None) -> None:
+    """Upload the folder; what goes up names no path of this machine."""
+    api, copy = HfApi(), published_copy(folder)
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        print(api.upload_folder(repo_id=repo, folder_path=copy, commit_message="Merged with contrastive-align"))
+    finally:
+        shutil.rmtree(copy, ignore_errors=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser."""
+    p = UsageParser(prog="contrastive-align merge", description=__doc__, allow_abbrev=False)
+    p.add_argument("adapter", metavar="ADAPTER", help="The folder or hub id of an adapter.")
+    p.add_argument("--output_dir", required=True, help="Where the whole model goes; a new folder.")
+    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="Of weights.")
+    p.add_argument("--rows", help="JSONL with prompt and generations, to prove the merge on; else the run's samples.")
+    p.add_argument(
+        "--load_in_4bit", action="store_true", help="The base was in 4 bits (known of runs of this package)."
+    )
+    p.add_argument("--push_to_hub", action="store_true", help="Upload it.")
+    p.add_argument("--hub_model_id", help="owner/name of the upload.")
+    p.add_argument("--hub_private_repo", action="store_true", default=None, help="Make the upload private.")
+    p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
+    return p

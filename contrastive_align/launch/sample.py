@@ -1,0 +1,232 @@
+"""``contrastive-align sample``: answers of any model or adapter, in the formats of AlpacaEval, MT-bench or JSONL."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from contrastive_align.data.formats import Text
+from contrastive_align.launch.step_files import check_free, to_line, write_rows
+from contrastive_align.launch.trained import Trained
+from contrastive_align.launch.usage import UsageError, UsageParser
+from contrastive_align.sampling.decode import seed_of
+
+
+FORMATS = ("jsonl", "alpaca_eval", "mt_bench")
+# FastChat's temperatures (fastchat/llm_judge/common.py), by category; 0 is greedy.
+TEMPERATURES = {
+    **dict.fromkeys(("writing", "roleplay"), 0.7),
+    **dict.fromkeys(("extraction", "math", "coding", "reasoning", "arena-hard-200"), 0.0),
+    **dict.fromkeys(("stem", "humanities"), 0.1),
+}
+OTHER_TEMPERATURE = 0.7
+AT_ONCE = 32  # prompts
+
+
+def main(argv: Sequence[str]) -> list[Any]:
+    """Sample, write ``--output`` or print; return the rows."""
+    args = build_parser().parse_args(argv)
+    if (args.prompt is None) == (args.prompts is None):
+        raise UsageError("expected one of --prompt='a prompt' and --prompts=FILE.")
+    if args.compare and args.output:
+        raise UsageError("--compare prints both models, and --output writes one. Leave one of them out.")
+    for name, low in (("num_generations", 1), ("max_completion_length", 1), ("temperature", 0), ("top_p", 0)):
+        value = getattr(args, name)
+        if value is not None and value < low:
+            raise UsageError(f"--{name} is {value:g}, expected at least {low}.")
+    if args.format != "jsonl" and args.num_generations != 1:
+        raise UsageError(f"--num_generations={args.num_generations} means nothing to {args.format}: it has one answer.")
+    if args.output:
+        check_free(Path(args.output), args.overwrite)
+    questions = [{"prompt": args.prompt}] if args.prompts is None else read_questions(Path(args.prompts), args.format)
+    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "seed": args.seed}
+    model = Trained(args.model_name_or_path, **options)
+    rows = answers(model, questions, args)
+    if args.compare:
+        show_both(questions, rows, answers(Trained(args.compare, **options), questions, args), args)
+    elif args.output:
+        lines = [json.dumps(rows, ensure_ascii=False, indent=2).encode() + b"\n"]
+        write_rows(Path(args.output), lines if args.format == "alpaca_eval" else map(to_line, rows))
+        print(f"{args.output}: {len(rows)} answers of {model.short_name} in the format {args.format}")
+    else:
+        for question, row in zip(questions, rows, strict=True):
+            print(f"asked    {first_turn(question)!r}")
+            for text in texts_of(row):
+                print(f"sampled  {text!r}")
+    return rows
+
+
+def read_questions(path: Path, form: str) -> list[dict[str, Any]]:
+    """Read prompts: JSON (a list) or JSONL, of objects with ``prompt``, ``instruction`` or ``turns``; or lines of text.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UsageError: a row without a prompt.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file '{path}' (looked in {Path.cwd()}).")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".txt":
+        rows = [{"prompt": line} for line in text.splitlines() if line.strip()]
+    else:
+        try:
+            rows = (
+                json.loads(text)
+                if text.lstrip().startswith("[")
+                else [json.loads(x) for x in text.splitlines() if x.strip()]
+            )
+        except ValueError as error:
+            raise UsageError(f"{path}: not JSON: {error}.") from None
+    if not isinstance(rows, list) or not rows:
+        raise UsageError(f"{path} has no rows, expected a list, or one JSON object a line.")
+    wanted = "turns" if form == "mt_bench" else "prompt, instruction or turns"
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict) or not turns_of(row) or (form == "mt_bench" and "turns" not in row):
+            found = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+            raise UsageError(f"{path}, row {number}: {found}, expected {wanted}.")
+    return rows
+
+
+def turns_of(row: dict[str, Any]) -> list[Text]:
+    """Return what is asked, turn after turn."""
+    turns = row.get("turns")
+    if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
+        return list(turns)
+    found: Any = row.get("prompt", row.get("instruction"))
+    messages = isinstance(found, list) and found and all(isinstance(m, dict) and "content" in m for m in found)
+    return [found] if (isinstance(found, str) and found) or messages else []
+
+
+def first_turn(row: dict[str, Any]) -> Text:
+    """Return the first turn."""
+    return turns_of(row)[0]
+
+
+def answers(model: Trained, questions: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a row for each question, in the format asked for."""
+    found: list[dict[str, Any]] = []
+    for start, alike in _batches(questions, args):
+        replies = converse(model, [turns_of(row) for row in alike], range(start, start + len(alike)), args, alike[0])
+        found += [
+            _row(question, number, texts, model, args)
+            for number, (question, texts) in enumerate(zip(alike, replies, strict=True), start=start)
+        ]
+    return found
+
+
+def _batches(
+    questions: Sequence[dict[str, Any]], args: argparse.Namespace
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """Yield consecutive questions of one temperature, with the number of the first."""
+    start = 0
+    while start < len(questions):
+        alike = [questions[start]]
+        for row in questions[start + 1 : start + AT_ONCE]:
+            if temperature_of(row, args) != temperature_of(alike[0], args) or len(turns_of(row)) != len(
+                turns_of(alike[0])
+            ):
+                break
+            alike.append(row)
+        yield start, alike
+        start += len(alike)
+
+
+def temperature_of(row: dict[str, Any], args: argparse.Namespace) -> float:
+    """Return the temperature given, or else that of MT-bench's category; 1 in other formats."""
+    if args.temperature is not None:
+        return args.temperature
+    return TEMPERATURES.get(row.get("category", ""), OTHER_TEMPERATURE) if args.format == "mt_bench" else 1.0
+
+
+def converse(
+    model: Trained, turns: list[list[Text]], numbers: Sequence[int], args: argparse.Namespace, like: dict[str, Any]
+) -> list[list[list[str]]]:
+    """Return for each conversation the answers of each turn (``num_generations`` of a single one)."""
+    replies: list[list[list[str]]] = [[] for _ in turns]
+    history: list[list[dict[str, str]]] = [[] for _ in turns]
+    for turn in range(len(turns[0])):
+        prompts: list[Text] = []
+        for said, own in zip(turns, history, strict=True):
+            asked = said[turn]
+            if not isinstance(asked, str):
+                own.extend(asked)
+            else:
+                own.append({"role": "user", "content": asked})
+            plain = isinstance(asked, str) and not model.chats
+            prompts.append("\n\n".join(message["content"] for message in own) if plain else list(own))
+        texts, _ = model.answer(
+            prompts,
+            [(number, turn) for number in numbers],
+            per_prompt=args.num_generations,
+            max_new_tokens=args.max_completion_length,
+            temperature=temperature_of(like, args),
+            top_p=args.top_p,
+        )
+        for own, reply, group in zip(history, replies, texts, strict=True):
+            own.append({"role": "assistant", "content": group[0]})
+            reply.append(group)
+    return replies
+
+
+def _row(
+    question: dict[str, Any], number: int, texts: list[list[str]], model: Trained, args: argparse.Namespace
+) -> dict[str, Any]:
+    generator = args.generator or model.short_name
+    if args.format == "alpaca_eval":
+        more = {name: question[name] for name in ("dataset", "datasplit") if name in question}
+        asked = first_turn(question)
+        instruction = asked if isinstance(asked, str) else asked[-1]["content"]
+        return {**more, "instruction": instruction, "output": texts[0][0], "generator": generator}
+    if args.format == "mt_bench":
+        return {
+            "question_id": question.get("question_id", number),
+            "answer_id": f"{seed_of(args.seed, generator, number):016x}",
+            "model_id": generator,
+            "choices": [{"index": 0, "turns": [group[0] for group in texts]}],
+            "tstamp": time.time(),
+        }
+    return {**question, "generations": texts[-1], "generator": generator}
+
+
+def texts_of(row: dict[str, Any]) -> list[str]:
+    """Return the answers in a row of any format."""
+    if "choices" in row:
+        return row["choices"][0]["turns"]
+    return [row["output"]] if "output" in row else row["generations"]
+
+
+def show_both(
+    questions: Sequence[dict[str, Any]], rows: Sequence[dict], others: Sequence[dict], args: argparse.Namespace
+) -> None:
+    """Print the answers of two models beside each other."""
+    from contrastive_align.launch.chat import side_by_side
+
+    for question, one, other in zip(questions, rows, others, strict=True):
+        print(f"\n{first_turn(question)}")
+        names = (args.model_name_or_path, args.compare)
+        print(side_by_side(*names, "\n".join(texts_of(one)), "\n".join(texts_of(other))))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser."""
+    p = UsageParser(prog="contrastive-align sample", description=__doc__, allow_abbrev=False)
+    p.add_argument("--model_name_or_path", "--model", required=True, help="A model or adapter: a folder or hub id.")
+    p.add_argument("--prompt", help="One prompt.")
+    p.add_argument("--prompts", help="A file: .txt, JSON or JSONL with prompt, instruction or turns.")
+    p.add_argument("--format", choices=FORMATS, default="jsonl", help="Of the output.")
+    p.add_argument("--output", help="A file; without one the answers are printed.")
+    p.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
+    p.add_argument("--compare", metavar="OTHER", help="Another model, whose answers are printed beside.")
+    p.add_argument("--generator", help="The model's name in the output.")
+    p.add_argument("--num_generations", type=int, default=1, help="Answers to a prompt (jsonl).")
+    p.add_argument("--max_completion_length", type=int, default=512, help="In tokens.")
+    p.add_argument("--temperature", type=float, help="0 is greedy; by default 1, in mt_bench that of the category.")
+    p.add_argument("--top_p", type=float, default=1.0, help="Of sampling.")
+    p.add_argument("--seed", type=int, default=42, help="With the prompt's number, it decides what is drawn.")
+    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="Of weights.")
+    p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
+    return p

@@ -1,0 +1,86 @@
+"""A model that is asked: loaded from a folder or hub id, whole or as an adapter, with its prompts and samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from contrastive_align.conditions import Condition
+from contrastive_align.conditions.conditions import FILE
+from contrastive_align.data.formats import Text
+from contrastive_align.data.tokenise import tokenise_prompt
+from contrastive_align.launch.ask import load_trained, sample_trained
+from contrastive_align.launch.quiet import quiet_run
+from contrastive_align.sampling.decode import seed_of
+
+
+GREEDY = 1e-9  # a top_p that leaves the likeliest token alone
+
+
+class Trained:
+    """A model with its tokenizer and its best condition, if it has one.
+
+    Args:
+        name: a folder or hub id of a model or of an adapter.
+        seed: of all samples.
+    """
+
+    def __init__(self, name: str, *, dtype: str = "auto", trust_remote_code: bool = False, seed: int = 42) -> None:
+        quiet_run(on_cpu=torch.accelerator.current_accelerator() is None)
+        model, self.tokenizer = load_trained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        self.name, self.seed = name, seed
+        self.model = model.to(torch.accelerator.current_accelerator() or "cpu").eval()
+        self.condition = Condition.load(name) if (Path(name) / FILE).is_file() else None
+
+    @property
+    def short_name(self) -> str:
+        """The last part of the name."""
+        return Path(self.name).name or self.name
+
+    @property
+    def chats(self) -> bool:
+        """Whether prompts are messages: the tokenizer has a chat template and the run, where known, used it."""
+        summary = Path(self.name) / "summary.json"
+        train = {}
+        if summary.is_file():
+            train = json.loads(summary.read_text(encoding="utf-8")).get("data", {}).get("train", {})
+        return bool(self.tokenizer.chat_template) and bool(train.get("conversational", True))
+
+    def answer(
+        self,
+        prompts: Sequence[Text],
+        numbers: Sequence[Any],
+        *,
+        per_prompt: int = 1,
+        max_new_tokens: int = 512,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> tuple[list[list[str]], list[list[bool]]]:
+        """Sample answers; a temperature of 0 takes the likeliest token.
+
+        Args:
+            prompts: texts or messages.
+            numbers: of the prompts, which decide with the seed what is drawn.
+
+        Returns:
+            The texts of each prompt, and which of them ended by themselves.
+        """
+        if temperature == 0:
+            temperature, top_p = 1.0, GREEDY
+        asked = [prompt if self.condition is None else self.condition.apply_best(prompt) for prompt in prompts]
+        ids = [tokenise_prompt(prompt, self.tokenizer) for prompt in asked]
+        return sample_trained(
+            self.model,
+            self.tokenizer,
+            ids,
+            [] if self.condition is None else self.condition.tokens,
+            per_prompt=per_prompt,
+            max_new_tokens=max_new_tokens,
+            seeds=[seed_of(self.seed, "sample", number) for number in numbers],
+            temperature=temperature,
+            top_p=top_p,
+        )

@@ -1,0 +1,232 @@
+"""Which curves a page shows: of one run several metrics in a chart, of several runs one metric in each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from contrastive_align.report.charts import COLOURS, Chart, Line
+from contrastive_align.report.history import Curve, History, Point
+
+
+LONG = 40  # points from which on neighbours are joined
+
+
+@dataclass(frozen=True)
+class View:
+    """A chart's title, what it shows, and its metrics; one that ends in ``*`` stands for all that begin so."""
+
+    title: str
+    about: str
+    metrics: tuple[tuple[str, str], ...]  # metric -> label
+    x: str = "step"
+
+
+RANKS = (("rewards/rank_*", "rank "),)
+VIEWS = (
+    View(
+        "Loss",
+        "Training and evaluation should fall together.",
+        (("loss", "training"), ("eval_loss", "evaluation"), ("nll", "likelihood term"), ("kl", "KL term")),
+    ),
+    View(
+        "Implied rewards by rank",
+        "Beta times the log-ratio to the reference. Rank 0, the best score, should be on top and the order kept.",
+        RANKS,
+    ),
+    View(
+        "Log-probs since the reference",
+        "In nats. The best should not fall; the others should.",
+        (
+            ("logps/best_delta", "best"),
+            ("logps/rest_delta", "others"),
+            ("eval_logps/best_delta", "best, evaluation"),
+            ("eval_logps/rest_delta", "others, evaluation"),
+        ),
+    ),
+    View(
+        "Margin",
+        "The implied reward of the best less the mean of the others. It should open.",
+        (("rewards/margins", "training"), ("eval_rewards/margins", "evaluation")),
+    ),
+    View(
+        "Accuracy",
+        "How often the best-scored completion has the highest implied reward, and how many pairs are in order.",
+        (
+            ("rewards/accuracies", "best is highest"),
+            ("rewards/pair_accuracies", "best beats another"),
+            ("rewards/kendall_tau", "Kendall's tau"),
+            ("eval_rewards/accuracies", "best is highest, evaluation"),
+        ),
+    ),
+    View(
+        "Moments",
+        "Means of the features over samples. They should reach the dotted line.",
+        (("moment/*", ""),),
+    ),
+    View(
+        "Divergences",
+        "In nats (TV: 0 to 1). Those from the target should fall towards 0; KL(pi || base) is the way gone.",
+        (
+            ("kl_target", "KL(p || pi)"),
+            ("reverse_kl_target", "KL(pi || p)"),
+            ("js_target", "JS"),
+            ("tv_target", "TV"),
+            ("kl_base", "KL(pi || base)"),
+        ),
+    ),
+    View(
+        "Effective sample size",
+        "How many of a step's samples count, weighted towards the target or the policy. Low is noisy.",
+        (("moment/target/ess", "towards the target"), ("reverse_kl_target/ess", "towards the policy")),
+    ),
+    View(
+        "Reward of new samples",
+        "The mean reward of the samples of a round. It should rise.",
+        (("round/mean_reward", "new samples"),),
+    ),
+    View(
+        "The pool by condition",
+        "The mean reward of the pool's samples under each condition. The order should be kept.",
+        (("round/reward/*", ""),),
+    ),
+    View(
+        "Rewards given a condition",
+        "The mean reward of samples asked for under each condition, on the evaluation split.",
+        (("eval_reward_given/*", ""), ("reward_given/*", "")),
+    ),
+    View("Entropy", "In nats per token. A fall to 0 is a collapse.", (("entropy", "policy"),)),
+    View(
+        "Length of samples",
+        "In tokens. Growth without reason is a way to please a reward.",
+        (
+            ("samples/length", "held-out prompts"),
+            ("completions/mean_length", "training samples"),
+            ("round/mean_length", "samples of a round"),
+        ),
+    ),
+    View(
+        "Share of samples that end",
+        "Samples should end by themselves (EOS).",
+        (
+            ("samples/eos_rate", "held-out prompts"),
+            ("completions/eos_rate", "training samples"),
+            ("round/finished", "samples of a round"),
+        ),
+    ),
+    View(
+        "Repetition",
+        "Share of tokens that are in a 3-gram (held-out prompts) or alone (training samples) a repetition.",
+        (("samples/repetition", "held-out prompts"), ("repetition", "training samples")),
+    ),
+    View(
+        "KL from the reference",
+        "Of samples of held-out prompts, in nats per sample.",
+        (("samples/kl", "held-out prompts"),),
+    ),
+    View("Gradient norm", "Peaks say that steps are too large.", (("grad_norm", "norm"),)),
+    View("Learning rate", "The schedule.", (("learning_rate", "rate"),)),
+)
+
+
+def charts_of_run(history: History, wanted: Mapping[str, float | None] | None = None) -> list[Chart]:
+    """Return the charts of one run, those of which nothing was logged left out.
+
+    Args:
+        history: its curves.
+        wanted: of features, by name: their moments under the target.
+    """
+    charts = []
+    for view in VIEWS:
+        lines, levels = [], []
+        for name, label in _expand(view, history):
+            line = Line.of(label, _with_errors(history, name), len(lines))
+            goal = (wanted or {}).get(name.removeprefix("moment/"))
+            if name.startswith("moment/") and goal is not None:
+                levels.append((f"wanted: {goal:g}", goal, line.colour))
+            lines.append(line)
+        if any(len(line.points) > 1 for line in lines):  # a single measurement is in the table
+            charts.append(Chart(view.title, view.about, lines, wanted=levels, x=view.x))
+    return charts
+
+
+def charts_of_runs(histories: Mapping[str, History]) -> list[Chart]:
+    """Return a chart for each metric that at least one of several runs logged, with a line for each run."""
+    charts = []
+    for view in VIEWS:
+        names = dict.fromkeys(pair for history in histories.values() for pair in _expand(view, history))
+        if view.metrics == RANKS:  # the best of many
+            names = dict.fromkeys(list(names)[:1])
+        for name, label in names:
+            curves = {run: history[name] for run, history in histories.items() if name in history}
+            lines = [Line.of(run, curve, list(histories).index(run)) for run, curve in curves.items()]
+            title = view.title if len(names) == 1 else f"{view.title}: {label}"
+            charts.append(Chart(title, view.about, lines, x=view.x))
+    return charts
+
+
+def acceptance_chart(tradeoff: Sequence[Mapping[str, float]]) -> Chart | None:
+    """Return the divergence of quasi-rejection sampling over its acceptance rate; None where none was estimated."""
+    rows = sorted((row for row in tradeoff if row["rate"] > 0), key=lambda row: row["rate"])
+    if len(rows) < 2:
+        return None
+    lines = []
+    for place, (name, label) in enumerate((("tvd", "TVD(p, p_beta)"), ("kl", "KL(p || p_beta), nats"))):
+        points = [
+            Point(100 * row["rate"], 100 * row["rate"], 1, row[name], *_ends(row[name], row[f"{name}_se"]))
+            for row in rows
+        ]
+        lines.append(Line(label, points, place % COLOURS))
+    about = "Quasi-rejection sampling with the trained model: fewer accepted samples are nearer to the target."
+    return Chart("Acceptance and divergence", about, lines, x="accepted samples, %")
+
+
+def _ends(value: float, se: float) -> tuple[float, float]:
+    return max(0.0, value - 1.96 * se), value + 1.96 * se
+
+
+def _expand(view: View, history: History) -> list[tuple[str, str]]:
+    pairs = []
+    for metric, label in view.metrics:
+        if not metric.endswith("*"):
+            pairs += [(metric, label)] if metric in history else []
+            continue
+        prefix = metric[:-1]
+        names = [n for n in history.names(prefix) if not n.endswith(("/se", "/ess", "/target"))]
+        pairs += [(name, f"{label}{name.removeprefix(prefix)}") for name in names]
+    return pairs
+
+
+def _with_errors(history: History, name: str) -> Curve:
+    """Return a curve whose band is its 95% interval where standard errors were logged beside it.
+
+    Otherwise neighbouring values of a long curve are joined, and the band is their extent.
+    """
+    curve, errors = history[name], history.curves.get(f"{name}/se")
+    drawn = Curve()
+    drawn.n, drawn.not_finite = curve.n, curve.not_finite
+    if errors is not None and len(errors.points) == len(curve.points):
+        floor = 0.0 if min(p.low for p in curve.points) >= 0 else -math.inf
+        for p, e in zip(curve.points, errors.points, strict=True):
+            drawn.points.append(
+                Point(p.first, p.last, p.n, p.mean, max(floor, p.low - 1.96 * e.mean), p.high + 1.96 * e.mean)
+            )
+        return drawn
+    size = max(3, len(curve.points) // 60 + 1) if len(curve.points) >= LONG else 1
+    for i in range(0, len(curve.points), size):
+        point = curve.points[i]
+        for other in curve.points[i + 1 : i + size]:
+            point = point.join(other)
+        drawn.points.append(point)
+    return drawn
+
+
+def wanted_moments(summary: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the moments that an f-DPG run trains towards, by the name of their feature."""
+    prefix = "moment/"
+    found = {
+        n: m for n, m in summary.get("metrics", {}).items() if n.startswith(prefix) and m.get("target") is not None
+    }
+    return {name.removeprefix(prefix): change["target"] for name, change in found.items()}

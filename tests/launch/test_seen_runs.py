@@ -1,0 +1,158 @@
+"""A run can be seen: its console is short, its page is there, preflight stops before the first step."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import ModelCard
+
+from contrastive_align import demo
+from contrastive_align.data.published import published_copy
+from contrastive_align.launch import cli
+from contrastive_align.launch.common import command_line
+from contrastive_align.launch.record import MovedGroups
+from contrastive_align.report.history import read_history
+
+
+FEW = ["--max_train_samples=32", "--max_eval_samples=8", "--max_steps=4", "--logging_steps=1", "--report_prompts=4"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A LoRA run in a process of its own, with its console."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    flags = [*FEW, "--use_peft", "--lora_target_modules=all-linear", "--eval_strategy=steps", "--eval_steps=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "contrastive_align", "reward", *flags, f"--output_dir={folder}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return folder, done.stdout + done.stderr
+
+
+def test_the_console_is_quiet(run):
+    lines = run[1].splitlines()
+    assert len(lines) <= 30 and max(map(len, lines)) <= 120 + len(str(run[0]))
+    assert "Warning" not in run[1] and "warn" not in run[1] and "{'loss'" not in run[1]
+    for said in ("policy = reference", "closed form", "step 1/4", "left", "(learning_rate_low)", "look at"):
+        assert said in run[1], said
+
+
+def test_the_run_leaves_log_samples_and_page(run):
+    folder, _ = run
+    summary, history = json.loads((folder / "summary.json").read_text()), read_history(folder)
+    assert history["loss"].n == 4 and history["eval_loss"].n == 3 and history["samples/length"].n == 3
+    samples = json.loads((folder / "samples.json").read_text())
+    assert [stage["name"] for stage in samples["stages"]] == ["before", "step 2", "after"]
+    assert len(samples["prompts"]) == 4 and all(isinstance(r, float) for r in samples["stages"][0]["rewards"])
+    assert set(samples["moved"]) == {"Most improved", "Least improved, or worse"}
+    page = (folder / "report.html").read_text()
+    for said in ("Verdict", "Before and after", "Implied rewards by rank", "Most improved", "contrastive-align reward"):
+        assert said in page, said
+    assert summary["samples"]["length"]["n"] == 4 and summary["verdict"] and summary["preflight"]["sample"]
+
+
+def test_the_card_has_results_in_its_head(run):
+    data = ModelCard.load(run[0] / "README.md").data
+    found = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert found["loss"] == json.loads((run[0] / "summary.json").read_text())["metrics"]["loss"]["after"]
+    assert data.to_dict()["model-index"][0]["name"] == "out"
+
+
+def test_what_is_published_names_no_place(run):
+    copy = published_copy(run[0])
+    assert str(run[0].parent) in (run[0] / "report.html").read_text()
+    assert str(run[0].parent) not in (copy / "report.html").read_text()
+
+
+def test_merge_proves_itself_and_reloads(run, tmp_path, capsys):
+    lineage = cli.main(["merge", str(run[0]), f"--output_dir={tmp_path / 'whole'}"])
+    assert lineage["parity"]["max_nats_per_token"] < 1e-5 and lineage["parity"]["tokens"] > 50
+    assert json.loads((tmp_path / "whole" / "lineage.json").read_text()) == lineage
+    card = ModelCard.load(tmp_path / "whole" / "README.md")
+    assert "AutoModelForCausalLM.from_pretrained" in card.text and "Peft" not in card.text
+    assert card.data.library_name == "transformers" and card.data.eval_results
+    assert "on average" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["merge", str(run[0]), f"--output_dir={tmp_path / 'whole'}"])
+
+
+def test_a_seed_of_answers_in_the_formats_of_evaluations(run, tmp_path, capsys):
+    questions = [
+        {
+            "question_id": 1,
+            "category": "math",
+            "turns": ["Ask Grace to mow the lawn.\n", "Ask Paul to print the map.\n"],
+        },
+        {
+            "question_id": 2,
+            "category": "stem",
+            "turns": ["Ask Zoe to set the table.\n", "Tell Emma to buy the milk.\n"],
+        },
+    ]
+    file, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    file.write_text("\n".join(map(json.dumps, questions)))
+    flags = [f"--model={run[0]}", f"--prompts={file}", "--max_completion_length=8"]
+    cli.main(["sample", *flags, "--format=mt_bench", f"--output={out}"])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["question_id"] for row in rows] == [1, 2] and len({row["answer_id"] for row in rows}) == 2
+    assert all(len(row["choices"][0]["turns"]) == 2 for row in rows)
+    again = cli.main(["sample", *flags, "--format=mt_bench"])
+    assert again[0]["choices"] == rows[0]["choices"]  # greedy, and seeded
+    (tmp_path / "alpaca.json").write_text(
+        json.dumps([{"instruction": "Ask Zoe to set the table.\n", "dataset": "koala"}])
+    )
+    argv = [f"--model={run[0]}", f"--prompts={tmp_path / 'alpaca.json'}", "--max_completion_length=8"]
+    cli.main(["sample", *argv, "--format=alpaca_eval", f"--output={tmp_path / 'o.json'}", "--generator=mine"])
+    (row,) = json.loads((tmp_path / "o.json").read_text())
+    assert row["generator"] == "mine" and row["dataset"] == "koala" and isinstance(row["output"], str)
+    cli.main(["sample", *argv, f"--compare={demo.MODEL_PATH}"])
+    assert " | " in capsys.readouterr().out
+
+
+def test_chat_shows_before_and_after(run, monkeypatch, capsys):
+    said = iter(["Ask Grace to mow the lawn.", "/reset", "", "Ask Zoe to set the table."])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(said, "/quit"))
+    assert cli.main(["chat", f"--model={run[0]}", "--max_completion_length=8"]) == 2
+    assert capsys.readouterr().out.count("before") == 2
+
+
+@pytest.mark.parametrize("command", ["reward", "fdpg", "conditional"])
+def test_preflight_stops_before_the_first_step(command, tmp_path, capsys):
+    small = ["--max_train_samples=8", "--report_prompts=2"]
+    small += [] if command == "reward" else ["--per_device_train_batch_size=8", "--max_completion_length=8"]
+    small += ["--num_generations=4"] if command == "fdpg" else []
+    small += (
+        ["--prompts_per_round=4", "--num_generations=5", "--draws_per_round=16"] if command == "conditional" else []
+    )
+    summary = cli.main([command, *small, "--preflight_only", f"--output_dir={tmp_path / 'out'}"])
+    assert not summary.training and not (tmp_path / "out" / "summary.json").exists()
+    assert {"first step", "memory", "checks", "sample"} <= set(summary.preflight)
+    assert "policy = reference" in capsys.readouterr().out
+
+
+def test_secrets_are_not_repeated():
+    argv = ["--hub_token", "hf_1", "--hub_token=hf_2", "--judge={api_key: 'sk-3', model: m}", "--seed=1"]
+    found = command_line("conditional", argv)
+    assert (
+        not any(secret in found for secret in ("hf_1", "hf_2", "sk-3")) and "--seed=1" in found and "model: m" in found
+    )
+
+
+def test_moved_groups_keeps_the_ends():
+    import torch
+
+    keep = MovedGroups(most=2)
+    for margins in ([3.0, 1.0, 9.0], [5.0, -2.0, 0.0, 7.0]):
+        n = len(margins)
+        batch = {
+            "valid": torch.ones(n, 2, dtype=torch.bool),
+            "scores": torch.tensor([[0.0, 1.0]] * n),
+            "input_ids": torch.arange(2 * n * 3).view(2 * n, 3),
+            "attention_mask": torch.ones(2 * n, 3, dtype=torch.long),
+            "completion_mask": torch.tensor([[0, 1, 1]] * (2 * n)),
+        }
+        ratios = torch.tensor([[0.0, margin] for margin in margins])
+        keep(batch, ratios, torch.ones(n))
+    assert [margin for margin, _, _ in keep.found] == [-2.0, 0.0, 7.0, 9.0]
+    assert keep.found[-1][2]["prompt"] == [12] and keep.found[-1][2]["completions"][1][2] == [16, 17]

@@ -1,0 +1,137 @@
+"""report.html works offline, escapes what users and judges wrote, and stays small whatever was logged."""
+
+import html.parser
+import json
+import re
+import time
+import tracemalloc
+
+import pytest
+
+from contrastive_align.launch import report
+from contrastive_align.launch.usage import UsageError
+from contrastive_align.report.history import LOG_FILE, History, read_history
+from contrastive_align.report.page import SAMPLES_FILE, RunView, render, write_page
+
+
+EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(2)>&lt;{{ 7*7 }}\u202e\x1b[31m"
+
+
+class Tags(html.parser.HTMLParser):
+    """Every tag, attribute and address of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes = set(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.attributes += attrs
+
+
+def summary(**more):
+    found = {
+        "method": {"line": f"nca {EVIL}", "beta": 0.1, "learning_rate": 3e-4},
+        "model": {"line": EVIL},
+        "reference": EVIL,
+        "data": {"train": {"line": EVIL, "notes": [EVIL], "groups": 4, "no_signal": 3}},
+        "metrics": {EVIL: {"before": 0.0, "after": None, "se": None, "n": 8, "before_se": None, "after_se": None}},
+        "metrics_on": EVIL,
+        "state": EVIL,
+        "preflight": {EVIL: EVIL},
+        "command": EVIL,
+        "versions": {EVIL: EVIL},
+        "engine": {"line": EVIL},
+    }
+    return found | more
+
+
+def samples():
+    stage = {"name": EVIL, "step": 0, "texts": [EVIL], "rewards": [0.5], "lengths": [3], "ended": [False]}
+    after = {**stage, "texts": [f"{EVIL} and <b>more</b>"], "rewards": [None]}
+    group = {"prompt": EVIL, "margin": 1.0, "completions": [{"score": 1.0, "moved": 0.5, "text": EVIL}]}
+    found = {"about": EVIL, "prompts": [EVIL], "reward_name": EVIL, "stages": [stage, after], "moved": {EVIL: [group]}}
+    return found
+
+
+def evil_run(name=EVIL):
+    entries = [{"step": s, "loss": 1.0 / s, f"moment/{EVIL}": 0.1, "round/reward/<q>": 0.1} for s in (1, 2, 3)]
+    return RunView(name, summary(), History(entries), samples())
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_nothing_that_users_wrote_is_markup(several):
+    page = render([evil_run(), evil_run("other")] if several else [evil_run()])
+    tags = Tags(page)
+    assert "script" not in tags.tags and "img" not in tags.tags and "b" not in tags.tags
+    assert not [name for name, _ in tags.attributes if name.startswith("on")]
+    assert "\u202e" not in page and "\x1b" not in page and "{{ 7*7 }}" in page
+    assert page.count("&lt;script&gt;") > 10
+
+
+def test_the_page_asks_for_nothing():
+    page = render([evil_run()])
+    tags = Tags(page)
+    assert not tags.tags & {"script", "link", "iframe", "object", "img", "a", "form", "base"}
+    assert not [value for name, value in tags.attributes if name in ("src", "href", "action", "data")]
+    assert not re.findall(r"url\(|@import", page)
+    (policy,) = [value for name, value in tags.attributes if value and value.startswith("default-src")]
+    assert policy.startswith("default-src 'none'") and "script-src" not in policy
+
+
+def test_a_long_run_has_a_small_page_in_little_time(tmp_path):
+    rows = 5_000
+    with (tmp_path / LOG_FILE).open("w") as file:
+        for step in range(rows):
+            file.write(
+                json.dumps(
+                    {"step": step, "loss": 1 / (1 + step), "rewards/margins": step / rows}
+                    | {f"rewards/rank_{k}": k + step / rows for k in range(4)}
+                )
+                + "\n"
+            )
+    tracemalloc.start()
+    started = time.perf_counter()
+    path = write_page([RunView("long", summary(), read_history(tmp_path), {})], tmp_path / "report.html")
+    seconds, peak = time.perf_counter() - started, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size < 200_000 and peak < 30e6 and seconds < 20
+    assert "polygon" in path.read_text()  # the band of what is joined
+
+
+def test_what_was_marked_is_what_is_new():
+    page = render([evil_run()])
+    assert "<ins>" in page and "&lt;b&gt;more&lt;/b&gt;</ins>" in page
+
+
+def test_the_command_rebuilds_one_page_and_compares_several(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, beta in (("one", 0.1), ("two", 0.5)):
+        (tmp_path / name).mkdir()
+        written = summary(method={"line": "nca", "beta": beta, "seed": 1})
+        (tmp_path / name / "summary.json").write_text(json.dumps(written))
+        (tmp_path / name / SAMPLES_FILE).write_text(json.dumps(samples()))
+        (tmp_path / name / LOG_FILE).write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
+    assert report.main(["one"]) == tmp_path.joinpath("one/report.html").relative_to(tmp_path)
+    both = report.main(["one", "two", "--output=both.html"]).read_text()
+    assert "Settings that differ" in both and ">0.5<" in both and "method seed" not in both
+    assert "Samples beside each other" in both
+    assert "WARNING (no_signal)" in capsys.readouterr().out
+    for argv, said in (
+        (["none"], "no folder 'none'"),
+        (["one", "--output=x.txt"], "expected a name that ends in .html"),
+    ):
+        with pytest.raises(UsageError) as error:
+            report.main(argv)
+        assert said in error.value.message
+
+
+def test_a_trainer_without_a_command_has_a_page_too(tmp_path):
+    state = {"log_history": [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "eval_loss": 1.5}]}
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(json.dumps(state))
+    assert "<h3>Loss</h3>" in report.main([str(tmp_path)]).read_text()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        report.main([str(tmp_path / "empty")])
