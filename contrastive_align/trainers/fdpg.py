@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,17 +263,27 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         """Return a seed for each group: the same samples on any number of processes, and after resuming."""
         return [seed_of(self.args.seed, what, place) for place in places]
 
+    @contextlib.contextmanager
+    def _proposal(self, given: Callable[..., contextlib.AbstractContextManager]) -> Iterator[PreTrainedModel]:
+        """Give what is drawn from: the policy, or in training the weights that are kept.
+
+        Args:
+            given: :meth:`sampling_from` or :meth:`scoring_by`.
+        """
+        kept = self.adaptive_proposal if self.model.training else None
+        with contextlib.ExitStack() as stack:
+            model = stack.enter_context(given(reference=kept is not None and kept.is_base))
+            if kept is not None:
+                stack.enter_context(kept.in_place_of(self.policy))
+            yield model
+
     def _draw(
         self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]
     ) -> tuple[Sequence[Sequence[list[int]]], Tensor | None]:
-        """Draw completions (C, K) of the proposal, with their log-probs under it, None where these are unknown."""
+        """Draw completions (C, K) of the proposal, with the log-probs that the sampler gave, or None."""
         if self.use_vllm or self.use_transformers_continuous_batching:
             return self.generate_by_engine(prompt_ids, per_prompt), None
-        kept = self.adaptive_proposal if self.model.training else None
-        with contextlib.ExitStack() as stack:
-            model = stack.enter_context(self.sampling_from(reference=kept is not None and kept.is_base))
-            if kept is not None:
-                stack.enter_context(kept.in_place_of(self.policy))
+        with self._proposal(self.sampling_from) as model:
             drawn = draw(model, prompt_ids, per_prompt=per_prompt, seeds=seeds, **self._draw_options())
         return drawn.completion_ids, drawn.logps
 
@@ -289,7 +299,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         first, evaluation = self.accelerator.process_index * len(rows), None if training else self._evaluation
         if evaluation is not None:
             first += evaluation.begun
-        completion_ids, proposal_logps = self._draw(prompt_ids, k, self._seeds(what, range(first, first + len(rows))))
+        completion_ids, sampler_logps = self._draw(prompt_ids, k, self._seeds(what, range(first, first + len(rows))))
         size = len(rows) // parts
         groups = [
             {"prompt_ids": p, "completion_ids": list(c), "scores": [0.0] * k}
@@ -297,11 +307,15 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         ]
         batches = [self.on_device(self.collate(groups[i : i + size])) for i in range(0, len(rows), size)]
         base_logps = torch.cat([self._logps(batch, reference=True) for batch in batches])
-        policy_logps = proposal_logps
-        if proposal_logps is None or (self.adaptive_proposal is not None and training):
+        # Scored as in the loss: on policy their ratio is 1, in 16 bits too, where the sampler's differ by more.
+        with self._proposal(self.scoring_by) as model:
+            policy_logps = proposal_logps = torch.cat([self._completion_logps(model, batch) for batch in batches])
+        if self.adaptive_proposal is not None and training:
             policy_logps = torch.cat([self._logps(batch) for batch in batches])
-        policy_logps = policy_logps.to(base_logps.device)
-        proposal_logps = policy_logps if proposal_logps is None else proposal_logps.to(base_logps.device)
+        if sampler_logps is not None:
+            gap = self.accelerator.gather(sampler_logps.to(proposal_logps) - proposal_logps)
+            found = {"mean": gap.mean(), "std": gap.std(correction=0), "max": gap.abs().max()}
+            self.record({f"sampling/logp_gap/{name}": x.item() for name, x in found.items()}, training=training)
         if training and self.reference_is_proven is False:
             self._prove_reference_on(groups[0], batches[0], base_logps[:size])
         phi = self._features(rows, completion_ids).view(len(rows), k, -1).to(base_logps.device)

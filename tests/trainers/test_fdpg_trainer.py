@@ -45,11 +45,11 @@ def tokenizer():
 
 def build(seed=0, **shape):
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    given = dict(
         vocab_size=len(WORDS), hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=EOS, **shape,
+        max_position_embeddings=64, initializer_range=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=EOS,
     )  # fmt: skip
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**given | shape))
 
 
 def everything() -> list[list[int]]:
@@ -171,6 +171,30 @@ def test_rewards_alone_are_the_target_of_kl_control(tokenizer, tmp_path):
     trainer.create_model_card(model_name="mine")
     card = (tmp_path / "README.md").read_text()
     assert f"## Objective\n\n- divergence: `js`\n- target: `base * exp({trainer.target.names[0]} / 0.5)`\n\n##" in card
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_policy_every_importance_weight_is_one(dtype, layout, tokenizer, tmp_path):
+    """What is drawn is scored as the loss scores it; what the sampler's own log-probs differ by is logged."""
+    gaps = []
+
+    class Watched(FDPGTrainer):
+        def _completion_logps(self, model, batch):
+            found = super()._completion_logps(model, batch)
+            if found.requires_grad:
+                gaps.append((found - batch["proposal_logps"]).abs().max().item())
+            return found
+
+    args = options(tmp_path, max_steps=3, gradient_accumulation_steps=1, layout=layout, max_completion_length=24)
+    model = build(hidden_size=64, num_hidden_layers=4, initializer_range=0.2).to(dtype)
+    prompts = Dataset.from_dict({"prompt": ["a b", "c a b a", "b"] * 8})
+    data = {"train_dataset": prompts, "processing_class": tokenizer, "target": moment_target()}
+    trainer = Watched(model, args=args, **data)
+    trainer.train()
+    assert len(gaps) == 3 and max(gaps) == 0
+    told = [entry["sampling/logp_gap/max"] for entry in trainer.state.log_history if "loss" in entry]
+    assert (min(told) > 1e-4) == (dtype == torch.bfloat16), told
 
 
 def test_killed_and_resumed_is_not_killed(tokenizer, tmp_path):
