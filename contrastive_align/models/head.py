@@ -56,10 +56,13 @@ def add_head(model: PreTrainedModel) -> None:
                 kwargs["shift_labels"] = shift_labels
             return before(*args, fused_lm_head=fused_lm_head, **kwargs)
         hidden = self.base_model(*args, **kwargs).last_hidden_state
+        shift_labels = shift_labels.to(hidden.device)  # of a model over several devices, the last one
         scored = shift_labels != -100
         hidden, labels = hidden[scored], shift_labels[scored]
 
         def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+            nonlocal labels
+            hidden, labels = hidden.to(weight.device), labels.to(weight.device)
             if token_objective is not None:
                 return token_objective(hidden, labels, weight, bias, scale, softcap)
             values = score_tokens(hidden, weight, bias, labels, scale=scale, softcap=softcap, token_stats=token_stats)

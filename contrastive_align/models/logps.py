@@ -47,25 +47,31 @@ def completion_logps(
         token_stats: whether to compute ``tokens``, which costs a few passes over the logits.
         forward_kwargs: passed to the model.
 
+    Returns:
+        All on the device of the log-probs.
+
     Raises:
         RuntimeError: a packed row did not reach the shared-prompt attention.
     """
-    lengths = batch["completion_mask"][:, 1:].sum(1)
     inputs = _model_inputs(batch, layout)
     outputs = model(**inputs, use_cache=False, fused_lm_head=True, token_stats=token_stats, **forward_kwargs)
     _check_attention(model, inputs)
-    scored = inputs["shift_labels"] != -100  # completion tokens, completion after completion, under both layouts
-    values = {name: getattr(outputs, name) for name in ("log_probs", "entropy", "mean_logits", "is_top1")}
-    values = {name: v[scored] if v.dim() == 2 else v for name, v in values.items() if v is not None}
+    lengths = batch["completion_mask"][:, 1:].sum(1)
+    # Of completion tokens, completion after completion, under both layouts.
+    scored = (inputs["shift_labels"].flatten() != -100).nonzero()[:, 0]
     completion_index = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    moved = {"valid": batch["valid"], "lengths": lengths, "scored": scored, "completion_index": completion_index}
+    moved = beside(outputs.log_probs, moved)
+    values = {name: getattr(outputs, name) for name in ("log_probs", "entropy", "mean_logits", "is_top1")}
+    values = {n: v.flatten()[moved["scored"]] if v.dim() == 2 else v for n, v in values.items() if v is not None}
     log_probs = values.pop("log_probs")
     log_probs = log_probs if log_probs.dtype == torch.float64 else log_probs.float()
-    sums = log_probs.new_zeros(len(lengths)).index_add(0, completion_index, log_probs)
+    sums = log_probs.new_zeros(len(lengths)).index_add(0, moved["completion_index"], log_probs)
     return CompletionLogps(
-        logps=per_completion(sums, batch["valid"]),
-        lengths=per_completion(lengths, batch["valid"]),
+        logps=per_completion(sums, moved["valid"]),
+        lengths=per_completion(moved["lengths"], moved["valid"]),
         tokens=values,
-        completion_index=completion_index,
+        completion_index=moved["completion_index"],
         aux_loss=getattr(outputs, "aux_loss", None),
     )
 
@@ -97,6 +103,11 @@ def completion_objective(
     result = model(**inputs, use_cache=False, fused_lm_head=True, token_objective=objective, **forward_kwargs)
     _check_attention(model, inputs)
     return result
+
+
+def beside(tensor: Tensor, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch on a tensor's device: of a model over several devices, log-probs come from the last one."""
+    return {name: value.to(tensor.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def per_completion(values: Tensor, valid: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.models.head import head_parameters, logit_scale, logit_softcap, whole
 from contrastive_align.models.loading import eos_token_ids
-from contrastive_align.models.logps import completion_logps, completion_objective
+from contrastive_align.models.logps import beside, completion_logps, completion_objective
 from contrastive_align.models.token_loss import token_loss
 from contrastive_align.pool import Pool, Sample, Table
 from contrastive_align.registry import hash_of_user
@@ -511,6 +511,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
                 )
 
         terms = completion_objective(model, inputs, objective, layout=self.layout)
+        inputs = beside(terms.loss, inputs)
         if self.model.training:
             self._add_metrics(terms, inputs)
         return terms.loss / inputs.get("step_tokens", inputs["completion_mask"].sum())

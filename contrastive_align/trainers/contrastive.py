@@ -27,7 +27,7 @@ from contrastive_align.data.rows import BadRow
 from contrastive_align.data.tokenise import render_messages
 from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_labels
 from contrastive_align.models.loading import embedding_rows
-from contrastive_align.models.logps import completion_logps, per_completion
+from contrastive_align.models.logps import beside, completion_logps, per_completion
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset
 from contrastive_align.trainers.configs import AUTO, ContrastiveConfig
 from contrastive_align.trainers.labels import (
@@ -387,10 +387,11 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         training = self.model.training
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         # The reference comes first, so that its activations and those kept for the backward pass never add up.
-        cached = inputs["ref_logps"] if self.args.precompute_ref_log_probs else None
-        ref_logps = cached if cached is not None else self.compute_ref_log_probs(self.reference_or_policy, inputs)
+        if not self.args.precompute_ref_log_probs:
+            inputs = inputs | {"ref_logps": self.compute_ref_log_probs(self.reference_or_policy, inputs)}
         policy = completion_logps(model, inputs, layout=self.layout, **router)
-        valid = inputs["valid"]
+        inputs = beside(policy.logps, inputs)
+        valid, ref_logps = inputs["valid"], inputs["ref_logps"]
         scores = add_first_score_bonus(inputs["scores"], valid, self.args.first_score_bonus)
         log_ratios = policy.logps - ref_logps
         if training and self.reference_is_proven is False:

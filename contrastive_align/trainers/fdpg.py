@@ -27,7 +27,7 @@ from contrastive_align.losses import fdpg
 from contrastive_align.losses.divergences import DIVERGENCES, mean_slope
 from contrastive_align.losses.estimators import RunningLogZ
 from contrastive_align.models.loading import decoder_start_token
-from contrastive_align.models.logps import completion_logps
+from contrastive_align.models.logps import beside, completion_logps
 from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.targets import Target
 from contrastive_align.targets.evaluate import columns_of
@@ -410,7 +410,9 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         if self.model.training and self.reference_is_proven is False and self._first_group:  # resumed between draws
             with torch.no_grad():
                 self._prove_reference_on(self._first_group, inputs, self._logps(inputs, reference=True))
-        some_mass, policy_logps = inputs["log_z"] != -math.inf, self._completion_logps(model, inputs)
+        policy_logps = self._completion_logps(model, inputs)
+        inputs = beside(policy_logps, inputs)
+        some_mass = inputs["log_z"] != -math.inf
         if not (self.first_step_is_finite or torch.isfinite(policy_logps).all()):
             return policy_logps.sum()  # NaN or infinite: the check of the first step finds out why
         losses = fdpg(
