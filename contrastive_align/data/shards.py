@@ -197,7 +197,7 @@ class ShardedGroups(Dataset):
         report: counts what is read.
 
     Attributes:
-        order: the order of training; another one may be set.
+        order: that of the files; a trainer sets the one that it reads in.
         references: files of reference log-probs beside ``files``, where they are cached.
         first: the first group, which fills batches without one.
     """
@@ -211,7 +211,7 @@ class ShardedGroups(Dataset):
     ) -> None:
         self.files, self.lengths, self.reader, self.report = tuple(files), lengths, reader, report
         self.starts = np.cumsum(lengths) - lengths
-        self.order = ShardOrder(lengths)
+        self.order = ShardOrder(lengths, shuffle=False)
         self.references: Sequence[Path] | None = None
         self._kept: tuple[int, _Reader] | None = None
         self._counted: tuple[int, int] | None = None
@@ -231,7 +231,7 @@ class ShardedGroups(Dataset):
         for number, row in enumerate(row for file in range(len(self.files)) for [row] in self.rows_of(file)):
             if number == self._before:
                 self._before += 1
-                self._count(row)
+                self.count(row)
             yield from row.groups
 
     def __getitem__(self, position: int) -> ReadBatch:
@@ -272,9 +272,10 @@ class ShardedGroups(Dataset):
             if position > last and position // len(self) == epoch:
                 self._counted = (epoch, position)
                 if row.counted and row.counted[0]["row"] >= self._before:
-                    self._count(row)
+                    self.count(row)
 
-    def _count(self, row: ReadRow) -> None:
+    def count(self, row: ReadRow) -> None:
+        """Count a row in the report."""
         for counted in row.counted:
             self.report.count_of_stream(counted)
 

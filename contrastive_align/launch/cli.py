@@ -63,6 +63,17 @@ COMMANDS = {
         "DPOConfig",
         _INHERITED,
     ),
+    "reference": Command(
+        "Write the reference's log-probs of a folder of shards, before training and on any machine.",
+        "contrastive-align reference --model_name_or_path=M --dataset_name=FOLDER\n"
+        "contrastive-align reference --model_name_or_path=M --dataset_name=FOLDER --output=OTHER_FOLDER   # twice: two jobs\n"
+        "contrastive-align reward --model_name_or_path=M --dataset_name=FOLDER --dataset_streaming=true "
+        "--precompute_ref_log_probs=true",
+        ("reference", "ReferenceRun"),
+        (("launch/reference.py", "ReferenceArguments"), ("trainers/configs.py", "ContrastiveConfig")),
+        "DPOConfig",
+        _LENGTH | {"precompute_ref_batch_size": "Groups in a batch; per_device_train_batch_size by default."},
+    ),
     "fdpg": Command(
         "Say what the model should be: prompts and a target instead of completions and scores.",
         'contrastive-align fdpg                                      # the bundled model, "please" in half\n'

@@ -23,6 +23,7 @@ from trl import DPOTrainer
 from contrastive_align.data import DataReport, GroupCollator, prepare_groups
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.columns import read_options
+from contrastive_align.data.files import files_of
 from contrastive_align.data.rows import BadRow
 from contrastive_align.data.shards import ShardedGroups
 from contrastive_align.data.tokenise import render_messages
@@ -46,6 +47,7 @@ from contrastive_align.trainers.shard_batches import (
     shard_loader,
     stream_state,
 )
+from contrastive_align.trainers.stored_reference import attach_logps
 from contrastive_align.trainers.token_batches import GroupWeights, loader_by_tokens
 from contrastive_align.trl_seam import (
     CachesReference,
@@ -144,6 +146,17 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
                 "temperature_alpha='auto' is found from the scores of all training groups, and train_dataset is a "
                 "stream. Give a number (labels are softmax(scores / temperature_alpha); 1e-4 makes them one-hot, "
                 "which pairs are at any number), or load the dataset whole."
+            )
+        if args.ref_log_probs_folder is not None and not args.precompute_ref_log_probs:
+            raise ValueError(
+                "ref_log_probs_folder is given without precompute_ref_log_probs, which reads it. Set "
+                "precompute_ref_log_probs=True, or leave the folder out."
+            )
+        if args.ref_log_probs_folder is not None and files_of(train_dataset) is None:
+            raise ValueError(
+                "ref_log_probs_folder holds the log-probs of shards that are streamed, and train_dataset is no stream "
+                "of files: its log-probs are computed once and cached. Leave the folder out, or stream the files "
+                "(dataset_streaming=True)."
             )
         # Accelerate would have the main process read every stream and cut its batches by rows, and groups with them.
         args.accelerator_config.dispatch_batches = False
@@ -277,6 +290,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             batch["group_weights"] = self._group_weights.of(self, batch, self.train_dataset, last=last, training=True)
         groups = sum(batch["group_weights"].sum() for batch in batches)
         total = self.accelerator.gather(torch.as_tensor(groups, device=device, dtype=torch.float32)).sum()
+        total = total.clamp(min=1)  # all rows of a step of a stream may have been dropped
         for batch in batches:  # tensor-parallel processes have the same groups, in the sum as in the product
             batch["step_groups"] = total / (len(batches) * self.accelerator.num_processes)
         return batches, total / self.get_tp_size()
@@ -300,8 +314,15 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         finally:
             model.train(was_training)
 
-    def add_reference_logps(self, dataset: AnyDataset, name: str, batch_size: int) -> Dataset:
-        """Add the column ``ref_logps``, cached on disk under a key of everything it depends on."""
+    def add_reference_logps(
+        self, dataset: AnyDataset | ShardedGroups, name: str, batch_size: int
+    ) -> Dataset | ShardedGroups:
+        """Add the column ``ref_logps``, cached on disk under a key of everything it depends on.
+
+        Those of shards are written beforehand (``contrastive-align reference``).
+        """
+        if isinstance(dataset, ShardedGroups):
+            return attach_logps(dataset, self, name)
         self._choose_layout_once()
         model, file = self.reference_or_policy, None
         if isinstance(dataset, Dataset) and not self.is_sharded:  # sharded weights would give any two models one key

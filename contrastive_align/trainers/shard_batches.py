@@ -35,22 +35,9 @@ class ShardCollator:
 
 
 def shard_loader(trainer: Any, dataset: ShardedGroups, *, training: bool) -> Any:
-    """Return this process's loader of the groups of shards.
-
-    Raises:
-        ValueError: a ``train_sampling_strategy`` that needs the lengths of all groups.
-    """
+    """Return this process's loader of the groups of shards: shuffled in training, else in the order of the files."""
     args = trainer.args
-    if training:
-        if args.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"train_sampling_strategy={args.train_sampling_strategy!r} needs to know the length of every group "
-                "beforehand, and train_dataset is a stream. Load it whole, or choose 'random' or 'sequential'."
-            )
-        seed = args.seed if args.data_seed is None else args.data_seed
-        dataset.order = ShardOrder(dataset.lengths, seed=seed, shuffle=args.train_sampling_strategy == "random")
-    else:
-        dataset.order = ShardOrder(dataset.lengths, shuffle=False)
+    dataset.order = ShardOrder(dataset.lengths, seed=_seed(args), shuffle=training)
     # The sampler deals to the ranks itself, so the loader is not cut into shards once more.
     return DataLoaderShard(
         dataset,
@@ -65,6 +52,10 @@ def shard_loader(trainer: Any, dataset: ShardedGroups, *, training: bool) -> Any
         multiprocessing_context=args.dataloader_multiprocessing_context,
         in_order=args.dataloader_in_order,
     )
+
+
+def _seed(args: Any) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
 
 
 def _batches(trainer: Any, dataset: ShardedGroups, *, training: bool) -> ShardBatches:
@@ -88,8 +79,7 @@ def stream_state(trainer: Any, dataset: ShardedGroups) -> dict[str, Any]:
     return {
         "rows_before": epoch * len(dataset) + step * per_step,
         "rows_per_step": per_step,
-        "seed": args.seed if args.data_seed is None else args.data_seed,
-        "strategy": args.train_sampling_strategy,
+        "seed": _seed(args),
         "files": [[path.name, int(rows)] for path, rows in zip(dataset.files, dataset.lengths, strict=True)],
     }
 
@@ -109,12 +99,11 @@ def check_stream_of_checkpoint(checkpoint: Path, then: dict[str, Any], trainer: 
             f"{checkpoint} was trained on other shards than these: {what}. Resume with the same files, or start anew "
             f"from its weights: model='{checkpoint}'."
         )
-    for option, name in (("seed", "seed"), ("strategy", "train_sampling_strategy")):
-        if then[option] != now[option]:
-            raise ValueError(
-                f"{checkpoint} was trained with {name}={then[option]}, and this run has {now[option]}: the rows of the "
-                f"stream would come in another order. Set {name}={then[option]} (data_seed, where that is given)."
-            )
+    if then["seed"] != now["seed"]:
+        raise ValueError(
+            f"{checkpoint} was trained with data_seed={then['seed']} (by default the seed), and this run has "
+            f"{now['seed']}: the rows of the stream would come in another order. Set data_seed={then['seed']}."
+        )
     if (wanted := then["rows_per_step"]) != (found := now["rows_per_step"]):
         accumulation = trainer.args.gradient_accumulation_steps
         at_once = found // accumulation
