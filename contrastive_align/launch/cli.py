@@ -65,12 +65,11 @@ COMMANDS = {
     ),
     "reference": Command(
         "Write the reference's log-probs of a folder of shards, before training and on any machine.",
-        "contrastive-align reference --model_name_or_path=M --dataset_name=FOLDER\n"
-        "contrastive-align reference --model_name_or_path=M --dataset_name=FOLDER --output=OTHER_FOLDER   # twice: two jobs\n"
-        "contrastive-align reward --model_name_or_path=M --dataset_name=FOLDER --dataset_streaming=true "
-        "--precompute_ref_log_probs=true",
+        "contrastive-align reference --model_name_or_path=M --dataset_name=FOLDER   # in several jobs at once\n"
+        "contrastive-align reward --model_name_or_path=M --dataset_name=FOLDER --loss_type=DPO \\\n"
+        "    --dataset_streaming=true --precompute_ref_log_probs=true",
         ("reference", "ReferenceRun"),
-        (("launch/reference.py", "ReferenceArguments"), ("trainers/configs.py", "ContrastiveConfig")),
+        (_ROWS, ("launch/reference.py", "ReferenceArguments"), ("trainers/configs.py", "ContrastiveConfig")),
         "DPOConfig",
         _LENGTH | {"precompute_ref_batch_size": "Groups in a batch; per_device_train_batch_size by default."},
     ),

@@ -33,6 +33,7 @@ GROUPS = {
     "Measuring": "eval_samples, eval_prompts, eval_reward, qrs_acceptance, best, report_prompts, preflight_only",
     "Computing": (
         "layout, max_tokens_per_batch, per_device_train_batch_size, ref_log_probs_folder, unfrozen_layers_ratio, "
+        "layout, max_tokens_per_batch, per_device_train_batch_size, ref_log_probs_folder, unfrozen_layers_ratio, "
         "disable_dropout, allow_pickled_adapter, ds3_gather_for_generation"
     ),
 }

@@ -84,8 +84,8 @@ class ReferenceRun(Run):
         counts = {name: sum(found[name] for found in every) for name in counts}
         seconds = time.perf_counter() - started
         print_on_main(
-            f"{counts['written']} shards written ({counts['groups']} groups in {seconds:.0f} s), {counts['there']} were "
-            f"there, {counts['elsewhere']} are other processes'. They are in {folder}."
+            f"{counts['written']} shards written ({counts['groups']} groups in {seconds:.0f} s), {counts['there']} "
+            f"were there, {counts['elsewhere']} are being written by others. They are in {folder}."
         )
         trainer.end()
         return {**counts, "folder": str(folder)}
