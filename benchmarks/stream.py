@@ -12,7 +12,9 @@ Every process logs the ids of the groups in its training loss. Checked are
 - the memory of each process and of its workers, early in a run and at its end;
 - cached log-probs against live ones, on a sample.
 
-The table has the numbers that docs/scale.md reckons with.
+    python benchmarks/stream.py --constants [--folder DIR]
+
+measures what docs/scale.md reckons with, on groups of a usual size: four completions of about 200 tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -208,13 +211,16 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=1_000_000)
     parser.add_argument("--shards", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--folder", help="keep everything there")
+    parser.add_argument("--constants", action="store_true", help="what a group of a usual size costs one reader")
+    parser.add_argument("--folder", help="where the shards are written for the time being")
     parser.add_argument("--train", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.train:
         told = json.loads(args.train)
         return train(Path(told.pop("place")), told.pop("name"), **told)
     with TemporaryDirectory(dir=args.folder) as place:
+        if args.constants:
+            return constants(Path(place))
         measure(Path(place), args.groups, args.shards, args.epochs)
 
 
@@ -266,6 +272,81 @@ def measure(place: Path, groups: int, shards: int, epochs: int) -> None:
     runs = [steps_of(place, name) for name, *_ in plan]
     checked = check_ids(runs, groups, epochs, per_epoch)
     say(f"ids of {epochs} epoch{'s' * (epochs > 1)}", ", ".join(f"{count} {what}" for what, count in checked.items()))
+
+
+def constants(place: Path, groups: int = 2000, completions: int = 4, words: int = 150) -> None:
+    """Measure one reader on groups of a usual size, in seconds of a core."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+
+    from contrastive_align.data.files import count_rows, unread_rows
+    from contrastive_align.data.reference_shards import LogpsWriter, read_logps
+    from contrastive_align.data.shards import ShardOrder
+
+    torch.set_num_threads(1)
+    datasets.config.HF_DATASETS_CACHE = str(place / "cache")
+    random = np.random.RandomState(0)
+
+    def text(length: int) -> str:
+        return " ".join(np.array(WORDS)[random.randint(len(WORDS), size=length)])
+
+    rows = [
+        {
+            "prompt": text(words),
+            "completions": [f" {text(words)} {i}" for i in range(completions)],
+            "scores": random.rand(completions).tolist(),
+        }
+        for _ in range(groups)
+    ]
+    (place / "data").mkdir()
+    lines, table = place / "data" / "a.jsonl", place / "a.parquet"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), table, compression="zstd", row_group_size=1000)
+    size = lines.stat().st_size
+    say("a group", f"{size / groups:.0f} bytes in JSON lines, {table.stat().st_size / groups:.0f} in Parquet (zstd)")
+    write_model(place / "model")
+    stream = build(place, precompute_ref_log_probs=False, max_length=4096).train_dataset
+
+    def pass_over(path: Path) -> int:
+        return sum(1 for _ in unread_rows(path))
+
+    def seconds(work: Any, times: int = 3) -> float:
+        found = []
+        for _ in range(times):
+            began = time.process_time()  # of all threads: a machine may be busy with something else
+            work()
+            found.append(time.process_time() - began)
+        return min(found)
+
+    for path in (lines, table):
+        took, over = seconds(partial(count_rows, path)), seconds(partial(pass_over, path))
+        say(f"{path.suffix}: count the rows", f"{path.stat().st_size / took / 1e6:.0f} MB/s")
+        say(
+            f"{path.suffix}: pass over rows", f"{path.stat().st_size / over / 1e6:.0f} MB/s, {groups / over:.0f} rows/s"
+        )
+    tokens = sum(len(g["prompt_ids"]) + sum(map(len, g["completion_ids"])) for g in stream)
+    took = seconds(lambda: [rows for rows in stream.rows_of(0, 64)])
+    say("the door: parse, check, tokenise", f"{groups / took:.0f} groups/s, {tokens / took:.0f} tokens/s of one core")
+    say("tokens of a group", f"{tokens / groups:.0f}, the prompt once")
+    order = ShardOrder([100_000] * 10_000)
+    took = seconds(lambda: order.window_at(int(random.randint(9)), int(random.randint(order.rows))))
+    say("find a place among 10^9 rows in 10^4 shards", f"{took * 1000:.0f} ms")
+    file = place / "logps.parquet"
+    read = [row.groups for rows in stream.rows_of(0, 256) for row in rows]
+
+    def write() -> None:
+        with file.open("wb") as out:
+            writer = LogpsWriter(out, {})
+            for at in range(0, groups, 512):
+                logps = [[(g, random.normal(-200, 50, completions)) for g in row] for row in read[at : at + 512]]
+                writer.write(logps)
+            writer.close()
+
+    took, again = seconds(write), seconds(lambda: sum(1 for _ in read_logps(file)))
+    say("log-probs of a group", f"{file.stat().st_size / groups:.1f} bytes")
+    say("write, and read log-probs", f"{groups / took:.0f} and {groups / again:.0f} groups/s")
 
 
 def say(what: str, found: str) -> None:

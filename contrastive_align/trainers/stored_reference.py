@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, is_peft_model
 from peft import PeftModel
 from torch import Tensor, nn
 
-from contrastive_align.data.atomic import atomic_write
+from contrastive_align.data.atomic import atomic_write, leftovers
 from contrastive_align.data.folder_lock import FolderInUse, folder_held
 from contrastive_align.data.reference_shards import COMMAND, LogpsWriter, read_note
 from contrastive_align.data.shards import ShardedGroups
@@ -186,6 +186,8 @@ class ReferenceJob:
                     if _fits(target, dataset.files[file], dataset.lengths[file], to_the_byte=True):
                         counts["there"] += 1
                         continue
+                    for left in leftovers(self.folder, target.name):
+                        left.unlink()  # of a job that was killed
                     counts["groups"] += self._write(dataset, file, target, batch_size)
                     counts["written"] += 1
             except FolderInUse:
