@@ -69,7 +69,7 @@ class ShardOrder:
     """The order of an epoch over the rows of several files.
 
     Files are shuffled, and ``OPEN_FILES`` of them are read at a time. Their blocks follow each other at random, those
-    of one file as they stand in it, so that each file is read once from its begin to its end. Then the rows of every
+    of one file as they stand in it, so that each file is read once from beginning to end. Then the rows of every
     ``WINDOW`` blocks are shuffled.
 
     >>> order = ShardOrder([100, 1, 50], seed=1)

@@ -246,8 +246,7 @@ class ContrastiveConfig(DPOConfig):
             Added to the score of every group's first completion. The published run adds 0.01, which at
             temperature_alpha = 1e-4 decides every tie for the first.
         ref_log_probs_folder (`str`, *optional*):
-            With `precompute_ref_log_probs` on a stream of files: where `contrastive-align reference` has written the
-            reference's log-probs. By default `.reference` in the folder of the files.
+            Where `contrastive-align reference` wrote; by default beside the files.
         allow_pickled_adapter (`bool`, defaults to `False`):
             Read an `adapter_model.bin` (a pickle), with `weights_only=True`.
     """
