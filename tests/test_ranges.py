@@ -17,6 +17,7 @@ from contrastive_align.trainers import configs
 REFUSED = {
     "reward": configs.NOT_SUPPORTED_CONTRASTIVE,
     "preference": configs.NOT_SUPPORTED_CONTRASTIVE,
+    "reference": configs.NOT_SUPPORTED_CONTRASTIVE,
     "fdpg": configs.NOT_SUPPORTED_FDPG,
     "conditional": configs.NOT_SUPPORTED_CONDITIONAL,
 }

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import hashlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -60,10 +62,16 @@ CONTAINERS = {"data", "rows", "examples", "items", "instances", "records", "trai
 BESIDE = {"version", "schema", "metadata", "info", "description", "name", "title", "license", "features", "num_rows"}
 TYPED = ("parquet", "arrow")  # kinds whose columns have types
 DELIMITERS = ",;\t|"
+TYPED_AT_ONCE = 64  # rows of a table that are made Python objects together
+_FILES = "_contrastive_align_files"  # what a stream of files remembers of them
 SNIFFED = 1 << 16  # characters by which a table's delimiter is found
 _DECODER = json.JSONDecoder()
 _FEATURES = Features({ROW: Value("int64"), RAW: Value("string"), UNREADABLE: Value("string")})
-_SOURCE = hashlib.sha256(b"".join(Path(f).read_bytes() for f in (__file__, rows_module.__file__))).hexdigest()
+SOURCE = hashlib.sha256(b"".join(Path(f).read_bytes() for f in (__file__, rows_module.__file__))).hexdigest()
+
+
+Unread = Callable[[], dict[str, Any]]  # a row that is parsed when it is asked for
+Reader = Callable[[Path, str | None], Iterator[Unread]]  # path, compression -> the rows
 
 
 class FileProblem(ValueError):
@@ -118,9 +126,11 @@ def read_files(paths: list[Path], *, streaming: bool = False) -> Dataset | Itera
     features = _features(paths) if typed else _FEATURES
     # The key of the cache: files that changed, and other code, are read again.
     stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    told = {"paths": [str(path) for path in paths], "stamps": [str(stamps)] * len(paths), "source": _SOURCE}
+    told = {"paths": [str(path) for path in paths], "stamps": [str(stamps)] * len(paths), "source": SOURCE}
     if streaming:
-        return IterableDataset.from_generator(_rows_of, gen_kwargs=told, features=features)
+        stream = IterableDataset.from_generator(_rows_of, gen_kwargs=told, features=features)
+        setattr(stream, _FILES, tuple(paths))
+        return stream
     try:
         found = Dataset.from_generator(_rows_of, gen_kwargs=told, features=features)
         if not len(found):
@@ -135,6 +145,37 @@ def read_files(paths: list[Path], *, streaming: bool = False) -> Dataset | Itera
         if isinstance(cause, FileProblem):
             raise cause from None
         raise FileProblem(f"{paths[0]} cannot be read: {cause or error}") from error
+
+
+def files_of(dataset: Any) -> tuple[Path, ...] | None:
+    """Return the files of a stream that :func:`read_files` made; None of any other, also of one that was mapped."""
+    return getattr(dataset, _FILES, None)
+
+
+def unread_rows(path: Path, start: int = 0) -> Iterator[Unread]:
+    """Yield the rows of a file from a number on; those that nobody asks for are passed over without being parsed.
+
+    Raises:
+        FileProblem: a file that is no such file, or that breaks off.
+    """
+    known: Any = kind_of(path)
+    try:
+        if known.kind == "parquet":
+            yield from _read_parquet(path, known.compression, start)
+        else:
+            yield from itertools.islice(READERS[known.kind](path, known.compression), start, None)
+    except FileProblem:
+        raise
+    except Exception as error:  # whatever the readers of compressed, typed and zipped files raise
+        raise FileProblem(f"'{path}' cannot be read: {type(error).__name__}: {error}") from error
+
+
+def count_rows(path: Path) -> int:
+    """Count the rows of a file, bad ones included."""
+    known: Any = kind_of(path)
+    if known.kind == "parquet" and known.compression is None:
+        return pq.ParquetFile(path).metadata.num_rows
+    return sum(1 for _ in unread_rows(path))
 
 
 def folder_files(folder: Path) -> dict[str, list[Path]]:
@@ -220,15 +261,10 @@ def _undecodable(path: Path, compression: str | None, encoding: str) -> str:
 def _rows_of(paths: list[str], stamps: list[str], source: str) -> Iterator[dict[str, Any]]:
     number = 0
     for path in map(Path, paths):
-        known: Any = kind_of(path)
-        try:
-            for row in READERS[known.kind](path, known.compression):
-                yield {**row, ROW: number} if known.kind not in TYPED else row
-                number += 1
-        except FileProblem:
-            raise
-        except Exception as error:  # whatever the readers of compressed, typed and zipped files raise
-            raise FileProblem(f"'{path}' cannot be read: {type(error).__name__}: {error}") from error
+        typed = kind_of(path).kind in TYPED
+        for read in unread_rows(path):
+            yield read() if typed else {**read(), ROW: number}
+            number += 1
 
 
 def _row(values: dict[str, Any]) -> dict[str, Any]:
@@ -242,7 +278,7 @@ def _bad(path: Path, place: str, problem: Any) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- JSON
 
 
-def _read_json(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
+def _read_json(path: Path, compression: str | None) -> Iterator[Unread]:
     with _text(path, compression) as file:
         head = file.read(SNIFFED)
         if _is_one_value(head):
@@ -250,16 +286,17 @@ def _read_json(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
         else:
             _check_no_columns(path, head)
             rest = _lines(head, file)
-        row = 0
-        for line, text in rest:
-            try:
-                for name, value in parse_object(text).items():
-                    check_text([name, value], f"'{name.encode('utf-8', 'backslashreplace').decode()}'")
-            except ValueError as error:
-                yield _bad(path, f"row {row} (line {line})", error)
-            else:
-                yield {RAW: text, UNREADABLE: None}
-            row += 1
+        for row, (line, text) in enumerate(rest):
+            yield functools.partial(_json_row, path, row, line, text)
+
+
+def _json_row(path: Path, row: int, line: int, text: str) -> dict[str, Any]:
+    try:
+        for name, value in parse_object(text).items():
+            check_text([name, value], f"'{name.encode('utf-8', 'backslashreplace').decode()}'")
+    except ValueError as error:
+        return _bad(path, f"row {row} (line {line})", error)
+    return {RAW: text, UNREADABLE: None}
 
 
 def _is_one_value(head: str) -> bool:
@@ -574,18 +611,43 @@ def _features(paths: list[Path]) -> Features:
     return Features({name: known.get(name) or Value("string") for name in schema.names})
 
 
-def _typed_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
+def _typed_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[Unread]:
     """Yield rows; a value of a type that datasets does not know is its JSON text."""
     unknown: list[str] | None = None
     for batch in batches:
         unknown = _unknown_types(batch.schema) if unknown is None else unknown
-        for row in batch.to_pylist():
-            yield row | {name: json.dumps(row[name], default=str) for name in unknown if row[name] is not None}
+        for piece in (batch.slice(at, TYPED_AT_ONCE) for at in range(0, batch.num_rows, TYPED_AT_ONCE)):
+            rows = _TypedRows(piece, unknown)
+            yield from (functools.partial(rows, i) for i in range(piece.num_rows))
 
 
-def _read_parquet(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
+class _TypedRows:
+    """The rows of a piece of a table, which are made Python objects together, when the first is asked for."""
+
+    def __init__(self, piece: pa.RecordBatch, unknown: list[str]) -> None:
+        self.piece, self.unknown = piece, unknown
+
+    def __call__(self, i: int) -> dict[str, Any]:
+        return self._rows[i]
+
+    @functools.cached_property
+    def _rows(self) -> list[dict[str, Any]]:
+        return [
+            row | {name: json.dumps(row[name], default=str) for name in self.unknown if row[name] is not None}
+            for row in self.piece.to_pylist()
+        ]
+
+
+def _read_parquet(path: Path, compression: str | None, start: int = 0) -> Iterator[Unread]:
+    """Yield rows from a number on; row groups before it are not read."""
     with _bytes(path, compression) as file:
-        yield from _typed_rows(pq.ParquetFile(file).iter_batches(batch_size=1000))
+        table = pq.ParquetFile(file)
+        groups = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+        ends = list(itertools.accumulate(groups))
+        first = next((i for i, end in enumerate(ends) if end > start), len(ends))
+        start -= ends[first - 1] if first else 0
+        batches = table.iter_batches(batch_size=TYPED_AT_ONCE, row_groups=list(range(first, len(ends))))
+        yield from itertools.islice(_typed_rows(batches), start, None)
 
 
 def _arrow_reader(path: Path) -> Any:
@@ -596,7 +658,7 @@ def _arrow_reader(path: Path) -> Any:
         return pa.ipc.open_file(source)
 
 
-def _read_arrow(path: Path, compression: str | None) -> Iterator[dict[str, Any]]:
+def _read_arrow(path: Path, compression: str | None) -> Iterator[Unread]:
     reader = _arrow_reader(path)
     batches = reader if hasattr(reader, "__iter__") else (reader.get_batch(i) for i in range(reader.num_record_batches))
     yield from _typed_rows(batches)
@@ -616,13 +678,22 @@ def _read_prompts(path: Path, compression: str | None) -> Iterator[dict[str, Any
     yield from (_row({"prompt": line}) for line in prompts_of(path))
 
 
-READERS: dict[str, Callable[[Path, str | None], Iterator[dict[str, Any]]]] = {
+def _at_once(reader: Callable[[Path, str | None], Iterator[dict[str, Any]]]) -> Reader:
+    """Make a reader that parses its rows one of rows that are parsed already."""
+
+    def read(path: Path, compression: str | None) -> Iterator[Unread]:
+        return (functools.partial(dict, row) for row in reader(path, compression))
+
+    return read
+
+
+READERS: dict[str, Reader] = {
     "json": _read_json,
-    "table": _read_table,
-    "sheet": _read_sheet,
+    "table": _at_once(_read_table),
+    "sheet": _at_once(_read_sheet),
     "parquet": _read_parquet,
     "arrow": _read_arrow,
-    "lines": _read_prompts,
+    "lines": _at_once(_read_prompts),
 }
 
 
@@ -636,7 +707,7 @@ def _check_same_columns(paths: list[Path]) -> None:
         if known.kind in TYPED:
             columns = set(_arrow_schema(path).names)
         else:
-            first = next((row for row in READERS[known.kind](path, known.compression) if row[RAW]), None)
+            first = next((row for read in unread_rows(path) if (row := read())[RAW]), None)
             if first is None:
                 continue
             columns = set(parse_object(first[RAW])) - {DECIMAL_COMMA}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
 from collections.abc import Mapping
@@ -18,10 +19,12 @@ from transformers.utils import logging
 
 from contrastive_align.data import formats, rows, tokenise
 from contrastive_align.data.columns import Options
+from contrastive_align.data.files import files_of
 from contrastive_align.data.formats import Columns, Group, TooFew, check_scores, checked_group, distinct
 from contrastive_align.data.reading import FIRST_ROWS, SOURCE, TOKEN_COLUMNS, as_utf8, join_rows, read_shape, unbatched
 from contrastive_align.data.rows import BadRow, number_in_file, values_of, without_advice
 from contrastive_align.data.shapes import Reading
+from contrastive_align.data.shards import ShardedGroups, lengths_of
 from contrastive_align.data.tokenise import NoRoom, TokenisedGroup, fit, tokenise_groups
 
 
@@ -77,25 +80,34 @@ class DataReport:
     def count(self, columns: Mapping[str, list[Any]]) -> None:
         """Add rows as :func:`prepare_groups` makes them, before the bad ones are taken out."""
         for row in unbatched(columns):
-            self.rows += row["rows"]
-            if row["problem"]:
-                self.dropped += 1
-                if len(self.dropped_because) < FIRST_ROWS:
-                    self.dropped_because[str(row["row"])] = without_advice(row["problem"])
-                continue
-            k = len(row["scores"])
-            self.groups += 1
-            self.groups_by_k[k] = self.groups_by_k.get(k, 0) + 1
-            if len(set(row["scores"])) == 1:
-                self.no_signal += 1
-                self.no_signal_rows += [row["row"]] if len(self.no_signal_rows) < FIRST_ROWS else []
-            self.cut_completions += row["cut_completions"]
-            self.cut_prompts += row["cut_prompt_tokens"] > 0
-            self.moved_boundaries += row["moved_boundary"] > 0
-            self.equal_completions += row["equal_completions"]
-            self.repeated_prompts += row["repeated_prompt"]
-            self.ties += row["rated"] == EQUAL
-            self.contradictions += row["rated"] == LOWER
+            self._count_row(row)
+
+    def count_of_stream(self, row: Mapping[str, Any]) -> None:
+        """Add a row of a stream; the first that is dropped is said at once."""
+        self._count_row(row)
+        if row["problem"] and self.dropped == 1:
+            logger.warning(f"Rows of the stream are dropped; the first: {without_advice(row['problem'])}")
+
+    def _count_row(self, row: Mapping[str, Any]) -> None:
+        self.rows += row["rows"]
+        if row["problem"]:
+            self.dropped += 1
+            if len(self.dropped_because) < FIRST_ROWS:
+                self.dropped_because[str(row["row"])] = without_advice(row["problem"])
+            return
+        k = len(row["scores"])
+        self.groups += 1
+        self.groups_by_k[k] = self.groups_by_k.get(k, 0) + 1
+        if len(set(row["scores"])) == 1:
+            self.no_signal += 1
+            self.no_signal_rows += [row["row"]] if len(self.no_signal_rows) < FIRST_ROWS else []
+        self.cut_completions += row["cut_completions"]
+        self.cut_prompts += row["cut_prompt_tokens"] > 0
+        self.moved_boundaries += row["moved_boundary"] > 0
+        self.equal_completions += row["equal_completions"]
+        self.repeated_prompts += row["repeated_prompt"]
+        self.ties += row["rated"] == EQUAL
+        self.contradictions += row["rated"] == LOWER
 
     def check_some_left(self, name: str) -> None:
         """Refuse a dataset without a group.
@@ -151,10 +163,11 @@ def prepare_groups(
     name: str = "train",
     options: Options | None = None,
     vocabulary: int | None = None,
-) -> tuple[Dataset | IterableDataset, DataReport]:
+) -> tuple[Dataset | IterableDataset | ShardedGroups, DataReport]:
     """Turn a dataset of any known shape into one with ``prompt_ids``, ``completion_ids`` and ``scores``.
 
-    A dataset that already has these columns is checked and cut to length like any other; further columns go.
+    A dataset that already has these columns is checked and cut to length like any other; further columns go. Files that
+    are streamed become :class:`ShardedGroups`.
 
     Args:
         dataset: the rows.
@@ -174,6 +187,7 @@ def prepare_groups(
         ValueError: no known shape, no group left, or tokens that the model does not have.
     """
     options = options or Options()
+    files = files_of(dataset)
     dataset = dataset.with_format(None)  # plain lists and numbers, whatever tensors it would give
     reading = read_shape(dataset, options, name)
     spelling = TOKENS if reading is None else reading.shape
@@ -193,6 +207,11 @@ def prepare_groups(
             told.dropped_because = {row: without_advice(why) for row, why in joined["dropped_because"].items()}
             reading = read_shape(dataset, Options(hard_pairs=options.hard_pairs), name)
     reader = _RowReader(reading, tokenizer, max_length, max_prompt_length, on_bad_row, name, vocabulary)
+    if files is not None:
+        reader.as_lists, lengths = True, lengths_of(files)
+        starts = [0, *itertools.accumulate(map(int, lengths))]
+        reader.files = tuple((start, path.name) for start, path in zip(starts, files, strict=False))
+        return ShardedGroups(files, lengths, reader, told), told
     columns = list(dataset.column_names or next(iter(dataset)))
     map_options = {
         "with_indices": True,
@@ -266,6 +285,7 @@ class _RowReader:
     name: str
     vocabulary: int | None = None
     as_lists: bool = False
+    files: tuple[tuple[int, str], ...] = ()  # of shards: the number of the first row of each, and its name
     source: str = _SOURCE  # part of the cache's key: rows cached by other code are read again
 
     def cache_key(self, dataset: Dataset) -> str | None:
@@ -303,7 +323,7 @@ class _RowReader:
         return _as_lists(read) if self.as_lists else _as_table(read)
 
     def _read(self, row: Mapping[str, Any], number: int) -> list[_Read]:
-        where = f"{self.name}, row {number}"
+        where = self._where(number)
         try:
             values = values_of(row, where)
             if self.reading is None:
@@ -317,6 +337,12 @@ class _RowReader:
             return [self._group(parts, values, number, where) for parts in self.reading(values, where)]
         except BadRow as error:
             return [_Read(number, where, error=error)]
+
+    def _where(self, number: int) -> str:
+        if len(self.files) < 2:
+            return f"{self.name}, row {number}"
+        start, file = self.files[bisect.bisect_right(self.files, number, key=lambda found: found[0]) - 1]
+        return f"{self.name}, {file}, row {number - start}"
 
     def _group(self, parts: Any, values: Mapping[str, Any], number: int, where: str) -> _Read:
         group, counts = checked_group(parts, where, prompt_repeats=self.reading.prompt_repeats)
@@ -437,7 +463,5 @@ class _GoodOfStream:
     def __call__(self, row: Mapping[str, Any], index: int) -> bool:
         if index == self.counted:
             self.counted += 1
-            self.report.count({name: [value] for name, value in row.items()})
-            if row["problem"] and self.report.dropped == 1:
-                logger.warning(f"Rows of the stream are dropped; the first: {without_advice(row['problem'])}")
+            self.report.count_of_stream(row)
         return not row["problem"]

@@ -63,6 +63,16 @@ COMMANDS = {
         "DPOConfig",
         _INHERITED,
     ),
+    "reference": Command(
+        "Write the reference's log-probs of a folder of shards, before training and on any machine.",
+        "contrastive-align reference --model_name_or_path=M --dataset_name=FOLDER   # in several jobs at once\n"
+        "contrastive-align reward --model_name_or_path=M --dataset_name=FOLDER --loss_type=DPO \\\n"
+        "    --dataset_streaming=true --precompute_ref_log_probs=true",
+        ("reference", "ReferenceRun"),
+        (_ROWS, ("launch/reference.py", "ReferenceArguments"), ("trainers/configs.py", "ContrastiveConfig")),
+        "DPOConfig",
+        _LENGTH | {"precompute_ref_batch_size": "Groups in a batch; per_device_train_batch_size by default."},
+    ),
     "fdpg": Command(
         "Say what the model should be: prompts and a target instead of completions and scores.",
         'contrastive-align fdpg                                      # the bundled model, "please" in half\n'

@@ -32,8 +32,9 @@ GROUPS = {
     ),
     "Measuring": "eval_samples, eval_prompts, eval_reward, qrs_acceptance, best, report_prompts, preflight_only",
     "Computing": (
-        "layout, max_tokens_per_batch, per_device_train_batch_size, unfrozen_layers_ratio, disable_dropout, "
-        "allow_pickled_adapter, ds3_gather_for_generation"
+        "layout, max_tokens_per_batch, per_device_train_batch_size, ref_log_probs_folder, unfrozen_layers_ratio, "
+        "layout, max_tokens_per_batch, per_device_train_batch_size, ref_log_probs_folder, unfrozen_layers_ratio, "
+        "disable_dropout, allow_pickled_adapter, ds3_gather_for_generation"
     ),
 }
 SHOWN_AS = {"num_train_epochs": "num_rounds"}  # where a command defines it itself

@@ -155,7 +155,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         if not isinstance(train_dataset, Dataset):
             raise TypeError(
                 f"train_dataset is a {type(train_dataset).__name__}, expected a datasets.Dataset: a round takes "
-                "prompts in an order of its own, which a stream does not have."
+                "prompts in an order of its own, which a stream does not have. Load it whole: it is prompts alone."
             )
         self.condition = resolve_condition(condition)
         self.judge, self.feedback = judge, self._feedback_of(reward_funcs, judge, args)

@@ -245,6 +245,8 @@ class ContrastiveConfig(DPOConfig):
         first_score_bonus (`float`, defaults to `0.0`):
             Added to the score of every group's first completion. The published run adds 0.01, which at
             temperature_alpha = 1e-4 decides every tie for the first.
+        ref_log_probs_folder (`str`, *optional*):
+            Where `contrastive-align reference` wrote; by default beside the files.
         allow_pickled_adapter (`bool`, defaults to `False`):
             Read an `adapter_model.bin` (a pickle), with `weights_only=True`.
     """
@@ -259,6 +261,7 @@ class ContrastiveConfig(DPOConfig):
     layout: str = "auto"
     max_tokens_per_batch: int | None = None
     first_score_bonus: float = 0.0
+    ref_log_probs_folder: str | None = None
     allow_pickled_adapter: bool = False
 
     def __post_init__(self):

@@ -23,7 +23,9 @@ from trl import DPOTrainer
 from contrastive_align.data import DataReport, GroupCollator, prepare_groups
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.columns import read_options
+from contrastive_align.data.files import files_of
 from contrastive_align.data.rows import BadRow
+from contrastive_align.data.shards import ShardedGroups
 from contrastive_align.data.tokenise import render_messages
 from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_labels
 from contrastive_align.models.loading import embedding_rows
@@ -38,6 +40,14 @@ from contrastive_align.trainers.labels import (
 )
 from contrastive_align.trainers.metrics import Averages, Mean, batch_metrics
 from contrastive_align.trainers.reference import cached_reference_logps, reference_cache_file
+from contrastive_align.trainers.shard_batches import (
+    READ,
+    STREAM,
+    check_stream_of_checkpoint,
+    shard_loader,
+    stream_state,
+)
+from contrastive_align.trainers.stored_reference import attach_logps
 from contrastive_align.trainers.token_batches import GroupWeights, loader_by_tokens
 from contrastive_align.trl_seam import (
     CachesReference,
@@ -137,6 +147,17 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
                 "stream. Give a number (labels are softmax(scores / temperature_alpha); 1e-4 makes them one-hot, "
                 "which pairs are at any number), or load the dataset whole."
             )
+        if args.ref_log_probs_folder is not None and not args.precompute_ref_log_probs:
+            raise ValueError(
+                "ref_log_probs_folder is given without precompute_ref_log_probs, which reads it. Set "
+                "precompute_ref_log_probs=True, or leave the folder out."
+            )
+        if args.ref_log_probs_folder is not None and files_of(train_dataset) is None:
+            raise ValueError(
+                "ref_log_probs_folder holds the log-probs of shards that are streamed, and train_dataset is no stream "
+                "of files: its log-probs are computed once and cached. Leave the folder out, or stream the files "
+                "(dataset_streaming=True)."
+            )
         # Accelerate would have the main process read every stream and cut its batches by rows, and groups with them.
         args.accelerator_config.dispatch_batches = False
         start = self.load_start(model, args, processing_class, quantization_config, peft_config)
@@ -211,10 +232,12 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
 
     # ------------------------------------------------------------------------------------------------------- data
 
-    def prepare_rows(self, dataset: AnyDataset, tokenizer: Any, args: ContrastiveConfig, name: str) -> AnyDataset:
+    def prepare_rows(
+        self, dataset: AnyDataset, tokenizer: Any, args: ContrastiveConfig, name: str
+    ) -> AnyDataset | ShardedGroups:
         """Tokenise groups; what was dropped or cut is reported once."""
         with global_then_local_main_first():
-            dataset, report = prepare_groups(
+            groups, report = prepare_groups(
                 dataset,
                 tokenizer,
                 max_length=args.max_length,
@@ -228,14 +251,24 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         self.data_reports[name] = report
         for line in report.lost():
             logger.warning(f"{name}: {line}")
-        return dataset
+        return groups
 
     def get_train_dataloader(self) -> DataLoader:
-        """Trainer's loader, or one of batches by tokens (``max_tokens_per_batch``)."""
+        """Trainer's loader, one of batches by tokens (``max_tokens_per_batch``), or one that reads shards."""
+        if isinstance(self.train_dataset, ShardedGroups):
+            return shard_loader(self, self.train_dataset, training=True)
         loader = super().get_train_dataloader()
         if self.args.max_tokens_per_batch is not None:
             loader, self._group_weights.by_tokens = loader_by_tokens(self, loader)
         return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Trainer's loader, or one that reads shards."""
+        found = self.eval_dataset if eval_dataset is None else eval_dataset
+        found = self.eval_dataset[found] if isinstance(found, str) else found
+        if isinstance(found, ShardedGroups):
+            return shard_loader(self, found, training=False)
+        return super().get_eval_dataloader(eval_dataset)
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Return the groups of an optimiser step; by tokens, their mean. Trainer derives its rates from it."""
@@ -251,10 +284,13 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for i, batch in enumerate(batches):
+            if (read := batch.pop(READ, None)) is not None:
+                self.train_dataset.take_note(read)
             last = i == len(batches) - 1 and self.accelerator.gradient_state.end_of_dataloader
             batch["group_weights"] = self._group_weights.of(self, batch, self.train_dataset, last=last, training=True)
         groups = sum(batch["group_weights"].sum() for batch in batches)
         total = self.accelerator.gather(torch.as_tensor(groups, device=device, dtype=torch.float32)).sum()
+        total = total.clamp(min=1)  # all rows of a step of a stream may have been dropped
         for batch in batches:  # tensor-parallel processes have the same groups, in the sum as in the product
             batch["step_groups"] = total / (len(batches) * self.accelerator.num_processes)
         return batches, total / self.get_tp_size()
@@ -278,8 +314,15 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         finally:
             model.train(was_training)
 
-    def add_reference_logps(self, dataset: AnyDataset, name: str, batch_size: int) -> Dataset:
-        """Add the column ``ref_logps``, cached on disk under a key of everything it depends on."""
+    def add_reference_logps(
+        self, dataset: AnyDataset | ShardedGroups, name: str, batch_size: int
+    ) -> Dataset | ShardedGroups:
+        """Add the column ``ref_logps``, cached on disk under a key of everything it depends on.
+
+        Those of shards are written beforehand (``contrastive-align reference``).
+        """
+        if isinstance(dataset, ShardedGroups):
+            return attach_logps(dataset, self, name)
         self._choose_layout_once()
         model, file = self.reference_or_policy, None
         if isinstance(dataset, Dataset) and not self.is_sharded:  # sharded weights would give any two models one key
@@ -343,18 +386,26 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def save_own_state(self, folder: Path) -> None:
-        """Write the temperature of the labels."""
-        if self.reads_labels and self.args.should_save:
+        """Write the temperature of the labels, and the place in a stream of shards."""
+        state: dict[str, Any] = {"temperature_alpha": self.temperature_alpha} if self.reads_labels else {}
+        if isinstance(self.train_dataset, ShardedGroups):
+            state[STREAM] = stream_state(self, self.train_dataset)
+        if state and self.args.should_save:
             with atomic_write(folder / STATE_FILE) as file:
-                file.write(json.dumps({"temperature_alpha": self.temperature_alpha}).encode())
+                file.write(json.dumps(state).encode())
 
     def load_state(self, checkpoint: Path) -> None:
-        """Keep the checkpoint's temperature under ``temperature_alpha="auto"``; a number given now comes first."""
+        """Go on in the checkpoint's stream, at its temperature.
+
+        Under ``temperature_alpha="auto"`` the checkpoint's is kept; a number given now comes first.
+        """
+        file = checkpoint / STATE_FILE
+        state = json.loads(file.read_text()) if file.is_file() else {}
+        if isinstance(self.train_dataset, ShardedGroups) and STREAM in state:
+            check_stream_of_checkpoint(checkpoint, state[STREAM], self, self.train_dataset)
         if not self.reads_labels or self.args.temperature_alpha != AUTO:
             return
-        file = checkpoint / STATE_FILE
-        state = json.loads(file.read_text()) if file.is_file() else None
-        if state is None:
+        if "temperature_alpha" not in state:
             logger.warning(
                 f"{checkpoint} has no {STATE_FILE}, so that its temperature_alpha is not known; this run continues at "
                 f"{self.temperature_alpha:.4g} ('auto'). Versions that wrote no such file had 1e-4 as default: give "
@@ -454,6 +505,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         self, model: nn.Module, inputs: dict[str, Tensor], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Any, None, None]:
         """Return the loss of an evaluation batch, in which no repeated group counts."""
+        if (read := inputs.pop(READ, None)) is not None:
+            self.callback_handler.eval_dataloader.dataset.take_note(read)
         inputs["group_weights"] = self._group_weights.of_evaluation(self, inputs)
         inputs = self.to_device(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -91,8 +91,9 @@ def cached_reference_logps(
     """
     if isinstance(dataset, IterableDataset):
         raise ValueError(
-            "precompute_ref_log_probs=True needs a dataset with a length, found a stream. Load it whole, or set "
-            "precompute_ref_log_probs=False."
+            "precompute_ref_log_probs=True needs a dataset with a length, found a stream that is not one of files. "
+            "Load it whole, set precompute_ref_log_probs=False, or stream a folder of files, whose log-probs "
+            "`contrastive-align reference` writes before training."
         )
     is_main = PartialState().is_main_process
     rows: list[Any] = [None]

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from contrastive_align.data.batching import TokenBatchSampler, group_sizes
 from contrastive_align.data.reading import FIRST_ROWS
+from contrastive_align.trainers.shard_batches import WEIGHTS
 
 
 logger = logging.get_logger(__name__)
@@ -87,6 +88,8 @@ class GroupWeights:
             dataset: where the batch came from.
             last: whether it is the last batch of a pass.
         """
+        if WEIGHTS in batch:
+            return batch[WEIGHTS].cpu()
         size = batch["scores"].size(0)
         if training and self.by_tokens is not None:
             return torch.full((size,), 0.0 if last and self.by_tokens.last_is_repeated else 1.0)

@@ -1,20 +1,24 @@
 """Trains and evaluates in one process or several, and writes down what came out. Run by test_distributed.py.
 
 python distributed_worker.py MODEL OUT
-torchrun --nproc_per_node 2 distributed_worker.py MODEL OUT
+torchrun --nproc_per_node 2 distributed_worker.py MODEL OUT [OUT of one process]
 """
 
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from processes import end_processes
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
+from contrastive_align.data.atomic import atomic_write
+from contrastive_align.data.files import read_files
 
 
 # 8 groups a step over all processes; 26 groups: the last step has 2, so that with 2 processes one has none of its own.
@@ -29,6 +33,9 @@ CASES = {
     "auto_temperature": {"temperature_alpha": "auto"},
     "split_batches": {"split_batches": True},
     "streams": {"stream": True},
+    "shards": {"shards": True, "workers": 2, "resume": 2, "accumulation": 2},
+    # Two processes go on where one has stopped.
+    "shards_resumed": {"shards": True, "resume": 2, "from": "shards", "like": "shards"},
     # 4 batches a step, of at most 4 groups; the last step has fewer.
     "tokens": {"max_tokens": 170, "steps": 6},
     "tokens_resumed": {"max_tokens": 170, "steps": 6, "resume": 4, "like": "tokens"},  # in the second pass
@@ -66,7 +73,18 @@ def watch(trainer):
     return seen
 
 
-def main(model: str, out: str) -> None:
+def shards(groups: Dataset, out: str) -> IterableDataset:
+    """The groups in three files, the same for every process."""
+    folder = Path(out) / "files"
+    folder.mkdir(exist_ok=True)
+    for i, (begin, end) in enumerate(((0, 9), (9, 10), (10, 26))):
+        with atomic_write(folder / f"{i}.jsonl") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in groups.select(range(begin, end)).to_list()).encode())
+    PartialState().wait_for_everyone()
+    return read_files(sorted(folder.glob("*.jsonl")), streaming=True)
+
+
+def main(model: str, out: str, out_of_one: str = "") -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))
     groups = demo.load_reward_dataset()["train"].select(range(26))
     results = {}
@@ -94,6 +112,7 @@ def main(model: str, out: str) -> None:
             max_steps=8 if case.get("stream") else -1,
             per_device_train_batch_size=size,
             max_tokens_per_batch=case.get("max_tokens"),
+            dataloader_num_workers=case.get("workers", 0),
             accelerator_config={"split_batches": split},
             gradient_accumulation_steps=accumulation,
             per_device_eval_batch_size=4 if split else 3,
@@ -103,19 +122,25 @@ def main(model: str, out: str) -> None:
         lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
         held_out = Dataset.from_list(groups.to_list()[:7])
 
+        train = groups.to_iterable_dataset() if case.get("stream") else groups.select(range(rows))
+        if case.get("shards"):
+            train = shards(groups, out)
+
         told = {
             "model": model,
             "args": args,
-            "train_dataset": groups.to_iterable_dataset() if case.get("stream") else groups.select(range(rows)),
+            "train_dataset": train,
             "eval_dataset": held_out.to_iterable_dataset() if case.get("stream") else held_out,
             "peft_config": lora if case.get("lora") else None,
         }
         trainer = (Tripled if case.get("tripled") else ContrastiveTrainer)(**told)
         seen = watch(trainer) if "max_tokens" in case else []
-        trainer.train()
+        if "from" not in case:
+            trainer.train()
         if case.get("resume"):  # from the middle of a pass: the end must be the one of the whole run
             trainer = ContrastiveTrainer(**told)
-            trainer.train(resume_from_checkpoint=f"{out}/{name}/checkpoint-{case['resume']}")
+            place = f"{out_of_one or out}/{case['from']}" if "from" in case else f"{out}/{name}"
+            trainer.train(resume_from_checkpoint=f"{place}/checkpoint-{case['resume']}")
         metrics = trainer.evaluate()
         results[name] = {
             "log": [e for e in trainer.state.log_history if "loss" in e],

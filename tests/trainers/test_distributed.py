@@ -22,8 +22,12 @@ def outcomes(tiny_llama, tmp_path_factory):
         out = tmp_path_factory.mktemp(f"on_{processes}")
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes == 2 else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        first = [str(runs[1][1])] if runs else []
         done = subprocess.run(
-            [sys.executable, *launch, str(WORKER), model, str(out)], env=environment, capture_output=True, text=True
+            [sys.executable, *launch, str(WORKER), model, str(out), *first],
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         (out / "said").write_text(done.stderr)
