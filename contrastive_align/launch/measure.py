@@ -123,12 +123,14 @@ class _Measured:
         self.samples = proposal.sample([row["prompt"] for row in rows], per_prompt)
         shape = (len(rows), per_prompt)
         self.logps, self.base_logps = self.samples.logps.view(shape), self.samples.base_logps.view(shape)
+        self.keywords = {"trainer_state": trainer.state}
         drawn = [rows[i] for i in self.samples.prompt_index.tolist()]
         self.phi = trainer.target.features(
             [row["prompt"] for row in drawn],
             self.samples.completions,
             completion_ids=self.samples.completion_ids,
             **columns_of(drawn, 1),
+            **self.keywords,
         ).view(*shape, -1)
         self.scores = trainer.target.log_scores(self.base_logps, self.phi)
         log_z = losses.estimate_log_z(self.logps, self.scores)
@@ -165,6 +167,7 @@ class _Measured:
             self.per_prompt,
             budget=math.ceil(BUDGET * self.per_prompt / acceptance),
             columns=columns_of(rows, 1),
+            keywords=self.keywords,
             generator=torch.Generator().manual_seed(proposal.seed),
         )
         p_beta = torch.minimum(scores - log_z.unsqueeze(1), math.log(beta) + logps)

@@ -44,6 +44,7 @@ from contrastive_align.targets.features import weighted_sum
 from contrastive_align.trainers import evaluation, rounds
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset, keep_adapter_as_reference
 from contrastive_align.trainers.configs import OF_SCORED, ConditionalConfig
+from contrastive_align.trainers.reward_log import RewardLog
 from contrastive_align.trainers.samplers import AdapterServer, VLLMSampler, check_vllm_options, check_vllm_tokens
 from contrastive_align.trl_seam import (
     KeepsDigits,
@@ -157,7 +158,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
                 f"train_dataset is a {type(train_dataset).__name__}, expected a datasets.Dataset: a round takes "
                 "prompts in an order of its own, which a stream does not have."
             )
-        self.condition = resolve_condition(condition)
+        self.condition, self.reward_log = resolve_condition(condition), RewardLog()
         self.judge, self.feedback = judge, self._feedback_of(reward_funcs, judge, args)
         self.online = self.feedback is not None
         if args.use_vllm:
@@ -226,7 +227,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
     def feedback_by(self, feature: Feature) -> rounds.RewardFeedback:
         """Feedback by a reward; set as ``trainer.feedback``, evaluation on scored data has rewards too."""
-        return rounds.RewardFeedback(feature, lambda: self.state)
+        return rounds.RewardFeedback(feature, lambda: {"trainer_state": self.state, **self.reward_log.keywords})
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a condition whose tokens vLLM or ZeRO-3 would not have, before the model is loaded."""
@@ -447,6 +448,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     def begin_round(self, number: int) -> None:
         """Make a round, unless the pool has it; then set what is drawn from the pool, and log it."""
         if self.online:
+            self.reward_log = RewardLog()  # without what was logged while measuring
             with self._unchanged_weights():
                 self.rounds.make(number, self.state.global_step)
         else:
@@ -602,7 +604,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         start = time.time()
         with self.keeping_freed_memory():
             if self.online:
-                found = evaluation.reward_metrics(self.rewards_given(dataset))
+                self.reward_log = RewardLog()
+                found = evaluation.reward_metrics(self.rewards_given(dataset)) | self.reward_log.take_metrics()
             else:
                 samples, _ = self._read_scored(dataset, self.best_condition())
                 found = evaluation.likelihood_metrics(samples, self.best_condition(), self.nll_given)
@@ -657,6 +660,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             self._cut_words_told = self._cut_words_told or any(counts.values())
             logs |= counts
         some = np.flatnonzero(newest)[:: max(1, int(newest.sum()) // 512)]
+        logs |= self.reward_log.take_metrics()
         logs |= evaluation.text_metrics(self.pool.read(some, through), self.nll_given if self.has_reference else None)
         self.log_measured(logs)
         if self.args.should_save:

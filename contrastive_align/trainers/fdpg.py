@@ -30,7 +30,7 @@ from contrastive_align.models.loading import decoder_start_token
 from contrastive_align.models.logps import completion_logps
 from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.targets import Target
-from contrastive_align.targets.evaluate import columns_of
+from contrastive_align.targets.evaluate import reward_arguments
 from contrastive_align.targets.features import weighted_sum
 from contrastive_align.trainers.adaptive_proposal import AdaptiveProposal, WindowBaseline
 from contrastive_align.trainers.base import (
@@ -49,6 +49,7 @@ from contrastive_align.trainers.encoder_decoder import (
     encoder_decoder_logps,
 )
 from contrastive_align.trainers.metrics import distribution_metrics
+from contrastive_align.trainers.reward_log import RewardLog
 from contrastive_align.trainers.samplers import hand_over_without_rounding
 from contrastive_align.trl_seam import DrawsGroups, Method, nothing_loaded_by_trl, whole_parameters
 
@@ -170,7 +171,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             self.collate = GroupCollator(*pad)
             self.choose_layout()
         self._context = min(self.context_limits().values(), default=math.inf)
-        self.log_z = RunningLogZ()
+        self.log_z, self.reward_log = RunningLogZ(), RewardLog()
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
         self.adaptive_proposal: AdaptiveProposal | None = None
         if args.proposal == "kept":
@@ -216,20 +217,13 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             self.target.save(Path(self.args.output_dir) / TARGET_FILE)
 
-    def _features(self, rows: list[dict[str, Any]], completion_ids: Sequence[Sequence[list[int]]]) -> Tensor:
-        """Return phi (C * K, J) of K completions of each row."""
-        k = len(completion_ids[0])
-        flat = [ids for group in completion_ids for ids in group]
-        texts = self.processing_class.batch_decode(flat, skip_special_tokens=True)
-        conversational = not isinstance(rows[0]["prompt"], str)
-        return self.target.features(
-            [row["prompt"] for row in rows for _ in range(k)],
-            [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
-            completion_ids=flat,
-            trainer_state=self.state,
-            **self.reward_logging,
-            **columns_of(rows, k),
-        )
+    def _features(
+        self, rows: list[dict[str, Any]], completion_ids: Sequence[Sequence[list[int]]], *, logged: bool = False
+    ) -> Tensor:
+        """Return phi (C * K, J) of K completions of each row. ``logged``: what the features log goes into the log."""
+        texts = [self.processing_class.batch_decode(list(group), skip_special_tokens=True) for group in completion_ids]
+        found = reward_arguments(rows, completion_ids, texts)
+        return self.target.features(**found, trainer_state=self.state, **(self.reward_log.keywords if logged else {}))
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
@@ -304,7 +298,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         proposal_logps = policy_logps if proposal_logps is None else proposal_logps.to(base_logps.device)
         if training and self.reference_is_proven is False:
             self._prove_reference_on(groups[0], batches[0], base_logps[:size])
-        phi = self._features(rows, completion_ids).view(len(rows), k, -1).to(base_logps.device)
+        phi = self._features(rows, completion_ids, logged=True).view(len(rows), k, -1).to(base_logps.device)
+        self.record(self.reward_log.take_metrics(), training=training)
         target_log_scores = self.target.log_scores(base_logps, phi)
         keys = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in prompt_ids]
         log_z = self._log_z_of(keys, target_log_scores - proposal_logps)
@@ -437,6 +432,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             self.state.num_input_tokens_seen += int(found["lengths"].sum())
         if self.log_completions:
             texts = self.processing_class.batch_decode([i for g in completion_ids for i in g], skip_special_tokens=True)
+            extra = self.reward_log.take_columns(len(texts))
             log_weights = logs["target_log_scores"] - logs["policy_logps"]
             self.log_completion_rows(
                 {
@@ -445,6 +441,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
                     "advantages": gather(log_weights.flatten()).tolist(),
                 },
                 {name: gather(phi[..., j].flatten()).tolist() for j, name in enumerate(self.target.names)},
+                extra,
             )
         return found
 

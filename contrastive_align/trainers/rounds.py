@@ -28,7 +28,7 @@ from contrastive_align.data.formats import Text
 from contrastive_align.pool import Pool, Sample
 from contrastive_align.pool.prompts import check_prompts, remember_prompts
 from contrastive_align.sampling.decode import seed_of
-from contrastive_align.targets.evaluate import Feature, call_feature, columns_of
+from contrastive_align.targets.evaluate import Feature, call_feature, reward_arguments
 
 
 logger = logging.get_logger(__name__)
@@ -246,33 +246,20 @@ class RewardFeedback:
 
     Args:
         feature: the reward.
-        trainer_state: what TRL gives reward functions by this name.
+        keywords: returns further arguments of the reward function, such as ``trainer_state``.
     """
 
-    def __init__(self, feature: Feature, trainer_state: Callable[[], Any] = lambda: None) -> None:
-        self.feature, self.trainer_state = feature, trainer_state
+    def __init__(self, feature: Feature, keywords: Callable[[], dict[str, Any]] = dict) -> None:
+        self.feature, self.keywords = feature, keywords
 
     def __call__(
         self, rows: Sequence[dict[str, Any]], completions: Sequence[Sequence[Completion]]
     ) -> list[list[ScoreAndWords]]:
-        if not rows:
-            return []
-        sizes = [len(group) for group in completions]
-        conversational = not isinstance(rows[0]["prompt"], str)
-        texts = [completion["text"] for group in completions for completion in group]
-        scores = call_feature(
-            self.feature,
-            [row["prompt"] for row, n in zip(rows, sizes, strict=True) for _ in range(n)],
-            [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
-            {
-                "completion_ids": [completion["ids"] for group in completions for completion in group],
-                "trainer_state": self.trainer_state(),
-                **columns_of(rows, sizes),
-            },
-            none_allowed=True,
-        )
-        own = iter(scores)
-        return [[(next(own), None) for _ in range(n)] for n in sizes]
+        ids, texts = ([[completion[part] for completion in group] for group in completions] for part in ("ids", "text"))
+        given = reward_arguments(rows, ids, texts) | self.keywords()
+        prompts, answers = given.pop("prompts"), given.pop("completions")
+        own = iter(call_feature(self.feature, prompts, answers, given, none_allowed=True))
+        return [[(next(own), None) for _ in group] for group in completions]
 
     def describe(self) -> str:
         """Return advice for a round in which nothing was scored."""
