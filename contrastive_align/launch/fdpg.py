@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from transformers import AutoConfig
 
-from contrastive_align.data import distinct_prompts
+from contrastive_align.data import random_prompts
 from contrastive_align.launch.arguments import Arguments, RunArguments, load_yaml, option
 from contrastive_align.launch.common import Run, model_arguments, picture_saved
 from contrastive_align.launch.datasets import only_prompts, repeat
@@ -111,7 +111,8 @@ class FDPGRun(Run):
             model["peft_config"].task_type = "SEQ_2_SEQ_LM"  # AutoPeftModelForSeq2SeqLM requires it
         evaluated = self.test_rows if args.training.eval_strategy != "no" else None
         trainer = FDPGTrainer(train_dataset=repeat(rows, prompts), eval_dataset=evaluated, target=target, **model)
-        self.measured_rows, self.measured_on = _rows_to_measure(args, rows, self.test_rows)
+        usable = trainer.train_dataset if self.test_rows is None else trainer.usable_rows(self.test_rows, "test")
+        self.measured_rows, self.measured_on = _rows_to_measure(args, usable, held_out=self.test_rows is not None)
         return trainer
 
     def describe(self) -> tuple[str, dict[str, Any]]:
@@ -126,6 +127,13 @@ class FDPGRun(Run):
             "prompts_per_generation": prompts,
             **self.options("max_completion_length", "seed"),
         }
+
+    def describe_data(self) -> dict[str, dict[str, Any]]:
+        """Count the rows, and say how many prompts are too long and left out."""
+        found, long = super().describe_data(), self.trainer.data_report.get("too_long", 0)
+        notes = [f"{long} prompts are too long and left out"] if long else []
+        found["train"] |= {"notes": notes, "too_long": long}
+        return found
 
     def after_saving(self) -> None:
         """Write ``target.json`` and the picture."""
@@ -181,13 +189,13 @@ def _is_encoder_decoder(args: Arguments) -> bool:
     return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust).is_encoder_decoder
 
 
-def _rows_to_measure(args: Arguments, train: Dataset, test: Dataset | None) -> tuple[list[Any], str]:
+def _rows_to_measure(args: Arguments, rows: Dataset, *, held_out: bool) -> tuple[list[Any], str]:
     samples, at_most = args.script.eval_samples, args.script.eval_prompts
-    rows = distinct_prompts(train if test is None else test, at_most)
+    rows = random_prompts(rows, at_most, seed=args.training.seed)
     chosen = rows[: prompts_enough_for(samples, at_most)]
     if samples and len(chosen) < len(rows):
         part = f"{len(chosen)} of {len(rows)} prompts, {SAMPLES_PER_PROMPT} samples each"
         why = f"from fewer the divergences come out too small. --eval_samples={SAMPLES_PER_PROMPT * len(rows)}"
         args.notes.append(f"eval_samples={samples} is measured on {part}: {why} is enough for all")
-    where = "training" if test is None else "held-out"
+    where = "held-out" if held_out else "training"
     return chosen, f"{len(chosen)} {where} prompt{'s' * (len(chosen) != 1)}"

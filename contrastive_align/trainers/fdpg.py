@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ from contrastive_align.trainers.encoder_decoder import (
     check_options_for_encoder_decoder,
     encoder_decoder_logps,
 )
+from contrastive_align.trainers.long_prompts import rows_of_long_prompts, surely_fits, without_rows
 from contrastive_align.trainers.metrics import distribution_metrics
 from contrastive_align.trainers.reward_log import RewardLog
 from contrastive_align.trainers.samplers import hand_over_without_rounding
@@ -97,6 +99,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
     """
 
     config, suffix = FDPGConfig, "FDPG"
+    data_report: Mapping[str, int] = MappingProxyType({})  # how many rows there are, and how many prompts are too long
     takes_encoder_decoders = True
     columns = ("prompt", "image", "images")
     method = Method(
@@ -170,7 +173,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         else:
             self.collate = GroupCollator(*pad)
             self.choose_layout()
-        self._context = min(self.context_limits().values(), default=math.inf)
+        self._drop_long_prompts()
         self.log_z, self.reward_log = RunningLogZ(), RewardLog()
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
         self.adaptive_proposal: AdaptiveProposal | None = None
@@ -233,18 +236,55 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         Raises:
             ValueError: a prompt that leaves no room for a completion in the model's context.
         """
-        bos: Any = self.processing_class.bos_token_id
-        start = bos if bos is not None else self.eos_token_ids[0]
-        prompt_ids = [ids or [start] for ids in self.prompt_token_ids(prompts)]
+        prompt_ids, room = self._ids(prompts), self._room()
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
-            needed = (max if self.is_encoder_decoder else sum)((len(ids), self.max_completion_length))
-            if needed > self._context:
+            if len(ids) > room:
                 raise ValueError(
                     f"A prompt of {len(ids)} tokens and max_completion_length={self.max_completion_length} exceed the "
-                    f"model's context of {self._context}: {str(prompt)[:80]!r}. Shorten or leave out the prompt, or "
-                    "lower max_completion_length."
+                    f"model's context of {min(self.context_limits().values())}: {str(prompt)[:80]!r}. Shorten or leave "
+                    "out the prompt, or lower max_completion_length."
                 )
         return prompt_ids
+
+    def _ids(self, prompts: Sequence[Any]) -> list[list[int]]:
+        bos: Any = self.processing_class.bos_token_id
+        start = bos if bos is not None else self.eos_token_ids[0]
+        return [ids or [start] for ids in self.prompt_token_ids(prompts)]
+
+    def _room(self) -> int:
+        """Tokens that a prompt may have; encoder and decoder have a context each."""
+        context = min(self.context_limits().values(), default=2**31)
+        return context - (0 if self.is_encoder_decoder else self.max_completion_length)
+
+    def _drop_long_prompts(self) -> None:
+        """Leave prompts without room for a completion out of the datasets, and count those of training."""
+        rows = self.train_dataset
+        self.train_dataset = self.usable_rows(rows, "train_dataset")
+        if isinstance(rows, Dataset):
+            self.data_report = {"rows": len(rows), "too_long": len(rows) - len(self.train_dataset)}
+        if self.data_report.get("too_long"):
+            check_enough_prompts(self.train_dataset, self.args)
+        if isinstance(self.eval_dataset, dict):
+            parts = self.eval_dataset.items()
+            self.eval_dataset = {name: self.usable_rows(part, f"eval_dataset {name!r}") for name, part in parts}
+        else:
+            self.eval_dataset = self.usable_rows(self.eval_dataset, "eval_dataset")
+
+    def usable_rows(self, dataset: Any, name: str) -> Any:
+        """Return the rows of a dataset whose prompt leaves room for a completion; a stream as it is.
+
+        Raises:
+            ValueError: no row is left.
+        """
+        if not isinstance(dataset, Dataset):
+            return dataset
+        room = self._room()
+
+        def length(row: int, prompt: Any) -> int:
+            return 0 if surely_fits(prompt, room) else len(self._ids([prompt])[0])
+
+        limits = self.context_limits() | {"max_completion_length": self.max_completion_length}
+        return without_rows(dataset, rows_of_long_prompts(dataset, length, room, name=name, limits=limits), name=name)
 
     def _draw_options(self) -> dict[str, Any]:
         return {
