@@ -357,13 +357,18 @@ class DrawsGroups:
         flat = self._generate_single_turn([ids for ids in prompt_ids for _ in range(per_prompt)], None, {})
         return [flat[i : i + per_prompt] for i in range(0, len(flat), per_prompt)]
 
-    @property
-    def reward_logging(self) -> dict[str, Callable]:
-        """What TRL gives reward functions to log with."""
-        return {"log_extra": self._log_completion_extra, "log_metric": self._log_metric}
+    def log_completion_rows(
+        self, columns: Mapping[str, Sequence], rewards: Mapping[str, Sequence[float]], extra: Mapping[str, Sequence]
+    ) -> None:
+        """Add rows to the table that ``log_completions`` prints: prompt, completion, advantages, rewards by name.
 
-    def log_completion_rows(self, columns: Mapping[str, Sequence], rewards: Mapping[str, Sequence[float]]) -> None:
-        """Add rows to the table that ``log_completions`` prints: prompt, completion, advantages, rewards by name."""
+        ``extra`` are further columns. A column that is new, or missing this time, is filled up with None.
+        """
+        size, before = len(columns["prompt"]), len(self._logs["prompt"])
+        for name in {*extra, *self._logs["extra"]}:
+            column = self._logs["extra"][name]
+            column.extend([None] * (before - len(column)))
+            column.extend(extra.get(name, [None] * size))
         for name, values in columns.items():
             self._logs[name].extend(values)
         for name, values in rewards.items():

@@ -1,6 +1,14 @@
 """Turn the quality of a sample into text before its prompt."""
 
-from contrastive_align.conditions.conditions import CONDITIONS, Condition, Phrases, QuantileTokens, resolve_condition
+from contrastive_align.conditions.conditions import (
+    CONDITIONS,
+    Condition,
+    Phrases,
+    QuantileTokens,
+    of_checkpoint,
+    resolve_condition,
+    with_ties,
+)
 from contrastive_align.conditions.judged import AttributeCondition, CategoryCondition, TextCondition
 
 
@@ -12,5 +20,7 @@ __all__ = [
     "Phrases",
     "QuantileTokens",
     "TextCondition",
+    "of_checkpoint",
     "resolve_condition",
+    "with_ties",
 ]

@@ -10,7 +10,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.formats import Text
 from contrastive_align.models.loading import file_of
-from contrastive_align.pool.draws import quantiles
+from contrastive_align.pool.draws import BY_ORDER, TIES, quantiles
 from contrastive_align.pool.files import Sample
 from contrastive_align.pool.pool import NEW, Table
 from contrastive_align.registry import Registry, load_function, place_of
@@ -108,6 +108,13 @@ class Condition(ABC):
         """Raise ValueError where the sample's score or feedback has no label under this condition."""
         return  # by default every sample has one
 
+    def check_signal(self, samples: Sequence[Sample]) -> None:
+        """Raise ValueError where none of the samples has a label: there is nothing to learn from them."""
+        if all(getattr(sample, what) is None for sample in samples for what in self.reads):
+            raise ValueError(
+                f"None of the {len(samples)} samples has a {' or a '.join(self.reads)}: there is nothing to learn from."
+            )
+
     @property
     def tokens(self) -> list[str]:
         """Special tokens that the tokenizer and the model must be given."""
@@ -192,6 +199,27 @@ def resolve_condition(spec: str | Mapping[str, Any] | Condition) -> Condition:
     return CONDITIONS[kind](**{name: value for name, value in options.items() if name != "kind"})
 
 
+def of_checkpoint(spec: Mapping[str, Any]) -> Condition:
+    """Return the condition of a checkpoint; ties are labelled as the version that wrote it labelled them."""
+    condition = resolve_condition(spec)
+    earlier = isinstance(condition, _QuantileCondition) and "ties" not in spec
+    return replace(condition, ties=BY_ORDER) if earlier else condition
+
+
+def with_ties(condition: Condition, ties: str) -> Condition:
+    """Return a condition of quantiles with this treatment of equal scores.
+
+    Raises:
+        ValueError: another condition, or an unknown treatment.
+    """
+    if not isinstance(condition, _QuantileCondition):
+        raise ValueError(
+            f"ties is about quantiles, and the condition '{condition.kind}' has none. Leave it out, or use "
+            "quantile_tokens or phrases."
+        )
+    return replace(condition, ties=ties)
+
+
 def check_form(form: str) -> None:
     """Raise ValueError unless the form has ``{condition}`` and ``{prompt}`` once each."""
     for placeholder in PLACEHOLDERS:
@@ -261,11 +289,15 @@ def check_texts(option: str, found: Any, *, least: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class _QuantileCondition(Condition):
-    """Label samples by the quantile of their score, by default among the samples of their prompt."""
+    """Label samples by the quantile of their score, by default among the samples of their prompt.
+
+    ``ties``: equal scores ``"share"`` a label, or ``"drop"`` out where they would be in different quantiles.
+    """
 
     reads: ClassVar[tuple[str, ...]] = ("score",)
     quantiles: int = 5
     per_prompt: bool = True
+    ties: str = "share"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -273,6 +305,8 @@ class _QuantileCondition(Condition):
             raise ValueError(f"'quantiles' is {self.quantiles!r}, expected an int, at least 2.")
         if not isinstance(self.per_prompt, bool):
             raise ValueError(f"'per_prompt' is {self.per_prompt!r}, expected true or false.")
+        if self.ties not in (*TIES, BY_ORDER):
+            raise ValueError(f"'ties' is {self.ties!r}, expected one of {', '.join(TIES)}.")
 
     def label(self, table: Table) -> NDArray[np.int32]:
         """Return the quantiles. A prompt with too few samples left to be sorted again keeps its earlier labels."""
@@ -282,8 +316,30 @@ class _QuantileCondition(Condition):
         thinned = ((sizes < self.quantiles) & ~new)[of]
         label = table.label.copy()
         prompts = group[~thinned] if self.per_prompt else None
-        label[~thinned] = quantiles(table.score[~thinned], n=self.quantiles, prompts=prompts)
+        label[~thinned] = quantiles(table.score[~thinned], n=self.quantiles, prompts=prompts, ties=self.ties)
         return label
+
+    def check_signal(self, samples: Sequence[Sample]) -> None:
+        """Raise ValueError where no group that is sorted has a quantile, with how many lack scores or differences."""
+        by_group: dict[int, list[float]] = {}
+        for sample in samples:
+            scores = by_group.setdefault(sample.prompt_index if self.per_prompt else 0, [])
+            scores += [] if sample.score is None else [sample.score]
+        groups = by_group.values()
+        for scores in groups:
+            if len(scores) >= self.quantiles and (quantiles(scores, n=self.quantiles, ties=self.ties) >= 0).any():
+                return
+        n, few = sum(map(len, groups)), sum(len(scores) < self.quantiles for scores in groups)
+        tied = sum(len(set(scores)) == 1 for scores in groups if len(scores) >= self.quantiles)
+        which = f"Of {len(by_group)} prompts," if self.per_prompt else "Of all samples together (1 group),"
+        found = [f"{few} have fewer than {self.quantiles} scored completions, one for each quantile"] if few else []
+        found += [f"{tied} have completions that all score the same"] if tied else []
+        found += [f"{rest} have ties in every quantile (ties: drop)"] if (rest := len(groups) - few - tied) else []
+        raise ValueError(
+            f"There is nothing to learn from: {n} of {len(samples)} samples are scored, and no score says which is "
+            f"better. {which} {' and '.join(found)}. Sample more completions of a prompt (num_generations), ask for "
+            "fewer quantiles, or use a reward that tells completions apart."
+        )
 
     def check_generations(self, n: int, prompts: int) -> None:
         if self.per_prompt and n < self.quantiles:
@@ -312,6 +368,7 @@ class QuantileTokens(_QuantileCondition):
     Args:
         quantiles: their number, at least 2.
         per_prompt: sort the samples of each prompt among themselves; False: all samples together.
+        ties: samples with equal scores ``"share"`` a label, or ``"drop"`` out where their quantiles differ.
         token: pattern of the tokens' texts, in which ``{i}`` is the quantile, 0 the best.
     """
 
@@ -340,6 +397,7 @@ class Phrases(_QuantileCondition):
         phrases: one for each quantile, best first; or the name of a preset: quality, toxicity.
         quantiles: None, or the number of phrases.
         per_prompt: sort the samples of each prompt among themselves; False: all samples together.
+        ties: samples with equal scores ``"share"`` a label, or ``"drop"`` out where their quantiles differ.
     """
 
     kind: ClassVar[str] = "phrases"

@@ -2,7 +2,7 @@
 
 from contrastive_align.data.collate import GroupCollator
 from contrastive_align.data.columns import Options
-from contrastive_align.data.formats import Group, distinct_prompts
+from contrastive_align.data.formats import Group, distinct_prompts, random_prompts
 from contrastive_align.data.prepare import DataReport, prepare_groups
 from contrastive_align.data.reading import read_shape
 from contrastive_align.data.rows import BadRow
@@ -20,6 +20,7 @@ __all__ = [
     "Reading",
     "distinct_prompts",
     "prepare_groups",
+    "random_prompts",
     "read_shape",
     "recognise",
     "tokenise_group",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import numbers
+import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -24,7 +25,7 @@ from contrastive_align.data.messages import (
 from contrastive_align.data.rows import FIX, BadRow, check_text, parsed, short, text_of, truth_of
 
 
-__all__ = ["BadRow", "Group", "Message", "Parts", "Text", "checked_group", "distinct_prompts"]
+__all__ = ["BadRow", "Group", "Message", "Parts", "Text", "checked_group", "distinct_prompts", "random_prompts"]
 
 LARGEST_SCORE = 3.4028234663852886e38  # scores are float32 on their way to the loss
 NUMBERS, PERCENTAGES, LABELS = "numbers", "percentages", "labels"  # how scores are written
@@ -254,6 +255,21 @@ def distinct_prompts(rows: Iterable[Mapping[str, Any]], at_most: int | None = No
             break
         found.setdefault(json.dumps(row["prompt"]), row)
     return list(found.values())
+
+
+def random_prompts(rows: Sequence[Mapping[str, Any]], at_most: int, *, seed: int) -> list[Mapping[str, Any]]:
+    """Return the first row of at most so many different prompts, a random choice of them in a random order.
+
+    The order of a file means something more often than not; its head stands for nothing but itself.
+
+    >>> random_prompts([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}, {"prompt": "c"}], 2, seed=0)
+    [{'prompt': 'b'}, {'prompt': 'c'}]
+    """
+    first: dict[str, int] = {}
+    for i, row in enumerate(rows):
+        first.setdefault(json.dumps(row["prompt"]), i)
+    places = random.Random(seed).sample(list(first.values()), min(at_most, len(first)))
+    return [rows[i] for i in places]
 
 
 def _same_form(prompt: Any, completions: list[Any], where: str, columns: Columns) -> tuple[Text, list[Text]]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from accelerate import PartialState
 from datasets import Dataset
 
-from contrastive_align.conditions import resolve_condition
+from contrastive_align.conditions import resolve_condition, with_ties
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.arguments import Arguments, RunArguments, option
 from contrastive_align.launch.ask import ask_best
@@ -37,7 +37,7 @@ NOTES = {
     "too_long": "prompts are too long and left out",
     "dropped": "rows are dropped",
     "cut": "completions are cut and train no EOS",
-    "left_out": "completions have no score or feedback and are left out",
+    "left_out": "completions have no score or feedback, or all of a prompt score the same: left out",
 }
 JUDGED_PROMPTS = 16  # the default of eval_prompts with a judge, which is slow or costs money
 
@@ -58,6 +58,7 @@ class ConditionalArguments(RunArguments):
     condition: dict | str | None = option(
         None, "quantile_tokens, phrases, categories, text, attributes; or '{kind: ...}'."
     )
+    ties: str | None = option(None, "Equal rewards under quantiles: share (one label, the default) or drop.")
     reward: list | str | dict | None = option(
         None, "file.py:function, a reward-model id, or '{classifier: ..., label: ...}'."
     )
@@ -129,6 +130,8 @@ class ConditionalRun(Run):
         """Load prompts or, without a reward or judge, scored completions."""
         args, script, training = self.args, self.args.script, self.args.training
         self.condition = resolve_condition(script.condition or "quantile_tokens")
+        if script.ties is not None:
+            self.condition = with_ties(self.condition, script.ties)
         if script.offline:
             train, test, name = load_scored(args, self.condition)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from contrastive_align.data import distinct_prompts
+from contrastive_align.data import random_prompts
 from contrastive_align.launch.common import picture_saved
 from contrastive_align.launch.datasets import take
 from contrastive_align.report import Change, Summary, in_words, moved, plot_rewards, spread, warn_if_above_start
@@ -36,7 +36,7 @@ class Measurement:
         self.held_out = test is not None
         rows, where = (test, "held-out") if test is not None else (train, "training")
         if self.by_reward:
-            self.rows = Dataset.from_list(distinct_prompts(rows, at_most))
+            self.rows = Dataset.from_list(random_prompts(rows, at_most, seed=trainer.args.seed))
             self.start = trainer.rewards_given(self.rows, conditions=[UNCONDITIONED])[UNCONDITIONED]
         else:
             by_prompt = getattr(trainer.condition, "per_prompt", False)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from transformers import AutoConfig
 
-from contrastive_align.data import distinct_prompts
+from contrastive_align.data import random_prompts
 from contrastive_align.launch.arguments import Arguments, RunArguments, load_yaml, option
 from contrastive_align.launch.common import Run, model_arguments, picture_saved
 from contrastive_align.launch.datasets import only_prompts, repeat
@@ -23,7 +23,7 @@ from contrastive_align.losses import DIVERGENCES
 from contrastive_align.models.loading import adapter_config_path
 from contrastive_align.ranges import Range
 from contrastive_align.report import TargetSummary, plot_steps
-from contrastive_align.targets import Target, columns_of, resolve_constraint, weighted_sum
+from contrastive_align.targets import Target, resolve_constraint, reward_arguments, weighted_sum
 from contrastive_align.trainers import FDPGConfig, FDPGTrainer
 
 
@@ -111,7 +111,8 @@ class FDPGRun(Run):
             model["peft_config"].task_type = "SEQ_2_SEQ_LM"  # AutoPeftModelForSeq2SeqLM requires it
         evaluated = self.test_rows if args.training.eval_strategy != "no" else None
         trainer = FDPGTrainer(train_dataset=repeat(rows, prompts), eval_dataset=evaluated, target=target, **model)
-        self.measured_rows, self.measured_on = _rows_to_measure(args, rows, self.test_rows)
+        usable = trainer.train_dataset if self.test_rows is None else trainer.usable_rows(self.test_rows, "test")
+        self.measured_rows, self.measured_on = _rows_to_measure(args, usable, held_out=self.test_rows is not None)
         return trainer
 
     def describe(self) -> tuple[str, dict[str, Any]]:
@@ -129,19 +130,22 @@ class FDPGRun(Run):
 
     def rewards_of(self) -> tuple[Any, str]:
         """Score samples by the first feature of the target."""
-        target = self.trainer.target
+        target, tokenizer = self.trainer.target, self.trainer.processing_class
 
         def first_feature(rows: list[dict[str, Any]], texts: list[list[str]]) -> list[list[float]]:
-            k = len(texts[0])
-            conversational = not isinstance(rows[0]["prompt"], str)
-            flat = [text for group in texts for text in group]
-            said = [[{"role": "assistant", "content": text}] for text in flat] if conversational else flat
-            tokens = self.trainer.processing_class(flat, add_special_tokens=False)["input_ids"]
-            prompts = [row["prompt"] for row in rows for _ in range(k)]
-            columns = {"completion_ids": tokens, "trainer_state": self.trainer.state} | columns_of(rows, k)
-            return target.features(prompts, said, **columns)[:, 0].view(len(texts), k).tolist()
+            tokens = [tokenizer(group, add_special_tokens=False)["input_ids"] for group in texts]
+            given = reward_arguments(rows, tokens, texts)
+            phi = target.features(given.pop("prompts"), given.pop("completions"), **given)
+            return phi[:, 0].view(len(texts), -1).tolist()
 
         return first_feature, target.names[0]
+
+    def describe_data(self) -> dict[str, dict[str, Any]]:
+        """Count the rows, and say how many prompts are too long and left out."""
+        found, long = super().describe_data(), self.trainer.data_report.get("too_long", 0)
+        notes = [f"{long} prompts are too long and left out"] if long else []
+        found["train"] |= {"notes": notes, "too_long": long}
+        return found
 
     def after_saving(self) -> None:
         """Write ``target.json`` and the picture."""
@@ -197,13 +201,13 @@ def _is_encoder_decoder(args: Arguments) -> bool:
     return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust).is_encoder_decoder
 
 
-def _rows_to_measure(args: Arguments, train: Dataset, test: Dataset | None) -> tuple[list[Any], str]:
+def _rows_to_measure(args: Arguments, rows: Dataset, *, held_out: bool) -> tuple[list[Any], str]:
     samples, at_most = args.script.eval_samples, args.script.eval_prompts
-    rows = distinct_prompts(train if test is None else test, at_most)
-    chosen = rows[: prompts_enough_for(samples, at_most)]
-    if samples and len(chosen) < len(rows):
-        part = f"{len(chosen)} of {len(rows)} prompts, {SAMPLES_PER_PROMPT} samples each"
-        why = f"from fewer the divergences come out too small. --eval_samples={SAMPLES_PER_PROMPT * len(rows)}"
+    found = random_prompts(rows, at_most, seed=args.training.seed)
+    chosen = found[: prompts_enough_for(samples, at_most)]
+    if samples and len(chosen) < len(found):
+        part = f"{len(chosen)} of {len(found)} prompts, {SAMPLES_PER_PROMPT} samples each"
+        why = f"from fewer the divergences come out too small. --eval_samples={SAMPLES_PER_PROMPT * len(found)}"
         args.notes.append(f"eval_samples={samples} is measured on {part}: {why} is enough for all")
-    where = "training" if test is None else "held-out"
+    where = "held-out" if held_out else "training"
     return chosen, f"{len(chosen)} {where} prompt{'s' * (len(chosen) != 1)}"

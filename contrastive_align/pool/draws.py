@@ -9,13 +9,21 @@ from numpy.typing import ArrayLike, NDArray
 
 
 LEFT_OUT = -1  # the label of a sample that is never drawn
+TIES = ("share", "drop")
+BY_ORDER = "order"  # ties as earlier versions labelled them, by which their checkpoints go on
 
 
-def quantiles(scores: ArrayLike, *, n: int = 5, prompts: ArrayLike | None = None) -> NDArray[np.int32]:
+def quantiles(
+    scores: ArrayLike, *, n: int = 5, prompts: ArrayLike | None = None, ties: str = "share"
+) -> NDArray[np.int32]:
     r"""Return the quantile of every sample, 0 the best.
 
-    Samples are sorted by score, highest first, ties in their order. The sample at place i of m is in quantile
+    Samples are sorted by score, highest first. The sample at place i of m is in quantile
     min(floor(i / floor(m / n)), n - 1): each quantile has floor(m / n) samples, and the last one also the remainder.
+
+    Equal scores have one label. With ``ties="share"`` the best score has label 0 and the worst n - 1, however many
+    samples have it; equal scores between them have the label of their middle place. With ``ties="drop"`` equal scores
+    whose places are in different quantiles are labelled -1. Where all scores are equal, no sample has a label.
 
     Quark, arXiv:2205.13636, sorts its whole pool; ALT, arXiv:2407.16970, the samples of each prompt.
 
@@ -23,10 +31,11 @@ def quantiles(scores: ArrayLike, *, n: int = 5, prompts: ArrayLike | None = None
         scores: (N,) higher is better; NaN or None where a sample was not scored, which is labelled -1.
         n: number of quantiles, at least 1.
         prompts: (N,) int, the prompt of every sample; each prompt is sorted alone. None: all are sorted together.
+        ties: ``"share"`` or ``"drop"``.
 
     Returns:
         (N,) int32 in 0..n-1, or -1. A prompt with n or more samples of which fewer than n are scored has no quantiles:
-        all of its samples are labelled -1.
+        all of its samples are labelled -1, as are those of a prompt whose scores are all equal.
 
     Raises:
         ValueError: a prompt (or without ``prompts`` the whole) has fewer than n samples, scored or not.
@@ -35,9 +44,13 @@ def quantiles(scores: ArrayLike, *, n: int = 5, prompts: ArrayLike | None = None
     array([1, 0, 1, 0, 1], dtype=int32)
     >>> quantiles([1, 2, 9, 8], n=2, prompts=[7, 7, 3, 3])
     array([1, 0, 0, 1], dtype=int32)
+    >>> quantiles([1, 0, 1, 0, 0], n=5), quantiles([3, 2, 2, 1, 0], n=5, ties="drop")
+    (array([0, 4, 0, 4, 4], dtype=int32), array([ 0, -1, -1,  3,  4], dtype=int32))
     """
     if n < 1:
         raise ValueError(f"n is {n}, expected at least 1 quantile.")
+    if ties not in (*TIES, BY_ORDER):
+        raise ValueError(f"ties is {ties!r}, expected one of {', '.join(TIES)}.")
     scores = np.asarray(scores, dtype=np.float64)
     pooled = prompts is None
     prompts = np.zeros(len(scores), dtype=np.int64) if pooled else np.asarray(prompts)
@@ -53,12 +66,29 @@ def quantiles(scores: ArrayLike, *, n: int = 5, prompts: ArrayLike | None = None
 
     scored = np.flatnonzero(~np.isnan(scores))
     counts = np.bincount(group[scored], minlength=len(values))
-    order = scored[np.lexsort((-scores[scored], group[scored]))]  # stable: ties keep their order
-    starts = np.cumsum(counts) - counts
-    place = np.arange(len(order)) - starts[group[order]]
-    share = counts[group[order]] // n
-    ranked = share > 0
-    labels[order[ranked]] = np.minimum(place[ranked] // share[ranked], n - 1)
+    order = scored[np.lexsort((-scores[scored], group[scored]))]  # stable
+    order = order[counts[group[order]] >= n]
+    if not len(order):
+        return labels
+    of, ranked = group[order], scores[order]
+    if ties == BY_ORDER:
+        place = np.arange(len(order)) - np.searchsorted(of, of)
+        labels[order] = np.minimum(place // (counts[of] // n), n - 1)
+        return labels
+    begins = np.flatnonzero(np.append(True, (of[1:] != of[:-1]) | (ranked[1:] != ranked[:-1])))  # of equal scores
+    sizes = np.diff(np.append(begins, len(order)))
+    of, counts = of[begins], counts[of[begins]]
+    first = begins - begins[np.searchsorted(of, of)]  # places within the prompt
+    last = first + sizes - 1
+    block = counts // n
+    best, worst = first == 0, last == counts - 1
+    if ties == "share":
+        label = np.minimum((first + last) // 2 // block, n - 1)
+        label = np.where(best, 0, np.where(worst, n - 1, label))
+    else:
+        label = np.minimum(first // block, n - 1)
+        label = np.where(label == np.minimum(last // block, n - 1), label, LEFT_OUT)
+    labels[order] = np.repeat(np.where(best & worst & (n > 1), LEFT_OUT, label), sizes)
     return labels
 
 

@@ -101,12 +101,14 @@ class QuasiRejectionSampler:
         *,
         budget: int,
         columns: Mapping[str, Sequence[Any]] | None = None,
+        keywords: Mapping[str, Any] | None = None,
         generator: torch.Generator | None = None,
     ) -> QRSResult:
         """Propose for all prompts that lack samples, until each has ``n`` or its ``budget`` is spent.
 
         Args:
             columns: lists of C for C prompts, the dataset's columns that features read.
+            keywords: further arguments of the features, the same in every call: ``trainer_state``.
             generator: of the accept decisions, on the CPU; the proposal has its own. Default: torch's global one.
 
         Raises:
@@ -133,7 +135,11 @@ class QuasiRejectionSampler:
             index = batch.prompt_index
             rows = {name: [values[i] for i in index.tolist()] for name, values in (columns or {}).items()}
             phi = self.target.features(
-                [prompts[i] for i in index.tolist()], batch.completions, completion_ids=batch.completion_ids, **rows
+                [prompts[i] for i in index.tolist()],
+                batch.completions,
+                completion_ids=batch.completion_ids,
+                **rows,
+                **(keywords or {}),
             )
             scores = self.target.log_scores(batch.base_logps, phi)
             log_z = self.log_z[index] if self.log_z.ndim else self.log_z

@@ -8,6 +8,7 @@ from contrastive_align.targets.evaluate import (
     completion_text,
     evaluate_feature,
     evaluate_features,
+    reward_arguments,
 )
 from contrastive_align.targets.features import register_feature, resolve_feature, weighted_sum
 from contrastive_align.targets.fit import Fit, fit_lambdas
@@ -31,5 +32,6 @@ __all__ = [
     "register_feature",
     "resolve_constraint",
     "resolve_feature",
+    "reward_arguments",
     "weighted_sum",
 ]

@@ -15,7 +15,7 @@ a model id or folder, or a loaded model                the score of a reward mod
 ``{reward_model: id}``                                 as above, with options (see ``SequenceScorer``)
 ``{classifier: id, label: positive, threshold: 0.5}``  whether the label's probability reaches it; without, probability
 ``{product: [spec, ...]}``                             the product of features: for booleans, "and"
-``{sum: [[weight, spec], ...]}``                       the weighted sum; a part that answers None counts as 0, as in TRL
+``{sum: [[weight, spec], ...]}``                       the weighted sum of the parts that are not None; None if all are
 ``{not: spec}``                                        1 - the feature, for booleans
 =====================================================  ==============================================================
 
@@ -39,7 +39,14 @@ import torch
 
 from contrastive_align.registry import NoSuchFunction, Registry, load_function
 from contrastive_align.targets.classifiers import SCORER_OPTIONS, classifier, loaded_reward_model, reward_model
-from contrastive_align.targets.evaluate import Feature, FeatureError, call_feature, completion_text, shorten
+from contrastive_align.targets.evaluate import (
+    Feature,
+    FeatureError,
+    call_feature,
+    call_features,
+    completion_text,
+    shorten,
+)
 
 
 MODEL_KINDS = ("reward_model", "classifier")
@@ -93,8 +100,8 @@ def weighted_sum(
 
     .. math:: r(x, y) = \sum_j w_j\, r_j(x, y)
 
-    A function that answers None does not count in the sum. A single function of weight 1 is that feature itself, under
-    its own name.
+    A function that answers None does not count in the sum, which is None where all do. A single function of weight 1 is
+    that feature itself, under its own name.
 
     Args:
         functions: a reward function or a list of J; each a spec that :func:`resolve_feature` reads, with its options.
@@ -306,7 +313,7 @@ def _combine(parts: list[Feature], merge: Callable[[Sequence[float | None]], flo
     """Return the reward function that merges the values of the parts on each completion."""
 
     def function(prompts: Sequence, completions: Sequence, **columns: Any) -> list[float | None]:
-        values = [call_feature(part, prompts, completions, columns, none_allowed=True) for part in parts]
+        values = call_features(parts, prompts, completions, columns, none_allowed=True)
         return [merge(row) for row in zip(*values, strict=True)]
 
     function.parts = [part.function for part in parts]  # whose sources decide its values

@@ -24,7 +24,7 @@ from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from contrastive_align.conditions import CONDITIONS, Condition, resolve_condition
+from contrastive_align.conditions import CONDITIONS, Condition, of_checkpoint, resolve_condition
 from contrastive_align.conditions.scored_rows import read_scored
 from contrastive_align.conditions.tokens import add_condition_tokens, with_trainable_rows
 from contrastive_align.data import GroupCollator
@@ -44,6 +44,8 @@ from contrastive_align.targets.features import weighted_sum
 from contrastive_align.trainers import evaluation, rounds
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset, keep_adapter_as_reference
 from contrastive_align.trainers.configs import OF_SCORED, ConditionalConfig
+from contrastive_align.trainers.long_prompts import without_rows
+from contrastive_align.trainers.reward_log import RewardLog
 from contrastive_align.trainers.samplers import AdapterServer, VLLMSampler, check_vllm_options, check_vllm_tokens
 from contrastive_align.trl_seam import (
     KeepsDigits,
@@ -157,7 +159,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
                 f"train_dataset is a {type(train_dataset).__name__}, expected a datasets.Dataset: a round takes "
                 "prompts in an order of its own, which a stream does not have. Load it whole: it is prompts alone."
             )
-        self.condition = resolve_condition(condition)
+        self.condition, self.reward_log = resolve_condition(condition), RewardLog()
         self.judge, self.feedback = judge, self._feedback_of(reward_funcs, judge, args)
         self.online = self.feedback is not None
         if args.use_vllm:
@@ -226,7 +228,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
     def feedback_by(self, feature: Feature) -> rounds.RewardFeedback:
         """Feedback by a reward; set as ``trainer.feedback``, evaluation on scored data has rewards too."""
-        return rounds.RewardFeedback(feature, lambda: self.state)
+        return rounds.RewardFeedback(feature, lambda: {"trainer_state": self.state, **self.reward_log.keywords})
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a condition whose tokens vLLM or ZeRO-3 would not have, before the model is loaded."""
@@ -299,8 +301,11 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             samples, self.data_report = self._read_scored(self.train_dataset, self.condition)
             for sample in samples:
                 self.condition.check(sample)
+            self.condition.check_signal(samples)
             folder = folder.with_name(f"{folder.name}-{fingerprint_of_samples(samples, self.condition)}")
-        self.pool = Pool(folder, label=self.condition.label, drop_factor=args.drop_factor, seed=args.seed)
+        self.pool = Pool(
+            folder, label=lambda table: self.condition.label(table), drop_factor=args.drop_factor, seed=args.seed
+        )
         if not self.online:
             labelled = self._fill_pool(samples)
             draws = args.draws_per_round or labelled
@@ -346,7 +351,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         self.data_report["left_out"] = len(samples) - labelled
         if labelled < len(samples):
             logger.warning(
-                f"{len(samples) - labelled} of {len(samples)} completions have no score or feedback: left out."
+                f"{len(samples) - labelled} of {len(samples)} completions are left out: they have no score or "
+                "feedback, or nothing tells them from the others of their prompt."
             )
         return labelled
 
@@ -354,14 +360,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         """Return the prompts that leave room for a completion; the others are counted."""
         long = self.too_long(dataset, "train_dataset", self.condition)
         self.data_report = {"rows": len(dataset), "too_long": len(long)}
-        if not long:
-            return dataset
-        if len(long) == len(dataset):
-            raise ValueError(
-                "No prompt is short enough: see the warning above. Raise max_length, or lower max_completion_length."
-            )
-        gone = set(long)
-        return dataset.select([i for i in range(len(dataset)) if i not in gone])
+        return without_rows(dataset, long, name="train_dataset")
 
     def too_long(self, dataset: Dataset, name: str, condition: Condition) -> list[int]:
         """Return the rows whose prompt leaves no room for a completion, with a warning that they are left out."""
@@ -447,6 +446,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     def begin_round(self, number: int) -> None:
         """Make a round, unless the pool has it; then set what is drawn from the pool, and log it."""
         if self.online:
+            self.reward_log = RewardLog()  # without what was logged while measuring
             with self._unchanged_weights():
                 self.rounds.make(number, self.state.global_step)
         else:
@@ -603,7 +603,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         start = time.time()
         with self.keeping_freed_memory():
             if self.online:
-                found = evaluation.reward_metrics(self.rewards_given(dataset))
+                self.reward_log = RewardLog()
+                found = evaluation.reward_metrics(self.rewards_given(dataset)) | self.reward_log.take_metrics()
             else:
                 samples, _ = self._read_scored(dataset, self.best_condition())
                 found = evaluation.likelihood_metrics(samples, self.best_condition(), self.nll_given)
@@ -658,6 +659,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             self._cut_words_told = self._cut_words_told or any(counts.values())
             logs |= counts
         some = np.flatnonzero(newest)[:: max(1, int(newest.sum()) // 512)]
+        logs |= self.reward_log.take_metrics()
         logs |= evaluation.text_metrics(self.pool.read(some, through), self.nll_given if self.has_reference else None)
         self.log_measured(logs)
         if self.args.should_save:
@@ -713,7 +715,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             ValueError: another condition, or rounds of another length.
         """
         state = json.loads((checkpoint / STATE_FILE).read_text())
-        if state["condition"] != self.condition.spec:
+        if not state["condition"].items() <= self.condition.spec.items():
             raise ValueError(
                 f"{checkpoint} was trained under {state['condition']}, and this run's condition is "
                 f"{self.condition.spec}. Use the same condition, or start anew from its weights."
@@ -725,6 +727,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
                 "would be trained on in another round. Keep draws_per_round, and per_device_train_batch_size x "
                 "gradient_accumulation_steps x processes."
             )
+        self.condition = of_checkpoint(state["condition"])
         self.kl_coef.load_state_dict(state["kl_coef"])
         self.entropy_coef.load_state_dict(state["entropy_coef"])
 

@@ -84,8 +84,8 @@ def _share_without_signal(number: int, table: Table, newest: np.ndarray, conditi
     if len(tied) and (number == 1 or len(tied) == len(places)):
         which = f"of {len(tied)} of {len(places)} prompts ({tied[:5].tolist()} first) " if by_prompt else ""
         logger.warning(
-            f"Round {number}: all completions {which}have the same score. Their quantiles follow the order in which "
-            "they were sampled, and say nothing. round/no_signal is the share of such."
+            f"Round {number}: all completions {which}have the same score. They are left out of training unless other "
+            "rounds give the prompt another score. round/no_signal is the share of such prompts."
         )
     return len(tied) / len(places)
 

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from contrastive_align.models.loading import decoder_start_token
 from contrastive_align.models.logps import beside, completion_logps
 from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.targets import Target
-from contrastive_align.targets.evaluate import columns_of
+from contrastive_align.targets.evaluate import reward_arguments
 from contrastive_align.targets.features import weighted_sum
 from contrastive_align.trainers.adaptive_proposal import AdaptiveProposal, WindowBaseline
 from contrastive_align.trainers.base import (
@@ -48,7 +49,9 @@ from contrastive_align.trainers.encoder_decoder import (
     check_options_for_encoder_decoder,
     encoder_decoder_logps,
 )
+from contrastive_align.trainers.long_prompts import rows_of_long_prompts, surely_fits, without_rows
 from contrastive_align.trainers.metrics import distribution_metrics
+from contrastive_align.trainers.reward_log import RewardLog
 from contrastive_align.trainers.samplers import hand_over_without_rounding
 from contrastive_align.trl_seam import DrawsGroups, Method, nothing_loaded_by_trl, whole_parameters
 
@@ -96,6 +99,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
     """
 
     config, suffix = FDPGConfig, "FDPG"
+    data_report: Mapping[str, int] = MappingProxyType({})  # how many rows there are, and how many prompts are too long
     takes_encoder_decoders = True
     columns = ("prompt", "image", "images")
     method = Method(
@@ -169,8 +173,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         else:
             self.collate = GroupCollator(*pad)
             self.choose_layout()
-        self._context = min(self.context_limits().values(), default=math.inf)
-        self.log_z = RunningLogZ()
+        self._drop_long_prompts()
+        self.log_z, self.reward_log = RunningLogZ(), RewardLog()
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
         self.adaptive_proposal: AdaptiveProposal | None = None
         if args.proposal == "kept":
@@ -216,20 +220,13 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             self.target.save(Path(self.args.output_dir) / TARGET_FILE)
 
-    def _features(self, rows: list[dict[str, Any]], completion_ids: Sequence[Sequence[list[int]]]) -> Tensor:
-        """Return phi (C * K, J) of K completions of each row."""
-        k = len(completion_ids[0])
-        flat = [ids for group in completion_ids for ids in group]
-        texts = self.processing_class.batch_decode(flat, skip_special_tokens=True)
-        conversational = not isinstance(rows[0]["prompt"], str)
-        return self.target.features(
-            [row["prompt"] for row in rows for _ in range(k)],
-            [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
-            completion_ids=flat,
-            trainer_state=self.state,
-            **self.reward_logging,
-            **columns_of(rows, k),
-        )
+    def _features(
+        self, rows: list[dict[str, Any]], completion_ids: Sequence[Sequence[list[int]]], *, logged: bool = False
+    ) -> Tensor:
+        """Return phi (C * K, J) of K completions of each row. ``logged``: what the features log goes into the log."""
+        texts = [self.processing_class.batch_decode(list(group), skip_special_tokens=True) for group in completion_ids]
+        found = reward_arguments(rows, completion_ids, texts)
+        return self.target.features(**found, trainer_state=self.state, **(self.reward_log.keywords if logged else {}))
 
     # ------------------------------------------------------------------------------------------------------- sampling
 
@@ -239,18 +236,55 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         Raises:
             ValueError: a prompt that leaves no room for a completion in the model's context.
         """
-        bos: Any = self.processing_class.bos_token_id
-        start = bos if bos is not None else self.eos_token_ids[0]
-        prompt_ids = [ids or [start] for ids in self.prompt_token_ids(prompts)]
+        prompt_ids, room = self._ids(prompts), self._room()
         for prompt, ids in zip(prompts, prompt_ids, strict=True):
-            needed = (max if self.is_encoder_decoder else sum)((len(ids), self.max_completion_length))
-            if needed > self._context:
+            if len(ids) > room:
                 raise ValueError(
                     f"A prompt of {len(ids)} tokens and max_completion_length={self.max_completion_length} exceed the "
-                    f"model's context of {self._context}: {str(prompt)[:80]!r}. Shorten or leave out the prompt, or "
-                    "lower max_completion_length."
+                    f"model's context of {min(self.context_limits().values())}: {str(prompt)[:80]!r}. Shorten or leave "
+                    "out the prompt, or lower max_completion_length."
                 )
         return prompt_ids
+
+    def _ids(self, prompts: Sequence[Any]) -> list[list[int]]:
+        bos: Any = self.processing_class.bos_token_id
+        start = bos if bos is not None else self.eos_token_ids[0]
+        return [ids or [start] for ids in self.prompt_token_ids(prompts)]
+
+    def _room(self) -> int:
+        """Tokens that a prompt may have; encoder and decoder have a context each."""
+        context = min(self.context_limits().values(), default=2**31)
+        return context - (0 if self.is_encoder_decoder else self.max_completion_length)
+
+    def _drop_long_prompts(self) -> None:
+        """Leave prompts without room for a completion out of the datasets, and count those of training."""
+        rows = self.train_dataset
+        self.train_dataset = self.usable_rows(rows, "train_dataset")
+        if isinstance(rows, Dataset):
+            self.data_report = {"rows": len(rows), "too_long": len(rows) - len(self.train_dataset)}
+        if self.data_report.get("too_long"):
+            check_enough_prompts(self.train_dataset, self.args)
+        if isinstance(self.eval_dataset, dict):
+            parts = self.eval_dataset.items()
+            self.eval_dataset = {name: self.usable_rows(part, f"eval_dataset {name!r}") for name, part in parts}
+        else:
+            self.eval_dataset = self.usable_rows(self.eval_dataset, "eval_dataset")
+
+    def usable_rows(self, dataset: Any, name: str) -> Any:
+        """Return the rows of a dataset whose prompt leaves room for a completion; a stream as it is.
+
+        Raises:
+            ValueError: no row is left.
+        """
+        if not isinstance(dataset, Dataset):
+            return dataset
+        room = self._room()
+
+        def length(row: int, prompt: Any) -> int:
+            return 0 if surely_fits(prompt, room) else len(self._ids([prompt])[0])
+
+        limits = self.context_limits() | {"max_completion_length": self.max_completion_length}
+        return without_rows(dataset, rows_of_long_prompts(dataset, length, room, name=name, limits=limits), name=name)
 
     def _draw_options(self) -> dict[str, Any]:
         return {
@@ -318,7 +352,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             self.record({f"sampling/logp_gap/{name}": x.item() for name, x in found.items()}, training=training)
         if training and self.reference_is_proven is False:
             self._prove_reference_on(groups[0], batches[0], base_logps[:size])
-        phi = self._features(rows, completion_ids).view(len(rows), k, -1).to(base_logps.device)
+        phi = self._features(rows, completion_ids, logged=True).view(len(rows), k, -1).to(base_logps.device)
+        self.record(self.reward_log.take_metrics(), training=training)
         target_log_scores = self.target.log_scores(base_logps, phi)
         keys = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in prompt_ids]
         log_z = self._log_z_of(keys, target_log_scores - proposal_logps)
@@ -453,6 +488,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             self.state.num_input_tokens_seen += int(found["lengths"].sum())
         if self.log_completions:
             texts = self.processing_class.batch_decode([i for g in completion_ids for i in g], skip_special_tokens=True)
+            extra = self.reward_log.take_columns(len(texts))
             log_weights = logs["target_log_scores"] - logs["policy_logps"]
             self.log_completion_rows(
                 {
@@ -461,6 +497,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
                     "advantages": gather(log_weights.flatten()).tolist(),
                 },
                 {name: gather(phi[..., j].flatten()).tolist() for j, name in enumerate(self.target.names)},
+                extra,
             )
         return found
 

@@ -136,7 +136,9 @@ def distribution_metrics(
 
     ``kl_target`` KL(p||pi), ``reverse_kl_target`` KL(pi||p), ``tv_target``, ``js_target``; ``kl_base`` KL(pi||a);
     ``moment/<feature>`` under the policy and ``moment/<feature>/target`` under the target, self-normalised; ``log_z``;
-    beside what is importance-sampled ``.../ess``. Averaged over prompts; where there is only one, over all samples.
+    beside each ``.../se``, its standard error over the prompts, and beside what is importance-sampled ``.../ess``. Log
+    Z is that of the prompt's N samples so far, and taken as exact, which makes kl near the target low by about
+    Var(u) / 2N nats, u = P / Zq. Averaged over prompts; where there is only one, over all samples.
     Of the samples themselves: their lengths, how many ended; ``distinct_2``: different bigrams over all;
     ``repetition``: share of tokens that their completion had before.
     """
@@ -152,15 +154,15 @@ def distribution_metrics(
         if known.any():
             logs = (policy_logps[known], proposal_logps[known], target_log_scores[known])
             estimate = average_estimate(estimate_divergence(name, *logs, log_z=log_z[known]))
-            metrics[key], metrics[f"{key}/ess"] = estimate.value.item(), estimate.ess.item()
-    metrics["kl_base"] = average_estimate(
-        estimate_kl_base(policy_logps, base_logps, proposal_logps=proposal_logps)
-    ).value.item()
+            metrics[key], metrics[f"{key}/se"] = estimate.value.item(), estimate.se.item()
+            metrics[f"{key}/ess"] = estimate.ess.item()
+    kl_base = average_estimate(estimate_kl_base(policy_logps, base_logps, proposal_logps=proposal_logps))
+    metrics["kl_base"], metrics["kl_base/se"] = kl_base.value.item(), kl_base.se.item()
     at_policy = average_estimate(estimate_moments(phi, policy_logps, proposal_logps))
     at_target = average_estimate(estimate_moments(phi, target_log_scores, proposal_logps))
     for j, name in enumerate(names):
-        metrics[f"moment/{name}"] = at_policy.value[j].item()
-        metrics[f"moment/{name}/target"] = at_target.value[j].item()
+        for key, mean in ((f"moment/{name}", at_policy), (f"moment/{name}/target", at_target)):
+            metrics[key], metrics[f"{key}/se"] = mean.value[j].item(), mean.se[j].item()
     metrics["moment/target/ess"] = at_target.ess.item()
     metrics["completions/mean_length"] = lengths.double().mean().item()
     metrics["completions/eos_rate"] = ended.double().mean().item()

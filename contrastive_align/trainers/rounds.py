@@ -28,7 +28,8 @@ from contrastive_align.data.formats import Text
 from contrastive_align.pool import Pool, Sample
 from contrastive_align.pool.prompts import check_prompts, remember_prompts
 from contrastive_align.sampling.decode import seed_of
-from contrastive_align.targets.evaluate import Feature, call_feature, columns_of
+from contrastive_align.targets.evaluate import Feature, call_feature, reward_arguments
+from contrastive_align.trainers.long_prompts import rows_of_long_prompts, surely_fits
 
 
 logger = logging.get_logger(__name__)
@@ -37,7 +38,6 @@ Completion = dict[str, Any]  # ids, text, finished
 ScoreAndWords = tuple[float | None, str | None]  # of one completion
 
 WITHOUT_CONDITION = "unconditioned_"
-SHORT_MARGIN = 256  # tokens that no template adds to the bytes of a prompt
 
 
 class Policy(Protocol):
@@ -107,7 +107,7 @@ class Rounds:
             step: optimiser steps made so far.
 
         Raises:
-            ValueError: earlier rounds are missing, or no sample was scored.
+            ValueError: earlier rounds are missing, or there would be no sample with a label to train on.
         """
         if number not in self.pool.rounds:
             if number != len(self.pool.rounds) + 1:
@@ -119,11 +119,11 @@ class Rounds:
             everyone = [sample for part in gather_object([samples]) for sample in part]
             for sample in everyone:  # before anything is written: a round with one that has no label is of no use
                 self.condition.check(sample)
-            if number == 1 and all(s.score is None and s.feedback is None for s in everyone):
-                raise ValueError(
-                    f"None of the {len(everyone)} samples of round 1 was scored or judged: there is nothing to learn "
-                    f"from, and the round is not written. {self.describe_feedback()}"
-                )
+            if number == 1 or self.pool.drop_factor == 1:  # else there are those of earlier rounds
+                try:
+                    self.condition.check_signal(everyone)
+                except ValueError as error:
+                    raise ValueError(f"Round {number} is not written. {error} {self.describe_feedback()}") from error
             if PartialState().is_main_process:
                 remember_prompts(self.pool, self.prompts["prompt"])
                 self.pool.add(everyone)
@@ -213,29 +213,17 @@ def prompts_without_room(
     Raises:
         ValueError: no column 'prompt', or a prompt that cannot be conditioned.
     """
-    if "prompt" not in dataset.column_names:
-        raise ValueError(
-            f"{name} has the columns {dataset.column_names}, expected 'prompt' to sample from. Rename one: "
-            "dataset.rename_column(old, 'prompt')."
-        )
-    long, condition = [], conditioned.condition
+    condition = conditioned.condition
     texts = [""] if condition.free_words else list(condition.askable().values())
-    for i, prompt in enumerate(dataset["prompt"]):
-        if not isinstance(prompt, str | list):
-            raise ValueError(f"{name}, row {i}: 'prompt' is {prompt!r}, expected text or messages.")
+
+    def length(row: int, prompt: Text) -> int:
         try:
             asked = [condition.apply(prompt, text) for text in texts]
         except ValueError as error:
-            raise ValueError(f"{name}, row {i}: {error}") from error
-        if max(len(conditioned.encode(p)) for p in [prompt, *asked]) > conditioned.room:
-            long.append(i)
-    if long:
-        logger.warning(
-            f"{len(long)} of {len(dataset)} prompts of {name} are longer than {conditioned.room} tokens (condition "
-            f"included) and are left out; the first rows are {long[:5]}. "
-            f"{', '.join(f'{limit}={tokens}' for limit, tokens in limits.items())}."
-        )
-    return long
+            raise ValueError(f"{name}, row {row}: {error}") from error
+        return max(len(conditioned.encode(p)) for p in [prompt, *asked])
+
+    return rows_of_long_prompts(dataset, length, conditioned.room, name=name, limits=limits)
 
 
 # ----------------------------------------------------------------------------------------------------------- feedback
@@ -246,33 +234,20 @@ class RewardFeedback:
 
     Args:
         feature: the reward.
-        trainer_state: what TRL gives reward functions by this name.
+        keywords: returns further arguments of the reward function, such as ``trainer_state``.
     """
 
-    def __init__(self, feature: Feature, trainer_state: Callable[[], Any] = lambda: None) -> None:
-        self.feature, self.trainer_state = feature, trainer_state
+    def __init__(self, feature: Feature, keywords: Callable[[], dict[str, Any]] = dict) -> None:
+        self.feature, self.keywords = feature, keywords
 
     def __call__(
         self, rows: Sequence[dict[str, Any]], completions: Sequence[Sequence[Completion]]
     ) -> list[list[ScoreAndWords]]:
-        if not rows:
-            return []
-        sizes = [len(group) for group in completions]
-        conversational = not isinstance(rows[0]["prompt"], str)
-        texts = [completion["text"] for group in completions for completion in group]
-        scores = call_feature(
-            self.feature,
-            [row["prompt"] for row, n in zip(rows, sizes, strict=True) for _ in range(n)],
-            [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts,
-            {
-                "completion_ids": [completion["ids"] for group in completions for completion in group],
-                "trainer_state": self.trainer_state(),
-                **columns_of(rows, sizes),
-            },
-            none_allowed=True,
-        )
-        own = iter(scores)
-        return [[(next(own), None) for _ in range(n)] for n in sizes]
+        ids, texts = ([[completion[part] for completion in group] for group in completions] for part in ("ids", "text"))
+        given = reward_arguments(rows, ids, texts) | self.keywords()
+        prompts, answers = given.pop("prompts"), given.pop("completions")
+        own = iter(call_feature(self.feature, prompts, answers, given, none_allowed=True))
+        return [[(next(own), None) for _ in group] for group in completions]
 
     def describe(self) -> str:
         """Return advice for a round in which nothing was scored."""
@@ -354,8 +329,7 @@ class ConditionedPrompts:
 
     def _fits(self, prompt: Text, text: str) -> bool:
         conditioned = self.condition.apply(prompt, text)
-        # A token has at least one byte, and no template adds so many: most need not be encoded.
-        return len(repr(conditioned).encode()) + SHORT_MARGIN < self.room or len(self.encode(conditioned)) <= self.room
+        return surely_fits(conditioned, self.room) or len(self.encode(conditioned)) <= self.room
 
 
 @dataclass(eq=False)

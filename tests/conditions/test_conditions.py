@@ -230,7 +230,7 @@ def test_attributes_that_are_none(tmp_path, feedback):
         (5, "condition is 5, expected"),
         (
             {"kind": "phrases", "n": 5},
-            r"phrases has no option 'n'; it has \['form', 'quantiles', 'per_prompt', 'phrases'",
+            r"phrases has no option 'n'; it has \['form', 'quantiles', 'per_prompt', 'ties', 'phrases'",
         ),
         ({"kind": "phrases", "form": "{condition}"}, r"has \{prompt\} 0 times, expected once"),
         ({"kind": "phrases", "form": "{condition} {condition} {prompt}"}, r"has \{condition\} 2 times, expected once"),

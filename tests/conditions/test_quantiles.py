@@ -8,16 +8,25 @@ import pytest
 from contrastive_align.pool import balanced_order, keep, quantiles
 
 
-def by_loop(scores, n, prompts):
-    """The published procedure, prompt by prompt: sort, n equal blocks, the rest to the last."""
+def by_loop(scores, n, prompts, ties="share"):
+    """The published procedure, prompt by prompt: sort, n equal blocks, the rest to the last; then ties."""
     labels = [-1] * len(scores)
     for prompt in set(prompts):
         ranked = [i for i, p in enumerate(prompts) if p == prompt and not np.isnan(scores[i])]
         ranked.sort(key=lambda i: -scores[i])  # stable
         blocks = [q for q in range(n) for _ in range(len(ranked) // n)]
         blocks += [n - 1] * (len(ranked) - len(blocks))
-        for i, q in zip(ranked, blocks, strict=True):
-            labels[i] = q
+        for score in {scores[i] for i in ranked}:
+            places = [place for place, i in enumerate(ranked) if scores[i] == score]
+            label = blocks[places[(len(places) - 1) // 2]]
+            if ties == "drop" and blocks[places[0]] != blocks[places[-1]]:
+                label = -1
+            elif ties == "share" and 0 in places:
+                label = 0
+            elif ties == "share" and len(ranked) - 1 in places:
+                label = n - 1
+            for place in places:
+                labels[ranked[place]] = -1 if len(places) == len(ranked) else label
     return labels
 
 
@@ -32,9 +41,20 @@ def test_higher_is_better_and_the_order_of_samples_is_kept():
     assert quantiles([0.2, 0.8, 0.4, 0.6], n=4).tolist() == [3, 0, 2, 1]
 
 
-def test_ties_keep_their_order():
-    assert quantiles([1.0] * 4 + [2.0] + [1.0] * 5, n=5).tolist() == [0, 1, 1, 2, 0, 2, 3, 3, 4, 4]
-    assert quantiles(np.zeros(6), n=3).tolist() == [0, 0, 1, 1, 2, 2]
+def test_equal_scores_have_one_label_whatever_their_order():
+    assert quantiles([1.0] * 4 + [2.0] + [1.0] * 5, n=5).tolist() == [4, 4, 4, 4, 0, 4, 4, 4, 4, 4]
+    assert quantiles([1, 0, 0, 1, 0], n=5).tolist() == [0, 4, 4, 0, 4]
+    assert quantiles([3, 1, 1, 1, 0], n=5).tolist() == [0, 2, 2, 2, 4]
+    assert quantiles([3, 1, 1, 1, 0], n=5, ties="drop").tolist() == [0, -1, -1, -1, 4]
+    assert quantiles([2, 2, 1, 1], n=2, ties="drop").tolist() == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="ties is 'age', expected one of share, drop"):
+        quantiles([1, 2], n=2, ties="age")
+
+
+@pytest.mark.parametrize("ties", ["share", "drop"])
+def test_without_any_difference_there_is_no_label(ties):
+    assert quantiles(np.zeros(6), n=3, ties=ties).tolist() == [-1] * 6
+    assert quantiles([0, 0, 0, 1, 2, 3], n=3, prompts=[0, 0, 0, 1, 1, 1], ties=ties).tolist() == [-1] * 3 + [2, 1, 0]
 
 
 def test_per_prompt_is_not_pooled():
@@ -43,14 +63,18 @@ def test_per_prompt_is_not_pooled():
     assert quantiles(scores, n=2).tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("ties", ["share", "drop"])
 @pytest.mark.parametrize("seed", range(5))
-def test_against_a_loop(seed):
+def test_against_a_loop(seed, ties):
     rng = np.random.default_rng(seed)
     prompts = np.repeat(rng.permutation(50)[:12], rng.integers(5, 17, 12))
     prompts = rng.permutation(prompts)
     scores = rng.integers(0, 6, len(prompts)).astype(float)  # many ties
-    assert quantiles(scores, n=5, prompts=prompts).tolist() == by_loop(scores, 5, prompts.tolist())
-    assert quantiles(scores, n=7).tolist() == by_loop(scores, 7, [0] * len(scores))
+    shuffled = rng.permutation(len(scores))
+    found = quantiles(scores, n=5, prompts=prompts, ties=ties)
+    assert found.tolist() == by_loop(scores, 5, prompts.tolist(), ties)
+    assert found[shuffled].tolist() == quantiles(scores[shuffled], n=5, prompts=prompts[shuffled], ties=ties).tolist()
+    assert quantiles(scores, n=7, ties=ties).tolist() == by_loop(scores, 7, [0] * len(scores), ties)
 
 
 def test_infinite_scores_have_a_rank():

@@ -184,7 +184,7 @@ def text(prompts, completions, **columns):
         ([PLEASE, "--divergence=jsd"], "Unknown divergence 'jsd'. Known: kl"),
         ([PLEASE, "--dataset_name=latin.txt"], "latin.txt is not UTF-8"),
         ([PLEASE, "--dataset_name=empty.txt"], "empty.txt has no rows"),
-        ([PLEASE, "--dataset_name=long.txt"], "exceed the model's context of 512"),
+        ([PLEASE, "--dataset_name=long.txt"], "No prompt of train_dataset is short enough"),
         ([PLEASE, "--model_name_or_path=./nothing"], "No folder './nothing'"),
         ([PLEASE, "--output_dir=features.py"], "'features.py' is a file"),
         ([PLEASE, "--eval_samples=20"], "eval_samples is 20, expected at least 50"),

@@ -128,25 +128,42 @@ def test_by_hand_on_three_samples():
     pi = q + torch.tensor([[0.5, 1.0, 2.0]], **F64).log()
     scores = q + torch.tensor([[4.0, 2.0, 0.0]], **F64).log()
     for log_z in (None, torch.tensor([math.log(2)], **F64)):
-        value = {n: estimate_divergence(n, pi, q, scores, log_z=log_z).value.item() for n in ESTIMATED}
+        value = {
+            n: estimate_divergence(n, pi, q, scores, log_z=log_z, correct_bias=False).value.item() for n in ESTIMATED
+        }
         assert value["kl"] == pytest.approx(2 * math.log(4) / 3, rel=1e-12)
         assert value["tv"] == pytest.approx((1.5 + 0 + 2) / 6, rel=1e-12)
         js = 0.5 * math.log(2 * 0.5 / 2.5) + 2 * math.log(2 * 2 / 2.5) + 2 * math.log(2)
         assert value["js"] == pytest.approx(js / 6)
         assert value["reverse_kl"] == math.inf
-    log_z = estimate_log_z(q, scores)
+    log_z = estimate_log_z(q, scores, correct_bias=False)
     assert log_z.value.item() == pytest.approx(math.log(2), rel=1e-12)
     assert log_z.se.item() == pytest.approx(math.sqrt((1 + 0 + 1) / 6))
-    finite = estimate_divergence("reverse_kl", pi[:, :2], q[:, :2], scores[:, :2])  # Z = 3
+    finite = estimate_divergence("reverse_kl", pi[:, :2], q[:, :2], scores[:, :2], correct_bias=False)  # Z = 3
     assert finite.value.item() == pytest.approx((0.5 * math.log(0.5 / 4) + 0) / 1.5 + math.log(3) - math.log(2) / 1.5)
     base = q + math.log(0.5)
-    got = estimate_kl_base(pi, base, proposal_logps=q).value.item()
+    got = estimate_kl_base(pi, base, proposal_logps=q, correct_bias=False).value.item()
     assert got == pytest.approx((0.5 * math.log(1) + math.log(2) + 2 * math.log(4)) / 3.5)
-    assert estimate_kl_base(pi, base).value.item() == pytest.approx((0 + math.log(2) + math.log(4)) / 3)
+    assert estimate_kl_base(pi, base, correct_bias=False).value.item() == pytest.approx(
+        (0 + math.log(2) + math.log(4)) / 3
+    )
     phi = torch.tensor([[1.0, 0.0, 1.0]], **F64)
-    assert estimate_moments(phi, pi, q).value.item() == pytest.approx(2.5 / 3.5)
-    assert estimate_moments(phi, scores, q).value.item() == pytest.approx(2 / 3)
-    assert estimate_moments(phi, scores, q).se.shape == (1,)
+    assert estimate_moments(phi, pi, q, correct_bias=False).value.item() == pytest.approx(2.5 / 3.5)
+    assert estimate_moments(phi, scores, q, correct_bias=False).value.item() == pytest.approx(2 / 3)
+    assert estimate_moments(phi, scores, q, correct_bias=False).se.shape == (1,)
+
+
+def test_the_bias_that_is_taken_off_is_that_of_halves_by_hand():
+    """Of two samples the halves are each alone; of four there are two ways to halve them."""
+    q, scores = torch.zeros(1, 2, **F64), torch.tensor([[0.0, math.log(3)]], **F64)  # Z = 2, alone 1 and 3
+    plain, halves = math.log(2), math.log(3) / 2
+    assert estimate_log_z(q, scores).value.item() == pytest.approx(2 * plain - halves)
+    q, scores = torch.zeros(1, 4, **F64), torch.tensor([[1.0, 3.0, 1.0, 7.0]], **F64).log()
+    plain = math.log(3)
+    halves = (math.log(1) + math.log(5) + math.log(2) + math.log(4)) / 4
+    assert estimate_log_z(q, scores).value.item() == pytest.approx(2 * plain - halves)
+    empty = torch.tensor([[0.0, -math.inf]], **F64)  # a half without weight corrects nothing
+    assert estimate_log_z(q[:, :2], empty).value.item() == pytest.approx(-math.log(2))
 
 
 def test_a_policy_that_is_its_target_is_at_0():

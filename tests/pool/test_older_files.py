@@ -46,7 +46,7 @@ def test_a_pool_knows_its_prompts_and_is_continued(pool):
 @pytest.mark.parametrize("kind", sorted(CONDITIONS))
 def test_a_condition_asks_the_same(kind):
     condition, expected = Condition.load(OLDER / "conditions" / kind), EXPECTED["conditions"][kind]
-    assert condition.kind == kind and condition.spec == expected["spec"]
+    assert condition.kind == kind and condition.spec.items() >= expected["spec"].items()
     assert condition == resolve_condition(expected["spec"])
     assert condition.apply_best("Hello {prompt}") == expected["asked"]
     assert (condition.names(), condition.tokens) == (expected["names"], expected["tokens"])

@@ -307,7 +307,7 @@ def test_bad_features_are_named(kind, tokenizer, tmp_path):
 def test_bad_input_is_refused(tokenizer, tmp_path):
     with pytest.raises(InfeasibleMoment, match="never"):
         trained(tokenizer, tmp_path, Target([Constraint({"contains": "zebra", "name": "never"}, 0.5)]))
-    with pytest.raises(ValueError, match="context of 64"):
+    with pytest.raises(ValueError, match="No prompt of train_dataset is short enough"):
         trained(tokenizer, tmp_path, moment_target(), data=Dataset.from_list([{"prompt": "a " * 70}] * 8))
     with pytest.raises(ValueError, match="Nothing to train towards"):
         FDPGTrainer(build(), args=options(tmp_path), train_dataset=PROMPTS, processing_class=tokenizer)
@@ -324,6 +324,23 @@ def test_bad_input_is_refused(tokenizer, tmp_path):
         options(tmp_path, num_generations=7)
     with pytest.raises(ValueError, match="alpha"):
         options(tmp_path, divergence="hellinger")
+
+
+def test_long_prompts_are_left_out_before_training_and_counted(tokenizer, tmp_path, caplog):
+    long = [{"prompt": "a " * 70}]
+    rows = Dataset.from_list([*PROMPTS.select(range(5)), *long, *PROMPTS.select(range(5, 8))])
+    trainer = FDPGTrainer(
+        build(), args=options(tmp_path, max_steps=8, per_device_train_batch_size=32), train_dataset=rows,
+        processing_class=tokenizer, target=moment_target(), eval_dataset={"a": rows},
+    )  # fmt: skip
+    assert "1 of 9 prompts of train_dataset are longer than 60 tokens" in caplog.text and "[5]" in caplog.text
+    assert trainer.data_report == {"rows": 9, "too_long": 1} and len(trainer.eval_dataset["a"]) == 8
+    trainer.train()
+    assert trainer.state.global_step == 8
+    with pytest.raises(ValueError, match="context of 64"):
+        trainer.prompt_ids_of(["a " * 70])
+    with pytest.raises(ValueError, match=r"1 rows .* for 2 at once"):  # of what is left
+        trained(tokenizer, tmp_path, moment_target(), data=Dataset.from_list([{"prompt": "a"}, *long]))
 
 
 def test_too_few_prompts_for_a_step_are_refused(tokenizer, tmp_path):

@@ -27,8 +27,8 @@ class Parrot:
         return [group for _ in prompts]
 
 
-def rounds_of(tmp_path, policy, feedback, prompts=("a", "b", "c"), per_round=2):
-    condition = resolve_condition("phrases")
+def rounds_of(tmp_path, policy, feedback, prompts=("a", "b", "c"), per_round=2, condition="phrases"):
+    condition = resolve_condition(condition)
     return Rounds(
         policy=policy,
         feedback=feedback,
@@ -64,7 +64,8 @@ def test_a_judge_is_asked_by_the_main_process_for_all_and_its_words_are_kept(tmp
         asked.append((prompts, completions))
         return [None if c == "go" else SimpleNamespace(score=float(len(c)), text=f"says {c}") for c in completions]
 
-    rounds = rounds_of(tmp_path, Parrot(), JudgeFeedback(judge))
+    condition = {"kind": "phrases", "phrases": ["Good", "Bad"]}
+    rounds = rounds_of(tmp_path, Parrot(), JudgeFeedback(judge), condition=condition)
     rounds.make(1, step=0)
     assert len(asked) == 1 and len(asked[0][0]) == 10
     samples = rounds.pool.read(range(10), 1)
@@ -73,12 +74,35 @@ def test_a_judge_is_asked_by_the_main_process_for_all_and_its_words_are_kept(tmp
     }
 
 
-def test_a_first_round_without_a_score_is_not_written(tmp_path):
-    feedback = RewardFeedback(resolve_feature(lambda completions, **_: [None] * len(completions)))
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ([None] * 5, r"0 of 10 samples are scored.* 2 have fewer than 5 scored completions.*reward functions return"),
+        ([1.0, None, 2.0, 3.0, 4.0], r"8 of 10 samples are scored.* 2 have fewer than 5 scored completions"),
+        ([1.0] * 5, r"10 of 10 samples are scored.* 2 have completions that all score the same"),
+    ],
+)
+def test_a_first_round_without_signal_is_not_written(scores, said, tmp_path):
+    feedback = RewardFeedback(resolve_feature(lambda completions, **_: [scores[WORDS.index(c)] for c in completions]))
     rounds = rounds_of(tmp_path, Parrot(), feedback)
-    with pytest.raises(ValueError, match=r"None of the 10 samples of round 1 .* reward functions return"):
+    with pytest.raises(ValueError, match=rf"Round 1 is not written\. {said}".replace(r"\. ", r"\. .*")):
         rounds.make(1, step=0)
     assert rounds.pool.rounds == []
+
+
+def test_a_later_round_without_signal_is_refused_where_no_earlier_sample_stays(tmp_path):
+    flat = []
+    feedback = RewardFeedback(
+        resolve_feature(lambda completions, **_: [1.0 if flat else float(WORDS.index(c)) for c in completions])
+    )
+    rounds = rounds_of(tmp_path, Parrot(), feedback)
+    rounds.make(1, step=0)
+    flat.append(True)
+    rounds.make(2, step=7)  # earlier samples are there to learn from
+    rounds.pool.drop_factor = 1
+    with pytest.raises(ValueError, match="Round 3 is not written"):
+        rounds.make(3, step=14)
+    assert rounds.pool.rounds == [1, 2]
 
 
 def test_a_round_whose_predecessors_are_missing_is_refused(tmp_path):
