@@ -134,8 +134,7 @@ class FDPGRun(Run):
 
         def first_feature(rows: list[dict[str, Any]], texts: list[list[str]]) -> list[list[float]]:
             tokens = [tokenizer(group, add_special_tokens=False)["input_ids"] for group in texts]
-            given = reward_arguments(rows, tokens, texts)
-            phi = target.features(given.pop("prompts"), given.pop("completions"), **given)
+            phi = target.features(**reward_arguments(rows, tokens, texts), trainer_state=self.trainer.state)
             return phi[:, 0].view(len(texts), -1).tolist()
 
         return first_feature, target.names[0]

@@ -79,7 +79,7 @@ def test_every_form_of_reward_runs_everywhere(form, tmp_path):
     told = {"train_dataset": rows(FDPG), "reward_funcs": None, "target": Target.from_reward(feature, 1.0)}
     trainer = FDPG.make(tmp_path / "f", told=told, max_steps=2, log_completions=form == "log_extra")
     trainer.train()
-    columns, _ = measure(trainer, list(rows(FDPG))[:2], samples=100, acceptance=0.5, seed=1)
+    columns, *_ = measure(trainer, list(rows(FDPG))[:2], samples=100, acceptance=0.5, seed=1)
     assert "tuned+QRS" in columns
     logged = [entry["share"] for entry in trainer.state.log_history if "share" in entry]
     assert logged == ([0.25, 0.25] if form in ("log_metric", "a sum with None") else [])
