@@ -107,7 +107,8 @@ def cells(short: bool = False) -> Iterator[Cell]:
             yield Cell(trainer, tuning, engine, layout, reference, tuple(extra.items()))
     for engine in ("data parallel", "ZeRO-3"):
         yield Cell("encoder-decoder", "full", engine)
-    yield Cell("conditional", "full", "ZeRO-3", "shared", extra=(("condition", "quantile_tokens"),))
+    for tuning in ("full", "LoRA"):  # of a model that has the tokens; with LoRA their rows would be trained
+        yield Cell("conditional", tuning, "ZeRO-3", "shared", extra=(("condition", "quantile_tokens"),))
 
 
 # ------------------------------------------------------------------------------------------------------- one process

@@ -23,6 +23,7 @@ from packaging.utils import canonicalize_name
 
 # Kinds of licences, the least demanding first; a licence is of the last kind whose pattern it has.
 FREE, COPYLEFT, GPL, AGPL, UNKNOWN, FORBIDS = "", "weak copyleft", "GPL", "AGPL", "unknown", "forbids commercial use"
+ABSENT = "not installed"  # of an extra: looked at where it is
 KINDS = {
     FREE: r"\b(0?BSD|MIT|Apache|Boost|BSL-1|CC0|CNRI|HPND|ISCL?|PSF|Python Software Foundation|Public Domain|Unlicense|"
     r"Unicode|Zlib|ZPL|Zope|NVIDIA)\b",  # NVIDIA's libraries are not free, and may be used commercially
@@ -32,7 +33,7 @@ KINDS = {
     FORBIDS: r"non-?commercial|no commercial|\bBY-NC\b|"
     r"(research|academic|evaluation|educational)( use| purposes)? only|commons clause|\bBUSL|business source",
 }
-BADNESS = [FREE, COPYLEFT, GPL, AGPL, UNKNOWN, FORBIDS]
+BADNESS = [FREE, ABSENT, COPYLEFT, GPL, AGPL, UNKNOWN, FORBIDS]
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Package:
 
     name: str
     needed_by: str
-    version: str = "not installed"
+    version: str = ABSENT
     licence: str = ""
 
     @property
     def kind(self) -> str:
-        return kind_of(self.licence)
+        return ABSENT if self.version == ABSENT else kind_of(self.licence)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     bad = [p.name for p in found if p.kind in (UNKNOWN, FORBIDS)]
     kinds = {kind: sum(p.kind == kind for p in found) for kind in BADNESS}
     counts = ", ".join(f"{n} {kind or 'permissive'}" for kind, n in kinds.items() if n)
-    print(f"\n{len(found)} packages: {counts}." + (f" Look at {', '.join(bad)}." if bad else ""))
+    absent = [p.name for p in found if p.kind == ABSENT]
+    said = {"Not looked at": absent, "Look at": bad}
+    print(
+        f"\n{len(found)} packages: {counts}.", *(f"{what} {', '.join(names)}." for what, names in said.items() if names)
+    )
     return int(bool(bad))
 
 

@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 SUPPORTED = {
     "accelerate": ">=1.10",
     "datasets": ">=4.0",
+    "jinja2": ">=3.1",
     "numpy": ">=1.26",
     "peft": ">=0.20",
     "pyarrow": ">=15",

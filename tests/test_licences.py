@@ -92,6 +92,9 @@ def test_a_package_that_forbids_it_or_is_missing_is_named(licences, monkeypatch,
     monkeypatch.setattr(licences.metadata, "metadata", lambda name: world[name].metadata)
     assert licences.main(["top"]) == 1
     out = capsys.readouterr().out
-    assert "5 packages: 2 permissive, 1 GPL, 1 unknown, 1 forbids commercial use. Look at a, absent." in out
+    assert (
+        "5 packages: 2 permissive, 1 not installed, 1 GPL, 1 forbids commercial use. Not looked at absent. Look at a."
+        in out
+    )
     rows = [line.split()[:2] for line in out.splitlines()[1:6]]
     assert rows == [["a", "1"], ["absent", "not"], ["b-c", "1"], ["d", "1"], ["top", "1"]]

@@ -492,6 +492,18 @@ def test_a_saved_adapter_with_tokens_is_a_start(tiny_llama, tmp_path, tied):
     second.train()
 
 
+def test_zero3_takes_no_new_tokens_and_says_so_before_the_model_is_loaded(tiny_llama, tmp_path, monkeypatch):
+    from contrastive_align.trainers import conditional
+
+    monkeypatch.setattr(conditional, "is_deepspeed_zero3_enabled", lambda: True)
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = tiny_llama()
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    for more in ({}, {"peft_config": lora}):
+        with pytest.raises(ValueError, match=r"ZeRO-3 keeps a part of the embedding.*condition='phrases'"):
+            build(model, tmp_path / "run", condition=QuantileTokens(token="<new_{i}>"), more=more)
+
+
 def test_a_saved_model_loads_with_its_tokens_and_condition(tiny_llama, tmp_path):
     trainer = build(tiny_llama(), tmp_path)
     trainer.train()
