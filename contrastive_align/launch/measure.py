@@ -21,7 +21,7 @@ from contrastive_align.sampling import (
     choose_beta,
     distinct_n,
 )
-from contrastive_align.targets import columns_of
+from contrastive_align.targets import Target, columns_of
 from contrastive_align.trainers import FDPGTrainer
 
 
@@ -120,6 +120,25 @@ def words_on(metrics: dict[str, TargetChange], trained: str, *, held_out: bool) 
     return [in_words(clauses, held_out=held_out), *warn_if_above_start(label, metrics[distance])]
 
 
+def missed_moments(measured: dict[str, Number], target: Target) -> list[str]:
+    """Say which wanted moments the target does not have where it was measured, beyond 3 standard errors.
+
+    The errors are those of the measurement and of the fit together.
+    """
+    fitted = target.state_dict()["fit"].get("moment_se", {})
+    lines = []
+    for name, wanted in zip(target.names, target.moments.tolist(), strict=True):
+        found = measured[f"moment/{name}"]
+        error = math.hypot(found.se or 0.0, fitted.get(name, 0.0))
+        if abs(found.value - wanted) > 3 * error + 1e-9:  # never of a reward, which has no wanted moment: NaN
+            lines.append(
+                f"WARNING: the target itself misses the moment of {name}: {found.value:.4f} +- {error:.4f} where it "
+                f"was measured, {wanted:g} wanted. The prompts measured differ from those of training, or the fit had "
+                "too few samples: raise fit_max_samples, or measure on prompts like those trained on."
+            )
+    return lines
+
+
 class _Measured:
     """K samples for each of C prompts, with their log-probs (C, K) and features phi (C, K, J)."""
 
@@ -173,7 +192,14 @@ class _Measured:
         if not rows:
             raise ValueError("no prompt has a sample with mass under the target.")
         log_z, logps, scores = self.log_z[some], self.logps[some], self.scores[some]
-        beta = choose_beta(scores, logps, acceptance=acceptance, log_z=log_z).beta
+        chosen = choose_beta(scores, logps, acceptance=acceptance, log_z=log_z, at_most=True)
+        beta, wished = chosen.beta, acceptance
+        acceptance = min(wished, chosen.acceptance_rate)
+        if acceptance < wished:
+            remarks.append(
+                f"QRS accepts {acceptance:.3g} and not the wished {wished:g}: the target allows no more of the tuned "
+                "policy's samples. Train longer for more"
+            )
         sampler = QuasiRejectionSampler(
             self.target, proposal, beta, log_z=log_z, batch_size=max(1, math.ceil(self.per_prompt / acceptance / 2))
         )
@@ -189,7 +215,7 @@ class _Measured:
         p_beta = p_beta - losses.estimate_log_z(logps, p_beta, correct_bias=False).value.unsqueeze(1)
         divergences = _divergences(p_beta, scores, self.base_logps[some], proposal_logps=logps)
         rate, proposed = result.acceptance_rate, int(result.proposed.sum())
-        accepted = {"acceptance": Number(rate, math.sqrt(rate * (1 - rate) / proposed))}
+        accepted = {"acceptance": Number(rate, math.sqrt(rate * (1 - rate) / proposed)), "beta": Number(beta)}
         return _means_over_prompts(result, self.target.names) | divergences | _texts(result.samples) | accepted
 
     def _moments(self, logps: Tensor) -> dict[str, Number]:
