@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -212,8 +213,7 @@ class _Measured:
             generator=torch.Generator().manual_seed(proposal.seed),
         )
         p_beta = torch.minimum(scores - log_z.unsqueeze(1), math.log(beta) + logps)
-        p_beta = p_beta - losses.estimate_log_z(logps, p_beta, correct_bias=False).value.unsqueeze(1)
-        divergences = _divergences(p_beta, scores, self.base_logps[some], proposal_logps=logps)
+        divergences = _divergences(p_beta, scores, self.base_logps[some], proposal_logps=logps, normalise=True)
         rate, proposed = result.acceptance_rate, int(result.proposed.sum())
         accepted = {"acceptance": Number(rate, math.sqrt(rate * (1 - rate) / proposed)), "beta": Number(beta)}
         return _means_over_prompts(result, self.target.names) | divergences | _texts(result.samples) | accepted
@@ -237,12 +237,27 @@ def _moments(names: Sequence[str], values: Tensor, errors: Tensor) -> dict[str, 
     return {f"moment/{name}": Number(value, error) for name, value, error in found}
 
 
-def _divergences(logps: Tensor, scores: Tensor, base_logps: Tensor, *, proposal_logps: Tensor) -> dict[str, Number]:
-    found = {
-        label: losses.estimate_divergence(name, logps, proposal_logps, scores) for name, label in TO_TARGET.items()
-    }
-    found[TO_BASE] = losses.estimate_kl_base(logps, base_logps, proposal_logps=proposal_logps)
-    return {label: _number(estimate) for label, estimate in found.items()}
+def _divergences(
+    logps: Tensor, scores: Tensor, base_logps: Tensor, *, proposal_logps: Tensor, normalise: bool = False
+) -> dict[str, Number]:
+    """Measure a distribution's divergences. ``normalise``: its log-probs have an unknown constant for each prompt."""
+
+    def normalised(part: Tensor | None) -> Tensor:
+        if not normalise:
+            return logps
+        plain = {"valid": part, "correct_bias": False}
+        return logps - losses.estimate_log_z(proposal_logps, logps, **plain).value.unsqueeze(1)
+
+    def divergence(name: str, part: Tensor | None) -> losses.Estimate:
+        given = (normalised(part), proposal_logps, scores)
+        return losses.estimate_divergence(name, *given, valid=part, correct_bias=False)
+
+    def from_base(part: Tensor | None) -> losses.Estimate:
+        options = {"proposal_logps": proposal_logps, "valid": part, "correct_bias": False}
+        return losses.estimate_kl_base(normalised(part), base_logps, **options)
+
+    estimates = {label: functools.partial(divergence, name) for name, label in TO_TARGET.items()} | {TO_BASE: from_base}
+    return {label: _number(losses.without_bias(of, None, logps)) for label, of in estimates.items()}
 
 
 def _texts(samples: Samples) -> dict[str, Number]:

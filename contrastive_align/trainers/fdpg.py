@@ -358,6 +358,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             k, parts, what = self.num_generations, self.args.steps_per_generation, ("train", self.generation)
         else:
             k, parts, what = self.num_generations_eval, 1, ("eval", self.state.global_step)
+        self.reward_log = RewardLog()
         rows = rows[::k]  # TRL's sampler repeats every prompt K times in a row
         prompt_ids = self.prompt_ids_of([row["prompt"] for row in rows])
         first, evaluation = self.accelerator.process_index * len(rows), None if training else self._evaluation
