@@ -172,12 +172,14 @@ class _Measured:
         return self._moments(self.scores) | dict.fromkeys(TO_TARGET.values(), Number(0.0)) | {TO_BASE: distance}
 
     def tradeoff(self) -> list[dict[str, float]]:
-        """Predict acceptance rate and divergences of quasi-rejection sampling at nine rates."""
+        """Predict acceptance rate and divergences of quasi-rejection sampling at nine rates, or those there are."""
         some = torch.isfinite(self.log_z)
         if not some.any():
             return []
         logs = (self.scores[some], self.logps[some])
-        found = [choose_beta(*logs, acceptance=rate, log_z=self.log_z[some]) for rate in RATES]
+        options = {"log_z": self.log_z[some], "at_most": True}
+        each = (choose_beta(*logs, acceptance=rate, **options) for rate in RATES)
+        found = {estimate.beta: estimate for estimate in each}.values()  # what is above the highest rate is once there
         return [
             {"beta": e.beta, "rate": e.acceptance_rate, "kl": e.kl, "kl_se": e.kl_se, "tvd": e.tvd, "tvd_se": e.tvd_se}
             for e in found
