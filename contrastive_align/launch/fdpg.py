@@ -17,7 +17,14 @@ from contrastive_align.launch.arguments import Arguments, RunArguments, load_yam
 from contrastive_align.launch.common import Run, model_arguments, picture_saved
 from contrastive_align.launch.datasets import only_prompts, repeat
 from contrastive_align.launch.feedback_flags import check_models, read_spec
-from contrastive_align.launch.measure import SAMPLES_PER_PROMPT, measure, metrics_of, prompts_enough_for, words_on
+from contrastive_align.launch.measure import (
+    SAMPLES_PER_PROMPT,
+    measure,
+    metrics_of,
+    missed_moments,
+    prompts_enough_for,
+    words_on,
+)
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.losses import DIVERGENCES
 from contrastive_align.models.loading import adapter_config_path
@@ -76,7 +83,7 @@ class FDPGRun(Run):
     demo_model: ClassVar[dict[str, Any]] = {"max_completion_length": 48, "learning_rate": 3e-4}
     demo_data: ClassVar[dict[str, Any]] = {
         **{"max_steps": 60, "per_device_train_batch_size": 256, "num_generations": 16, "logging_steps": 1},
-        **{"fit_samples": 65536, "eval_samples": 15_000, "eval_prompts": 200},
+        **{"eval_samples": 15_000, "eval_prompts": 200},
     }
     summary_class = TargetSummary
 
@@ -173,6 +180,7 @@ class FDPGRun(Run):
         summary.metrics_on = (
             f"{self.measured_on}, {columns['tuned']['samples']} samples of each distribution; pi is the column"
         )
+        remarks += missed_moments(columns["target"], target)
         words = words_on(summary.metrics, self.args.training.divergence, held_out=self.test_rows is not None)
         summary.state = "\n".join([*words, *(f"note: {remark}" for remark in remarks)])
 

@@ -24,7 +24,7 @@ GROUPS = {
     "Objective": (
         "loss_type, temperature_alpha, first_score_bonus, divergence, beta, kl_coef, kl_direction, kl_target, "
         "entropy_coef, entropy_target, coef_horizon, baseline, baseline_window, max_importance_ratio, fit_samples, "
-        "fit_min_ess"
+        "fit_max_samples, fit_tolerance, fit_min_ess"
     ),
     "Sampling and rounds": (
         "num_rounds, prompts_per_round, num_generations, draws_per_round, max_completion_length, temperature, top_p, "

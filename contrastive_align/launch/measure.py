@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from contrastive_align.sampling import (
     choose_beta,
     distinct_n,
 )
-from contrastive_align.targets import columns_of
+from contrastive_align.targets import Target, columns_of
 from contrastive_align.trainers import FDPGTrainer
 
 
@@ -120,6 +121,25 @@ def words_on(metrics: dict[str, TargetChange], trained: str, *, held_out: bool) 
     return [in_words(clauses, held_out=held_out), *warn_if_above_start(label, metrics[distance])]
 
 
+def missed_moments(measured: dict[str, Number], target: Target) -> list[str]:
+    """Say which wanted moments the target does not have where it was measured, beyond 3 standard errors.
+
+    The errors are those of the measurement and of the fit together.
+    """
+    fitted = target.state_dict()["fit"].get("moment_se", {})
+    lines = []
+    for name, wanted in zip(target.names, target.moments.tolist(), strict=True):
+        found = measured[f"moment/{name}"]
+        error = math.hypot(found.se or 0.0, fitted.get(name, 0.0))
+        if abs(found.value - wanted) > 3 * error + 1e-9:  # never of a reward, which has no wanted moment: NaN
+            lines.append(
+                f"WARNING: the target itself misses the moment of {name}: {found.value:.4f} +- {error:.4f} where it "
+                f"was measured, {wanted:g} wanted. The prompts measured differ from those of training, or the fit had "
+                "too few samples: raise fit_max_samples, or measure on prompts like those trained on."
+            )
+    return lines
+
+
 class _Measured:
     """K samples for each of C prompts, with their log-probs (C, K) and features phi (C, K, J)."""
 
@@ -152,12 +172,14 @@ class _Measured:
         return self._moments(self.scores) | dict.fromkeys(TO_TARGET.values(), Number(0.0)) | {TO_BASE: distance}
 
     def tradeoff(self) -> list[dict[str, float]]:
-        """Predict acceptance rate and divergences of quasi-rejection sampling at nine rates."""
+        """Predict acceptance rate and divergences of quasi-rejection sampling at nine rates, or those there are."""
         some = torch.isfinite(self.log_z)
         if not some.any():
             return []
         logs = (self.scores[some], self.logps[some])
-        found = [choose_beta(*logs, acceptance=rate, log_z=self.log_z[some]) for rate in RATES]
+        options = {"log_z": self.log_z[some], "at_most": True}
+        each = (choose_beta(*logs, acceptance=rate, **options) for rate in RATES)
+        found = {estimate.beta: estimate for estimate in each}.values()  # what is above the highest rate is once there
         return [
             {"beta": e.beta, "rate": e.acceptance_rate, "kl": e.kl, "kl_se": e.kl_se, "tvd": e.tvd, "tvd_se": e.tvd_se}
             for e in found
@@ -173,7 +195,14 @@ class _Measured:
         if not rows:
             raise ValueError("no prompt has a sample with mass under the target.")
         log_z, logps, scores = self.log_z[some], self.logps[some], self.scores[some]
-        beta = choose_beta(scores, logps, acceptance=acceptance, log_z=log_z).beta
+        chosen = choose_beta(scores, logps, acceptance=acceptance, log_z=log_z, at_most=True)
+        beta, wished = chosen.beta, acceptance
+        acceptance = min(wished, chosen.acceptance_rate)
+        if acceptance < wished:
+            remarks.append(
+                f"QRS accepts {acceptance:.3g} and not the wished {wished:g}: the target allows no more of the tuned "
+                "policy's samples. Train longer for more"
+            )
         sampler = QuasiRejectionSampler(
             self.target, proposal, beta, log_z=log_z, batch_size=max(1, math.ceil(self.per_prompt / acceptance / 2))
         )
@@ -186,10 +215,9 @@ class _Measured:
             generator=torch.Generator().manual_seed(proposal.seed),
         )
         p_beta = torch.minimum(scores - log_z.unsqueeze(1), math.log(beta) + logps)
-        p_beta = p_beta - losses.estimate_log_z(logps, p_beta, correct_bias=False).value.unsqueeze(1)
-        divergences = _divergences(p_beta, scores, self.base_logps[some], proposal_logps=logps)
+        divergences = _divergences(p_beta, scores, self.base_logps[some], proposal_logps=logps, normalise=True)
         rate, proposed = result.acceptance_rate, int(result.proposed.sum())
-        accepted = {"acceptance": Number(rate, math.sqrt(rate * (1 - rate) / proposed))}
+        accepted = {"acceptance": Number(rate, math.sqrt(rate * (1 - rate) / proposed)), "beta": Number(beta)}
         return _means_over_prompts(result, self.target.names) | divergences | _texts(result.samples) | accepted
 
     def _moments(self, logps: Tensor) -> dict[str, Number]:
@@ -211,12 +239,27 @@ def _moments(names: Sequence[str], values: Tensor, errors: Tensor) -> dict[str, 
     return {f"moment/{name}": Number(value, error) for name, value, error in found}
 
 
-def _divergences(logps: Tensor, scores: Tensor, base_logps: Tensor, *, proposal_logps: Tensor) -> dict[str, Number]:
-    found = {
-        label: losses.estimate_divergence(name, logps, proposal_logps, scores) for name, label in TO_TARGET.items()
-    }
-    found[TO_BASE] = losses.estimate_kl_base(logps, base_logps, proposal_logps=proposal_logps)
-    return {label: _number(estimate) for label, estimate in found.items()}
+def _divergences(
+    logps: Tensor, scores: Tensor, base_logps: Tensor, *, proposal_logps: Tensor, normalise: bool = False
+) -> dict[str, Number]:
+    """Measure a distribution's divergences. ``normalise``: its log-probs have an unknown constant for each prompt."""
+
+    def normalised(part: Tensor | None) -> Tensor:
+        if not normalise:
+            return logps
+        plain = {"valid": part, "correct_bias": False}
+        return logps - losses.estimate_log_z(proposal_logps, logps, **plain).value.unsqueeze(1)
+
+    def divergence(name: str, part: Tensor | None) -> losses.Estimate:
+        given = (normalised(part), proposal_logps, scores)
+        return losses.estimate_divergence(name, *given, valid=part, correct_bias=False)
+
+    def from_base(part: Tensor | None) -> losses.Estimate:
+        options = {"proposal_logps": proposal_logps, "valid": part, "correct_bias": False}
+        return losses.estimate_kl_base(normalised(part), base_logps, **options)
+
+    estimates = {label: functools.partial(divergence, name) for name, label in TO_TARGET.items()} | {TO_BASE: from_base}
+    return {label: _number(losses.without_bias(of, None, logps)) for label, of in estimates.items()}
 
 
 def _texts(samples: Samples) -> dict[str, Number]:

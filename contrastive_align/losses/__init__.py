@@ -40,6 +40,7 @@ from contrastive_align.losses.estimators import (
     estimate_kl_base,
     estimate_log_z,
     estimate_moments,
+    without_bias,
 )
 
 
@@ -77,4 +78,5 @@ __all__ = [
     "sft",
     "target_labels",
     "temperature_for_entropy",
+    "without_bias",
 ]

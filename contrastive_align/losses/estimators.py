@@ -41,7 +41,7 @@ class Estimate(NamedTuple):
 SPLITS = 4  # in how many ways the samples are halved
 
 
-def _corrected(estimate: Callable[[Tensor | None], Estimate], valid: Tensor | None, like: Tensor) -> Estimate:
+def without_bias(estimate: Callable[[Tensor | None], Estimate], valid: Tensor | None, like: Tensor) -> Estimate:
     r"""Take off the bias of first order in 1 / K, from estimates on halves of the samples.
 
     .. math:: \hat\theta - b / K \text{ with } \hat b / K = \overline{\hat\theta_{\text{half}}} - \hat\theta, \qquad
@@ -90,7 +90,7 @@ def estimate_log_z(
     tensor([0.3069])
     """
     if correct_bias:
-        return _corrected(
+        return without_bias(
             lambda part: estimate_log_z(proposal_logps, target_log_scores, valid=part, correct_bias=False),
             valid,
             proposal_logps,
@@ -144,7 +144,7 @@ def estimate_divergence(
         )
     logs = (policy_logps, proposal_logps, target_log_scores)
     if correct_bias:
-        return _corrected(
+        return without_bias(
             lambda part: estimate_divergence(name, *logs, log_z=log_z, valid=part, correct_bias=False), valid, logs[0]
         )
     log_pi, log_q, log_target, valid = _prepare(valid, *logs)
@@ -157,7 +157,8 @@ def estimate_divergence(
     # u has mean 1 over the samples where Z is theirs.
     log_z = _log_mean_exp(log_v, n) if estimated else log_z.detach().to(log_v.dtype)
     log_u = (log_v - log_z.unsqueeze(-1)).masked_fill(log_v == -torch.inf, -torch.inf)
-    log_t = (log_pi - log_target).masked_fill(~valid, 0.0) + log_z.unsqueeze(-1)
+    neither = (log_pi == -torch.inf) & (log_target == -torch.inf)
+    log_t = (log_pi - log_target).masked_fill(~valid | neither, 0.0) + log_z.unsqueeze(-1)
     u, w = log_u.exp(), log_w.exp()
 
     # h is the average's summand; dh is u dh/du: shifting log Z by e shifts the average by -mean(dh) e.
@@ -201,7 +202,7 @@ def estimate_kl_base(
     proposal_logps = policy_logps if proposal_logps is None else proposal_logps
     if correct_bias:
         options = {"proposal_logps": proposal_logps, "correct_bias": False}
-        return _corrected(
+        return without_bias(
             lambda part: estimate_kl_base(policy_logps, base_logps, valid=part, **options), valid, policy_logps
         )
     log_pi, log_q, log_a, valid = _prepare(valid, policy_logps, proposal_logps, base_logps)
@@ -239,7 +240,7 @@ def estimate_moments(
     """
     if correct_bias:
         logs = (log_scores, proposal_logps)
-        return _corrected(
+        return without_bias(
             lambda part: estimate_moments(features, *logs, valid=part, correct_bias=False), valid, proposal_logps
         )
     log_s, log_q, valid = _prepare(valid, log_scores, proposal_logps)

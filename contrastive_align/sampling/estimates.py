@@ -115,6 +115,7 @@ def choose_beta(
     *,
     acceptance: float | None = None,
     tvd: float | None = None,
+    at_most: bool = False,
     **samples: Any,
 ) -> QRSEstimate:
     """Find the beta for a wished acceptance rate, or the least beta for a wished distance, by bisection on log beta.
@@ -125,10 +126,12 @@ def choose_beta(
     Args:
         acceptance: the wished acceptance rate, above 0.
         tvd: the wished total variation distance of p and p_beta, above 0.
+        at_most: where the wished acceptance is more than there is (a pointwise constraint rules samples out at any
+            beta), find the beta for all there is; above it nothing is gained, for below it p_beta does not change.
         target_log_scores, proposal_logps, **samples: see :func:`qrs_estimates`.
 
     Raises:
-        ValueError: both wishes or none, or an acceptance rate above that of a vanishing beta.
+        ValueError: both wishes or none, or an acceptance rate above that of a vanishing beta (unless ``at_most``).
 
     >>> p, q = torch.tensor([0.2, 0.8]), torch.tensor([0.5, 0.5])
     >>> round(choose_beta(p.log(), q.log(), acceptance=0.7, log_weights=q.log()).beta, 6)
@@ -146,6 +149,8 @@ def choose_beta(
     if tvd is None:
         most = ratios.estimate(low)
         if wish > most.acceptance_rate + 1e-12:
+            if at_most:
+                return most
             raise ValueError(
                 f"acceptance={wish:g} is above the highest there is, {most.acceptance_rate:.4g} at a beta of 0: the "
                 "target has no mass on the other samples. Wish for less, or propose from something nearer to it."

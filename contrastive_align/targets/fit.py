@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,20 +19,25 @@ logger = logging.getLogger(__name__)
 
 LARGEST_STEP = 10.0  # nats, over the range of a feature: Newton's own first step can be thousands
 NULL = 1e-12  # the least variance that a step is divided by
+PER_PROMPT = 32  # samples of each prompt that a fit begins with
+PROMPTS_AT_ONCE = 8
+BIAS_BESIDE_ERROR = 3.0  # the first-order bias is taken off; beyond a third of the error, what is left of it counts
 
 
 @dataclass(frozen=True)
 class Fit:
     """The result of :func:`fit_lambdas` for J features and C prompts, in float64.
 
-    Standard errors are those of samples; for an enumerated space they have no meaning. They hold for the given prompts
-    and leave out the spread between prompts. ``log_z`` is log E_a[b exp(lambda . phi)] for each prompt: -inf where no
-    sample satisfied a pointwise constraint, NaN where the prompt has no sample.
+    Standard errors are those of samples; for an enumerated space they have no meaning. They hold for the given prompts,
+    and with ``population`` for all prompts of which these are a random choice. ``log_z`` is
+    log E_a[b exp(lambda . phi)] for each prompt: -inf where no sample satisfied a pointwise constraint, NaN where the
+    prompt has no sample.
     """
 
     lambdas: Tensor  # (J,) nats per unit of the feature
     moments: Tensor  # (J,) wanted
     achieved: Tensor  # (J,) mean_c E_p[phi | c] on the samples, less its estimated bias if that was corrected
+    bias: Tensor  # (J,) estimated, of the samples' moments; 0 without correct_bias
     base_moments: Tensor  # (J,) the same at lambda = 0
     moment_se: Tensor  # (J,) of achieved at these lambdas, by the delta method for ratios
     lambda_se: Tensor  # (J,) H^-1 V H^-1, with V the covariance of achieved and H that of phi under p
@@ -60,6 +66,7 @@ def fit_lambdas(
     names: Sequence[str] | None = None,
     min_ess: float = 20.0,
     correct_bias: bool = False,
+    population: float | None = None,
     tolerance: float = 1e-10,
     max_iterations: int = 200,
     progress: Callable[[int, dict[str, Any]], None] | None = None,
@@ -94,6 +101,8 @@ def fit_lambdas(
         names: of the features, for error messages.
         min_ess: the smallest effective sample size that is accepted.
         correct_bias: for samples, not for an enumerated space. The residual is then of second order instead of 0.
+        population: the number of prompts from which the C prompts are a random choice (infinite for a stream). The
+            standard errors of moments and lambdas then include the spread between prompts. None: there are no others.
         tolerance: on the residuals, relative to the range of each feature.
         progress: called with the iteration and a dict of ``dual``, ``residual`` (J,) and ``ess``.
 
@@ -135,6 +144,10 @@ def fit_lambdas(
     precision = torch.linalg.pinv(_scatter(reach.x @ basis, p, p), hermitian=True)
     se_basis = basis @ precision
     noise = _scatter(reach.x, p, p**2 / c)
+    if population is not None and c > 1:
+        means = (p.unsqueeze(-1) * reach.x).sum(1)
+        noise = noise * c / population + torch.cov(means.T).reshape(noise.shape) / c * (1 - c / population)
+    bias = _bias(phi, p) if correct_bias else torch.zeros_like(mu)
     lambda_cov = se_basis @ (basis.T @ noise @ basis) @ se_basis.T
     log_z = torch.full(alive.shape, torch.nan, dtype=torch.float64).masked_fill(sampled, -torch.inf)
     log_z_se, per_prompt = torch.full_like(log_z, torch.nan), torch.zeros_like(log_z)
@@ -144,7 +157,8 @@ def fit_lambdas(
     return Fit(
         lambdas=lambdas,
         moments=mu,
-        achieved=_moments(phi, p) - (_bias(phi, p) if correct_bias else 0.0),
+        achieved=_moments(phi, p) - bias,
+        bias=bias,
         base_moments=_moments(phi, torch.softmax(log_prior, -1)),
         moment_se=noise.diagonal().sqrt() * reach.scale,
         lambda_se=lambda_cov.diagonal().clamp(min=0).sqrt() / reach.scale,
@@ -276,6 +290,70 @@ def _check_arguments(
     total = torch.logsumexp(log_w, -1, keepdim=True)
     log_w = torch.where(total > -torch.inf, log_w - total, -torch.inf)
     return phi, mu, log_w, log_b, names
+
+
+def fit_adaptively(
+    fit: Callable[[Tensor], Fit],
+    draw: Callable[[range, int, int], Tensor],
+    *,
+    prompts: int,
+    samples: int,
+    most: int,
+    tolerance: float,
+    report: Callable[[Tensor, int], None] = lambda phi, samples: None,
+) -> Fit:
+    """Fit to samples of more and more prompts, and more of each, until the moments are known well enough.
+
+    It begins with ``PER_PROMPT`` samples of many prompts, which tell more than many samples of a few. The number of
+    samples of a prompt is doubled while no lambda reaches the moments, or while the bias is not small beside the
+    standard error; otherwise the number of prompts is.
+
+    Args:
+        fit: samples (C, M, J) -> the fit, with bias correction, and errors that include the spread between prompts.
+        draw: places of prompts (in a random order of all of them), number of the call for these, M -> (len, M, J).
+        prompts: how many there are.
+        samples: to begin with.
+        most: samples in all.
+        tolerance: standard error of the moments at which it ends, relative to the range of each feature.
+        report: called after each part of the samples, with features (C, M, J) and the number of samples so far.
+
+    Raises:
+        InfeasibleMoment: no lambda reaches the moments with so many samples, or a feature that never varied.
+    """
+    c = min(prompts, max(1, samples // PER_PROMPT))
+    m = max(1, math.ceil(samples / c))
+
+    def drawn(places: range, call: int, n: int, before: Tensor | None = None) -> Tensor:
+        parts, count = [], 0 if before is None else before.size(0) * before.size(1)
+        for start in range(places.start, places.stop, PROMPTS_AT_ONCE):
+            parts.append(draw(range(start, min(start + PROMPTS_AT_ONCE, places.stop)), call, n))
+            count += len(parts[-1]) * n
+            report(torch.cat(parts) if before is None else before, count)
+        return torch.cat(parts)
+
+    phi, calls = drawn(range(c), 0, m), 1
+    while True:
+        found, problem = None, None
+        try:
+            found = fit(phi)
+        except InfeasibleMoment as error:
+            problem = error
+        flat = phi.flatten(0, 1)
+        scale = flat.amax(0) - flat.amin(0)
+        enough = 2 * phi.size(0) * phi.size(1) > most
+        if problem is not None and (enough or not (scale > 0).all()):
+            raise problem
+        if found is not None:
+            error = found.moment_se / scale[scale > 0][: len(found.moment_se)].clamp(min=NULL)
+            biased = bool((found.bias.abs() > found.moment_se / BIAS_BESIDE_ERROR).any())
+            if enough or (not biased and bool((error <= tolerance).all())):
+                return found
+        if found is None or biased or phi.size(0) == prompts:
+            phi = torch.cat([phi, drawn(range(phi.size(0)), calls, phi.size(1), phi)], 1)
+            calls += 1
+        else:
+            more = range(phi.size(0), min(prompts, 2 * phi.size(0)))
+            phi = torch.cat([phi, drawn(more, 0, phi.size(1), phi)])
 
 
 def group_by_prompt(

@@ -289,6 +289,7 @@ class Target:
             "prompts": len(phi),
             "skipped_prompts": len(fit.skipped),
             "iterations": fit.iterations,
+            "base_moment": dict(zip(names, fit.base_moments.tolist(), strict=True)),
             "lambda_se": dict(zip(names, fit.lambda_se.tolist(), strict=True)),
             "moment_se": dict(zip(names, fit.moment_se.tolist(), strict=True)),
         }

@@ -352,7 +352,12 @@ class FDPGConfig(RLOOConfig):
         max_importance_ratio (`float`, *optional*):
             pi/q is cut here. It is 1 where every optimiser step has samples of its own.
         fit_samples (`int`, defaults to `4096`):
-            Samples of the base from which the target's lambdas are found, if they are not known yet.
+            Samples of the base with which the search for the target's lambdas begins, if they are not known yet: some
+            of each of many prompts, chosen at random. More are drawn until the moments are known to `fit_tolerance`.
+        fit_max_samples (`int`, *optional*):
+            The most samples that this search draws; 16 times `fit_samples` by default.
+        fit_tolerance (`float`, defaults to `0.01`):
+            Standard error of the fitted moments at which it ends, as a share of each feature's range.
         fit_min_ess (`float`, defaults to `20.0`):
             Smallest effective sample size of that fit; below it the run stops.
         layout, allow_pickled_adapter:
@@ -377,6 +382,8 @@ class FDPGConfig(RLOOConfig):
     proposal_window: int = 10
     max_importance_ratio: float | None = None
     fit_samples: int = 4096
+    fit_max_samples: int | None = None
+    fit_tolerance: float = 0.01
     fit_min_ess: float = 20.0
     layout: str = option_of(ContrastiveConfig, "layout")
     allow_pickled_adapter: bool = option_of(ContrastiveConfig, "allow_pickled_adapter")

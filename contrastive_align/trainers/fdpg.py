@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -23,7 +24,7 @@ from transformers.utils import logging
 from trl import RLOOTrainer
 
 from contrastive_align.data import GroupCollator
-from contrastive_align.data.formats import distinct_prompts
+from contrastive_align.data.formats import distinct_prompts, random_prompts
 from contrastive_align.losses import fdpg
 from contrastive_align.losses.divergences import DIVERGENCES, mean_slope
 from contrastive_align.losses.estimators import RunningLogZ
@@ -33,6 +34,7 @@ from contrastive_align.sampling.decode import draw, seed_of
 from contrastive_align.targets import Target
 from contrastive_align.targets.evaluate import reward_arguments
 from contrastive_align.targets.features import weighted_sum
+from contrastive_align.targets.fit import PER_PROMPT, fit_adaptively
 from contrastive_align.trainers.adaptive_proposal import AdaptiveProposal, WindowBaseline
 from contrastive_align.trainers.base import (
     AlignmentTrainer,
@@ -58,7 +60,8 @@ from contrastive_align.trl_seam import DrawsGroups, Method, nothing_loaded_by_tr
 
 logger = logging.get_logger(__name__)
 
-FIT_SAMPLES_PER_PROMPT = 256
+FIT_GROWTH = 16  # times the first samples of a fit, which its budget is by default
+FIT_REPORTS = 10.0  # seconds between two lines on its progress
 TARGET_FILE = "target.json"
 PROPOSAL_FILE = "proposal.pt"
 
@@ -196,29 +199,56 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
     # -------------------------------------------------------------------------------------------------------- target
 
     def fit_target(self) -> None:
-        """Find the target's lambdas from samples of the base, and write them to ``output_dir``/target.json."""
-        # E_p[phi|c] of one sample is that sample's phi whatever lambda is: each prompt needs many.
-        prompts = distinct_prompts(self.train_dataset, max(1, self.args.fit_samples // FIT_SAMPLES_PER_PROMPT))
-        per_prompt = math.ceil(self.args.fit_samples / len(prompts))
-        ids = self.prompt_ids_of([row["prompt"] for row in prompts])
+        """Find the target's lambdas from samples of the base, and write them to ``output_dir``/target.json.
+
+        The prompts are a random choice over the whole dataset; see ``targets.fit.fit_adaptively``.
+        """
+        args, target, rows = self.args, self.target, self.train_dataset
+        at_most = max(1, self.fit_budget // PER_PROMPT)
+        if isinstance(rows, Dataset):
+            prompts = random_prompts(rows, at_most, seed=args.seed)
+        else:
+            prompts = distinct_prompts(rows, at_most)
+        there_are_more = len(prompts) == at_most
+        population = len(prompts) if not there_are_more else len(rows) if isinstance(rows, Dataset) else math.inf
+        told = _FitProgress(target, self.fit_budget)
+
+        def drawn(places: range, call: int, n: int) -> Tensor:
+            chosen = [prompts[i] for i in places]
+            ids = self.prompt_ids_of([row["prompt"] for row in chosen])
+            found = draw(model, ids, per_prompt=n, seeds=self._seeds(("fit", call), places), **self._draw_options())
+            return self._features(chosen, found.completion_ids).view(len(chosen), n, -1)
+
         with self.sampling_from(reference=True) as model:
-            drawn = draw(
-                model, ids, per_prompt=per_prompt, seeds=self._seeds("fit", range(len(ids))), **self._draw_options()
+            fit = fit_adaptively(
+                lambda phi: target.fit(phi, min_ess=args.fit_min_ess, correct_bias=True, population=population),
+                drawn,
+                prompts=len(prompts),
+                samples=args.fit_samples,
+                most=self.fit_budget,
+                tolerance=args.fit_tolerance,
+                report=told,
             )
-        phi = self._features(prompts, drawn.completion_ids)
-        by_prompt = phi.view(len(prompts), per_prompt, -1)
-        fit = self.target.fit(by_prompt, min_ess=self.args.fit_min_ess, correct_bias=True)
         each = zip(self.target.names, self.target.lambdas, self.target.pointwise, strict=True)
-        found = [f"always {name}" if always else f"lambda({name}) = {value:.3f}" for name, value, always in each]
+        errors = iter(fit.lambda_se.tolist())
+        found = [
+            f"always {name}" if always else f"lambda({name}) = {value:.3f} +- {next(errors):.3f}"
+            for name, value, always in each
+        ]
         if any(self.target.pointwise):
             found.append(f"{fit.samples} satisfy what always holds")
         logger.warning(
-            f"Target fitted on {phi.size(0)} samples of the base: {', '.join(found)}; "
+            f"Target fitted on {told.samples} samples of the base ({len(fit.log_z)} prompts): {', '.join(found)}; "
             f"effective sample size {fit.ess:.0f}."
         )
         if self.args.should_save:
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             self.target.save(Path(self.args.output_dir) / TARGET_FILE)
+
+    @property
+    def fit_budget(self) -> int:
+        """The most samples that the fit of the target draws."""
+        return self.args.fit_max_samples or FIT_GROWTH * self.args.fit_samples
 
     def _features(
         self, rows: list[dict[str, Any]], completion_ids: Sequence[Sequence[list[int]]], *, logged: bool = False
@@ -328,6 +358,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             k, parts, what = self.num_generations, self.args.steps_per_generation, ("train", self.generation)
         else:
             k, parts, what = self.num_generations_eval, 1, ("eval", self.state.global_step)
+        self.reward_log = RewardLog()
         rows = rows[::k]  # TRL's sampler repeats every prompt K times in a row
         prompt_ids = self.prompt_ids_of([row["prompt"] for row in rows])
         first, evaluation = self.accelerator.process_index * len(rows), None if training else self._evaluation
@@ -682,6 +713,29 @@ class _Evaluation:
             name: torch.cat(parts) if isinstance(parts[0], Tensor) else [value for part in parts for value in part]
             for name, parts in found.items()
         }
+
+
+class _FitProgress:
+    """Says at once what moments the base has, and from then on how far the fit is."""
+
+    def __init__(self, target: Target, budget: int) -> None:
+        self.target, self.budget, self.samples = target, budget, 0
+        self._begun, self._told = time.perf_counter(), -math.inf
+
+    def __call__(self, phi: Tensor, samples: int) -> None:
+        now, self.samples = time.perf_counter() - self._begun, samples
+        if now - self._told < FIT_REPORTS:
+            return
+        self._told = now
+        means, error = phi.mean(1), phi.size(0) ** -0.5
+        spread = means.std(0) * error if len(means) > 1 else phi.flatten(0, 1).std(0) * phi.size(1) ** -0.5
+        moments = zip(self.target.names, means.mean(0).tolist(), spread.tolist(), strict=True)
+        base = ", ".join(f"{name} {mean:.3f} +- {se:.3f}" for name, mean, se in moments)
+        left = now / self.samples * max(0, self.budget - self.samples)
+        logger.warning(
+            f"Fitting the target: the base has {base} after {self.samples} samples of {len(phi)} prompts; at most "
+            f"{self.budget} samples, {left:.0f} s more."
+        )
 
 
 class _FitsTarget(TrainerCallback):

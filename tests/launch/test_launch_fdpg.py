@@ -12,11 +12,12 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from contrastive_align import FDPGConfig, demo
+from contrastive_align import Constraint, FDPGConfig, Target, demo
 from contrastive_align.launch import cli
 from contrastive_align.launch.arguments import parse
 from contrastive_align.launch.datasets import load_prompts, repeat
 from contrastive_align.launch.fdpg import FDPGArguments
+from contrastive_align.launch.measure import missed_moments
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.report import Number, distribution_rows, plot_steps
 
@@ -259,3 +260,27 @@ def test_as_a_user_starts_it(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "runs" / "fdpg" / "summary.json").is_file()
     assert "moment/contains:please" in done.stdout
+
+
+def test_qrs_takes_the_acceptance_that_there_is_and_meets_a_pointwise_constraint(tmp_path, capsys):
+    always = "--features=[{contains: please, moment: 1.0, pointwise: true}]"
+    flags = ["--max_steps=1", "--fit_samples=256", "--max_completion_length=16", "--eval_samples=200"]
+    summary = main([*SMALL, *flags, always, f"--output_dir={tmp_path}"])
+    qrs = summary.distributions["tuned+QRS"]
+    assert qrs["moment/contains:please"].value == 1 and 0.05 < qrs["acceptance"].value < 0.3
+    assert abs(qrs["KL(p||pi)"].value) < 0.05 and qrs["TV"].value < 0.1 and qrs["beta"].value > 0
+    assert "and not the wished 0.5" in capsys.readouterr().out
+
+
+def test_a_target_that_misses_its_moment_where_it_is_measured_is_named():
+    target = Target([Constraint({"contains": "please"}, 0.5), Constraint({"length": "words"}, 4.0)])
+    state = target.state_dict()
+    state["fit"] = {"moment_se": {"contains:please": 0.02}}
+    target.load_state_dict(state)
+    measured = {"moment/contains:please": Number(0.56, 0.01), "moment/length:words": Number(4.2, 0.1)}
+    assert missed_moments(measured, target) == []  # both errors count
+    measured["moment/contains:please"] = Number(0.57, 0.0)
+    (line,) = missed_moments(measured, target)
+    assert "misses the moment of contains:please: 0.5700 +- 0.0200 where it was measured, 0.5 wanted" in line
+    reward = Target.from_reward({"length": "words"}, 1.0)
+    assert missed_moments({"moment/length:words": Number(9.0, 0.1)}, reward) == []

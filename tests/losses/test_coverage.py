@@ -19,4 +19,4 @@ def test_two_standard_errors_cover_the_truth(coverage, prompts, samples):
     """Of 50 repeats: the mean error is known to 0.14 standard errors, the share that is covered to 0.03."""
     for name, (covered, mean) in coverage.coverage(prompts, samples, 50, seed=5).items():
         assert abs(mean) < 0.5, (name, mean)  # uncorrected: -0.7 to -1.9
-        assert covered >= 0.86, (name, covered)
+        assert covered >= 0.82, (name, covered)

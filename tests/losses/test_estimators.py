@@ -295,3 +295,12 @@ def test_the_running_log_z_is_the_mean_over_all_samples_of_a_prompt_and_survives
     for log_z in (running, saved):
         assert torch.allclose(log_z.of(["b", "a"]), log_weights.flip(0).exp().mean(-1).log(), atol=1e-12)
         assert log_z["none"] == -math.inf and "a" in log_z and "c" not in log_z
+
+
+def test_samples_that_neither_policy_nor_target_has_say_nothing():
+    """As of quasi-rejection sampling under a pointwise constraint: p_beta is the target, on a part of the proposal."""
+    scores = torch.tensor([[0.0, 0.5, -math.inf, -math.inf]], **F64)
+    q, log_z = torch.full((1, 4), -1.0, **F64), torch.tensor([0.0], **F64)
+    for name in ESTIMATED:
+        value = estimate_divergence(name, scores, q, scores, log_z=log_z, correct_bias=False).value
+        assert value.item() == pytest.approx(0), name

@@ -436,3 +436,14 @@ def test_a_picture_of_no_difference(tmp_path):
     estimates = qrs_estimates(LOG_Q, LOG_Q, [1.0, 2.0], log_weights=LOG_Q)
     assert [e.kl for e in estimates] == [0, 0] and [e.clipped for e in estimates] == [0, 0]
     assert plot_tradeoff(estimates, tmp_path / "same.png").stat().st_size > 5000
+
+
+def test_an_acceptance_that_cannot_be_had_is_the_highest_there_is():
+    """A pointwise constraint that 2 of 25 samples satisfy."""
+    allowed = torch.arange(25) < 2
+    scores, logps = torch.where(allowed, 0.3, -torch.inf).double(), torch.full((25,), -1.0).double()
+    with pytest.raises(ValueError, match=r"above the highest there is, 0\.08"):
+        choose_beta(scores, logps, acceptance=0.5)
+    found = choose_beta(scores, logps, acceptance=0.5, at_most=True)
+    assert found.acceptance_rate == pytest.approx(0.08) and found.tvd == pytest.approx(0, abs=1e-12)
+    assert choose_beta(scores, logps, acceptance=0.05, at_most=True).acceptance_rate == pytest.approx(0.05)

@@ -3,11 +3,13 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
 
 from contrastive_align.targets import InfeasibleMoment, fit_lambdas
+from contrastive_align.targets.fit import fit_adaptively
 
 
 F64 = torch.float64
@@ -325,3 +327,76 @@ def test_large_numbers_stay_finite():
     phi = 1e6 + torch.rand(1, 500, 1, generator=g, dtype=F64)
     fit = fit_lambdas(phi, [1e6 + 0.7], log_weights=-1000 * torch.rand(1, 500, generator=g, dtype=F64) * 1e-2 - 1e4)
     assert fit.achieved.item() == pytest.approx(1e6 + 0.7, abs=1e-6) and torch.isfinite(fit.lambdas).all()
+
+
+# ------------------------------------------------------------------------------------------- random prompts, adaptively
+
+
+def rare(seed, n=1200):
+    """Base rates of a word: 53 prompts that name it, and others of which one in 250 completions does."""
+    rng = np.random.default_rng(seed)
+    return np.where(np.arange(n) < 53, 0.863, rng.gamma(3, 0.004 / 3, n)), rng
+
+
+def adaptive(rates, rng, most=16384, tolerance=0.01):
+    order = rng.permutation(len(rates))
+
+    def draw(places, call, n):
+        drawn = rng.random((len(places), n, 1)) < rates[order[list(places)]][:, None, None]
+        return torch.tensor(drawn, dtype=torch.float64)
+
+    return fit_adaptively(
+        lambda phi: fit_lambdas(phi, [0.5], correct_bias=True, population=len(rates)),
+        draw, prompts=len(rates), samples=1024, most=most, tolerance=tolerance,
+    )  # fmt: skip
+
+
+def moment_under(fit, rates):
+    odds = rates / (1 - rates) * np.exp(fit.lambdas.item())
+    return (odds / (1 + odds)).mean()
+
+
+def test_prompts_of_many_kinds_have_the_moment_together_and_the_error_says_how_well():
+    """The fit on the first prompts of a sorted file had 0.016 in the place of 0.5."""
+    z = []
+    for seed in range(40):
+        rates, rng = rare(seed)
+        fit = adaptive(rates, rng)
+        z.append((moment_under(fit, rates) - 0.5) / fit.moment_se.item())
+    assert sum(abs(x) <= 2 for x in z) >= 34 and abs(np.mean(z)) <= 2 / np.sqrt(len(z)) + 0.1
+
+
+def test_sampling_ends_where_the_error_is_small_or_all_prompts_are_known():
+    rng = np.random.default_rng(0)
+    fit = adaptive(np.full(500, 0.3), rng, most=2**20, tolerance=0.02)
+    assert fit.moment_se.item() <= 0.02 and fit.samples < 2**17
+    few = np.array([0.1, 0.6])  # the spread between two prompts that are all there are is no error
+    fit = adaptive(few, rng, most=2**20, tolerance=0.005)
+    assert len(fit.log_z) == 2 and fit.moment_se.item() <= 0.005
+    assert moment_under(fit, few) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_feature_that_never_varies_is_refused_without_more_samples():
+    calls = []
+
+    def draw(places, call, n):
+        calls.append(len(places) * n)
+        return torch.zeros(len(places), n, 1)
+
+    with pytest.raises(InfeasibleMoment, match="constant 0"):
+        fit_adaptively(lambda phi: fit_lambdas(phi, [0.5]), draw, prompts=64, samples=512, most=2**20, tolerance=0.01)
+    assert sum(calls) == 512
+
+
+def test_the_spread_between_prompts_is_part_of_the_error():
+    """200 choices of 30 prompts: with the population given, the errors are those of the choice."""
+    rng = np.random.default_rng(1)
+    rates, z = rng.beta(0.6, 4, 3000), []
+    for _ in range(200):
+        chosen = rng.choice(rates, 30)
+        phi = torch.tensor(rng.random((30, 400, 1)) < chosen[:, None, None], dtype=torch.float64)
+        fit = fit_lambdas(phi, [0.4], correct_bias=True, population=math.inf)
+        z.append((moment_under(fit, rates) - 0.4) / fit.moment_se.item())
+    assert np.std(z) == pytest.approx(1, abs=0.2)
+    alone = fit_lambdas(phi, [0.4], correct_bias=True)
+    assert fit.moment_se.item() > 3 * alone.moment_se.item()
