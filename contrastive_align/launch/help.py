@@ -28,7 +28,7 @@ GROUPS = {
     ),
     "Sampling and rounds": (
         "num_rounds, prompts_per_round, num_generations, draws_per_round, max_completion_length, temperature, top_p, "
-        "drop_factor, pool_dir, rows_at_once, sampler, proposal, proposal_criterion, proposal_window, use_vllm"
+        "drop_factor, ties, pool_dir, rows_at_once, sampler, proposal, proposal_criterion, proposal_window, use_vllm"
     ),
     "Measuring": "eval_samples, eval_prompts, eval_reward, qrs_acceptance, best, report_prompts, preflight_only",
     "Computing": (

@@ -312,7 +312,7 @@ def test_beside_the_trainer(tiny_llama, tmp_path, install, sleep, monkeypatch):
 def test_prompts_leave_room_in_what_vllm_was_given(tiny_llama, tmp_path, install, caplog):
     install(tiny_llama())
     lengths = sorted(len(AutoTokenizer.from_pretrained(tiny_llama())(p)["input_ids"]) for p in PROMPTS)
-    with pytest.raises(ValueError, match="No prompt is short enough"):
+    with pytest.raises(ValueError, match="No prompt of train_dataset is short enough"):
         build(tiny_llama(), tmp_path, condition="phrases", use_vllm=True, vllm_max_model_length=lengths[0])
     assert f"vllm_max_model_length={lengths[0]}" in caplog.text
     build(tiny_llama(), tmp_path / "server", **SERVER, vllm_max_model_length=lengths[0])  # the server has its own
