@@ -25,8 +25,8 @@ from packaging.utils import canonicalize_name
 FREE, COPYLEFT, GPL, AGPL, UNKNOWN, FORBIDS = "", "weak copyleft", "GPL", "AGPL", "unknown", "forbids commercial use"
 ABSENT = "not installed"  # of an extra: looked at where it is
 KINDS = {
-    FREE: r"\b(0?BSD|MIT|Apache|Boost|BSL-1|CC0|CNRI|HPND|ISCL?|PSF|Python Software Foundation|Public Domain|Unlicense|"
-    r"Unicode|Zlib|ZPL|Zope|NVIDIA)\b",  # NVIDIA's libraries are not free, and may be used commercially
+    FREE: r"\b(0?BSD|MIT|Academic Free|Apache|Boost|BSL-1|CC0|CNRI|HPND|ISCL?|PSF|Python Software Foundation|"
+    r"Public Domain|Unlicense|Unicode|Zlib|ZPL|Zope|NVIDIA)\b",  # NVIDIA's: not free, but for commercial use, too
     COPYLEFT: r"\b(LGPL|Lesser General Public|Library General Public|MPL|Mozilla|EPL|Eclipse)",
     GPL: r"\bGPL|(?<!Lesser )(?<!Library )(?<!Affero )General Public License",
     AGPL: r"\bAGPL|Affero",
