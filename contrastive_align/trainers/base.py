@@ -370,6 +370,17 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
             limits["vllm_max_model_length"] = args.vllm_max_model_length
         return {name: limit for name, limit in limits.items() if limit}
 
+    def leave_room_for_prompts(self) -> None:
+        """Halve the tokens that a completion may have where they are all that the model's context has, and say so."""
+        name, limit = min(self.context_limits().items(), key=lambda item: item[1], default=("", 2**31))
+        asked = self.args.max_completion_length
+        if asked >= limit:
+            self.args.max_completion_length = limit // 2
+            logger.warning(
+                f"max_completion_length={asked} leaves no token of {name} ({limit}) to a prompt: completions have at "
+                f"most {limit // 2} tokens here. Set max_completion_length to choose the share yourself."
+            )
+
     def progress(self, items: Iterable, description: str) -> Iterable:
         """Show a progress bar on the main process, unless ``disable_tqdm``."""
         return items if self.args.disable_tqdm else tqdm(items, desc=description)

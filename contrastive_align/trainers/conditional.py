@@ -288,6 +288,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         if self.online:
             if args.max_steps <= 0 and args.num_train_epochs != int(args.num_train_epochs):
                 raise ValueError(f"num_train_epochs is {args.num_train_epochs}, expected a whole number of rounds.")
+            self.leave_room_for_prompts()
             self.prompts = self._usable_prompts(self.train_dataset)
             self.prompts_per_round = args.prompts_per_round or len(self.prompts)
             if self.prompts_per_round > len(self.prompts):

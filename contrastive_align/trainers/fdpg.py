@@ -176,6 +176,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         else:
             self.collate = GroupCollator(*pad)
             self.choose_layout()
+            self.leave_room_for_prompts()
+            self.max_completion_length = args.max_completion_length
         self._drop_long_prompts()
         self.log_z, self.reward_log = RunningLogZ(), RewardLog()
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None

@@ -17,7 +17,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 from trl import SFTTrainer
 
 from contrastive_align import (
@@ -661,6 +661,15 @@ def test_scored_data_fits_with_its_conditions(tiny_llama, tmp_path, condition):
     )[1]
     trainer.evaluate(rows)
     assert max(seen) <= 60
+
+
+def test_completions_as_long_as_the_context_leave_room_for_prompts(tiny_llama, tmp_path, caplog):
+    model = tiny_llama()
+    context = AutoConfig.from_pretrained(model).max_position_embeddings
+    with caplog.at_level(logging.WARNING, "contrastive_align"):
+        trainer = build(model, tmp_path, max_completion_length=context)
+    assert f"max_completion_length={context} leaves no token of the model's context" in caplog.text
+    assert trainer.args.max_completion_length == context // 2 and len(trainer.prompts) == len(PROMPTS)
 
 
 def test_prompts_that_are_too_long_to_be_evaluated_are_left_out(tiny_llama, tmp_path, caplog):

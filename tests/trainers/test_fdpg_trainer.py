@@ -332,6 +332,13 @@ def test_bad_input_is_refused(tokenizer, tmp_path):
         options(tmp_path, divergence="hellinger")
 
 
+def test_completions_as_long_as_the_context_leave_room_for_prompts(tokenizer, tmp_path, caplog):
+    told = {"train_dataset": PROMPTS, "processing_class": tokenizer, "target": moment_target()}
+    trainer = FDPGTrainer(build(), args=options(tmp_path, max_completion_length=64), **told)
+    assert "max_completion_length=64 leaves no token of the model's context (64) to a prompt" in caplog.text
+    assert trainer.max_completion_length == 32 and len(trainer.train_dataset) == len(PROMPTS)
+
+
 def test_long_prompts_are_left_out_before_training_and_counted(tokenizer, tmp_path, caplog):
     long = [{"prompt": "a " * 70}]
     rows = Dataset.from_list([*PROMPTS.select(range(5)), *long, *PROMPTS.select(range(5, 8))])
