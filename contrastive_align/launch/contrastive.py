@@ -197,10 +197,12 @@ def _words(changes: Mapping[str, Change], beta: float, *, held_out: bool) -> str
     nats = {"scale": 1 / beta, "unit": "nats"}
     best, rest = changes["logps/best"], changes["logps/rest"]
     clauses = [moved("the best completion's likelihood", best, **nats)]
-    if abs(rest.after - rest.before) > abs(best.after - best.before):
+    others_too = abs(rest.after - rest.before) > abs(best.after - best.before)
+    if others_too:
         clauses.append(moved("the other completions' likelihood", rest, **nats))
     if (margin := changes.get("rewards/margins")) is not None:
-        clauses.append(moved("the margin between them", margin, scale=1.0))
+        named = "the margin between them" if others_too else "its margin over the others"
+        clauses.append(moved(named, margin, scale=1.0))
     if (reward := changes.get("mean_reward")) is not None:
         clauses.append(moved("the mean reward of samples", reward, scale=spread(reward)))
     return "\n".join([in_words(clauses, held_out=held_out), *warn_if_above_start("the loss", changes["loss"])])

@@ -154,12 +154,13 @@ def _scale(low: float, high: float, parts: int, *, whole: bool = False) -> list[
 def tick(value: float, ticks: Sequence[float]) -> str:
     """Write a number of an axis with as many digits as its ticks need.
 
-    >>> tick(0.25, [0.0, 0.25, 0.5]), tick(20000, [0, 20000]), tick(1e-4, [0.0, 1e-4])
-    ('0.25', '20k', '0.0001')
+    >>> tick(0.25, [0.0, 0.25, 0.5]), tick(20000, [0, 20000]), tick(1e-4, [0.0, 1e-4]), tick(1.385, [1.3845, 1.385])
+    ('0.25', '20k', '0.0001', '1.385')
     """
     step = ticks[1] - ticks[0]
     if abs(value) >= 1e4 and step >= 100:
         return f"{value / 1e6:g}M" if abs(value) >= 1e6 else f"{value / 1e3:g}k"
     if 0 < step < 1e-3:
-        return f"{value:.2g}" if value else "0"
+        digits = 2 + math.floor(math.log10(max(map(abs, ticks)))) - math.floor(math.log10(step))
+        return f"{value:.{digits}g}" if value else "0"
     return f"{value:.6g}"

@@ -49,7 +49,8 @@ def test_words_on_groups():
     assert text.endswith("\nWARNING: the loss ended above its value before training: 1.4020, from 1.3860.")
     changes |= {"logps/rest": Change(-90.0, -90.5, se=0.1, n=100), "loss": Change(1.386, 1.3, se=0.001, n=100)}
     text = _words(changes, 0.1, held_out=False)
-    assert text.startswith("In words, on training data alone, with") and "other" not in text and "WARNING" not in text
+    assert text.startswith("In words, on training data alone, with") and "other completions" not in text
+    assert "its margin over the others rose" in text and "WARNING" not in text
 
 
 def test_words_on_a_target():
