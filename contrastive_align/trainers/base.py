@@ -71,7 +71,7 @@ from contrastive_align.report.card import (
 from contrastive_align.trainers.configs import ARGUMENTS_NOT_SUPPORTED
 from contrastive_align.trainers.engines import HoldsWeights
 from contrastive_align.trainers.first_step import cause_of
-from contrastive_align.trainers.processes import on_main
+from contrastive_align.trainers.processes import EndsWorkers, on_main
 from contrastive_align.trainers.reference import (
     REFERENCE_FILE,
     check_reference_at_start,
@@ -408,9 +408,10 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
                 stopping = StopOnSignal()
                 around.enter_context(stopping.listening([signal.SIGTERM]))
             if stopping is not None:
-                self.add_callback(stopping)
-                around.callback(self.remove_callback, stopping)
                 around.enter_context(stopping.training())
+            for callback in filter(None, (stopping, EndsWorkers())):
+                self.add_callback(callback)
+                around.callback(self.remove_callback, callback)
             around.enter_context(self.keeping_freed_memory())
             around.enter_context(uploading_copies(published_copy))
             result = super().train(self._begin(resume_from_checkpoint), *args, **kwargs)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import distributed
+from transformers import TrainerCallback
 
 
 T = TypeVar("T")
@@ -55,3 +59,26 @@ def end_one_of_several(status: int | str | None = 0) -> None:
         with suppress(OSError, ValueError):
             stream.flush()
     os._exit(status if isinstance(status, int) else int(status is not None))
+
+
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+class EndsWorkers(TrainerCallback):
+    """End the workers of the training loader with their process, however it ends.
+
+    After a SIGKILL, a worker of torch's that has large batches to hand over waits for ever for someone to read them.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
+        """Tell the loader, before it starts its workers."""
+        if getattr(train_dataloader, "num_workers", 0):
+            train_dataloader.worker_init_fn = partial(end_with_parent, train_dataloader.worker_init_fn)
+
+
+def end_with_parent(then: Callable[[int], None] | None, worker: int) -> None:
+    """Have this process killed when its parent ends, on Linux; then do what else a worker begins with."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if then is not None:
+        then(worker)

@@ -35,6 +35,7 @@ from contrastive_align.trainers import base, evaluation
 from contrastive_align.trainers.base import FUNCTIONS_FILE
 from contrastive_align.trainers.contrastive import STATE_FILE
 from contrastive_align.trainers.encoder_decoder import encoder_decoder_logps
+from contrastive_align.trainers.processes import end_with_parent
 from contrastive_align.trainers.reference import (
     REFERENCE_FILE,
     START_TOLERANCE,
@@ -283,6 +284,17 @@ def test_callbacks_are_called(column, tmp_path):
     callback = CountsSteps()
     column.make(tmp_path, told={"callbacks": [callback]}, max_steps=2).train()
     assert callback.steps == 2
+
+
+def test_workers_of_a_run_end_with_it(column, tmp_path):
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+            self.begins_with = train_dataloader.worker_init_fn.func
+
+    trainer, look = column.make(tmp_path, dataloader_num_workers=1), Look()
+    trainer.add_callback(look)
+    trainer.train()
+    assert look.begins_with is end_with_parent
 
 
 def test_a_collator_of_ones_own_is_used_or_refused(column, tmp_path):
