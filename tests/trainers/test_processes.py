@@ -25,7 +25,8 @@ class LargeRows(torch.utils.data.Dataset):
 def read_one(told):
     loader = torch.utils.data.DataLoader(LargeRows(), num_workers=1, prefetch_factor=32, collate_fn=list)
     EndsWorkers().on_train_begin(None, None, None, train_dataloader=loader)
-    next(iter(loader))
+    rows = iter(loader)
+    next(rows)
     told.send(multiprocessing.active_children()[0].pid)
     time.sleep(60)
 
@@ -44,6 +45,7 @@ def test_workers_end_with_a_process_that_is_killed():
     ours, theirs = fork.Pipe()
     process = fork.Process(target=read_one, args=(theirs,))
     process.start()
+    theirs.close()
     worker = ours.recv()
     assert is_alive(worker)
     os.kill(process.pid, signal.SIGKILL)
