@@ -201,7 +201,8 @@ def growth(place: Path, name: str) -> list[tuple[float, float]]:
     """Per process of a run: its memory with its workers, in MiB, at a fifth of the run and at its end."""
     found = []
     for path in sorted(place.glob(f"{name}-*.json")):
-        memory = [(own, workers) for _, own, workers in json.loads(path.read_text())["memory"]]
+        memory = json.loads(path.read_text())["memory"]
+        memory = [(own, workers) for _, own, workers in memory if workers]  # which end with the epoch
         found.append((sum(memory[len(memory) // 5]), sum(memory[-1])))
     return found
 
