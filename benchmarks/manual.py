@@ -1,6 +1,6 @@
 """Every command and code block of README.md and docs/: parsed, or run in a folder that holds the files they name.
 
-    python benchmarks/manual.py               # run all of them, in one process; some minutes on 2 cores
+    python benchmarks/manual.py               # run all of them, each page in a folder of its own
     python benchmarks/manual.py docs/data.md  # run those of some pages
     python benchmarks/manual.py --parse       # parse only
 
@@ -285,6 +285,22 @@ def prepare(name: str, model: str, *, made: bool) -> None:
     cli.main(shortened([*given, f"--output_dir={name}"]))
 
 
+def has_effect(block: Block) -> bool:
+    return block.runs and (block.language in ("python", "bash") or block.mark == "file")
+
+
+def runs_well(block: Block, model: str) -> bool:
+    """Run a block, and print its place, its time and what went wrong."""
+    started, said, wrong = time.perf_counter(), Path("said.txt"), ""
+    try:
+        with said.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            run(block, model)
+    except (Exception, SystemExit) as error:
+        wrong = f"FAILED: {type(error).__name__} {error}\n{said.read_text()[-1500:]}"
+    print(f"{block.place:<32} {time.perf_counter() - started:6.1f} s  {wrong or 'ok'}", flush=True)
+    return not wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", type=Path, help="by default all")
@@ -297,22 +313,11 @@ def main() -> int:
     if args.parse:
         return 0
     failed = 0
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        os.environ |= {"HF_HUB_OFFLINE": "1"}
-        model = workspace(Path(folder))
-        for block in found:
-            if not block.runs or (block.language not in ("python", "bash") and block.mark != "file"):
-                continue
-            started = time.perf_counter()
-            said = Path("said.txt")
-            try:
-                with said.open("w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-                    run(block, model)
-                verdict = "ok"
-            except (Exception, SystemExit) as error:
-                failed += 1
-                verdict = f"FAILED: {type(error).__name__} {error}\n{said.read_text()[-1500:]}"
-            print(f"{block.place:<32} {time.perf_counter() - started:6.1f} s  {verdict}", flush=True)
+    os.environ |= {"HF_HUB_OFFLINE": "1"}
+    for page in dict.fromkeys(block.page for block in found):
+        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+            model = workspace(Path(folder))
+            failed += sum(not runs_well(block, model) for block in found if block.page == page and has_effect(block))
     print(f"{failed} failed")
     return int(bool(failed))
 

@@ -46,10 +46,10 @@ ASK = {
     "prompt": "What the model is asked.",
     "model_name_or_path": "The trained model or adapter.",
     "num_generations": "Answers to print.",
-    "max_completion_length": "In tokens.",
-    "temperature": "Of sampling.",
-    "top_p": "Of sampling.",
-    "seed": "It decides what is drawn.",
+    "max_completion_length": "Longest completion, in tokens.",
+    "temperature": "Temperature of sampling.",
+    "top_p": "Top-p (nucleus) of sampling.",
+    "seed": "Seed of sampling.",
 }
 
 
