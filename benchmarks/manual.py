@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MARK = re.compile(r"<!-- (needs|not run|parsed|file|edit): (.*?) -->")
 SETUP = ("source", "pip", "pytest", "ruff", "lint-imports", "pyright", "mkdocs", "pre-commit", "git")  # not ours
+PLEASE = "[{contains: please, moment: 0.5}]"
 # What keeps a run short, by command; a flag that the command has itself stays.
 SHORT = {
     "reward": "--max_steps=2 --max_train_samples=24 --report_prompts=0",
@@ -73,23 +74,32 @@ class Block:
 def blocks(page: Path) -> Iterator[Block]:
     """Yield the blocks of a page and the commands in its tables, in order."""
     language, mark, start, text = None, ("", ""), 0, []
-    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate([*page.read_text(encoding="utf-8").splitlines(), ""], 1):
+        if language == "indented" and not line.startswith("    "):
+            yield Block(page, start, "bash", "\n".join(text) + "\n", *mark)
+            language, mark = None, ("", "")
         if language is None and (found := re.match(r"```(\w*)", line)):
-            language, start, text = found[1], number, []
+            language, start, text = {"sh": "bash", "console": "bash"}.get(found[1], found[1]), number, []
+        elif language is None and re.match(r"    (contrastive-align|accelerate launch|python) ", line):
+            language, start, text = "indented", number, [line.strip()]
         elif language is not None and line.startswith("```"):
             yield Block(page, start, language, "\n".join(text) + "\n", *mark)
             language, mark = None, ("", "")
         elif language is not None:
-            text.append(line)
+            text.append(line.strip() if language == "indented" else line)
         elif found := MARK.match(line):
             mark = (found[1], found[2])
         elif line.startswith("|"):
-            for code in re.findall(r"`((?:contrastive-align|accelerate launch) [^`]+)`", line):
-                if re.fullmatch(r"contrastive-align steps \w+", code):
-                    continue  # a name
-                hub = "--config=" in code or "--config_file" in code  # the models of the published runs
-                table = ("needs", "the hub") if hub else ("not run", "chat") if " chat " in code else ("", "")
-                yield Block(page, number, "bash", code.replace("\\|", "|") + "\n", *table)
+            yield from table_commands(page, number, line)
+
+
+def table_commands(page: Path, number: int, line: str) -> Iterator[Block]:
+    """Yield the commands in a row of a table; those of the published runs need their models, and a chat a person."""
+    for code in re.findall(r"`((?:contrastive-align|accelerate launch) [^`]+)`", line):
+        hub = "--config=" in code or "--config_file" in code
+        mark = ("needs", "the hub") if hub else ("not run", "chat") if " chat " in code else ("", "")
+        if not re.fullmatch(r"contrastive-align steps \w+", code):  # the name of a command
+            yield Block(page, number, "bash", code.replace("\\|", "|") + "\n", *mark)
 
 
 def commands(block: Block) -> list[list[str]]:
@@ -277,11 +287,14 @@ def prepare(name: str, model: str, *, made: bool) -> None:
         "runs/reward": ["reward", f"--model_name_or_path={model}", "--dataset_name=groups.jsonl"],
         "runs/preference": ["preference", f"--model_name_or_path={model}", "--dataset_name=pairs.jsonl"],
         "runs/adapter": ["reward", f"--model_name_or_path={model}", "--dataset_name=groups.jsonl", "--use_peft"],
+        "runs/fdpg": ["fdpg", f"--model_name_or_path={model}", "--dataset_name=prompts.txt", "--features=" + PLEASE],
         "runs/conditional": [
             *("conditional", f"--model_name_or_path={model}", "--dataset_name=prompts.txt"),
             "--reward=rewards.py:polite",
         ],
-    }[name]
+    }.get(name)
+    if given is None:
+        raise ValueError(f"no run {name}: no command of this page makes it")
     cli.main(shortened([*given, f"--output_dir={name}"]))
 
 
