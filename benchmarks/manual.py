@@ -257,6 +257,8 @@ def shortened(given: list[str]) -> list[str]:
         extra = ["--max_completion_length=8"]
     if given[:2] == ["steps", "train"]:
         extra = ["--max_steps=2", "--report_prompts=0", "--eval_prompts=0"]
+    if "--dataset_streaming" in named:
+        extra = ["--report_prompts=0"]  # limits on rows would make another stream of the folder
     return [*given, *(flag for flag in extra if flag.partition("=")[0] not in named)]
 
 
