@@ -122,7 +122,7 @@ def as_command(words: Sequence[str], model: str = "MODEL") -> list[str] | None:
     Raises:
         ValueError: a program or a script that does not exist.
     """
-    words = [word.replace("MODEL", model) if word.endswith("=MODEL") else word for word in words]
+    words = [re.sub(r"=(MODEL|M)$", lambda _: f"={model}", word) for word in words]
     if words[0] == "contrastive-align":
         return words[1:]
     if words[:2] == ["accelerate", "launch"]:
@@ -232,10 +232,9 @@ def workspace(folder: Path) -> str:
     rows = "\n".join(f"{i // 2} is?,answer {i},{i % 2}" for i in range(12))
     (folder / "rows.csv").write_text(f"prompt,completion,score\n{rows}\n", encoding="utf-8")
     (folder / "forum.csv").write_text(f"question,answer,helpfulness\n{rows}\n", encoding="utf-8")
-    (folder / "rewards.py").write_text(
-        'def polite(completions, **columns):\n    return [float("please" in c) + len(c) / 1000 for c in completions]\n',
-        encoding="utf-8",
-    )
+    for name, function in (("rewards.py", "polite"), ("my.py", "score")):
+        reward = 'return [float("please" in text) + len(text) / 1000 for text in completions]'
+        (folder / name).write_text(f"def {function}(completions, **columns):\n    {reward}\n", encoding="utf-8")
     with contextlib.suppress(ImportError):
         import openpyxl
 
