@@ -350,7 +350,7 @@ class FDPGConfig(RLOOConfig):
         proposal_window (`int`, defaults to `10`):
             With `proposal="kept"`: number of most recent generations that the comparison uses.
         max_importance_ratio (`float`, *optional*):
-            Cut importance weights pi/q to this. They are 1 where every optimiser step has samples of its own.
+            pi/q is cut here. It is 1 where every optimiser step has samples of its own.
         fit_samples (`int`, defaults to `4096`):
             Samples of the base with which the search for the target's lambdas begins, if they are not known yet: some
             of each of many prompts, chosen at random. More are drawn until the moments are known to `fit_tolerance`.
@@ -438,9 +438,9 @@ class ConditionalConfig(SFTConfig):
         max_completion_length (`int`, defaults to `256`):
             Longest sampled completion in tokens. One that is cut there is trained on without an EOS.
         temperature (`float`, defaults to `1.0`):
-            Temperature of sampling.
+            Of sampling.
         top_p (`float`, defaults to `1.0`):
-            Top-p (nucleus) of sampling.
+            Of sampling.
         drop_factor (`float`, defaults to `0.0`):
             Share of the earlier samples of each condition that leaves the pool in a round: 0 keeps all, 1 none.
         kl_coef (`float`, defaults to `0.05`):
@@ -458,7 +458,7 @@ class ConditionalConfig(SFTConfig):
         unfrozen_layers_ratio (`float`, defaults to `1.0`):
             Share of the layers that is trained, from the top; the lower ones are frozen.
         reward_weights (`list[float]`, *optional*):
-            Weights of several reward functions; 1 each by default.
+            Of several reward functions; 1 each by default.
         layout (`str`, defaults to `"auto"`):
             `"shared"`: the rows of a batch stand in one packed row, without padding. `"padded"`: as usual. `"auto"`
             tries the first on a small batch and takes the second, with a warning, where the log-probs differ.
