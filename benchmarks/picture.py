@@ -1,4 +1,4 @@
-"""The README's picture: where the best completion's log-prob goes under NCA, InfoNCA and DPO on the bundled demo.
+"""The picture of docs/losses.md: the best completion's log-prob under NCA, InfoNCA and DPO on the bundled demo.
 
 python benchmarks/picture.py [docs/best_completion.png]          (needs matplotlib; about a minute on 2 cores)
 """

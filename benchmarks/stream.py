@@ -14,7 +14,7 @@ Every process logs the ids of the groups in its training loss. Checked are
 
     python benchmarks/stream.py --constants [--folder DIR]
 
-measures what docs/scale.md reckons with, on groups of a usual size: four completions of about 200 tokens.
+measures the constants that docs/scale.md uses, on groups of a usual size: four completions of about 200 tokens.
 """
 
 from __future__ import annotations

@@ -110,9 +110,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model_name_or_path", "--model", required=True, help="The trained model or adapter.")
     p.add_argument("--before", "--compare", help="The model beside it; by default the one it was trained from.")
     p.add_argument("--alone", action="store_true", help="No model beside it.")
-    p.add_argument("--max_completion_length", type=int, default=256, help="In tokens.")
+    p.add_argument("--max_completion_length", type=int, default=256, help="Longest completion, in tokens.")
     p.add_argument("--temperature", type=float, default=1.0, help="0 is greedy.")
-    p.add_argument("--seed", type=int, default=42, help="With the turn's number, it decides what is drawn.")
-    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="Of weights.")
-    p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
+    p.add_argument("--seed", type=int, default=42, help="With the turn's number, it decides the samples.")
+    p.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="Dtype of the weights."
+    )
+    p.add_argument("--trust_remote_code", action="store_true", help="Run code of the model's repository.")
     return p

@@ -161,17 +161,26 @@ def proof_rows(adapter: str, file: str | None, tokenizer: Any) -> list[tuple[lis
     """Return rows to compare log-probs on: token ids, and how many of them are the prompt's.
 
     They are ``file``'s (JSONL with ``prompt`` and ``generations``), or else what the run sampled (``samples.json``), or
-    else sentences of the bundled task.
+    sentences of the bundled task where it sampled nothing.
+
+    Raises:
+        UsageError: the file has no generation with a token.
     """
     samples = Path(adapter) / SAMPLES_FILE
+    pairs: list[tuple[str, str]] = []
     if file is not None:
-        pairs = [(row["prompt"], text) for row in read_rows(file, generations=True) for text in row["generations"]]
-        pairs = [(p if isinstance(p, str) else "\n".join(m["content"] for m in p), text) for p, text in pairs]
+        found = [(row["prompt"], text) for row in read_rows(file, generations=True) for text in row["generations"]]
+        pairs = [(p if isinstance(p, str) else "\n".join(m["content"] for m in p), text) for p, text in found]
     elif samples.is_file():
-        found = json.loads(samples.read_text(encoding="utf-8"))
-        pairs = [pair for stage in found["stages"] for pair in zip(found["prompts"], stage["texts"], strict=True)]
-    else:
-        pairs = [(prompt, prompt) for prompt in all_prompts()]
+        sampled = json.loads(samples.read_text(encoding="utf-8"))
+        pairs = [pair for stage in sampled["stages"] for pair in zip(sampled["prompts"], stage["texts"], strict=True)]
+    rows = _as_ids(pairs, tokenizer)
+    if not rows and file is not None:
+        raise UsageError(f"--rows: {file} has no generation with a token to compare log-probs on. Give another file.")
+    return rows or _as_ids([(prompt, prompt) for prompt in all_prompts()], tokenizer)
+
+
+def _as_ids(pairs: Sequence[tuple[str, str]], tokenizer: Any) -> list[tuple[list[int], int]]:
     rows = []
     for prompt, text in pairs[:ROWS]:
         start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -261,7 +270,9 @@ def build_parser() -> argparse.ArgumentParser:
     p = UsageParser(prog="contrastive-align merge", description=__doc__, allow_abbrev=False)
     p.add_argument("adapter", metavar="ADAPTER", help="The folder or hub id of an adapter.")
     p.add_argument("--output_dir", required=True, help="Where the whole model goes; a new folder.")
-    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="Of weights.")
+    p.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="Dtype of the weights."
+    )
     p.add_argument("--rows", help="JSONL with prompt and generations, to prove the merge on; else the run's samples.")
     p.add_argument(
         "--load_in_4bit", action="store_true", help="The base was in 4 bits (known of runs of this package)."
@@ -269,5 +280,5 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--push_to_hub", action="store_true", help="Upload it.")
     p.add_argument("--hub_model_id", help="owner/name of the upload.")
     p.add_argument("--hub_private_repo", action="store_true", default=None, help="Make the upload private.")
-    p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
+    p.add_argument("--trust_remote_code", action="store_true", help="Run code of the model's repository.")
     return p

@@ -259,22 +259,22 @@ def build_parser() -> argparse.ArgumentParser:
     p = step("sample", sample, "Prompts -> K completions each.")
     p.add_argument("--model_name_or_path", required=True, help="A model id, or the folder of a model or adapter.")
     p.add_argument("--prompts", required=True, help="JSONL with 'prompt': a text, or messages.")
-    p.add_argument("--num_generations", type=int, default=8, help="K.")
+    p.add_argument("--num_generations", type=int, default=8, help="Completions of each prompt.")
     p.add_argument("--condition", help="'best', or another that the trained model knows; by default none.")
-    p.add_argument("--split_number", type=int, default=0, help="This part, from 0.")
-    p.add_argument("--total_splits", type=int, default=1, help="Parts the prompts are divided into.")
-    p.add_argument("--max_completion_length", type=int, default=256, help="In tokens.")
-    p.add_argument("--temperature", type=float, default=1.0, help="Of sampling.")
-    p.add_argument("--top_p", type=float, default=1.0, help="Of sampling.")
-    p.add_argument("--seed", type=int, default=42, help="With the prompt's number, it decides what is drawn.")
+    p.add_argument("--split_number", type=int, default=0, help="The part to sample, counted from 0.")
+    p.add_argument("--total_splits", type=int, default=1, help="Number of parts that the prompts are divided into.")
+    p.add_argument("--max_completion_length", type=int, default=256, help="Longest completion, in tokens.")
+    p.add_argument("--temperature", type=float, default=1.0, help="Temperature of sampling.")
+    p.add_argument("--top_p", type=float, default=1.0, help="Top-p (nucleus) of sampling.")
+    p.add_argument("--seed", type=int, default=42, help="With the prompt's number, it decides the samples.")
     p.add_argument("--rows_at_once", type=int, default=256, help="Completions decoded together.")
     p.add_argument("--dtype", default="auto", choices=DTYPES, help="The weights' precision.")
     p.add_argument(
-        "--sampler", "--server", help="Sample there: an OpenAI-compatible address, or '{base_url: address}'."
+        "--sampler", "--server", help="A server that samples: an OpenAI-compatible address, or '{base_url: address}'."
     )
-    p.add_argument("--server_model", help="The model's name there, if another than model_name_or_path.")
+    p.add_argument("--server_model", help="Name of the model on the server, where it is not model_name_or_path.")
     p.add_argument("--concurrency", type=int, default=32, help="Requests in flight.")
-    p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
+    p.add_argument("--trust_remote_code", action="store_true", help="Run code of the model's repository.")
     _output(p, "gen.jsonl; a part goes to gen.0-of-4.jsonl")
 
     p = step("score", score, "Completions -> 'rewards', from a reward function or a reward model.")
@@ -285,7 +285,7 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         help="file.py:function, a reward-model id, or a feature as YAML text.",
     )
-    p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
+    p.add_argument("--trust_remote_code", action="store_true", help="Run code of the model's repository.")
     _output(p, "scored.jsonl")
 
     p = step("judge", judge, "Completions -> 'feedbacks', 'scores' and 'analysis', from a language model.")
@@ -305,7 +305,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Scored or judged completions -> a model: contrastive-align conditional, which takes all other flags.",
     )
     p.add_argument("--input", required=True, help="JSONL with 'generations', and 'rewards' or 'scores' or 'feedbacks'.")
-    p.add_argument("--output_dir", required=True, help="Where the model goes.")
+    p.add_argument("--output_dir", required=True, help="Folder for the model.")
     p.add_argument(
         "--score_column",
         "--score_key",

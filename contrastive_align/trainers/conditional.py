@@ -89,8 +89,9 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     ```
 
     Args:
-        model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, optimizer_cls_and_kwargs,
-            quantization_config, peft_config: as in TRL. A model id may also be a LoRA adapter.
+        model: as in TRL; a folder or hub id may also be a LoRA adapter.
+        args, train_dataset, eval_dataset, processing_class, callbacks, optimizers: as in TRL.
+        optimizer_cls_and_kwargs, quantization_config, peft_config: as in TRL.
         reward_funcs: TRL reward functions, reward-model ids or feature specs (see ``targets/features.py``); several are
             summed by ``args.reward_weights``.
         judge: a :class:`~contrastive_align.judge.judge.Judge`, in place of reward functions.

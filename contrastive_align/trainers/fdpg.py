@@ -90,8 +90,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
 
     Args:
         model: as in TRL; a folder or hub id may also be a LoRA adapter (see ``models.loading.resolve_start``).
-        args, train_dataset, eval_dataset, processing_class, callbacks, optimizers, quantization_config,
-            peft_config: as in TRL.
+        args, train_dataset, eval_dataset, processing_class, callbacks: as in TRL.
+        optimizers, quantization_config, peft_config: as in TRL.
         reward_funcs: as in TRL; with no ``target``, theirs is base * exp(weighted sum of rewards / args.beta).
         target: the distribution to train towards. Unknown lambdas are fitted when training starts.
 

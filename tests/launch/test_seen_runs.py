@@ -6,11 +6,13 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoTokenizer
 
 from contrastive_align import demo
 from contrastive_align.data.published import published_copy
 from contrastive_align.launch import cli
 from contrastive_align.launch.common import command_line
+from contrastive_align.launch.merge import proof_rows
 from contrastive_align.launch.record import MovedGroups
 from contrastive_align.report.history import read_history
 
@@ -75,6 +77,17 @@ def test_merge_proves_itself_and_reloads(run, tmp_path, capsys):
     assert "on average" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["merge", str(run[0]), f"--output_dir={tmp_path / 'whole'}"])
+
+
+def test_a_merge_is_proven_on_bundled_sentences_where_the_run_sampled_nothing(tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_PATH)
+    (tmp_path / "samples.json").write_text(json.dumps({"prompts": [], "stages": []}))
+    assert len(proof_rows(str(tmp_path), None, tokenizer)) > 10
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "Why?", "generations": [""]}) + "\n")
+    with pytest.raises(SystemExit):
+        proof_rows(str(tmp_path), str(file), tokenizer)
+    assert "--rows: " in (said := capsys.readouterr().err) and "no generation with a token" in said
 
 
 def test_a_seed_of_answers_in_the_formats_of_evaluations(run, tmp_path, capsys):
