@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from contrastive_align.data.packed_row import Documents
+
+
+BLOCK_QUERIES = 256
 
 
 class Call(NamedTuple):
@@ -57,3 +62,31 @@ class Kernel(ABC):
 
         Output and log-sum-exp may be those over a larger set of keys, of which the call's are a part.
         """
+
+
+def masked_blocks(call: Call, device: torch.device) -> Iterator[tuple[slice, slice, Tensor | None]]:
+    """Yield slices of queries, slices of the keys that some of these see, and (queries, keys) which do not see which.
+
+    Query i of a causal document is at its key i. Any other query is ``documents.behind`` tokens behind the end of the
+    keys.
+    """
+    documents, causal, window = call.documents, call.causal, call.window
+    for start, stop, first, last in documents.spans:
+        for begin in range(start, stop if last > first else start, BLOCK_QUERIES):
+            end = min(begin + BLOCK_QUERIES, stop)
+            shift = first - start
+            seen = end + shift if causal else last
+            oldest = first if window is None else max(first, (begin + shift if causal else last) - window + 1)
+            hidden = None
+            if causal or window is not None:
+                keys = torch.arange(oldest, seen, device=device)
+                if causal:
+                    queries = torch.arange(begin + shift, end + shift, device=device)[:, None]
+                    hidden = keys > queries
+                else:
+                    queries = last + documents.behind[begin:end, None]
+                    hidden = torch.zeros((), dtype=torch.bool, device=device)
+                if window is not None:
+                    hidden = hidden | (keys <= queries - window)
+            if seen > oldest:
+                yield slice(begin, end), slice(oldest, seen), hidden

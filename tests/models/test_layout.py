@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.data import GroupCollator
 from contrastive_align.data.packed_row import PackedRow, Segment
-from contrastive_align.models import kernels
+from contrastive_align.models import kernel, kernels
 from contrastive_align.models.cpu import head
 from contrastive_align.models.cpu.head import _ScoreTokens
 from contrastive_align.models.head import add_head
@@ -119,7 +119,7 @@ VARIANTS = ["plain", "checkpointing", "reentrant", "reference kernel"]
 def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypatch):
     if variant == "reference kernel":
         monkeypatch.setattr(kernels, "KERNELS", (reference.ReferenceKernel(),))
-        monkeypatch.setattr(reference, "BLOCK_QUERIES", 3)
+        monkeypatch.setattr(kernel, "BLOCK_QUERIES", 3)
     model = build(*ARCHITECTURES[name]).train()
     batch = GroupCollator(0)(groups())
     expected = _own_logps(model, batch)

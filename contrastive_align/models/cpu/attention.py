@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from packaging.version import Version
 from torch import Tensor
 
-from contrastive_align.models.kernel import Call, Kernel
+from contrastive_align.models.kernel import Call, Kernel, masked_blocks
 
 
 # The kernel behind F.scaled_dot_product_attention, which does not return the log-sum-exp.
@@ -24,7 +27,6 @@ class CpuKernel(Kernel):
             and query.size(-1) == value.size(-1)
             and (TAKES_GROUPED_QUERIES or query.size(1) == key.size(1))
             and call.softcap is None
-            and call.window is None
         )
 
     def forward(
@@ -34,10 +36,11 @@ class CpuKernel(Kernel):
         _, heads, n, size = query.shape
         output = query.new_empty(1, n, heads, size).transpose(1, 2)
         log_sums = query.new_empty(1, heads, n, dtype=torch.promote_types(query.dtype, torch.float32))
-        for a, b, c, d in call.documents.spans:
-            if a < b and c < d:
-                tensors = query[:, :, a:b], key[:, :, c:d], value[:, :, c:d]
-                output[:, :, a:b], log_sums[:, :, a:b] = _flash(*tensors, 0.0, call.causal, scale=call.scale)
+        for q, k, options in _parts(call, query):
+            output[:, :, q], sums = _flash(query[:, :, q], key[:, :, k], value[:, :, k], **options)
+            if not call.causal and call.window is not None:  # the kernel's log-sum-exp of no keys is 0
+                sums = sums.masked_fill((options["attn_mask"] == -torch.inf).all(-1), -torch.inf)
+            log_sums[:, :, q] = sums
         return output[0].transpose(0, 1), log_sums[0], ()
 
     def backward(
@@ -51,18 +54,29 @@ class CpuKernel(Kernel):
         state: tuple[Tensor, ...],
         call: Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
         dq, dk, dv = (_by_heads(t) for t in grads)
         grad, query, key, value, output = (_by_heads(t) for t in (grad, query, key, value, output))
+        for q, k, options in _parts(call, query):
+            tensors = grad[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k], output[:, :, q]
+            dropout, causal = options.pop("dropout_p"), options.pop("is_causal")
+            found = _flash_backward(*tensors, log_sums[None, :, q], dropout, causal, **options)
+            for whole, part, more in zip((dq, dk, dv), (q, k, k), found, strict=True):
+                whole[:, :, part] += more
+        return grads
+
+
+def _parts(call: Call, query: Tensor) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
+    """Yield queries, keys and options of the kernel's calls: documents, or blocks of them if there is a window."""
+    options = {"dropout_p": 0.0, "is_causal": call.causal and call.window is None, "scale": call.scale}
+    if call.window is None:
         for a, b, c, d in call.documents.spans:
             if a < b and c < d:
-                own = output[:, :, a:b], log_sums[None, :, a:b]
-                tensors = grad[:, :, a:b], query[:, :, a:b], key[:, :, c:d], value[:, :, c:d], *own
-                found = _flash_backward(*tensors, 0.0, call.causal, scale=call.scale)
-            else:
-                found = 0.0, 0.0, 0.0
-            dq[:, :, a:b], dk[:, :, c:d], dv[:, :, c:d] = found
-        return grads
+                yield slice(a, b), slice(c, d), dict(options)
+        return
+    for q, k, hidden in masked_blocks(call, query.device):
+        mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+        yield q, k, {**options, "attn_mask": mask}
 
 
 def _by_heads(x: Tensor) -> Tensor:

@@ -6,15 +6,10 @@ keys of one document, not with their square.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from contrastive_align.models.kernel import Call, Kernel
-
-
-BLOCK_QUERIES = 256
+from contrastive_align.models.kernel import Call, Kernel, masked_blocks
 
 
 class ReferenceKernel(Kernel):
@@ -29,7 +24,7 @@ class ReferenceKernel(Kernel):
         n, heads, _ = query.shape
         output = query.new_zeros(n, heads, value.size(-1))
         log_sums = query.new_full((heads, n), -torch.inf, dtype=_precise(query))
-        for q, k, hidden in _blocks(call, query.device):
+        for q, k, hidden in masked_blocks(call, query.device):
             scores = _scores(_by_heads(query[q], key), key[k], call)
             if hidden is not None:
                 scores.masked_fill_(hidden, -torch.inf)
@@ -51,7 +46,7 @@ class ReferenceKernel(Kernel):
         call: Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = (torch.zeros_like(t, dtype=_precise(query)) for t in (query, key, value))
-        for q, k, hidden in _blocks(call, query.device):
+        for q, k, hidden in masked_blocks(call, query.device):
             of_query, of_grad, of_output = (_by_heads(t[q], key) for t in (query, grad, output))
             scores = _scores(of_query, key[k], call)
             slope = call.scale if call.softcap is None else call.scale * (1 - (scores / call.softcap).square())
@@ -69,34 +64,6 @@ class ReferenceKernel(Kernel):
 
 def _precise(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
-
-
-def _blocks(call: Call, device: torch.device) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """Yield slices of queries, slices of the keys that some of these see, and (queries, keys) which do not see which.
-
-    Query i of a causal document is at its key i. Any other query is ``documents.behind`` tokens behind the end of the
-    keys.
-    """
-    documents, causal, window = call.documents, call.causal, call.window
-    for start, stop, first, last in documents.spans:
-        for begin in range(start, stop if last > first else start, BLOCK_QUERIES):
-            end = min(begin + BLOCK_QUERIES, stop)
-            shift = first - start
-            seen = end + shift if causal else last
-            oldest = first if window is None else max(first, (begin + shift if causal else last) - window + 1)
-            hidden = None
-            if causal or window is not None:
-                keys = torch.arange(oldest, seen, device=device)
-                if causal:
-                    queries = torch.arange(begin + shift, end + shift, device=device)[:, None]
-                    hidden = keys > queries
-                else:
-                    queries = last + documents.behind[begin:end, None]
-                    hidden = torch.zeros((), dtype=torch.bool, device=device)
-                if window is not None:
-                    hidden = hidden | (keys <= queries - window)
-            if seen > oldest:
-                yield slice(begin, end), slice(oldest, seen), hidden
 
 
 def _by_heads(x: Tensor, key: Tensor) -> Tensor:
