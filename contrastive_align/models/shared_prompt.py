@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -227,25 +228,34 @@ class LastMlp:
         return F.pad(output, (0, 0, prompts, 0))
 
 
+class AttentionOptions(NamedTuple):
+    """What a model's masks and its attention calls were told, other than 0 and None."""
+
+    mask_windows: set[int]  # or chunk sizes
+    windows: set[int]
+    dropouts: set[float]
+
+
 @contextmanager
-def record_windows() -> Iterator[tuple[set[int], set[int]]]:
-    """Yield the windows (or chunk sizes) of a model's masks, and those that its attention calls receive.
+def record_options() -> Iterator[AttentionOptions]:
+    """Record the options of a model's masks and attention calls.
 
     A packed row has no mask, so a window that reaches the masks only would be lost.
     """
-    of_masks, of_calls = set(), set()
+    found = AttentionOptions(set(), set(), set())
 
     def mask(*args, local_size: int | None = None, **kwargs) -> Tensor | None:
-        of_masks.update({local_size} - {None})
+        found.mask_windows.update({local_size} - {None})
         return sdpa_mask(*args, local_size=local_size, **kwargs)
 
-    def attend(*args, sliding_window: int | None = None, **kwargs) -> tuple[Tensor, None]:
-        of_calls.update({sliding_window} - {None})
-        return shared_prompt_attention(*args, sliding_window=sliding_window, **kwargs)
+    def attend(*args, sliding_window: int | None = None, dropout: float = 0.0, **kwargs) -> tuple[Tensor, None]:
+        found.windows.update({sliding_window} - {None})
+        found.dropouts.update({dropout} - {0.0})
+        return shared_prompt_attention(*args, sliding_window=sliding_window, dropout=dropout, **kwargs)
 
     try:
         _register(attend, mask)
-        yield of_masks, of_calls
+        yield found
     finally:
         _register(shared_prompt_attention, sdpa_mask)
 

@@ -1,6 +1,7 @@
 """The shared-prompt layout gives what rows of their own give, on every architecture, or is refused."""
 
 import copy
+import logging
 import math
 import os
 import subprocess
@@ -367,8 +368,6 @@ def test_the_head_against_a_plain_projection(softcap, monkeypatch):
 
 @pytest.mark.parametrize("name", CANNOT)
 def test_models_that_cannot_go_padded_or_raise(name, caplog):
-    import logging
-
     model = build(*CANNOT[name])
     own = model.config._attn_implementation
     logging.getLogger("contrastive_align.models.layout").propagate = True
@@ -462,6 +461,15 @@ def test_a_model_that_is_wrong_on_purpose_is_found(what, dtype):
     model = build(*ARCHITECTURES["gemma2"]) if "window" in what else deep(12)
     WRONG[what](model)
     assert choose_layout(add_head_over_plain(model.to(dtype)), "auto") == "padded"
+
+
+def test_dropout_of_attention_weights_is_padded(caplog):
+    """Of training: the model that is tried in evaluation mode has none."""
+    model = add_head_over_plain(build(hf.LlamaConfig, {"attention_dropout": 0.1})).eval()
+    logging.getLogger("contrastive_align.models.layout").propagate = True
+    with caplog.at_level(logging.WARNING):
+        assert choose_layout(model, "auto") == "padded"
+    assert "its attention has a dropout of 0.1" in caplog.text and not model.training
 
 
 def test_log_probs_that_are_no_numbers_say_nothing_for_the_shared_layout():
