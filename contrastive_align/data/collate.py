@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from transformers.data.data_collator import DataCollatorMixin
 
-from contrastive_align.data.packed_row import PackedRow, Segment
 from contrastive_align.trl_seam import pad
 
 
@@ -22,7 +21,6 @@ class GroupCollator(DataCollatorMixin):
     - ``input_ids``, ``attention_mask``, ``completion_mask`` (N, L): prompt + completion, padded on the right
     - ``scores`` (B, K) in ``score_dtype``, and ``valid`` (B, K) bool: False where a group has fewer completions
     - ``ref_logps`` (B, K) and ``row`` (B,), the rows' numbers, if given
-    - ``packed_row``: the lengths, on the host, for the shared-prompt layout
 
     The N rows are the True entries of ``valid`` in row-major order.
 
@@ -56,7 +54,6 @@ class GroupCollator(DataCollatorMixin):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         rows = [(e["prompt_ids"], ids) for e in examples for ids in e["completion_ids"]]
-        segments = [Segment(len(e["prompt_ids"]) - 1, tuple(map(len, e["completion_ids"]))) for e in examples]
         batch = {
             "input_ids": self._pad([prompt + ids for prompt, ids in rows], self.pad_token_id),
             "attention_mask": self._pad([[1] * (len(prompt) + len(ids)) for prompt, ids in rows], 0),
@@ -64,7 +61,6 @@ class GroupCollator(DataCollatorMixin):
             "scores": to_table([e["scores"] for e in examples], self.score_dtype),
             "valid": to_table([[True] * len(e["scores"]) for e in examples], torch.bool),
         }
-        batch["packed_row"] = PackedRow(segments, batch["input_ids"].size(1))
         if "row" in examples[0]:
             batch["row"] = torch.tensor([e["row"] for e in examples])
         if "ref_logps" in examples[0]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contrastive_align.data.packed_row import Documents
+from contrastive_align.models.packed_row import Documents
 
 
 BLOCK_QUERIES = 256

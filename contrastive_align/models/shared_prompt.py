@@ -19,8 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from contrastive_align.data.packed_row import PackedRow
 from contrastive_align.models.kernels import Call, find_kernel
+from contrastive_align.models.packed_row import PackedRow
 
 
 ATTENTION_NAME = "shared_prompt"  # in transformers' registry

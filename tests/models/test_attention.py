@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrastive_align.data.packed_row import Documents, PackedRow, Segment
 from contrastive_align.models import kernel, kernels
 from contrastive_align.models.cpu.attention import CpuKernel
 from contrastive_align.models.kernel import Call
 from contrastive_align.models.kernels import cuda
 from contrastive_align.models.kernels.reference import ReferenceKernel
+from contrastive_align.models.packed_row import Documents, PackedRow, Segment
 from contrastive_align.models.shared_prompt import shared_prompt_attention
 
 

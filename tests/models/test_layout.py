@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.data import GroupCollator
-from contrastive_align.data.packed_row import PackedRow, Segment
 from contrastive_align.models import kernel, kernels
 from contrastive_align.models.cpu import head
 from contrastive_align.models.cpu.head import _ScoreTokens
@@ -24,6 +23,7 @@ from contrastive_align.models.head import add_head
 from contrastive_align.models.kernels import reference
 from contrastive_align.models.layout import _own_logps, choose_layout
 from contrastive_align.models.logps import completion_logps
+from contrastive_align.models.packed_row import PackedRow, Segment
 from contrastive_align.models.shared_prompt import ATTENTION_NAME, pack, shared_prompt_attention
 
 
@@ -571,10 +571,10 @@ def test_the_packed_row():
     assert packed["position_ids"].tolist() == [[0, 1, 0, 2, 3, 2, 1]]
     assert packed["shift_labels"].tolist() == [[-100, -100, -100, 4, 5, 6, 7]]
     assert layout.segments == [(2, (2, 1)), (1, (1,))]
-    assert layout is batch["packed_row"]  # made by the collator, and by nobody else read from the device
-    for other in (None, PackedRow(layout.segments, width=layout.width + 1)):  # other collators', or batches cut since
-        again, made = pack({**batch, "packed_row": other})
-        assert made.segments == layout.segments and all(torch.equal(again[name], packed[name]) for name in packed)
+    again, same = pack(batch)
+    assert same is layout and all(torch.equal(again[name], packed[name]) for name in packed)
+    half = {**batch, "valid": batch["valid"][:1]}  # with the same completion_mask
+    assert pack(half)[1].segments == layout.segments[:1]
 
 
 def test_a_model_set_to_it_still_samples_and_saves_as_before(tmp_path):

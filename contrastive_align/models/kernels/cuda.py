@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from contrastive_align.data.packed_row import Documents
 from contrastive_align.models.kernel import Call, Kernel
+from contrastive_align.models.packed_row import Documents
 
 
 AMPERE = (8, 0)

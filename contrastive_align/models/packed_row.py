@@ -7,12 +7,12 @@ output at every branch position predicts one completion token, and labels need n
 
 from __future__ import annotations
 
-from functools import cached_property
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Segment(NamedTuple):
@@ -57,7 +57,7 @@ class RowTensors(NamedTuple):
 class PackedRow:
     """Which tokens of a padded batch make its packed row, and which of them attend to which.
 
-    It is made on the host, once a batch, and reaches the attention through the model's keyword arguments. Not a
+    It is made once a batch, and reaches the attention through the model's keyword arguments. Not a
     dataclass, because FSDP would pass a copy of one to the model.
 
     >>> row = PackedRow([Segment(2, (2, 1))], width=5)
@@ -74,24 +74,21 @@ class PackedRow:
 
     @classmethod
     def of_batch(cls, batch: dict[str, Tensor]) -> PackedRow:
-        """Return the packed row of a padded batch: its collator's, or else one of its masks, read from the device."""
-        row, rows, width = batch.get("packed_row"), *batch["input_ids"].shape
-        if isinstance(row, PackedRow) and (row.rows, row.width) == (rows, width):
+        """Return the packed row of a padded batch. Its lengths are read from the device once for all models."""
+        masks = [batch[name] for name in ("completion_mask", "attention_mask", "valid")]
+        attention_mask, valid, row = _rows.get(masks[0]) or (None, None, None)
+        if attention_mask is masks[1] and valid is masks[2]:
             return row
-        totals, completions = batch["attention_mask"].sum(1).tolist(), batch["completion_mask"].sum(1).tolist()
+        n = len(masks[0])
+        lengths = torch.cat([mask.sum(1) for mask in masks]).tolist()
+        completions, totals, counts = lengths[:n], lengths[n : 2 * n], lengths[2 * n :]
         segments, i = [], 0
-        for k in batch["valid"].sum(1).tolist():
+        for k in counts:
             segments.append(Segment(totals[i] - completions[i] - 1, tuple(completions[i : i + k])))
             i += k
-        return cls(segments, width)
-
-    @cached_property
-    def rows(self) -> int:
-        return sum(len(s.branches) for s in self.segments)
-
-    def to(self, *args: Any, **kwargs: Any) -> PackedRow:
-        """Return itself, so that a batch moves as one of tensors does: see :meth:`on`."""
-        return self
+        row = cls(segments, masks[0].size(1))
+        _rows[masks[0]] = (*masks[1:], row)
+        return row
 
     def on(self, device: torch.device) -> RowTensors:
         """Return the row's tensors on a device, without waiting for it."""
@@ -125,3 +122,6 @@ class PackedRow:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the host to a device, without waiting for what runs there."""
     return tensor.to(device, non_blocking=True)
+
+
+_rows = WeakTensorKeyDictionary()  # completion_mask -> the batch's other masks, and its packed row
