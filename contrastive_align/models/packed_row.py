@@ -77,7 +77,7 @@ class PackedRow:
         """Return the packed row of a padded batch. Its lengths are read from the device once for all models."""
         masks = [batch[name] for name in ("completion_mask", "attention_mask", "valid")]
         attention_mask, valid, row = _rows.get(masks[0]) or (None, None, None)
-        if attention_mask is masks[1] and valid is masks[2]:
+        if row is not None and attention_mask is masks[1] and valid is masks[2]:
             return row
         n = len(masks[0])
         lengths = torch.cat([mask.sum(1) for mask in masks]).tolist()
