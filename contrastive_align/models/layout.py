@@ -14,7 +14,7 @@ from transformers.utils import logging
 from contrastive_align.data.collate import GroupCollator
 from contrastive_align.models.head import add_head
 from contrastive_align.models.logps import completion_logps, per_completion
-from contrastive_align.models.shared_prompt import ATTENTION_NAME, LastMlp, record_windows
+from contrastive_align.models.shared_prompt import ATTENTION_NAME, LastMlp, record_options
 
 
 logger = logging.get_logger(__name__)
@@ -133,11 +133,16 @@ def _find_difference(model: PreTrainedModel, autocast: torch.dtype | None) -> st
     own_noise = _own_noise(model, batch, expected)
     if problem := _set_shared_attention(model):
         return problem
-    # Windows are longer than this batch, so its log-probs cannot show them.
-    with record_windows() as (of_masks, of_calls):
+    # Windows are longer than this batch, so its log-probs cannot show them. Dropout is that of training.
+    training = model.training
+    model.train()
+    with record_options() as options:
         model(input_ids=batch["input_ids"][:1], attention_mask=batch["attention_mask"][:1], use_cache=False)
-    if lost := of_masks - of_calls:
+    model.train(training)
+    if lost := options.mask_windows - options.windows:
         return f"a window of {' and '.join(map(str, lost))} tokens reaches its masks, but not its attention"
+    if options.dropouts:
+        return f"its attention has a dropout of {max(options.dropouts):g}, which packed rows do not have"
     found = completion_logps(model, batch, layout="shared")
     gap = _gap(found.logps, expected, batch)
     tolerance = max(NOISE * own_noise, TOLERANCE.get(model.dtype, 0.0), _epsilon(model, autocast))

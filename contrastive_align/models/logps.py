@@ -124,6 +124,7 @@ def _model_inputs(batch: dict[str, Tensor], layout: str) -> dict[str, Any]:
     """Build a model's inputs, in which only completion tokens have a label, completion after completion."""
     if layout == "shared":
         inputs, shared_prompt = pack(batch)
+        shared_prompt.attention_calls = 0
         mask = inputs["input_ids"].new_zeros((1, 1, 1, 1), dtype=torch.bool)  # a placeholder, so that none is built
         return {**inputs, "attention_mask": mask, "shared_prompt": shared_prompt}
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)

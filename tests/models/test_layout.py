@@ -1,6 +1,7 @@
 """The shared-prompt layout gives what rows of their own give, on every architecture, or is refused."""
 
 import copy
+import logging
 import math
 import os
 import subprocess
@@ -15,13 +16,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.data import GroupCollator
-from contrastive_align.models import shared_prompt
-from contrastive_align.models.cpu import head, merged_attention
+from contrastive_align.models import kernel, kernels
+from contrastive_align.models.cpu import head
 from contrastive_align.models.cpu.head import _ScoreTokens
 from contrastive_align.models.head import add_head
+from contrastive_align.models.kernels import reference
 from contrastive_align.models.layout import _own_logps, choose_layout
 from contrastive_align.models.logps import completion_logps
-from contrastive_align.models.shared_prompt import ATTENTION_NAME, Segment, SharedPrompt, pack, shared_prompt_attention
+from contrastive_align.models.packed_row import PackedRow, Segment
+from contrastive_align.models.shared_prompt import ATTENTION_NAME, pack, shared_prompt_attention
 
 
 SHAPE = {
@@ -109,20 +112,17 @@ def gradients(model, logps):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-VARIANTS = ["plain", "checkpointing", "reentrant", "blocks of queries", "long prompts", "as on a GPU"]
+VARIANTS = ["plain", "checkpointing", "reentrant", "reference kernel"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypatch):
-    if variant == "blocks of queries":
-        monkeypatch.setattr(shared_prompt, "BLOCK_QUERIES", 3)
-    elif variant == "long prompts":
-        monkeypatch.setattr(shared_prompt, "LONG_PROMPT", 1)
-    elif variant == "as on a GPU":
-        monkeypatch.setattr(shared_prompt, "LOWER_RIGHT_DEVICES", ("cpu",))
+    if variant == "reference kernel":
+        monkeypatch.setattr(kernels, "KERNELS", (reference.ReferenceKernel(),))
+        monkeypatch.setattr(kernel, "BLOCK_QUERIES", 3)
     model = build(*ARCHITECTURES[name]).train()
-    batch = GroupCollator(0)(groups()[::2] if variant == "long prompts" else groups())  # none of one token
+    batch = GroupCollator(0)(groups())
     expected = _own_logps(model, batch)
     expected_gradient = gradients(model, expected)
     add_head_over_plain(model)
@@ -201,148 +201,6 @@ def test_unusual_layers_share_prompts(what, dtype):
         batch = GroupCollator(0)(groups())
         found = completion_logps(model, batch, layout="shared").logps
         assert torch.allclose(found, _own_logps(model, batch), rtol=1e-5, atol=1e-5)
-
-
-def test_masks_are_of_a_block_of_queries_whatever_the_prompt():
-    shared = SharedPrompt([Segment(3000, (5,))])
-    q, k = torch.randn(1, 2, 3005, 4), torch.randn(1, 1, 3005, 4)
-    shared_prompt_attention(None, q, k, k, None, sliding_window=100, shared_prompt=shared)
-    assert shared._masks and all(mask.size(0) <= 2 * shared_prompt.BLOCK_QUERIES for mask in shared._masks.values())
-
-
-def row(lengths, heads=(4, 2), size=8, dtype=torch.float64, seed=0):
-    """Queries, keys and values of a packed row, its layout, and for every query the keys that it sees."""
-    torch.manual_seed(seed)
-    segments = [Segment(prompt, branches) for prompt, branches in lengths]
-    n = sum(prompt + sum(branches) for prompt, branches in lengths)
-    q, k, v = (torch.randn(1, n, h, size, dtype=dtype).transpose(1, 2) for h in (heads[0], heads[1], heads[1]))
-    sees, start = torch.zeros(n, n, dtype=torch.bool), 0
-    for prompt, branches in lengths:
-        sees[start : start + prompt, start : start + prompt] = torch.ones(prompt, prompt).tril().bool()
-        at = start + prompt
-        for branch in branches:
-            sees[at : at + branch, start : start + prompt] = True
-            sees[at : at + branch, at : at + branch] = torch.ones(branch, branch).tril().bool()
-            at += branch
-        start = at
-    return (q, k, v), segments, sees
-
-
-ROWS = {
-    "one group": [(300, (40, 1, 70))],
-    "several": [(257, (3, 5)), (290, (100,)), (400, (1, 1, 1))],
-    "a short prompt among long ones": [(600, (9, 4)), (1, (2, 3))],
-    "of one branch": [(260, (30,))],
-    "branches of nothing": [(300, (0, 4)), (280, (5, 0, 7)), (270, (6, 0)), (260, (0,))],
-    "blocks of the kernel": [(1030, (800, 600))],
-}
-
-
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
-def test_long_prompts_are_read_for_all_branches_at_once(lengths, heads):
-    """Output and gradients in float64 against a softmax with the whole mask, with keys and values of fewer heads."""
-    (q, k, v), segments, sees = row(lengths, heads)
-    layout = SharedPrompt(segments)
-    q = 3 * q  # scores far apart: the weights of the parts too
-
-    def whole(q, k, v):
-        groups = heads[0] // heads[1]
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scores = (0.3 * q @ k.transpose(2, 3)).masked_fill(~sees, -torch.inf)
-        return (scores.softmax(-1) @ v).transpose(1, 2)
-
-    def shared(q, k, v):
-        output = shared_prompt_attention(None, q, k, v, None, scaling=0.3, shared_prompt=layout)[0]
-        assert type(output.grad_fn.next_functions[0][0]).__name__ == "_MergedAttentionBackward"
-        return output
-
-    slope, results = None, []
-    for attend in (whole, shared):
-        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-        output = attend(*inputs)
-        slope = torch.randn_like(output) if slope is None else slope
-        results.append((output, *torch.autograd.grad(output, inputs, slope)))
-    for want, found in zip(*results, strict=True):
-        assert (want - found).abs().max() < 1e-11 * want.abs().max()
-
-
-def test_the_merged_kernel_is_where_it_was():
-    """The private operators of torch: their arguments, and that the log-sum-exp is the natural one, (1, H, n)."""
-    (q, k, v), _, _ = row([(5, (4,))], heads=(2, 2))
-    output, log_sums = merged_attention._attend(q, k, v, 0.0, False, scale=0.5)
-    scores = 0.5 * q @ k.transpose(2, 3)
-    assert torch.allclose(log_sums, scores.logsumexp(-1), rtol=1e-12)
-    assert torch.allclose(output, scores.softmax(-1) @ v, rtol=1e-12)
-    names = [a.name for a in merged_attention._attend_backward.default._schema.arguments]
-    assert names[:8] == "grad_out query key value out logsumexp dropout_p is_causal".split() and "scale" in names
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_long_prompts_in_less_precision(dtype, monkeypatch):
-    """About as far from float64 as the masked way is, which rounds once where this rounds twice."""
-    (q, k, v), segments, _ = row([(1100, 3 * (150,))], size=64)
-    slope = torch.randn_like(q.transpose(1, 2))
-
-    def results(dtype, long):
-        monkeypatch.setattr(shared_prompt, "LONG_PROMPT", long)
-        inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
-        layout = SharedPrompt(segments)
-        output = shared_prompt_attention(None, *inputs, None, shared_prompt=layout)[0]
-        assert output.dtype == dtype and bool(layout._masks) == (long > 1)
-        return output, *torch.autograd.grad(output, inputs, slope.to(dtype))
-
-    exact = results(torch.float64, 1)
-    for want, masked, merged in zip(exact, results(dtype, 10**9), results(dtype, 1), strict=True):
-        assert (merged - want).norm() < 1.4 * (masked - want).norm()
-
-
-def test_long_prompts_under_autocast():
-    """Queries and keys in float32, as a rotary embedding leaves them, values in bfloat16."""
-    (q, k, v), segments, _ = row([(300, (40, 70))], dtype=torch.float32)
-    k, v = k.to(torch.bfloat16).float(), v.to(torch.bfloat16)
-    with torch.autocast("cpu"):
-        layout = SharedPrompt(segments)
-        found = shared_prompt_attention(None, q, k, v, None, shared_prompt=layout)[0]
-    assert found.dtype == torch.bfloat16 and not layout._masks
-    with torch.autocast("cpu"):
-        wide = [t.double() for t in (q, k, v)]
-        assert shared_prompt_attention(None, *wide, None, shared_prompt=layout)[0].dtype == torch.float64
-    rounded = [t.to(torch.bfloat16) for t in (q, k, v)]
-    assert torch.equal(found, shared_prompt_attention(None, *rounded, None, shared_prompt=layout)[0])
-
-
-def test_a_window_as_long_as_the_longest_branch_needs_no_mask():
-    (q, k, v), segments, _ = row([(300, (40, 70)), (301, (3, 4))])
-    layout = SharedPrompt(segments)
-    found = shared_prompt_attention(None, q, k, v, None, sliding_window=370, shared_prompt=layout)[0]
-    assert not layout._masks
-    masked = shared_prompt_attention(None, q, k, v, None, sliding_window=369, shared_prompt=layout)[0]
-    assert layout._masks
-    same = torch.ones(found.size(1), dtype=torch.bool)
-    same[300 + 40 + 69] = False  # the last query of the longest branch alone sees one key less
-    assert torch.allclose(found[:, same], masked[:, same], rtol=1e-12) and (found != masked)[:, ~same].any()
-
-
-@pytest.mark.parametrize(
-    "what, options",
-    [
-        ("window", {"sliding_window": 969}),  # one less than the longest branch with its prompt
-        ("softcap", {"softcap": 5.0}),
-        ("dropout", {"dropout": 0.1}),
-        ("size of the values", {}),
-        ("empty prompt", {}),
-        ("short prompts", {}),
-    ],
-)
-def test_what_is_left_to_masks(what, options, monkeypatch):
-    monkeypatch.setattr(shared_prompt, "merged_attention", None)  # not to be called
-    second = {"empty prompt": 0, "short prompts": 1}.get(what, 300)
-    (q, k, v), segments, _ = row([(500 if what == "short prompts" else 900, (40, 70)), (second, (3, 4))])
-    v = v[..., :4] if what == "size of the values" else v
-    layout = SharedPrompt(segments)
-    output = shared_prompt_attention(None, q, k, v, None, shared_prompt=layout, **options)[0]
-    assert output.shape == (1, q.size(2), 4, v.size(-1)) and output.isfinite().all()
 
 
 def add_head_over_plain(model):
@@ -474,7 +332,7 @@ def _objective(hidden):
 
 
 def _attention(query):
-    layout = SharedPrompt([Segment(300, (2, 3))])
+    layout = PackedRow([Segment(300, (2, 3))], width=400)
     query = query.expand(305, 3, 5).transpose(0, 1)[None]
     return shared_prompt_attention(None, query, query, query, None, shared_prompt=layout)[0]
 
@@ -510,8 +368,6 @@ def test_the_head_against_a_plain_projection(softcap, monkeypatch):
 
 @pytest.mark.parametrize("name", CANNOT)
 def test_models_that_cannot_go_padded_or_raise(name, caplog):
-    import logging
-
     model = build(*CANNOT[name])
     own = model.config._attn_implementation
     logging.getLogger("contrastive_align.models.layout").propagate = True
@@ -554,7 +410,7 @@ def test_rounding_grows_with_depth_and_what_it_hides_is_measured(layers, width):
 
 
 def leak(share, to):
-    """The last token of some branches sees a share of another branch's."""
+    """Tokens see a share of what another one sees."""
 
     def wrong(model):
         def add(module, args, kwargs, output):
@@ -590,11 +446,11 @@ def window_of_a_layer(window):
     return wrong
 
 
-AFTER_THE_FIRST_PROMPT = slice(5, None)
+BRANCHES, SOME_BRANCHES = slice(16, None), slice(19, 31)  # of the row that is tried
 WRONG = {f"a leak of {share:.0%} at {to}": leak(share, to) for share in (0.01, 0.03, 0.1, 1.0)
-         for to in (slice(None), slice(8, 20))}  # fmt: skip
+         for to in (slice(None), SOME_BRANCHES)}  # fmt: skip
 WRONG |= {f"positions {by:+} at {tokens}": shifted_positions(by, tokens) for by in (1, 2, 5)
-          for tokens in (AFTER_THE_FIRST_PROMPT, slice(8, 20), slice(0, 5))}  # fmt: skip
+          for tokens in (BRANCHES, SOME_BRANCHES, slice(0, 5))}  # fmt: skip
 WRONG |= {f"a window of {window}": window_of_a_layer(window) for window in (None, 3, 40)}
 
 
@@ -605,6 +461,15 @@ def test_a_model_that_is_wrong_on_purpose_is_found(what, dtype):
     model = build(*ARCHITECTURES["gemma2"]) if "window" in what else deep(12)
     WRONG[what](model)
     assert choose_layout(add_head_over_plain(model.to(dtype)), "auto") == "padded"
+
+
+def test_dropout_of_attention_weights_is_padded(caplog):
+    """Of training: the model that is tried in evaluation mode has none."""
+    model = add_head_over_plain(build(hf.LlamaConfig, {"attention_dropout": 0.1})).eval()
+    logging.getLogger("contrastive_align.models.layout").propagate = True
+    with caplog.at_level(logging.WARNING):
+        assert choose_layout(model, "auto") == "padded"
+    assert "its attention has a dropout of 0.1" in caplog.text and not model.training
 
 
 def test_log_probs_that_are_no_numbers_say_nothing_for_the_shared_layout():
@@ -637,13 +502,14 @@ def test_windows_longer_than_what_is_tried_and_shorter_than_the_rows(name):
 
 
 def test_tensors_and_masks_that_the_packed_row_does_not_heed_raise():
-    (q, k, v), segments, _ = row([(3, (2, 2))], size=4)
+    (q, k, v), layout = (torch.randn(1, 2, 7, 4) for _ in range(3)), PackedRow([Segment(3, (2, 2))], width=5)
     for options, told in (
         ({"attention_mask": torch.zeros(1, 1, 7, 7)}, "a mask of its own"),
         ({"attention_mask": None, "sinks": torch.zeros(4)}, "sinks"),
+        ({"attention_mask": None, "dropout": 0.1}, "a dropout of 0.1"),
     ):
         with pytest.raises(NotImplementedError, match=f"Linear gives its attention {told}.*layout='padded'"):
-            shared_prompt_attention(torch.nn.Linear(1, 1), q, k, v, **options, shared_prompt=SharedPrompt(segments))
+            shared_prompt_attention(torch.nn.Linear(1, 1), q, k, v, **options, shared_prompt=layout)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -694,12 +560,21 @@ def test_nothing_leaks(name):
 
 
 def test_the_packed_row():
-    batch = GroupCollator(0)([{"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5], [6]], "scores": [1.0, 0.0]}])
+    batch = GroupCollator(0)(
+        [
+            {"prompt_ids": [1, 2, 3], "completion_ids": [[4, 5], [6]], "scores": [1.0, 0.0]},
+            {"prompt_ids": [8, 9], "completion_ids": [[7]], "scores": [1.0]},
+        ]
+    )
     packed, layout = pack(batch)
-    assert packed["input_ids"].tolist() == [[1, 2, 3, 4, 3]]
-    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 2]]
-    assert packed["shift_labels"].tolist() == [[-100, -100, 4, 5, 6]]
-    assert layout.segments == [(2, (2, 1))]
+    assert packed["input_ids"].tolist() == [[1, 2, 8, 3, 4, 3, 9]]
+    assert packed["position_ids"].tolist() == [[0, 1, 0, 2, 3, 2, 1]]
+    assert packed["shift_labels"].tolist() == [[-100, -100, -100, 4, 5, 6, 7]]
+    assert layout.segments == [(2, (2, 1)), (1, (1,))]
+    again, same = pack(batch)
+    assert same is layout and all(torch.equal(again[name], packed[name]) for name in packed)
+    half = {**batch, "valid": batch["valid"][:1]}  # with the same completion_mask
+    assert pack(half)[1].segments == layout.segments[:1]
 
 
 def test_a_model_set_to_it_still_samples_and_saves_as_before(tmp_path):
