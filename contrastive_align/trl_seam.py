@@ -106,11 +106,11 @@ class Members:
     @property
     def trained_tokens(self) -> int:
         """Tokens trained on so far, which TRL logs as ``num_tokens``."""
-        return self._total_train_tokens
+        return int(self._total_train_tokens)
 
-    @trained_tokens.setter
-    def trained_tokens(self, count: int) -> None:
-        self._total_train_tokens = count
+    def count_tokens(self, tokens: torch.Tensor) -> None:
+        """Count a batch's tokens, without waiting for the device that has them."""
+        self._total_train_tokens = self._total_train_tokens + tokens.long()
 
     def checkpoint_folder(self, trial: Any = None) -> Path:
         """Where Trainer writes the checkpoint of the present step."""

@@ -5,8 +5,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from contrastive_align import demo
 
@@ -321,3 +323,56 @@ def test_architectures_are_compared_with_their_own_forward(monkeypatch):
     assert architectures.compare("bloom") == ("padded", None, None, None)
     monkeypatch.setattr(architectures, "choose_layout", lambda model, _: model.set_attn_implementation("shared_prompt"))
     assert architectures.compare("phimoe")[1] > architectures.FAULT  # its window is lost where the check is left out
+
+
+# -------------------------------------------------------------------------------------------------------- reference
+
+
+@pytest.mark.parametrize("seed", [1, 3, 4, 5, 6])
+def test_a_reference_is_told_from_one_that_moved(script, tmp_path, monkeypatch, seed):
+    """A twentieth of the configurations that the benchmark looks at."""
+    reference_check = script("reference_check")
+    monkeypatch.setattr(reference_check.datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    configuration = reference_check.Configuration.drawn(seed)
+    for _ in range(1 + configuration.cached):
+        assert reference_check.stopped(configuration, move=False) is None
+    assert "policy and reference differ" in reference_check.stopped(configuration, move=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- GPU
+
+
+def test_every_row_of_the_gpu_table_runs_in_miniature(script, capsys):
+    gpu = script("gpu")
+    gpu.main(["--tiny"])
+    header, _, *lines = cells(capsys.readouterr().out.split("\n\n")[1].strip())
+    assert tuple(header) == gpu.HEADER and sorted({line[0] for line in lines}) == sorted(gpu.ROWS)
+    assert all(line[2] for line in lines)
+    assert [line[2] for line in lines if line[1].startswith("auto")] == ["shared"]
+    assert [line[2] for line in lines if line[1].startswith("leak")] == ["0.0e+00"]
+    unlike = [line for line in lines if "not what this package computes" in line[1] or "Error" in line[2]]
+    assert all("FlexAttention does not support backward on CPU" in line[2] for line in unlike)
+
+
+def test_a_row_that_fails_is_told_and_the_others_go_on(script, monkeypatch):
+    gpu = script("gpu")
+
+    def fails(scale):
+        raise RuntimeError("out of memory")
+        yield
+
+    monkeypatch.setattr(gpu, "ROWS", {"A": fails, "B": lambda scale: iter([gpu.Line("B", "x", 2.0, 1.0)])})
+    scale = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(gpu.torch.cuda, "empty_cache", lambda: None)
+    found = [line.cells() for line in gpu.measured(scale, ["A", "B"], seconds=60)]
+    assert found[0][:3] == ("A", "failed", "RuntimeError: out of memory")
+    assert found[1] == ("B", "x", "2e+03 ms", "1e+03 ms", "50%", "")
+    assert [line.what for line in gpu.measured(scale, ["A", "B"], seconds=-1)] == ["left out"] * 2
+
+
+def test_a_gpu_is_asked_for(script, monkeypatch, capsys):
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "--tiny" in capsys.readouterr().err

@@ -57,8 +57,9 @@ def add_head(model: PreTrainedModel) -> None:
             return before(*args, fused_lm_head=fused_lm_head, **kwargs)
         hidden = self.base_model(*args, **kwargs).last_hidden_state
         shift_labels = shift_labels.to(hidden.device)  # of a model over several devices, the last one
-        scored = shift_labels != -100
-        hidden, labels = hidden[scored], shift_labels[scored]
+        shift_labels = shift_labels.flatten()
+        scored = (shift_labels != -100).nonzero()[:, 0]  # once: a device is waited for where a shape depends on values
+        hidden, labels = hidden.flatten(0, -2)[scored], shift_labels[scored]
 
         def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
             nonlocal labels

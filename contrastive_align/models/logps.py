@@ -59,7 +59,8 @@ def completion_logps(
     lengths = batch["completion_mask"][:, 1:].sum(1)
     # Of completion tokens, completion after completion, under both layouts.
     scored = (inputs["shift_labels"].flatten() != -100).nonzero()[:, 0]
-    completion_index = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+    completions = torch.arange(len(lengths), device=lengths.device)
+    completion_index = torch.repeat_interleave(completions, lengths, output_size=len(scored))
     moved = {"valid": batch["valid"], "lengths": lengths, "scored": scored, "completion_index": completion_index}
     moved = beside(outputs.log_probs, moved)
     values = {name: getattr(outputs, name) for name in ("log_probs", "entropy", "mean_logits", "is_top1")}

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from contrastive_align.losses import ConditionalTerms, conditional
 from contrastive_align.models.cpu.head import HeadWeights
+from contrastive_align.models.logits_at_once import rows_at_once
 
 
-CHUNK_LOGITS = 2**23  # logits of the policy in memory at once
-BLOCK_LOGITS = 2**19  # logits of a chunk that a CPU takes through the loss at once, which fit into its cache
 NEGLIGIBLE = 1e-20  # smaller slopes become 0: as denormal numbers they would slow the products 30 times
 
 
@@ -91,8 +90,7 @@ class _TokenLoss(torch.autograd.Function):
         unit = torch.where(unit > 0, unit, 1)
         losses, *measured = (weights.new_zeros(n) for _ in range(4))
         grads = _Gradients(hidden, weight, bias, policy, wanted)
-        rows = max(1, CHUNK_LOGITS // len(weight))
-        block_rows = max(1, BLOCK_LOGITS // len(weight)) if hidden.device.type == "cpu" else rows
+        rows, block_rows = rows_at_once(hidden.device, len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
             for part in _slices(0, n, rows):
                 products = policy.products(hidden[part].to(policy.dtype))

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DynamoBackend, gather_object, is_peft_model, tqdm
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -59,6 +59,7 @@ from contrastive_align.models.loading import (
     verify_saved,
     with_pad_token,
 )
+from contrastive_align.models.noise import MOST_ROWS, ROUNDING, gap_per_token, measure_noise, other_batches
 from contrastive_align.ranges import check_numbers
 from contrastive_align.report.card import (
     DEMO_MODEL,
@@ -76,7 +77,6 @@ from contrastive_align.trainers.reference import (
     REFERENCE_FILE,
     check_reference_at_start,
     check_reference_of_checkpoint,
-    rounding_tolerance,
 )
 from contrastive_align.trainers.stopping import StopOnSignal
 from contrastive_align.trainers.trials import try_attention, try_options
@@ -126,12 +126,14 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
     start_adapter: str | None = None
     data_names: Sequence[str] = ()  # hub ids, or files, for the model card
     layout = ""
+    is_compiled = False
     reference_is_given = False
     reference_is_proven: bool | None = None  # False: at the next batch of train()
     resumed_from: Path | None = None
     stopping: StopOnSignal | None = None  # a command's, which listens for the whole run
     _start_step = 0  # of the present train()
     first_step_is_finite = False
+    _lost: Tensor | None = None  # whether a loss since the last log was NaN or infinite
     _bad_batch: tuple[Any, Tensor] | None = None  # of the first step, with its loss
 
     # ---------------------------------------------------------------------------------------------------- arguments
@@ -303,12 +305,30 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
         """Return the reference's log-probs (K) of a group; None where it is not at hand (to be overridden)."""
         raise NotImplementedError
 
-    def prove_reference(self, policy: Tensor, reference: Tensor, lengths: Tensor) -> None:
+    def batch_of(self, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return a group as a batch on the accelerator (to be overridden)."""
+        raise NotImplementedError
+
+    def policy_logps_of(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the policy's log-probs (N,) as the reference's are computed, and their tokens (to be overridden)."""
+        raise NotImplementedError
+
+    def other_batches(self, batch: dict[str, Tensor], rows: int) -> list[list[dict[str, Tensor]]]:
+        """Return the completions of a batch in other batches, of the first ``rows`` one by one."""
+        return other_batches(batch, rows)
+
+    def prove_reference(
+        self, policy: Tensor, reference: Tensor, lengths: Tensor, batch: dict[str, Tensor], *, same_batch: bool = True
+    ) -> None:
         """Check at the first batch that the policy starts as the reference, or that a resumed reference is the same.
 
+        What rounding may make of them is measured on this model, see :meth:`rounding_on`.
+
         Args:
-            policy, reference: log-probs in nats of the same completions.
+            policy, reference: log-probs (N,) in nats of the same completions.
             lengths: their tokens.
+            batch: of these completions.
+            same_batch: whether the reference's were computed in it; cached ones were not.
 
         Log-probs that are NaN or infinite are left to the check of the first step, which finds out why.
 
@@ -318,12 +338,54 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
         if not torch.isfinite(policy - reference).all():
             return
         self.reference_is_proven = True
-        tolerance = rounding_tolerance(self.model, sixteen_bit=self.computes_in_16_bits)
-        said: dict[str, Any] = {"start": self.start_description, "tolerance": tolerance}
+        start = self.start_description
         if self.resumed_from is not None:
-            check_reference_of_checkpoint(self.resumed_from, self.reference_logps_of, **said)
+            check_reference_of_checkpoint(
+                self.resumed_from,
+                self.reference_logps_of,
+                lambda gap, group: self.rounding_on(self.batch_of(group), gap),
+                start=start,
+            )
         elif not (self.state.global_step or self.reference_is_given) and self.args.disable_dropout:
-            check_reference_at_start(policy, reference, lengths, way_out=self.changed_weights, **said)
+            gap = gap_per_token(policy, reference, lengths).item()
+            same_sums = same_batch and self.starts_with_the_same_sums
+            noise = self.rounding_on(batch, gap, (policy, lengths), same_sums=same_sums)
+            check_reference_at_start(gap, noise, start=start, way_out=self.changed_weights)
+
+    @property
+    def starts_with_the_same_sums(self) -> bool:
+        """Whether policy and reference begin with the same operations, beside an adapter that adds zeros."""
+        adapters = self.model.peft_config.values() if is_peft_model(self.model) else ()
+        add_zeros = all(a.peft_type == PeftType.LORA and not getattr(a, "use_dora", False) for a in adapters)
+        changed = self.uses_engine or self.is_compiled or self.accelerator.mixed_precision == "fp8"
+        return add_zeros and not changed
+
+    def rounding_on(
+        self,
+        batch: dict[str, Tensor],
+        gap: float,
+        policy: tuple[Tensor, Tensor] | None = None,
+        *,
+        same_sums: bool = False,
+    ) -> float:
+        """Return how far rounding moves a batch's log-probs, in nats per token.
+
+        Measured on the policy, in the precision that runs: the batch is computed again, and in other batches. A gap
+        within the rounding of float32 needs no measurement.
+
+        Args:
+            gap: what is to be judged.
+            policy: its log-probs and their tokens, where they were computed already.
+            same_sums: whether the same operations were made, so that only repeating them is to be allowed for.
+        """
+        if self.is_sharded:  # all processes measure, or none
+            gap = max(gather_object([gap]))
+        if gap <= ROUNDING:
+            return ROUNDING
+        rows = min(gather_object([len(batch["valid"])])) if self.is_sharded else MOST_ROWS
+        ways = [[batch]] if same_sums else [[batch], *self.other_batches(batch, min(rows, MOST_ROWS))]
+        logps, lengths = policy or self.policy_logps_of(batch)
+        return max(ROUNDING, measure_noise(logps, lengths, self.policy_logps_of, ways))
 
     # ---------------------------------------------------------------------- engines, precision, layout, compilation
 
@@ -360,7 +422,7 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
         self.layout = set_layout(
             models, self.args.layout, obstacle=obstacle, sharded=self.is_sharded, autocast=self.autocast_dtype
         )
-        compile_layers(self, models)
+        self.is_compiled = compile_layers(self, models)
 
     def context_limits(self) -> dict[str, int]:
         """Return the most tokens that prompt and completion may have together, by the name of each limit."""
@@ -430,7 +492,7 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
             check_functions(self.resumed_from, self.functions())
         self.check_finite()  # again: weights may have been changed since
         self.begin_training(going_on=bool(resume_from_checkpoint))
-        self._start_step, self.first_step_is_finite, self._bad_batch = 0, False, None
+        self._start_step, self.first_step_is_finite, self._bad_batch, self._lost = 0, False, None, None
         if self.resumed_from is not None:
             state = (self.resumed_from / TRAINER_STATE_NAME).read_text(encoding="utf-8")
             self._start_step = json.loads(state)["global_step"]
@@ -468,19 +530,35 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
         logger.warning(f"{self.resumed_from} is the end of its run: step {step} of {last}. Nothing was trained.")
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Make a step as TRL does; stop where the first one, or the weights after a later one, are not finite.
+        """Make a step as TRL does; stop where the first one is not finite.
+
+        Later losses are looked at where the device is waited for anyway: see :meth:`log` and :meth:`check_weights`.
 
         Raises:
             ValueError: the loss or the gradient of the first step is not finite, with the likely cause (under DeepSpeed
-                and with a gradient scaler only the loss is looked at); or training diverged.
+                and with a gradient scaler only the loss is looked at).
         """
         with self.keeping_freed_memory(hand_back=False):  # also in a loop of one's own
             loss = super().training_step(model, inputs, num_items_in_batch)
         if not self.first_step_is_finite:
             self._check_first_step(inputs, loss)
-        elif not torch.isfinite(loss):
-            self.check_weights()
+        else:
+            lost = torch.isfinite(loss).logical_not()
+            self._lost = lost if self._lost is None else lost | self._lost
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as TRL does; stop where training diverged since the last log, at which Trainer reads the loss anyway.
+
+        Raises:
+            ValueError: a trained weight that is NaN or infinite.
+        """
+        super().log(logs, start_time)
+        if self._lost is None or not ("loss" in logs or "train_runtime" in logs):  # made on every process
+            return
+        lost, self._lost = self.accelerator.gather(self._lost.reshape(1)).any(), None
+        if lost:
+            self.check_weights()
 
     def _check_first_step(self, inputs: Any, loss: Tensor) -> None:
         """Look at the loss of every micro-batch and at the gradient of their sum, on all processes."""
@@ -819,8 +897,10 @@ def hold_folders(until: contextlib.ExitStack, folders: Iterable[str | os.PathLik
 # -------------------------------------------------------------------------------------------------------- compilation
 
 
-def compile_layers(trainer: Trainer, models: Sequence[PreTrainedModel]) -> None:
+def compile_layers(trainer: Trainer, models: Sequence[PreTrainedModel]) -> bool:
     """Compile the parts of the models' layers where the arguments, or ``accelerate launch``, ask for ``torch_compile``.
+
+    Returns whether they do.
 
     Accelerate would compile the model as a whole. The loss in its head and the attention over packed rows differ with
     the lengths of every batch; the layers' attention, MLP and norms do not, and one compilation serves all lengths.
@@ -830,7 +910,7 @@ def compile_layers(trainer: Trainer, models: Sequence[PreTrainedModel]) -> None:
     """
     plugin = trainer.accelerator.state.dynamo_plugin
     if plugin.backend == DynamoBackend.NO:
-        return
+        return False
     if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
         raise ValueError("torch_compile is not supported under DeepSpeed or FSDP. Leave it out, or train with DDP.")
     options = {**plugin.to_kwargs(), "dynamic": True}
@@ -844,6 +924,7 @@ def compile_layers(trainer: Trainer, models: Sequence[PreTrainedModel]) -> None:
             )
         for part in parts:
             part.compile(**options)  # in place: its class and the names of its weights stay
+    return True
 
 
 def parts_of_layers(model: nn.Module) -> list[nn.Module]:

@@ -523,8 +523,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         parts = [terms.nll.sum(), terms.kl.sum(), terms.entropy.sum(), terms.nll.new_tensor(len(terms.nll))]
         parts += [inputs["attention_mask"].sum().to(terms.nll), inputs["valid"].sum().to(terms.nll)]
         sums = self.accelerator.gather(torch.stack(parts).double()[None]).sum(0)
-        nll, kl, entropy, n, seen, _ = sums.tolist()
-        self.trained_tokens += int(seen)
+        nll, kl, entropy, n, _, _ = sums.tolist()
+        self.count_tokens(sums[4])
         metrics = {"nll": nll / n, "entropy": entropy / n, "entropy_coef": self.entropy_coef.value}
         if self.has_reference:
             metrics |= {"kl": kl / n, "kl_coef": self.kl_coef.value}
@@ -544,19 +544,10 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     # ----------------------------------------------------------------------------------------------------- reference
 
     def _prove_reference_on(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
-        """Compare policy and reference on prompts without condition, over the vocabulary that both have."""
+        """Compare policy and reference on prompts without condition."""
         batch = rounds.without_condition(inputs)
-
-        def log_probs(hidden, labels, weight, bias, scale, softcap):
-            logits = nn.functional.linear(hidden[:PROBED], weight, bias).float() * scale
-            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-            logits[:, [i for i in self.condition_ids if i < logits.size(1)]] = -torch.inf
-            return logits.log_softmax(-1).gather(1, labels[:PROBED, None])[:, 0]
-
-        with torch.no_grad(), self.accelerator.autocast():
-            policy = completion_objective(model, batch, log_probs, layout=self.layout)
         with self.scoring_by(reference=True) as reference_model:
-            reference = completion_objective(reference_model, batch, log_probs, layout=self.layout)
+            reference = self._token_logps(reference_model, batch)
         if self._first_row is None:
             first = batch["attention_mask"][0].bool()
             completion = batch["completion_mask"][0].bool()
@@ -565,9 +556,29 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
                 "completion_ids": [batch["input_ids"][0][completion].tolist()],
                 "scores": [0.0],
             }
-        # The mean over the tokens: rounding of single tokens cancels as in the log-prob of a completion.
-        lengths = torch.tensor([len(policy)], device=policy.device)
-        self.prove_reference(policy.sum()[None], reference.sum()[None], lengths)
+        policy, lengths = self.policy_logps_of(batch)
+        self.prove_reference(policy, reference, lengths, batch)
+
+    def policy_logps_of(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the policy's log-probs of the first completion tokens, each by itself."""
+        with self.scoring_by() as model:
+            found = self._token_logps(model, batch)
+        return found, torch.ones_like(found)
+
+    def _token_logps(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Return log-probs of the first completion tokens, over the vocabulary that policy and reference have."""
+
+        def log_probs(hidden, labels, weight, bias, scale, softcap):
+            logits = nn.functional.linear(hidden[:PROBED], weight, bias).float() * scale
+            logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+            logits[:, [i for i in self.condition_ids if i < logits.size(1)]] = -torch.inf
+            return logits.log_softmax(-1).gather(1, labels[:PROBED, None])[:, 0]
+
+        return completion_objective(model, batch, log_probs, layout=self.layout)
+
+    def batch_of(self, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return a group as a batch on the accelerator."""
+        return self.on_device(GroupCollator(self.processing_class.pad_token_id)([group]))
 
     def reference_group(self) -> dict[str, Any] | None:
         """Return the first row that was trained on, without its condition."""
@@ -575,9 +586,9 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
 
     def reference_logps_of(self, group: dict[str, Any]) -> list[float]:
         """Log-prob of a group's completion under the reference."""
-        batch = self.on_device(GroupCollator(self.processing_class.pad_token_id)([group]))
         with self.scoring_by(reference=True) as model:
-            return completion_logps(model, batch, layout=self.layout, token_stats=False).logps[0].tolist()
+            found = completion_logps(model, self.batch_of(group), layout=self.layout, token_stats=False)
+        return found.logps[0].tolist()
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 

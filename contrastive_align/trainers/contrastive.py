@@ -29,7 +29,7 @@ from contrastive_align.data.shards import ShardedGroups
 from contrastive_align.data.tokenise import render_messages
 from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_labels
 from contrastive_align.models.loading import embedding_rows
-from contrastive_align.models.logps import beside, completion_logps, per_completion
+from contrastive_align.models.logps import CompletionLogps, beside, completion_logps, per_completion
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset
 from contrastive_align.trainers.configs import AUTO, ContrastiveConfig
 from contrastive_align.trainers.labels import (
@@ -173,6 +173,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         self.reference_is_given = ref_model is not None
         self._means = {"train": Averages(), "eval": Averages()}
         self._group_weights = GroupWeights()
+        self._precomputed_at_once = 0  # groups of a batch of reference log-probs that this process has computed
 
         super().__init__(
             **start,
@@ -299,20 +300,46 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """Return the reference's log-probs (B, K) of a batch; with PEFT, those of the model without its adapter."""
-        was_training, args = model.training, self.args
-        if not args.disable_dropout:  # the reference is one function, also where it is the policy without adapter
-            model.eval()
         adapter = contextlib.nullcontext()
         if self.ref_model is None:
             adapter = reference_adapter(self.accelerator.unwrap_model(self.model))
+        with adapter:
+            return self._frozen_logps(model, inputs).logps
+
+    def _frozen_logps(self, model: nn.Module, inputs: dict[str, Tensor]) -> CompletionLogps:
+        was_training, args = model.training, self.args
+        if not args.disable_dropout:  # the reference is one function, also where it is the policy without adapter
+            model.eval()
         checkpoints = contextlib.nullcontext()
         if args.gradient_checkpointing:
             checkpoints = disable_gradient_checkpointing(self.model, args.gradient_checkpointing_kwargs)
         try:
-            with torch.no_grad(), checkpoints, adapter, self.accelerator.autocast():
-                return completion_logps(model, inputs, layout=self.layout, token_stats=False).logps
+            with torch.no_grad(), checkpoints, self.accelerator.autocast():
+                return completion_logps(model, inputs, layout=self.layout, token_stats=False)
         finally:
             model.train(was_training)
+
+    def _prove_reference_on(self, policy: CompletionLogps, inputs: dict[str, Tensor]) -> None:
+        """Compare policy and reference in one batch; where log-probs were computed before, in the first of theirs."""
+        logps, lengths = policy.logps.detach()[inputs["valid"]], policy.lengths[inputs["valid"]]
+        if self._precomputed_at_once:
+            inputs = self.to_device(
+                self.data_collator(list(self.train_dataset.select(range(self._precomputed_at_once))))
+            )
+            logps, lengths = self.policy_logps_of(inputs)
+            inputs = beside(logps, inputs)
+        same_batch = bool(self._precomputed_at_once) or not self.args.precompute_ref_log_probs
+        self.prove_reference(logps, inputs["ref_logps"][inputs["valid"]], lengths, inputs, same_batch=same_batch)
+
+    def policy_logps_of(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the policy's log-probs (N,) as the reference's are computed, and their tokens."""
+        found = self._frozen_logps(self.model, batch)
+        valid = beside(found.logps, batch)["valid"]
+        return found.logps[valid], found.lengths[valid]
+
+    def batch_of(self, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return a group as a batch on the accelerator."""
+        return self.to_device(self.data_collator([group]))
 
     def add_reference_logps(
         self, dataset: AnyDataset | ShardedGroups, name: str, batch_size: int
@@ -344,6 +371,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         with self.keeping_freed_memory():
             for batch in self.progress(loader, f"Reference log-probs of the {name} dataset"):
                 logps = self.compute_ref_log_probs(model, batch)
+                if name == "train":
+                    self._precomputed_at_once = min(batch_size, len(dataset))
                 rows += self.accelerator.gather_for_metrics(
                     [row[ok].tolist() for row, ok in zip(logps, batch["valid"], strict=True)], use_gather_object=True
                 )
@@ -362,7 +391,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         if self.reference is None and not is_peft_model(self.accelerator.unwrap_model(self.model)):
             first = self._first_row
             return first.get("ref_logps") if first["completion_ids"] == group["completion_ids"] else None
-        batch = self.to_device(self.data_collator([group]))
+        batch = self.batch_of(group)
         return self.compute_ref_log_probs(self.reference_or_policy, batch)[batch["valid"]].tolist()
 
     @property
@@ -446,7 +475,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         scores = add_first_score_bonus(inputs["scores"], valid, self.args.first_score_bonus)
         log_ratios = policy.logps - ref_logps
         if training and self.reference_is_proven is False:
-            self.prove_reference(policy.logps.detach(), ref_logps, policy.lengths)
+            self._prove_reference_on(policy, inputs)
 
         given = {"log_ratios": log_ratios, "scores": scores, "valid": valid, "lengths": policy.lengths}
         given |= {"policy_logps": policy.logps, "ref_logps": ref_logps}
@@ -477,7 +506,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             self._means["train" if training else "eval"].add(weighted)
             if training:
                 tokens = (per_completion(inputs["attention_mask"].sum(1), valid).sum(1) * weights).sum()
-                self.trained_tokens += int(self.accelerator.gather(tokens).sum()) // self.get_tp_size()
+                self.count_tokens(self.accelerator.gather(tokens).sum() // self.get_tp_size())
         if not return_outputs:
             return loss
         outputs = {"policy_logps": policy.logps, "ref_logps": ref_logps, "log_ratios": log_ratios}

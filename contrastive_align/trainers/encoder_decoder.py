@@ -22,10 +22,11 @@ from contrastive_align.data.collate import to_table
 from contrastive_align.models.head import call_head
 from contrastive_align.models.layout import TOLERANCE
 from contrastive_align.models.loading import decoder_start_token
+from contrastive_align.models.logits_at_once import rows_at_once
 from contrastive_align.models.logps import per_completion
+from contrastive_align.models.noise import WIDER
 
 
-CHUNK = 2**24  # logits in memory at once
 TOLERANCE_16_BIT = 5e-2  # largest difference that counts as rounding, in nats per token
 
 
@@ -102,6 +103,23 @@ def encoder_decoder_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return per_completion(log_probs.new_zeros(n).index_add(0, completion_index, log_probs), batch["valid"])
 
 
+def other_encoder_decoder_batches(batch: dict[str, Tensor], rows: int) -> list[list[dict[str, Tensor]]]:
+    """Return the completions of a batch in other batches: the first ``rows`` one by one, and twice with padding."""
+    encoder, decoder = ("input_ids", "attention_mask"), ("decoder_input_ids", "labels")
+    singles = []
+    for i, n in enumerate(batch["labels"][:rows].ne(-100).sum(1).tolist()):
+        prompt = batch["prompt_of"][i : i + 1]
+        width = int(batch["attention_mask"][prompt].sum())
+        one = {name: batch[name][prompt][:, :width] for name in encoder}
+        one |= {name: batch[name][i : i + 1, :n] for name in decoder}
+        valid = torch.ones_like(batch["valid"][:1, :1])
+        singles.append({**one, "prompt_of": torch.zeros_like(prompt), "valid": valid})
+    twice = {name: F.pad(batch[name].repeat(2, 1), (0, WIDER)) for name in (*encoder, "decoder_input_ids")}
+    twice["labels"] = F.pad(batch["labels"].repeat(2, 1), (0, WIDER), value=-100)
+    twice["prompt_of"] = torch.cat([batch["prompt_of"], batch["prompt_of"] + len(batch["input_ids"])])
+    return [singles, [{**twice, "valid": batch["valid"].repeat(2, 1)}]]
+
+
 def add_encoder_decoder_head(model: PreTrainedModel) -> None:
     """Let ``model(..., completion_labels=, prompt_of=)`` return the log-probs of the labels, one after the other.
 
@@ -132,7 +150,7 @@ def add_encoder_decoder_head(model: PreTrainedModel) -> None:
 
         def score(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             bias = bias if added is None else added if bias is None else bias + added
-            rows = max(1, CHUNK // len(weight))
+            rows, _ = rows_at_once(hidden.device, len(weight))
             parts = zip(hidden.split(rows), labels.split(rows), strict=True)
             return torch.cat([checkpoint(_score, h, weight, bias, y, use_reentrant=False) for h, y in parts])
 

@@ -50,6 +50,7 @@ from contrastive_align.trainers.encoder_decoder import (
     add_encoder_decoder_head,
     check_options_for_encoder_decoder,
     encoder_decoder_logps,
+    other_encoder_decoder_batches,
 )
 from contrastive_align.trainers.long_prompts import rows_of_long_prompts, surely_fits, without_rows
 from contrastive_align.trainers.metrics import distribution_metrics
@@ -451,10 +452,22 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         # Scored by the forward pass that scores the reference, not by the sampler's.
         if self._first_group is None:
             self._first_group = group
+        policy, lengths = self.policy_logps_of(batch)
+        self.prove_reference(policy, reference[batch["valid"].to(reference.device)], lengths, batch)
+
+    def policy_logps_of(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the policy's log-probs (N,), and their tokens."""
         lengths = batch["labels"].ne(-100).sum(1) if "labels" in batch else batch["completion_mask"].sum(1)
-        valid = batch["valid"]
-        lengths = lengths.new_ones(valid.shape).masked_scatter(valid, lengths)
-        self.prove_reference(self._logps(batch), reference, lengths)
+        logps = self._logps(batch)
+        return logps[batch["valid"].to(logps.device)], lengths.to(logps.device)
+
+    def batch_of(self, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return a group as a batch on the accelerator."""
+        return self.on_device(self.collate([group]))
+
+    def other_batches(self, batch: dict[str, Tensor], rows: int) -> list[list[dict[str, Tensor]]]:
+        """Return the completions of a batch in other batches, of the first ``rows`` one by one."""
+        return other_encoder_decoder_batches(batch, rows) if "labels" in batch else super().other_batches(batch, rows)
 
     def reference_group(self) -> dict[str, Any] | None:
         """Return the first group that was drawn."""
@@ -462,7 +475,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
 
     def reference_logps_of(self, group: dict[str, Any]) -> list[float]:
         """Log-probs (K) of a group under the base."""
-        batch = self.on_device(self.collate([group]))
+        batch = self.batch_of(group)
         return self._logps(batch, reference=True)[batch["valid"]].tolist()
 
     def compute_loss(

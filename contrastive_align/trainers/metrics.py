@@ -85,10 +85,10 @@ def batch_metrics(
         valid=valid,
         beta=beta,
     )
-    completions = int(valid.sum())
 
     def per_group(values: Tensor, columns: Tensor) -> Metric:
-        sums = torch.zeros(completions, device=values.device).index_add(0, policy.completion_index, values.float())
+        # As long as if all columns were valid: their number would have to be read from the device.
+        sums = torch.zeros(valid.numel(), device=values.device).index_add(0, policy.completion_index, values.float())
         tokens = (policy.lengths * columns).sum(1)
         return (per_completion(sums, valid) * columns).sum(1) / tokens.clamp(min=1), tokens.to(sums.dtype)
 

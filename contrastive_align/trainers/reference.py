@@ -14,51 +14,50 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset, concatenate_datasets
-from torch import Tensor, nn
+from torch import nn
 from transformers.utils import logging
 
 from contrastive_align.data.atomic import atomic_write
+from contrastive_align.models.noise import gap_per_token
 
 
 logger = logging.get_logger(__name__)
 
 REFERENCE_FILE = "reference.json"
-# Policy and reference start as the same weights, so their log-probs may differ by rounding alone: nats per token.
-START_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-START_TOLERANCE_16_BIT = 2e-2
+NOISE = 3  # times what rounding moves this model's log-probs by
 
 
 class ReferenceMismatch(RuntimeError):
     """Policy and reference are not what they should be."""
 
 
-def rounding_tolerance(model: nn.Module, *, sixteen_bit: bool) -> float:
-    """Nats per token by which rounding may tell two equal models apart."""
-    if sixteen_bit or getattr(model, "is_quantized", False):
-        return START_TOLERANCE_16_BIT
-    return START_TOLERANCE.get(model.dtype, START_TOLERANCE_16_BIT)
+def check_reference_at_start(gap: float, noise: float, *, start: str, way_out: str) -> None:
+    """Raise :class:`ReferenceMismatch` where policy and reference differ by more than rounding at the start.
 
-
-def check_reference_at_start(
-    policy: Tensor, reference: Tensor, lengths: Tensor, *, start: str, way_out: str, tolerance: float
-) -> None:
-    """Raise :class:`ReferenceMismatch` where policy and reference differ by more than rounding at the start."""
-    worst = ((policy - reference).abs() / lengths.clamp(min=1)).max().item()
-    if not worst <= tolerance:
+    Args:
+        gap: of policy and reference, in nats per token (:func:`~contrastive_align.models.noise.gap_per_token`).
+        noise: what rounding moves.
+    """
+    if not gap <= NOISE * noise:
         raise ReferenceMismatch(
-            f"Before the first step policy and reference differ by {worst:.3g} nats per token (expected at most "
-            f"{tolerance:g}): the reference is not the start of this run ({start}). Usual causes: the weights were "
+            f"Before the first step policy and reference differ by {gap:.3g} nats per token, where rounding makes "
+            f"{noise:.2g}: the reference is not the start of this run ({start}). Usual causes: the weights were "
             f"changed after loading ({way_out}), or a LoRA initialisation that is not zero (PiSSA, OLoRA, LoftQ)."
         )
 
 
 def check_reference_of_checkpoint(
-    checkpoint: Path, score: Callable[[dict[str, Any]], list[float] | None], *, start: str, tolerance: float
+    checkpoint: Path,
+    score: Callable[[dict[str, Any]], list[float] | None],
+    measure: Callable[[float, dict[str, Any]], float],
+    *,
+    start: str,
 ) -> None:
     """Raise :class:`ReferenceMismatch` where this run's reference is not that of the checkpoint.
 
     Args:
         score: a group -> its log-probs under this run's reference, None where that is not at hand.
+        measure: a gap in nats per token, and the group -> what rounding moves.
     """
     file = checkpoint / REFERENCE_FILE
     if not file.is_file():
@@ -69,13 +68,15 @@ def check_reference_of_checkpoint(
     if now is None or saved["logps"] is None:
         logger.warning(f"The reference is cached for other data than {checkpoint}'s: it cannot be checked.")
         return
-    lengths = map(len, saved["group"]["completion_ids"])
-    gap = max(abs(a - b) / max(n, 1) for a, b, n in zip(saved["logps"], now, lengths, strict=True))
-    if not gap <= tolerance:
+    lengths = torch.tensor([len(ids) for ids in saved["group"]["completion_ids"]])
+    then, now = (torch.tensor(logps, dtype=torch.float64) for logps in (saved["logps"], now))
+    gap = gap_per_token(now, then, lengths).item()
+    noise = measure(gap, saved["group"])
+    if not gap <= NOISE * noise:
         raise ReferenceMismatch(
             f"The reference of {checkpoint} ({saved['reference']}) and the one of this run ({start}) differ by "
-            f"{gap:.3g} nats per token on the same group. Resume with the same model (sync_ref_model runs cannot be "
-            "resumed: TRL does not save their moving reference)."
+            f"{gap:.3g} nats per token on the same group, where rounding makes {noise:.2g}. Resume with the same model "
+            "(sync_ref_model runs cannot be resumed: TRL does not save their moving reference)."
         )
 
 

@@ -10,6 +10,7 @@ import contrastive_align.models.token_loss as module
 from contrastive_align.data import GroupCollator
 from contrastive_align.losses import conditional
 from contrastive_align.models.head import add_head
+from contrastive_align.models.logits_at_once import rows_at_once
 from contrastive_align.models.logps import completion_objective
 from contrastive_align.models.shared_prompt import ATTENTION_NAME
 from contrastive_align.models.token_loss import token_loss
@@ -21,8 +22,7 @@ N, H, V = 23, 8, 41
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Several chunks, several blocks in each, the last ones shorter."""
-    monkeypatch.setattr(module, "CHUNK_LOGITS", 9 * V)
-    monkeypatch.setattr(module, "BLOCK_LOGITS", 4 * V)
+    monkeypatch.setattr(module, "rows_at_once", lambda device, vocabulary: (9, 4))
 
 
 def case(dtype=torch.float64, seed=0, ref_size=V, ref_width=5):
@@ -365,3 +365,11 @@ def test_lora_on_the_head_is_refused():
     model = get_peft_model(build(), LoraConfig(target_modules=["q_proj", "lm_head"]))
     with pytest.raises(NotImplementedError, match="modules_to_save"):
         completion_objective(model, batch_of((6, 1, 9)), lambda *_: None)
+
+
+@pytest.mark.parametrize(("device", "chunks"), [("cpu", 127), ("cuda", 8)])
+def test_chunks_are_sized_by_the_device(device, chunks):
+    """Of 8,192 tokens at a vocabulary of 128,000."""
+    rows, block_rows = rows_at_once(torch.device(device), 128_000)
+    assert -(-8192 // rows) == chunks and block_rows < rows
+    assert rows_at_once(torch.device(device), 2**40) == (1, 1)

@@ -31,17 +31,13 @@ from contrastive_align.data import GroupCollator
 from contrastive_align.data.folder_lock import LOCK_FILE, FolderInUse
 from contrastive_align.models.cpu import freed_memory
 from contrastive_align.models.logps import completion_logps
+from contrastive_align.models.noise import ROUNDING
 from contrastive_align.trainers import base, evaluation
 from contrastive_align.trainers.base import FUNCTIONS_FILE
 from contrastive_align.trainers.contrastive import STATE_FILE
 from contrastive_align.trainers.encoder_decoder import encoder_decoder_logps
 from contrastive_align.trainers.processes import end_with_parent
-from contrastive_align.trainers.reference import (
-    REFERENCE_FILE,
-    START_TOLERANCE,
-    START_TOLERANCE_16_BIT,
-    ReferenceMismatch,
-)
+from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMismatch
 
 
 OWN_FILES = {
@@ -355,31 +351,38 @@ def test_engines_are_told_apart_alike(run, monkeypatch, fsdp, stage):
 
 @pytest.mark.parametrize("launched_with", ["no", "bf16"])
 def test_the_precision_is_the_accelerators(column, tmp_path, monkeypatch, launched_with):
-    """Not that of args.bf16, which a launcher may overrule."""
+    """Not that of args.bf16, which a launcher may overrule: what rounding moves is measured in it."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched_with)
-    checked, check = [], base.check_reference_at_start
-
-    def watched(policy, reference, lengths, **options):
-        checked.append(options["tolerance"])
-        check(policy, reference, lengths, **options)
-
-    monkeypatch.setattr(base, "check_reference_at_start", watched)
     trainer = column.make(tmp_path)
     assert not trainer.args.bf16 and trainer.computes_in_16_bits == (launched_with == "bf16")
     trainer.train()
-    assert checked == [START_TOLERANCE_16_BIT if launched_with == "bf16" else START_TOLERANCE[torch.float32]]
     assert trainer.reference_is_proven
+    batch = trainer.batch_of(trainer.reference_group())
+    seen = set()
+    for module in trainer.base_models()[0].modules():
+        module.register_forward_pre_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    logps, lengths = trainer.policy_logps_of(batch)
+    assert seen == {launched_with == "bf16"}
+    assert trainer.rounding_on(batch, 1.0, (logps + 0.5, lengths)) > 0.1  # computed again
+    monkeypatch.setattr(trainer, "policy_logps_of", lambda batch: pytest.fail("computed again"))
+    assert trainer.rounding_on(batch, ROUNDING) == ROUNDING
 
 
-@pytest.mark.parametrize("change", ["changed weights", "an adapter that is not zero"])
+@pytest.mark.parametrize("change", ["changed weights", "an adapter that is not zero", "one that is nearly zero"])
 def test_a_policy_that_is_not_the_reference_stops_at_the_first_batch(column, tmp_path, change):
     if change == "changed weights":
         trainer = column.make(tmp_path)
         with torch.no_grad():
             for p in trainer.model.parameters():
                 p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    else:
+    elif change == "an adapter that is not zero":
         trainer = column.make(tmp_path, told={"peft_config": column.lora(init_lora_weights=False)})
+    else:  # by a thousandth of the weights, under bfloat16, of which it is less than the rounding
+        trainer = column.make(tmp_path, told={"peft_config": column.lora()}, bf16=True)
+        generator = torch.Generator().manual_seed(0)
+        for name, p in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(p, std=2e-3, generator=generator)
     with pytest.raises(ReferenceMismatch, match="Before the first step policy and reference differ"):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -395,8 +398,10 @@ def test_an_adapter_of_modules_that_are_not_there(column, tmp_path, caplog):
     assert caplog.text.count("target_modules names 'q_prj': ") == 1
 
 
-def test_an_adapter_starts_as_the_reference(column, tmp_path):
-    trainer = column.make(tmp_path, told={"peft_config": column.lora()})
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_an_adapter_starts_as_the_reference(column, tmp_path, options):
+    """DoRA's multiplies by numbers that are 1 to rounding."""
+    trainer = column.make(tmp_path, told={"peft_config": column.lora(**options)}, bf16=True)
     trainer.train()
     assert trainer.reference_is_proven and trainer.state.global_step == 1
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 
 TILE_LOGITS = 2**21  # logits of a tile, which fit into the cache
+CHUNK_LOGITS = 2**23  # logits of a chunk, where a loss reads all of a token's logits
+BLOCK_LOGITS = 2**19  # logits of a chunk that a loss takes at once, which fit into the cache with all that it computes
 TILE_TOKENS = 1024  # tokens of a tile, at most
 KEPT_LOGITS = 5 * 2**25  # logits kept for the backward pass (640 MB in float32), which recomputes all others
 SAFE_SUM = 1e30  # a sum of exponentials that float32 holds with room to spare
