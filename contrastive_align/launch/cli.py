@@ -36,7 +36,8 @@ class Command:
 
 
 _ROWS = ("launch/arguments.py", "RunArguments")
-_CONTRASTIVE = (_ROWS, ("trainers/configs.py", "ContrastiveConfig"))
+_FEEDBACK = ("launch/arguments.py", "FeedbackArguments")
+_CONTRASTIVE = (_FEEDBACK, ("launch/contrastive.py", "GroupArguments"), ("trainers/configs.py", "ContrastiveConfig"))
 _LENGTH = {"max_length": "The longest prompt + completion, in tokens."}
 _INHERITED = _LENGTH | {
     "beta": "The implied reward of a completion is beta * log(policy / reference).",
@@ -48,6 +49,8 @@ COMMANDS = {
         "Align a model on explicit rewards: K completions per prompt, a number each.",
         "contrastive-align reward --loss_type=NCA                           # the bundled model and data\n"
         "contrastive-align reward --model_name_or_path=... --dataset_name=groups.jsonl --loss_type=InfoNCA\n"
+        "contrastive-align reward --online                                   # own samples, the bundled reward\n"
+        "contrastive-align reward --dataset_name=prompts.jsonl --reward=rewards.py:polite\n"
         "contrastive-align reward --config=reward_qlora --accelerate_config=multi_gpu --beta=0.01",
         ("contrastive", "RewardRun"),
         _CONTRASTIVE,
@@ -88,7 +91,7 @@ COMMANDS = {
         "contrastive-align conditional --model_name_or_path=M --dataset_name=p.txt --reward=rewards.py:polite\n"
         "contrastive-align ask --model_name_or_path=runs/conditional --prompt='a prompt'",
         ("conditional", "ConditionalRun"),
-        (_ROWS, ("launch/conditional.py", "ConditionalArguments"), ("trainers/configs.py", "ConditionalConfig")),
+        (_FEEDBACK, ("launch/conditional.py", "ConditionalArguments"), ("trainers/configs.py", "ConditionalConfig")),
         "SFTConfig",
         _LENGTH,
     ),
