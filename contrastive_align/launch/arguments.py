@@ -50,7 +50,7 @@ class RunArguments(ScriptArguments):
 
     max_train_samples: int | None = option(None, "Only the first N training rows.")
     max_eval_samples: int | None = option(None, "Only the first N evaluation rows.")
-    report_prompts: int = option(32, "Held-out prompts sampled before, during and after, for report.html; 0: none.")
+    report_prompts: int = option(32, "Held-out prompts sampled for report.html; 0: none.")
     preflight_only: bool = option(False, "Check what can be checked before the first step, and stop there.")
 
     def __post_init__(self):

@@ -96,7 +96,7 @@ class RewardRun(Run):
         if not online:
             if only_prompts(script):
                 raise UsageError(NO_REWARD)
-            if script.given_online:
+            if script.given_online and script.reward is None:  # with one, the data decide
                 raise UsageError(f"--{script.given_online[0]} belongs to own samples: add --online.")
             return defaults
         defaults |= {"online": True, "num_train_epochs": training.num_rounds}
@@ -104,6 +104,11 @@ class RewardRun(Run):
             defaults |= DEMO_ONLINE | ({} if script.has_feedback else {"reward": DEMO_REWARD})
         elif not script.has_feedback:
             raise UsageError(NO_REWARD)
+        if script.dataset_streaming or args.datasets.streaming:
+            raise UsageError(
+                "the prompts are a stream, and a round takes prompts in an order of its own. Leave --dataset_streaming "
+                "out: prompts are loaded whole."
+            )
         if script.judge is not None:
             defaults["eval_prompts"] = JUDGED_PROMPTS
         return defaults
@@ -318,7 +323,8 @@ class PreferenceRun(RewardRun):
     def defaults(cls, args: Arguments) -> dict[str, Any]:
         """Keep pairs hard, whatever ratings stand beside them; own samples are groups."""
         defaults = super().defaults(args)
-        return defaults if defaults.get("online") else {**defaults, "hard_pairs": True}
+        own = defaults.get("online") or args.script.reward is not None
+        return defaults if own else {**defaults, "hard_pairs": True}
 
     def load_data(self) -> tuple[Any, Any, str]:
         """Load the groups, which must be pairs."""

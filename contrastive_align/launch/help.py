@@ -16,10 +16,10 @@ ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 100
 # The groups of the options, in the order shown. An option without one stands in the last.
 GROUPS = {
-    "Prompts and feedback": ("online, prompt, reward, reward_weights, judge, condition, features"),
+    "Prompts and feedback": ("prompt, reward, reward_weights, judge, condition, features"),
     "Rows": (
-        "max_train_samples, max_eval_samples, max_prompt_length, columns, score_column, negate_score, feedback_column, "
-        "on_bad_row, hard_pairs, output"
+        "online, max_train_samples, max_eval_samples, max_prompt_length, columns, score_column, negate_score, "
+        "feedback_column, on_bad_row, hard_pairs, output"
     ),
     "Objective": (
         "loss_type, temperature_alpha, first_score_bonus, divergence, beta, kl_coef, kl_direction, kl_target, "

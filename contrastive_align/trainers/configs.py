@@ -325,7 +325,7 @@ class ContrastiveConfig(DPOConfig, SamplingOptions):
         score_column (`str`, *optional*):
             The column that is the score, where several may be: `helpfulness`.
         hard_pairs (`bool`, defaults to `False`):
-            Pairs are scores (1, 0), whatever ratings stand beside them; `contrastive-align preference` sets it.
+            Pairs are (1, 0), whatever their ratings: the default of `preference`.
         layout (`str`, defaults to `"auto"`):
             `"shared"`: the completions of a group share one copy of their prompt, which is computed once. `"padded"`: a
             row for each completion. `"auto"` tries the first on a small batch and takes the second, with a warning,
@@ -335,17 +335,17 @@ class ContrastiveConfig(DPOConfig, SamplingOptions):
             within `per_device_train_batch_size` groups, drawn anew every epoch from `data_seed` or `seed`. Counted is
             what the layout computes: every prompt once and its completions (shared), or rows x the longest (padded). An
             optimiser step remains `gradient_accumulation_steps` batches on every process and its loss the mean over
-            the groups in them, of which there are fewer in a step of long ones. Without it the order is TRL's.
+            the groups in them. Without it the order is TRL's.
         first_score_bonus (`float`, defaults to `0.0`):
-            Added to the score of every group's first completion. The published run adds 0.01, which at
-            temperature_alpha = 1e-4 decides every tie for the first.
+            Added to each group's first score. The published run adds 0.01, which at temperature_alpha = 1e-4 decides
+            every tie for it.
         ref_log_probs_folder (`str`, *optional*):
             Where `contrastive-align reference` wrote; by default beside the files.
         allow_pickled_adapter (`bool`, defaults to `False`):
             Read an `adapter_model.bin` (a pickle), with `weights_only=True`.
         online (`bool`, defaults to `False`):
-            Groups of the policy's own samples: the dataset is prompts, and `reward_funcs` scores the completions. No
-            scores of the dataset are read.
+            Own samples in place of scores: the dataset is prompts, and a reward scores the completions
+            (`contrastive-align reward --online --help`).
         num_rounds (`int`, defaults to `4`):
             Online: rounds of sampling and training. A round is an epoch of the Trainer.
         draws_per_round (`int`, *optional*):
