@@ -50,7 +50,7 @@ COMMANDS = {
         "Align a model on explicit rewards: K completions per prompt, a number each.",
         "contrastive-align reward --loss_type=NCA                           # the bundled model and data\n"
         "contrastive-align reward --model_name_or_path=... --dataset_name=groups.jsonl --loss_type=InfoNCA\n"
-        "contrastive-align reward --online                                   # own samples, the bundled reward\n"
+        "contrastive-align reward --online                                  # own samples, the bundled reward\n"
         "contrastive-align reward --config=reward_qlora --accelerate_config=multi_gpu --beta=0.01",
         ("contrastive", "RewardRun"),
         _CONTRASTIVE,

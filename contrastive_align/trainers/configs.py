@@ -345,7 +345,7 @@ class ContrastiveConfig(DPOConfig, SamplingOptions):
             Read an `adapter_model.bin` (a pickle), with `weights_only=True`.
         online (`bool`, defaults to `False`):
             Own samples in place of scores: the dataset is prompts, and a reward scores the completions
-            (`contrastive-align reward --online --help`).
+            (`contrastive-align reward --online -h`).
         num_rounds (`int`, defaults to `4`):
             Online: rounds of sampling and training. A round is an epoch of the Trainer.
         draws_per_round (`int`, *optional*):
