@@ -46,7 +46,6 @@ CONDITIONAL = [
 ONLINE = [
     "--online", "--reward=contrastive_align.demo:reward", "--num_generations=4", "--max_completion_length=8",
     "--eval_prompts=0", "--num_rounds=2", "--prompts_per_round=6", "--per_device_train_batch_size=2", "--save_steps=2",
-    "--reference=round",
 ]  # fmt: skip
 COMMANDS = {
     "reward": ["--dataset_name={data}/groups.jsonl", *CONTRASTIVE],

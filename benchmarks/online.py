@@ -1,7 +1,7 @@
 """Groups of own samples beside conditional training, scored data, RLOO and GRPO: reward by samples and by time.
 
     python benchmarks/online.py                                    # every method, seeds 1, 2 and 3
-    python benchmarks/online.py --methods online --seeds 11 --set beta=0.02 learning_rate=1e-3 reference=round
+    python benchmarks/online.py --methods online --seeds 11 --set beta=0.02 learning_rate=1e-3 reference=start
     python benchmarks/online.py --table                            # of what --out has already
 
 The bundled model, prompts and reward. Every method draws 5,120 completions (offline NCA none: it reads the bundled
@@ -154,6 +154,7 @@ def run(method: str, seed: int, changes: dict[str, Any], seconds: float) -> dict
 ONLINE = {
     "online": True, "num_rounds": ROUNDS, "num_generations": K, "prompts_per_round": SAMPLES // ROUNDS // K,
     "max_completion_length": LONGEST, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "beta": 0.1,
+    "max_length": 512,
 }  # fmt: skip
 
 

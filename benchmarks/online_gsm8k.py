@@ -3,8 +3,8 @@
     python benchmarks/online_gsm8k.py --model FOLDER --questions gsm8k.jsonl --reward format --seeds 1 2 3
 
 The model continues ``Question: ...\\nAnswer:``, and the questions are rows of ``prompt`` and ``completion``, whose last
-line is ``#### 18``. ``right``: 1 where the final line ``A: 18`` has the number. ``format``: a half for a final line with
-a number, and up to a half for being short (nothing at 100 words). Before and after are means over held-out questions of
+line is ``#### 18``. ``right``: 1 where the final line ``A: 18`` has it. ``format``: a half for a final line with a
+number, and up to a half for being short (nothing at 100 words). Before and after are means over held-out questions of
 4 samples each, with standard errors over questions. A few minutes of one processor for each seed.
 """
 

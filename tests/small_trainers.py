@@ -135,7 +135,7 @@ class Column:
             },
             "contrastive-online": {
                 "online": True, "beta": 0.5, "max_length": 64, "prompts_per_round": 8, "num_generations": 5,
-                "max_completion_length": 4, "num_rounds": 20,
+                "max_completion_length": 4, "num_rounds": 20, "reference": "start",
             },
         }.get(self.name, {"num_generations": 2, "max_completion_length": 4, "beta": 5.0})  # fmt: skip
         if config is not None:

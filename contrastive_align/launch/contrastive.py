@@ -57,9 +57,7 @@ NO_REWARD = (
 
 
 # Of the bundled run with --online.
-DEMO_ONLINE = {
-    **{"prompts_per_round": 160, "max_completion_length": 40, "per_device_train_batch_size": 16, "eval_prompts": 200},
-}
+DEMO_ONLINE = {"prompts_per_round": 160, "learning_rate": 1e-3, "eval_prompts": 200}
 
 
 @dataclass
@@ -79,7 +77,7 @@ class RewardRun(Run):
 
     command = "reward"
     arguments_class = GroupArguments
-    demo_model: ClassVar[dict[str, Any]] = {"max_length": 512, "learning_rate": 3e-4}
+    demo_model: ClassVar[dict[str, Any]] = {"max_length": 512, "learning_rate": 3e-4, "max_completion_length": 40}
     demo_data: ClassVar[dict[str, Any]] = {
         **{"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32},
         **{"num_train_epochs": 1, "logging_steps": 10},

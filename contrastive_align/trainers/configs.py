@@ -124,7 +124,7 @@ NOT_SUPPORTED_ONLINE = {
     "hard_pairs": ("own samples are no pairs", "leave it out"),
     "max_prompt_length": ("samples are of whole prompts, and those without room are left out", "leave it out"),
 }
-REFERENCES = ("start", "round")
+REFERENCES = ("round", "start")
 KL_DIRECTIONS = ("reverse", "forward")
 VLLM_MODES = ("server", "colocate")
 VLLM_TEMPERATURES = (0.01, 2)  # vLLM moves a lower one there, and refuses a higher one
@@ -351,9 +351,9 @@ class ContrastiveConfig(DPOConfig, SamplingOptions):
         draws_per_round (`int`, *optional*):
             Online: groups trained on in a round, each once before any comes twice, rounded up to whole optimiser steps.
             By default as many as a round samples.
-        reference (`str`, defaults to `"start"`):
-            Online: `"start"`: the reference is where the run starts. `"round"`: it is the policy at the beginning of
-            each round.
+        reference (`str`, defaults to `"round"`):
+            Online: `"round"`: the reference is the policy at the beginning of each round, which the samples are drawn
+            from, as NCA has it. `"start"`: it is where the run starts.
         keep (`int`, defaults to `0`):
             Online: earlier rounds whose groups are trained on again in a round.
         resample (`int`, defaults to `0`):
@@ -378,7 +378,7 @@ class ContrastiveConfig(DPOConfig, SamplingOptions):
     online: bool = False
     num_rounds: int = 4
     draws_per_round: int | None = None
-    reference: str = "start"
+    reference: str = "round"
     keep: int = 0
     resample: int = 0
     scored_share: float = 0.5

@@ -118,9 +118,17 @@ class GroupRows(TorchDataset):
         Args:
             number: of the round.
             keep: how many rounds before it are trained on again.
+
+        Raises:
+            ValueError: none of these rounds has a group that can be trained on, and there are no files.
         """
         self._through, self.ref_logps = number, {}
         self.own = groups_of(self.pool.table(number), number - keep)
+        if not self.own and self.scored is None:
+            raise ValueError(
+                f"There is nothing to learn from in round {number} and the {keep} before it (keep): in none of their "
+                "groups do two scores differ. Use a reward that tells completions apart, or resample."
+            )
         of_file = 0
         if self.scored is not None:
             of_file = round(self.scored_share * self.length) if self.own else self.length

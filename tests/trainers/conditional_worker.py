@@ -45,7 +45,7 @@ def trained_on_groups(folder):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     args = ContrastiveConfig(
         folder, use_cpu=True, bf16=False, report_to="none", disable_tqdm=True, save_strategy="no", online=True,
-        num_rounds=2, prompts_per_round=5, num_generations=4, max_completion_length=6, resample=1, reference="round",
+        num_rounds=2, prompts_per_round=5, num_generations=4, max_completion_length=6, resample=1,
         per_device_train_batch_size=4 // processes, optim="sgd", learning_rate=0.1, gradient_checkpointing=False,
     )  # fmt: skip
     prompts = Dataset.from_dict({"prompt": PROMPTS})

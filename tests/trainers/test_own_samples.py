@@ -150,7 +150,7 @@ def test_auto_temperature_is_found_anew_for_each_round(tmp_path):
     assert len(set(found)) == 3 and trainer.temperature_alpha == found[-1]
 
 
-@pytest.mark.parametrize("changes", [{}, {"reference": "round", "keep": 1}], ids=str)
+@pytest.mark.parametrize("changes", [{"reference": "start"}, {"keep": 1}], ids=str)
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_a_run_goes_on_in_the_middle_of_a_round_with_the_same_weights(step, changes, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 1, **changes}
@@ -253,7 +253,7 @@ REFUSED = {
     "a reference that moves": ({}, {"sync_ref_model": True}, "set reference='round'"),
     "batches by tokens": ({}, {"max_tokens_per_batch": 64}, "max_tokens_per_batch=64 is not supported online"),
     "half checkpoints": ({}, {"save_only_model": True, "save_strategy": "steps"}, "save_only_model=True leaves"),
-    "another reference": ({}, {"reference": "end"}, "reference is 'end', expected one of start, round"),
+    "another reference": ({}, {"reference": "end"}, "reference is 'end', expected one of round, start"),
     "scores of the data": ({}, {"score_column": "scores"}, "score_column is of completions that are there"),
 }
 
@@ -279,7 +279,7 @@ def test_a_reward_implies_own_samples(tmp_path):
 
 
 def test_the_reference_of_a_round_is_of_the_groups_that_are_drawn(tmp_path):
-    saving = {"save_strategy": "steps", "save_steps": 1, "reference": "round"}
+    saving = {"save_strategy": "steps", "save_steps": 1}
     make(tmp_path, **saving, num_rounds=1).train()
     file = tmp_path / "pool" / "reference-00001.json"
     assert len(json.loads(file.read_text())["logps"]) == 4
