@@ -54,8 +54,7 @@ NO_REWARD = (
     "nothing says how good a completion is: what is the reward? Give --reward=file.py:function (or a reward-model id), "
     "or --judge='{model: ...}'; or, to train on the scores of a dataset, leave --online out."
 )
-
-
+DEMO_LONGEST = 40  # tokens of an own sample of the bundled model
 # Of the bundled run with --online.
 DEMO_ONLINE = {"prompts_per_round": 160, "learning_rate": 1e-3, "eval_prompts": 200}
 
@@ -66,18 +65,13 @@ class GroupArguments(FeedbackArguments):
 
     scored_dataset: str | None = option(None, "With --online: a file of scored groups that are trained on as well.")
 
-    @property
-    def given_online(self) -> list[str]:
-        """The options given that mean nothing without own samples."""
-        return [name for name in ("judge", "sampler", "scored_dataset") if getattr(self, name) is not None]
-
 
 class RewardRun(Run):
     """The run of ``contrastive-align reward``."""
 
     command = "reward"
     arguments_class = GroupArguments
-    demo_model: ClassVar[dict[str, Any]] = {"max_length": 512, "learning_rate": 3e-4, "max_completion_length": 40}
+    demo_model: ClassVar[dict[str, Any]] = {"max_length": 512, "learning_rate": 3e-4}
     demo_data: ClassVar[dict[str, Any]] = {
         **{"per_device_train_batch_size": 16, "per_device_eval_batch_size": 32},
         **{"num_train_epochs": 1, "logging_steps": 10},
@@ -94,10 +88,13 @@ class RewardRun(Run):
         if not online:
             if only_prompts(script):
                 raise UsageError(NO_REWARD)
-            if script.given_online and script.reward is None:  # with one, the data decide
-                raise UsageError(f"--{script.given_online[0]} belongs to own samples: add --online.")
+            of_own = {*training.of_own_samples(), "sampler", "scored_dataset", "eval_prompts"}
+            if (given := sorted(of_own & args.given)) and script.reward is None:  # with one, the data decide
+                raise UsageError(f"--{given[0]} belongs to own samples: add --online, or leave it out.")
             return defaults
         defaults |= {"online": True, "num_train_epochs": training.num_rounds}
+        if args.model.model_name_or_path is None:
+            defaults["max_completion_length"] = DEMO_LONGEST
         if args.bundled_data:
             defaults |= DEMO_ONLINE | ({} if script.has_feedback else {"reward": DEMO_REWARD})
         elif not script.has_feedback:

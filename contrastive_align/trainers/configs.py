@@ -414,6 +414,13 @@ class ContrastiveConfig(DPOConfig, SamplingOptions):
         if self.online:
             self.go_online()
 
+    @classmethod
+    def of_own_samples(cls) -> dict[str, Any]:
+        """Return the options that mean something online alone, and their defaults."""
+        own = {f.name for f in fields(SamplingOptions)}
+        own |= {"num_rounds", "draws_per_round", "reference", "keep", "resample", "scored_share"}
+        return {f.name: f.default for f in fields(cls) if f.name in own}
+
     def go_online(self) -> None:
         """Make an epoch a round; refuse options that own samples cannot have.
 

@@ -244,11 +244,10 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
         """Decide whether groups are sampled, and refuse what then, or otherwise, has no meaning."""
         self.online = args.online or reward_funcs is not None or judge is not None
         if not self.online:
-            given = {"sampler": sampler, "scored_dataset": scored_dataset, "reward_weights": args.reward_weights}
-            given |= {"use_vllm": args.use_vllm or None}
-            for name, value in given.items():
-                if value is not None:
-                    raise ValueError(f"{name} is of own samples, and none are drawn. Leave it out, or set online=True.")
+            given = [name for name, value in args.of_own_samples().items() if getattr(args, name) != value]
+            told = {"sampler": sampler, "scored_dataset": scored_dataset}
+            for name in [*given, *(name for name, value in told.items() if value is not None)]:
+                raise ValueError(f"{name} is of own samples, and none are drawn. Leave it out, or set online=True.")
             return
         args.go_online()
         self.take_feedback(reward_funcs, judge, args)

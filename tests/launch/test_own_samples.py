@@ -62,6 +62,7 @@ REFUSED = {
     ),
     "a sampler alone": (["--sampler={{base_url: a, model: b}}"], "--sampler belongs to own samples: add --online"),
     "scored groups alone": (["--scored_dataset=a.jsonl"], "--scored_dataset belongs to own samples: add --online"),
+    "an option alone": (["--num_generations=3"], "--num_generations belongs to own samples: add --online"),
     "both": (["--online", REWARD, "--judge={{model: a, base_url: b}}"], "both reward and judge are given"),
     "epochs": (["--online", "--num_train_epochs=2"], "num_train_epochs is 2 online"),
 }

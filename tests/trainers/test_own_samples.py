@@ -266,9 +266,10 @@ def test_what_own_samples_cannot_have_is_refused(case, tmp_path):
 
 
 def test_what_belongs_to_own_samples_is_refused_without_them(tmp_path):
-    args = CONTRASTIVE.arguments(tmp_path, reward_weights=[1.0])
-    with pytest.raises(ValueError, match="reward_weights is of own samples, and none are drawn"):
-        CONTRASTIVE.make(tmp_path, told={"args": args})
+    for option in ({"reward_weights": [1.0]}, {"num_rounds": 2}, {"use_vllm": True}):
+        (name,) = option
+        with pytest.raises(ValueError, match=f"{name} is of own samples, and none are drawn"):
+            CONTRASTIVE.make(tmp_path, **option)
     with pytest.raises(ValueError, match=r"scored_dataset is of own samples"):
         CONTRASTIVE.make(tmp_path, told={"scored_dataset": CONTRASTIVE.rows()})
 
