@@ -118,7 +118,7 @@ def test_every_loss_trains_on_own_samples(losses, tmp_path):
 def test_the_reward_rises(tmp_path):
     """A reward of one token: after some rounds it is drawn more often than before."""
     told = {"reward_funcs": lambda completion_ids, **_: [float(ids[0] == 4) for ids in completion_ids]}
-    options = {"num_rounds": 6, "prompts_per_round": 8, "num_generations": 8, "draws_per_round": 32}
+    options = {"num_rounds": 4, "prompts_per_round": 8, "num_generations": 8, "draws_per_round": 16}
     options |= {"optim": "adamw_torch", "beta": 0.2, "learning_rate": 0.02}
     trainer = make(tmp_path, told=told, **options)
     trainer.train()
