@@ -3,11 +3,11 @@
     python benchmarks/kill.py [--kills 50] [--seed 0] [--command reward ...]
     python benchmarks/kill.py --cut [--command reward ...]
 
-Small runs of the four training commands, with a checkpoint every other step and ``--save_total_limit=1``. One of each
-is undisturbed. Others are killed: as they write a file of the first checkpoint, remove an older checkpoint, write the
-trained model, or write a round of samples (each at least five times in 50), and at a moment drawn from the whole run.
-Then the same command line runs with ``--resume_from_checkpoint=true``, and a third of these runs are killed again. The
-last one must end well, with the undisturbed run's weights and samples.
+Small runs of the four training commands, and of ``reward --online``, with a checkpoint every other step and
+``--save_total_limit=1``. One of each is undisturbed. Others are killed: as they write a file of the first checkpoint,
+remove an older checkpoint, write the trained model, or write a round of samples (each at least five times in 50), and
+at a moment drawn from the whole run. Then the same command line runs with ``--resume_from_checkpoint=true``, and a
+third of these runs are killed again. The last one must end well, with the undisturbed run's weights and samples.
 
 A moment is a file event (open to write, rename, remove): its number in the events of the undisturbed run.
 
@@ -43,11 +43,16 @@ CONDITIONAL = [
     "--reward=contrastive_align.demo:reward", "--num_generations=5", "--max_completion_length=8", "--eval_prompts=0",
     "--num_train_epochs=2", "--prompts_per_round=6", "--per_device_train_batch_size=10", "--save_steps=2",
 ]  # fmt: skip
+ONLINE = [
+    "--online", "--reward=contrastive_align.demo:reward", "--num_generations=4", "--max_completion_length=8",
+    "--eval_prompts=0", "--num_rounds=2", "--prompts_per_round=6", "--per_device_train_batch_size=2", "--save_steps=2",
+]  # fmt: skip
 COMMANDS = {
     "reward": ["--dataset_name={data}/groups.jsonl", *CONTRASTIVE],
     "preference": ["--dataset_name={data}/pairs.jsonl", *CONTRASTIVE],
     "fdpg": ["--dataset_name={data}/prompts.jsonl", *FDPG],
     "conditional": ["--dataset_name={data}/prompts.jsonl", *CONDITIONAL],
+    "online": ["--dataset_name={data}/prompts.jsonl", *ONLINE],  # of the command reward
 }
 KINDS = ("first checkpoint", "rotation", "final save", "round")
 
@@ -116,7 +121,9 @@ def _child(command: str, data: Path, folder: Path, more: tuple[str, ...], at: in
     events_of(folder, tell)
     flags = [flag.replace("{data}", str(data)) for flag in COMMANDS[command]]
     try:
-        cli.main([command, *flags, *SAVING, *QUIET, f"--output_dir={folder}", *more])
+        cli.main(
+            ["reward" if command == "online" else command, *flags, *SAVING, *QUIET, f"--output_dir={folder}", *more]
+        )
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 1
     except BaseException:
@@ -142,7 +149,7 @@ def moments_of(events: Path) -> dict[str, list[int]]:
             found["rotation"].append(i)
         if i > last_checkpoint and path and path != "_run.lock":
             found["final save"].append(i)
-        if path.startswith("pool/round"):
+        if path.startswith(("pool/round", "pool/reference")):
             found["round"].append(i)
     return found
 

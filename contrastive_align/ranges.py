@@ -75,7 +75,7 @@ _NAMES: dict[Range, str] = {
         "adam_epsilon num_train_epochs beta temperature kl_target entropy_target max_importance_ratio lora_alpha alpha "
         "alpha_pattern vllm_server_timeout fraction fit_tolerance"
     ),
-    _SHARE: "ref_model_mixup_alpha drop_factor qrs_acceptance",
+    _SHARE: "ref_model_mixup_alpha drop_factor qrs_acceptance scored_share",
     _SOME_SHARE: "top_p unfrozen_layers_ratio vllm_gpu_memory_utilization",
     _BELOW_1: "adam_beta1 adam_beta2 lora_dropout rank_dropout module_dropout",
     _COUNT: (
@@ -85,11 +85,11 @@ _NAMES: dict[Range, str] = {
         "max_tokens_per_batch baseline_window proposal_window fit_samples num_generations num_generations_eval "
         "generation_batch_size steps_per_generation prompts_per_round draws_per_round coef_horizon rows_at_once "
         "max_train_samples max_eval_samples vllm_max_model_length vllm_tensor_parallel_size lora_r rank_pattern "
-        "total_splits concurrency num_processes num_machines fit_max_samples"
+        "total_splits concurrency num_processes num_machines fit_max_samples num_rounds"
     ),
     _COUNT_FROM_0: (
         "dataloader_num_workers eval_samples eval_prompts report_prompts num_completions_to_print split_number "
-        "machine_rank"
+        "machine_rank keep resample"
     ),
     _STEPS: "logging_steps eval_steps save_steps",
     _PORT: "vllm_server_port vllm_group_port",

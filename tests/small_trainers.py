@@ -94,6 +94,15 @@ class Column:
     def is_conditional(self) -> bool:
         return self.name == "conditional"
 
+    @property
+    def draws_own_samples(self) -> bool:
+        """Whether the contrastive trainer makes its groups itself, online."""
+        return self.name == "contrastive-online"
+
+    @property
+    def makes_rounds(self) -> bool:
+        return self.is_conditional or self.draws_own_samples
+
     def model_path(self, seed: int = 0) -> str:
         return saved_model(self.encoder_decoder, seed)
 
@@ -124,6 +133,10 @@ class Column:
                 "prompts_per_round": 4, "num_generations": 5, "draws_per_round": 8, "max_completion_length": 4,
                 "kl_coef": 0.5,
             },
+            "contrastive-online": {
+                "online": True, "beta": 0.5, "max_length": 64, "prompts_per_round": 8, "num_generations": 5,
+                "max_completion_length": 4, "num_rounds": 20, "reference": "start",
+            },
         }.get(self.name, {"num_generations": 2, "max_completion_length": 4, "beta": 5.0})  # fmt: skip
         if config is not None:
             own = {}
@@ -153,3 +166,4 @@ COLUMNS = (
     Column("fdpg-encoder-decoder", *FDPG, encoder_decoder=True),
     Column("conditional", ConditionalTrainer, ConditionalConfig, SFTTrainer, SFTConfig),
 )
+OWN_SAMPLES = Column("contrastive-online", ContrastiveTrainer, ContrastiveConfig, DPOTrainer, DPOConfig)

@@ -50,11 +50,46 @@ class RunArguments(ScriptArguments):
 
     max_train_samples: int | None = option(None, "Only the first N training rows.")
     max_eval_samples: int | None = option(None, "Only the first N evaluation rows.")
-    report_prompts: int = option(32, "Held-out prompts sampled before, during and after, for report.html; 0: none.")
+    report_prompts: int = option(32, "Held-out prompts sampled for report.html; 0: none.")
     preflight_only: bool = option(False, "Check what can be checked before the first step, and stop there.")
 
     def __post_init__(self):
         check_numbers(self)
+
+
+@dataclass
+class FeedbackArguments(RunArguments):
+    """Name the prompts that are sampled, and what says how good a completion is.
+
+    ``judge`` and ``sampler`` are mappings of the arguments of :class:`~contrastive_align.judge.judge.Judge` and
+    :class:`~contrastive_align.sampling.server.ServerSampler`; ``reward`` may be a list, summed by ``reward_weights``
+    (see ``targets.features``). Rewards are measured on ``eval_prompts`` of the evaluation split, or of the training
+    split without one, with ``num_generations`` completions each.
+    """
+
+    ALIASES: ClassVar[dict[str, str]] = {"reward_funcs": "reward"}
+
+    prompt: str | None = option(None, "One prompt, instead of a dataset.")
+    reward: list | str | dict | None = option(
+        None, "file.py:function, a reward-model id, or '{classifier: ..., label: ...}'."
+    )
+    judge: dict | str | None = option(None, "A YAML file, or '{model: name, base_url: address, budget: 1000}'.")
+    sampler: dict | str | None = option(None, "A server that samples, LoRA only: '{base_url: address, model: name}'.")
+    eval_prompts: int = option(100, "Prompts whose samples are scored before and after; 0: none.")
+
+    SPECS: ClassVar[tuple[str, ...]] = ("reward", "judge", "sampler")  # given as text, or as a YAML file
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.SPECS:
+            setattr(self, name, read_spec(name, getattr(self, name)))
+        if self.reward is not None and self.judge is not None:
+            raise ValueError("both reward and judge are given. Give one: what says how good a completion is.")
+
+    @property
+    def has_feedback(self) -> bool:
+        """Whether something says how good new completions are."""
+        return self.reward is not None or self.judge is not None
 
 
 @dataclass
@@ -203,6 +238,19 @@ def _split_config(argv: list[str]) -> tuple[str | None, list[str]]:
     if rest and not rest[0].startswith("-"):
         raise UsageError(f"'{rest[0]}' is neither a flag nor a .yaml file.")
     return (configs[0] if configs else None), rest
+
+
+def read_spec(name: str, value: Any) -> Any:
+    """Parse a mapping or list given as text or as a YAML file; return other values unchanged.
+
+    >>> read_spec("condition", "{kind: phrases, phrases: toxicity}"), read_spec("condition", "phrases")
+    ({'kind': 'phrases', 'phrases': 'toxicity'}, 'phrases')
+    """
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+        return read_yaml(value)
+    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
+        return value
+    return load_yaml(value, f"{name} is {value!r}, which")
 
 
 def read_yaml(path: str) -> Any:

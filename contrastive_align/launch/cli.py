@@ -36,7 +36,9 @@ class Command:
 
 
 _ROWS = ("launch/arguments.py", "RunArguments")
-_CONTRASTIVE = (_ROWS, ("trainers/configs.py", "ContrastiveConfig"))
+_CONFIG = ("trainers/configs.py", "ContrastiveConfig")
+_FEEDBACK = ("launch/arguments.py", "FeedbackArguments")
+_CONTRASTIVE = (_FEEDBACK, ("launch/contrastive.py", "GroupArguments"), _CONFIG)
 _LENGTH = {"max_length": "The longest prompt + completion, in tokens."}
 _INHERITED = _LENGTH | {
     "beta": "The implied reward of a completion is beta * log(policy / reference).",
@@ -48,6 +50,7 @@ COMMANDS = {
         "Align a model on explicit rewards: K completions per prompt, a number each.",
         "contrastive-align reward --loss_type=NCA                           # the bundled model and data\n"
         "contrastive-align reward --model_name_or_path=... --dataset_name=groups.jsonl --loss_type=InfoNCA\n"
+        "contrastive-align reward --online                                  # own samples, the bundled reward\n"
         "contrastive-align reward --config=reward_qlora --accelerate_config=multi_gpu --beta=0.01",
         ("contrastive", "RewardRun"),
         _CONTRASTIVE,
@@ -69,7 +72,7 @@ COMMANDS = {
         "contrastive-align reward --model_name_or_path=M --dataset_name=FOLDER --loss_type=DPO \\\n"
         "    --dataset_streaming=true --precompute_ref_log_probs=true",
         ("reference", "ReferenceRun"),
-        (_ROWS, ("launch/reference.py", "ReferenceArguments"), ("trainers/configs.py", "ContrastiveConfig")),
+        (_ROWS, ("launch/reference.py", "ReferenceArguments"), _CONFIG),
         "DPOConfig",
         _LENGTH | {"precompute_ref_batch_size": "Groups in a batch; per_device_train_batch_size by default."},
     ),
@@ -88,7 +91,7 @@ COMMANDS = {
         "contrastive-align conditional --model_name_or_path=M --dataset_name=p.txt --reward=rewards.py:polite\n"
         "contrastive-align ask --model_name_or_path=runs/conditional --prompt='a prompt'",
         ("conditional", "ConditionalRun"),
-        (_ROWS, ("launch/conditional.py", "ConditionalArguments"), ("trainers/configs.py", "ConditionalConfig")),
+        (_FEEDBACK, ("launch/conditional.py", "ConditionalArguments"), ("trainers/configs.py", "ConditionalConfig")),
         "SFTConfig",
         _LENGTH,
     ),
@@ -156,6 +159,8 @@ def _main(command: str, *given: str) -> Any:
     found = COMMANDS[command]
     options = {name: option for place in found.options for name, option in read_options(*place).items()}
     if {"--help", "-h"} & set(rest):
+        if "--online" not in rest:
+            options = {name: option for name, option in options.items() if name not in _of_own_samples(found)}
         return print(command_help(command, found.about, found.example, options, found.inherited))
     rest, launching = _split_accelerate(rest)
     _check_flags(rest, found, set(options))
@@ -200,6 +205,15 @@ def _check_flags(argv: list[str], command: Command, own: set[str]) -> None:
         if others:
             raise UsageError(f"--{name} is an option of {' and '.join(others)}, not of this command. Leave it out.")
     modernise_flags(argv, [], known)
+
+
+def _of_own_samples(command: Command) -> set[str]:
+    """Return the options of a command on scored data that mean something with ``--online`` alone."""
+    if _CONFIG not in command.options:
+        return set()
+    of_config = {name for name, option in read_options(*_CONFIG).items() if option.text.startswith("Online")}
+    named = [_FEEDBACK, ("launch/contrastive.py", "GroupArguments"), ("trainers/configs.py", "SamplingOptions")]
+    return of_config | {name for place in named for name in read_options(*place)} - set(read_options(*_ROWS))
 
 
 def _overview() -> str:

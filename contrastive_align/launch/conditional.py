@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
-from accelerate import PartialState
 from datasets import Dataset
 
 from contrastive_align.conditions import resolve_condition, with_ties
 from contrastive_align.data.tokenise import tokenise_prompt
-from contrastive_align.launch.arguments import Arguments, RunArguments, option
+from contrastive_align.launch.arguments import Arguments, FeedbackArguments, option
 from contrastive_align.launch.ask import ask_best
 from contrastive_align.launch.common import Run, model_arguments
-from contrastive_align.launch.conditional_measure import Measurement, draw_picture, last_terms, rounds_of
+from contrastive_align.launch.conditional_measure import Measurement, draw_picture, last_terms
 from contrastive_align.launch.datasets import load_prompts, load_scored, only_prompts
-from contrastive_align.launch.feedback_flags import build_judge, build_sampler, check_models, check_reward, read_spec
+from contrastive_align.launch.feedback_flags import JUDGED_PROMPTS, build_feedback
+from contrastive_align.launch.own_rounds import (
+    DEMO_REWARD,
+    kept_rounds,
+    plain,
+    refuse_earlier_pool,
+    remove_bundled_pool,
+    rounds_of,
+    sample_rewards,
+)
 from contrastive_align.launch.record import HeldOut
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.targets import resolve_feature
@@ -28,10 +33,7 @@ from contrastive_align.trainers import ConditionalConfig, ConditionalTrainer
 from contrastive_align.trainers.configs import OF_SCORED
 
 
-DEMO_REWARD = "contrastive_align.demo:reward"
 DEMO_ROUNDS = {"prompts_per_round": 128, "draws_per_round": 5120}
-# A run without these flags may replace its samples: its model, prompts and folder are the bundled ones.
-NOT_BUNDLED = {"model_name_or_path", "dataset_name", "datasets", "prompt", "reward", "judge", "output_dir", "pool_dir"}
 # Counts of a trainer's ``data_report`` -> what the user is told of them.
 NOTES = {
     "too_long": "prompts are too long and left out",
@@ -39,49 +41,35 @@ NOTES = {
     "cut": "completions are cut and train no EOS",
     "left_out": "completions have no score or feedback, or all of a prompt score the same: left out",
 }
-JUDGED_PROMPTS = 16  # the default of eval_prompts with a judge, which is slow or costs money
 
 
 @dataclass
-class ConditionalArguments(RunArguments):
-    """Name the prompts, the feedback on completions, and the condition that feedback becomes.
+class ConditionalArguments(FeedbackArguments):
+    """Name the condition that feedback becomes, beside the prompts and the feedback.
 
-    ``judge`` and ``sampler`` are mappings of the arguments of :class:`~contrastive_align.judge.judge.Judge` and
-    :class:`~contrastive_align.sampling.server.ServerSampler`; ``reward`` may be a list, summed by ``reward_weights``
-    (see ``targets.features``). Rewards are measured on ``eval_prompts`` of the evaluation split, or of the training
-    split without one, with ``num_generations`` completions each under every condition.
+    Rewards are measured under every condition.
     """
 
     ALIASES: ClassVar[dict[str, str]] = {"num_rounds": "num_train_epochs", "reward_funcs": "reward"}
+    SPECS: ClassVar[tuple[str, ...]] = (*FeedbackArguments.SPECS, "condition", "eval_reward")
 
-    prompt: str | None = option(None, "One prompt, instead of a dataset.")
     condition: dict | str | None = option(
         None, "quantile_tokens, phrases, categories, text, attributes; or '{kind: ...}'."
     )
     ties: str | None = option(None, "Equal rewards under quantiles: share (one label, the default) or drop.")
-    reward: list | str | dict | None = option(
-        None, "file.py:function, a reward-model id, or '{classifier: ..., label: ...}'."
-    )
-    judge: dict | str | None = option(None, "A YAML file, or '{model: name, base_url: address, budget: 1000}'.")
-    sampler: dict | str | None = option(None, "A server that samples, LoRA only: '{base_url: address, model: name}'.")
     eval_reward: list | str | dict | None = option(None, "Of scored completions: a reward to measure with.")
-    eval_prompts: int = option(100, "Prompts measured before and after; 0: none.")
     best: str | None = option(None, "A prompt to ask a trained model for its best with.")
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("condition", "reward", "judge", "sampler", "eval_reward"):
-            setattr(self, name, read_spec(name, getattr(self, name)))
         source = next((name for name in ("reward", "judge") if getattr(self, name) is not None), None)
-        if self.reward is not None and self.judge is not None:
-            raise ValueError("both reward and judge are given. Give one: what says how good a completion is.")
         if source and self.eval_reward is not None:
             raise ValueError(f"eval_reward is for scored completions; with {source}, that is what is measured.")
 
     @property
     def offline(self) -> bool:
         """Whether completions are already there, since nothing would judge new ones."""
-        return self.reward is None and self.judge is None
+        return not self.has_feedback
 
 
 class ConditionalRun(Run):
@@ -146,17 +134,10 @@ class ConditionalRun(Run):
 
     def build_trainer(self, checkpoint: str | bool | None) -> ConditionalTrainer:
         """Build the trainer, and refuse the samples of an earlier run, except those of the bundled run."""
-        if not NOT_BUNDLED & self.args.given and not checkpoint:
-            if PartialState().is_main_process:
-                shutil.rmtree(Path(self.args.training.output_dir) / "pool", ignore_errors=True)
-            PartialState().wait_for_everyone()
+        remove_bundled_pool(self.args, checkpoint)
         trainer = self._build_trainer()
         self.rows_are = "prompts" if trainer.online else "rows with scores or feedback"
-        if trainer.online and trainer.pool.rounds and not checkpoint:
-            raise UsageError(
-                f"{trainer.pool.folder} has the samples of an earlier run (rounds {trainer.pool.rounds}). Go on with "
-                "--resume_from_checkpoint=true, or start anew in another --output_dir or --pool_dir."
-            )
+        refuse_earlier_pool(trainer, checkpoint)
         trainer.check_pool()  # as train() would, after the measurement
         steps = self.args.training.max_steps
         self.rounds = self.args.training.num_train_epochs
@@ -167,30 +148,15 @@ class ConditionalRun(Run):
 
     def _build_trainer(self) -> ConditionalTrainer:
         args, script, training, condition = self.args, self.args.script, self.args.training, self.condition
-        context = {"device": training.device, "trust_remote_code": training.trust_remote_code}
-        judge = rewards = None
-        if script.judge is not None:
-            judge = build_judge(script.judge, condition, training.output_dir)
-            judge.check()
-            if script.eval_prompts:
-                asked = f"asks the judge about {training.num_generations} completions of each under every condition"
-                more = f"measuring on {script.eval_prompts} prompts {asked}, beside those of the rounds"
-                args.notes.append(f"{more}; --eval_prompts=0 leaves it out")
-        if script.reward is not None:
-            check_reward(condition)
-            specs = script.reward if isinstance(script.reward, list) else [script.reward]
-            rewards = [resolve_feature(spec, **context) for spec in specs]
-            check_models(specs)
         trainer = ConditionalTrainer(
             train_dataset=self.train_rows,
             eval_dataset=self.test_rows if training.eval_strategy != "no" else None,
-            reward_funcs=rewards,
-            judge=judge,
             condition=condition,
-            sampler=None if script.sampler is None else build_sampler(script.sampler),
+            **build_feedback(script, training, args.notes, condition),
             **model_arguments(args),
         )
         if script.eval_reward is not None:  # only rewards_given reads this feedback
+            context = {"device": training.device, "trust_remote_code": training.trust_remote_code}
             trainer.feedback = trainer.feedback_by(resolve_feature(script.eval_reward, **context))
         return trainer
 
@@ -206,7 +172,7 @@ class ConditionalRun(Run):
         terms = f"KL {training.kl_coef:g} ({training.kl_direction}), entropy {training.entropy_coef:g}"
         return f"conditional training, {kind} by {feedback}, {terms}; {rounds}", {
             "condition": trainer.condition.spec,
-            "reward": _plain(self.args.script.reward),
+            "reward": plain(self.args.script.reward),
             "judge": None if trainer.judge is None else trainer.judge.spec,
             "online": trainer.online,
             **self.options("kl_coef", "kl_direction", "entropy_coef"),
@@ -236,20 +202,7 @@ class ConditionalRun(Run):
 
     def rewards_of(self) -> tuple[Any, str]:
         """Score samples by the reward; a judge, who is slow or costs money, is not asked."""
-        feedback = self.trainer.feedback
-        if feedback is None or self.trainer.judge is not None:
-            return None, ""
-        tokenizer = self.trainer.processing_class
-
-        def reward(rows: list[dict[str, Any]], texts: list[list[str]]) -> list[list[float]]:
-            groups = [
-                [{"text": t, "ids": tokenizer(t, add_special_tokens=False)["input_ids"]} for t in group]
-                for group in texts
-            ]
-            answers = feedback(rows, groups)
-            return [[math.nan if score is None else score for score, _ in group] for group in answers]
-
-        return reward, "reward"
+        return sample_rewards(self.trainer)
 
     def planned_steps(self) -> int | None:
         """Count the steps of all rounds."""
@@ -267,9 +220,7 @@ class ConditionalRun(Run):
 
     def kept(self) -> str:
         """Name the rounds that are on the disk."""
-        rounds = self.trainer.pool.rounds if self.trainer.online else []
-        which = f"round{'s 1 to' if len(rounds) > 1 else ''} {len(rounds)}"
-        return f"The samples of {which} are in {self.trainer.pool.folder}." if rounds else ""
+        return kept_rounds(self.trainer)
 
     def after_saving(self) -> None:
         """Add the rounds, and the command that asks for the best."""
@@ -286,12 +237,3 @@ class ConditionalRun(Run):
             self.summary.training["judge"] = self.trainer.judge.report()
         if self.trainer.args.should_save:
             draw_picture(self.trainer, self.summary)
-
-
-def _plain(spec: Any) -> Any:
-    """Convert a spec to values that JSON can hold."""
-    if isinstance(spec, dict):
-        return {str(key): _plain(value) for key, value in spec.items()}
-    if isinstance(spec, Sequence) and not isinstance(spec, str):
-        return [_plain(value) for value in spec]
-    return spec if isinstance(spec, (str, int, bool, type(None))) or math.isfinite(spec) else str(spec)

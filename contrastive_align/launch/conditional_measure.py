@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -13,6 +12,7 @@ from datasets import Dataset
 from contrastive_align.data import random_prompts
 from contrastive_align.launch.common import picture_saved
 from contrastive_align.launch.datasets import take
+from contrastive_align.launch.own_rounds import rounds_of
 from contrastive_align.report import Change, Summary, in_words, moved, plot_rewards, spread, warn_if_above_start
 from contrastive_align.trainers import ConditionalTrainer
 from contrastive_align.trainers.evaluation import UNCONDITIONED
@@ -57,7 +57,7 @@ class Measurement:
             return
         found = self.trainer.rewards_given(self.rows)
         conditions = [name for name in found if name != UNCONDITIONED]
-        changes = {name: _paired(self.start, found[name]) for name in [*conditions, UNCONDITIONED]}
+        changes = {name: paired(self.start, found[name]) for name in [*conditions, UNCONDITIONED]}
         if any(change is None for change in changes.values()):
             summary.state = "Too few prompts have scores before and after: no rewards are compared."
             return
@@ -73,7 +73,8 @@ class Measurement:
         return {k.removeprefix("measured_"): v for k, v in found.items() if k.startswith("measured_nll/")}
 
 
-def _paired(before: np.ndarray, after: np.ndarray) -> Change | None:
+def paired(before: np.ndarray, after: np.ndarray) -> Change | None:
+    """Compare the prompts that have a reward before and after; None for fewer than two."""
     both = ~(np.isnan(before) | np.isnan(after))
     return Change.paired(before[both].tolist(), after[both].tolist()) if both.sum() > 1 else None
 
@@ -102,11 +103,6 @@ def whole_prompts(rows: Dataset, at_most: int) -> Dataset:
     prompts = [repr(prompt) for prompt in rows["prompt"]]
     first = set(prompts[:at_most])
     return rows.select([i for i, prompt in enumerate(prompts) if prompt in first])
-
-
-def rounds_of(trainer: ConditionalTrainer) -> list[dict[str, Any]]:
-    """Return the log entry of each round."""
-    return list({row["round/number"]: row for row in trainer.state.log_history if "round/number" in row}.values())
 
 
 def last_terms(trainer: ConditionalTrainer) -> dict[str, float]:

@@ -206,6 +206,17 @@ def only_prompts(script: RunArguments) -> bool:
     return script.prompt is not None or str(script.dataset_name).lower().endswith(".txt")
 
 
+def has_scores(args: Arguments) -> bool:
+    """Return whether the rows of the data set are groups or pairs, in any shape that is read, and not prompts alone."""
+    training = args.training
+    train, _ = load_splits(args)
+    try:
+        read_shape(train, read_options(training.columns, training.score_column, training.hard_pairs), "train")
+    except ValueError:
+        return False
+    return True
+
+
 def is_prompt(value: Any) -> bool:
     """Return whether a value is text (also empty: generation starts from the BOS token) or messages to answer."""
     if isinstance(value, str):

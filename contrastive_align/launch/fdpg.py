@@ -13,10 +13,10 @@ from datasets import Dataset
 from transformers import AutoConfig
 
 from contrastive_align.data import random_prompts
-from contrastive_align.launch.arguments import Arguments, RunArguments, load_yaml, option
+from contrastive_align.launch.arguments import Arguments, RunArguments, load_yaml, option, read_spec
 from contrastive_align.launch.common import Run, model_arguments, picture_saved
 from contrastive_align.launch.datasets import only_prompts, repeat
-from contrastive_align.launch.feedback_flags import check_models, read_spec
+from contrastive_align.launch.feedback_flags import check_models
 from contrastive_align.launch.measure import (
     SAMPLES_PER_PROMPT,
     measure,

@@ -11,27 +11,21 @@ from transformers import PreTrainedConfig
 
 from contrastive_align.conditions import AttributeCondition, CategoryCondition, Condition, TextCondition
 from contrastive_align.judge.judge import Judge, resolve_judge
-from contrastive_align.launch.arguments import load_yaml, read_yaml
+from contrastive_align.launch.arguments import FeedbackArguments
 from contrastive_align.models.loading import adapter_config_path
 from contrastive_align.sampling.server import PLAIN, ServerSampler
+from contrastive_align.targets import resolve_feature
 from contrastive_align.targets.features import MODEL_KINDS
 
 
-def read_spec(name: str, value: Any) -> Any:
-    """Parse a mapping or list given as text or as a YAML file; return other values unchanged.
+JUDGED_PROMPTS = 16  # the default of eval_prompts with a judge, which is slow or costs money
 
-    >>> read_spec("condition", "{kind: phrases, phrases: toxicity}"), read_spec("condition", "phrases")
-    ({'kind': 'phrases', 'phrases': 'toxicity'}, 'phrases')
+
+def build_judge(spec: Any, condition: Condition | None, output_dir: str) -> Judge:
+    """Build the judge, which gives the answers that the condition needs and stores them in ``<output_dir>/judge``.
+
+    Without a condition it gives scores.
     """
-    if isinstance(value, str) and value.endswith((".yaml", ".yml")):
-        return read_yaml(value)
-    if not isinstance(value, str) or not value.lstrip().startswith(("{", "[")):
-        return value
-    return load_yaml(value, f"{name} is {value!r}, which")
-
-
-def build_judge(spec: Any, condition: Condition, output_dir: str) -> Judge:
-    """Build the judge, which gives the answers that the condition needs and stores them in ``<output_dir>/judge``."""
     if not isinstance(spec, Mapping):
         raise ValueError(f"judge is {spec!r}, expected a mapping: {{model: name, base_url: address}}.")
     wanted: Any = list(condition.categories) if isinstance(condition, CategoryCondition) else "text"
@@ -45,6 +39,30 @@ def build_judge(spec: Any, condition: Condition, output_dir: str) -> Judge:
         raise ValueError(f"The judge answers {answers!r} and the condition {condition.kind} needs {wanted!r}.")
     prompt = "feedback" if answers == "text" else "helpful_categories"
     return resolve_judge({"prompt": prompt, "answers": answers, "cache": str(Path(output_dir) / "judge"), **spec})
+
+
+def build_feedback(
+    script: FeedbackArguments, training: Any, notes: list[str], condition: Condition | None = None
+) -> dict[str, Any]:
+    """Return a trainer's keywords ``reward_funcs``, ``judge`` and ``sampler``; add what a judge costs to the notes."""
+    context = {"device": training.device, "trust_remote_code": training.trust_remote_code}
+    found: dict[str, Any] = {"reward_funcs": None, "judge": None}
+    found["sampler"] = None if script.sampler is None else build_sampler(script.sampler)
+    if script.judge is not None:
+        found["judge"] = judge = build_judge(script.judge, condition, training.output_dir)
+        judge.check()
+        if script.eval_prompts:
+            under = " under every condition" if condition is not None else ""
+            asked = f"asks the judge about {training.num_generations} completions of each{under}"
+            more = f"measuring on {script.eval_prompts} prompts {asked}, beside those of the rounds"
+            notes.append(f"{more}; --eval_prompts=0 leaves it out")
+    if script.reward is not None:
+        if condition is not None:
+            check_reward(condition)
+        specs = script.reward if isinstance(script.reward, list) else [script.reward]
+        found["reward_funcs"] = [resolve_feature(spec, **context) for spec in specs]
+        check_models(specs)
+    return found
 
 
 def build_sampler(spec: Any, **body: Any) -> ServerSampler:

@@ -18,8 +18,8 @@ WIDTH = 100
 GROUPS = {
     "Prompts and feedback": ("prompt, reward, reward_weights, judge, condition, features"),
     "Rows": (
-        "max_train_samples, max_eval_samples, max_prompt_length, columns, score_column, negate_score, feedback_column, "
-        "on_bad_row, hard_pairs, output"
+        "online, max_train_samples, max_eval_samples, max_prompt_length, columns, score_column, negate_score, "
+        "feedback_column, on_bad_row, hard_pairs, output"
     ),
     "Objective": (
         "loss_type, temperature_alpha, first_score_bonus, divergence, beta, kl_coef, kl_direction, kl_target, "
@@ -28,7 +28,8 @@ GROUPS = {
     ),
     "Sampling and rounds": (
         "num_rounds, prompts_per_round, num_generations, draws_per_round, max_completion_length, temperature, top_p, "
-        "drop_factor, ties, pool_dir, rows_at_once, sampler, proposal, proposal_criterion, proposal_window, use_vllm"
+        "reference, keep, resample, scored_dataset, scored_share, drop_factor, ties, pool_dir, rows_at_once, sampler, "
+        "proposal, proposal_criterion, proposal_window, use_vllm"
     ),
     "Measuring": "eval_samples, eval_prompts, eval_reward, qrs_acceptance, best, report_prompts, preflight_only",
     "Computing": (

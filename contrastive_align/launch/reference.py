@@ -51,7 +51,7 @@ class ReferenceRun(Run):
         if args.script.max_train_samples is not None or args.script.max_eval_samples is not None:
             raise UsageError("--max_train_samples and --max_eval_samples belong to training. Leave them out.")
         forced = {"dataset_streaming": True, "precompute_ref_log_probs": True, "eval_strategy": "no", "do_eval": False}
-        if refused := sorted({*forced, "max_tokens_per_batch", "ref_log_probs_folder"} & args.given):
+        if refused := sorted({*forced, "max_tokens_per_batch", "ref_log_probs_folder", "online"} & args.given):
             raise UsageError(f"--{refused[0]} belongs to training. Leave it out.")
         forced |= {"loss_type": ["dpo"], "gradient_checkpointing": False}  # a loss that reads no labels
         return super().defaults(args) | forced

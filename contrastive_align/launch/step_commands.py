@@ -17,9 +17,10 @@ from contrastive_align.data.formats import BadRow, Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.judge.judge import resolve_judge
 from contrastive_align.launch import step_files
+from contrastive_align.launch.arguments import read_spec
 from contrastive_align.launch.ask import load_trained, sample_trained
 from contrastive_align.launch.errors import in_sentences
-from contrastive_align.launch.feedback_flags import build_sampler, read_spec
+from contrastive_align.launch.feedback_flags import build_sampler
 from contrastive_align.launch.flags import NEGATIVE_NUMBER
 from contrastive_align.launch.step_files import LISTS, Output, Row, fingerprint, read_rows
 from contrastive_align.launch.usage import UsageError, UsageParser

@@ -60,7 +60,7 @@ MEANT = {
     "weight_decay": "wd, decay, l2",
     "optim": "optimizer, optimiser, optimizer_name",
     "max_grad_norm": "clip, max_norm, clip_grad, grad_clip, gradient_clipping, gradient_clip_val, grad_norm",
-    "num_rounds": "rounds, iterations, num_iterations, n_rounds, sampling_rounds, epochs, num_epochs, n_epochs",
+    "num_rounds": "rounds, iterations, num_iterations, n_rounds, sampling_rounds",
     "num_train_epochs": "epochs, num_epochs, n_epochs, total_epochs, max_epochs, train_epochs",
     "max_steps": "steps, num_steps, total_steps, train_steps, num_train_steps, total_training_steps, iters",
     "per_device_train_batch_size": (
@@ -202,12 +202,10 @@ NO_OPTION = {
         "Which GPU is used is said by the environment variable CUDA_VISIBLE_DEVICES"
     ),
     "plot_loss, visual_inference": "--report_to=tensorboard draws the curves",
-    "reference, ref_model, reference_model, ref_model_name, ref_model_path, reference_model_name_or_path, "
+    "ref_model, reference_model, ref_model_name, ref_model_path, reference_model_name_or_path, "
     "reference_free, sync_ref": "The reference is the model that training starts from",
-    "num_generations, num_responses, num_candidates, responses_per_prompt, group_num, group_size, k, n, num_samples, "
-    "n_samples, generate_max_length, max_new_tokens, max_completion_length, max_completion_len, max_response_length, "
-    "top_p, topp, top_k, topk, min_p, sampling_params, use_vllm, vllm_server, vllm_tp, vllm_mode": (
-        "Only contrastive-align fdpg and conditional sample completions; this command reads them from the data"
+    "topp, top_k, topk, min_p, sampling_params, vllm_server, vllm_tp": (
+        "Completions are sampled with --temperature and --top_p, by the model itself or with --use_vllm"
     ),
     "num_beams, do_sample": "Completions are always sampled; there is no beam search",
     "logging_dir, log_dir, tb_dir, tensorboard_dir": (

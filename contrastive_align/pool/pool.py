@@ -55,6 +55,7 @@ class _Columns:
         self.row = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
         self.score = np.concatenate([r.column("score", np.float64) for r in rounds])
         self.finished = np.concatenate([r.column("finished", bool) for r in rounds])
+        self.sample_index = np.concatenate([r.column("sample_index", np.int32) for r in rounds])
         self.length = np.concatenate([r.lengths() for r in rounds])
 
     @cached_property
@@ -75,6 +76,7 @@ class Table:
         prompt_index: the prompt's row in the dataset.
         score: float64, NaN for None.
         finished: bool.
+        sample_index: its number among its prompt's samples of the round.
         length: number of tokens.
         label: 0 the best, -1 never drawn. While labels are computed: the label of the round before, -2 for new samples.
     """
@@ -84,6 +86,7 @@ class Table:
         self.round, self.row = columns.round[index], columns.row[index]
         self.prompt_index, self.score = columns.prompt_index[index], columns.score[index]
         self.finished, self.length = columns.finished[index], columns.length[index]
+        self.sample_index = columns.sample_index[index]
 
     def __len__(self) -> int:
         return len(self.index)

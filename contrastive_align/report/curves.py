@@ -84,8 +84,17 @@ VIEWS = (
     ),
     View(
         "Reward of new samples",
-        "The mean reward of the samples of a round. It should rise.",
-        (("round/mean_reward", "new samples"),),
+        "The mean reward of the samples of a round, and its spread. It should rise.",
+        (
+            ("round/mean_reward", "new samples"),
+            ("round/best_of_k", "the best of each prompt"),
+            ("round/reward_q*", "quantile "),
+        ),
+    ),
+    View(
+        "Prompts without signal",
+        "The share of a round's prompts whose completions all score the same: nothing is learned from them.",
+        (("round/no_signal", "share"),),
     ),
     View(
         "The pool by condition",
@@ -123,8 +132,13 @@ VIEWS = (
     ),
     View(
         "KL from the reference",
-        "Of samples of held-out prompts, in nats per sample.",
-        (("samples/kl", "held-out prompts"),),
+        "Of samples, in nats per sample.",
+        (("samples/kl", "held-out prompts"), ("round/kl_start", "samples of a round, from the start")),
+    ),
+    View(
+        "Tokens a second",
+        "Of sampling and of training, round by round.",
+        (("round/sampling_tokens_per_second", "sampling"), ("round/training_tokens_per_second", "training")),
     ),
     View("Gradient norm", "Peaks say that steps are too large.", (("grad_norm", "norm"),)),
     View("Learning rate", "The schedule.", (("learning_rate", "rate"),)),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -30,23 +27,16 @@ from contrastive_align.conditions.tokens import add_condition_tokens, with_train
 from contrastive_align.data import GroupCollator
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.columns import read_options
-from contrastive_align.data.formats import Text
-from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.models.head import head_parameters, logit_scale, logit_softcap, whole
-from contrastive_align.models.loading import eos_token_ids
 from contrastive_align.models.logps import beside, completion_logps, completion_objective
 from contrastive_align.models.token_loss import token_loss
 from contrastive_align.pool import Pool, Sample, Table
-from contrastive_align.registry import hash_of_user
-from contrastive_align.sampling.decode import draw
-from contrastive_align.targets.evaluate import Feature
-from contrastive_align.targets.features import weighted_sum
 from contrastive_align.trainers import evaluation, rounds
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset, keep_adapter_as_reference
-from contrastive_align.trainers.configs import OF_SCORED, ConditionalConfig
-from contrastive_align.trainers.long_prompts import without_rows
+from contrastive_align.trainers.configs import ConditionalConfig
 from contrastive_align.trainers.reward_log import RewardLog
-from contrastive_align.trainers.samplers import AdapterServer, VLLMSampler, check_vllm_options, check_vllm_tokens
+from contrastive_align.trainers.sampled_rounds import BeginsRounds, SamplesRounds
+from contrastive_align.trainers.samplers import check_vllm_options, check_vllm_tokens
 from contrastive_align.trl_seam import (
     KeepsDigits,
     Method,
@@ -62,7 +52,7 @@ STATE_FILE = "conditional_state.json"
 PROBED = 64  # completion tokens on which policy and reference are compared at the start
 
 
-class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTrainer):
+class ConditionalTrainer(SamplesRounds, KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTrainer):
     r"""Train a language model on its own completions, each conditioned on how good it was; then ask for the best.
 
     .. math:: \ell_t = -\log \pi(y_t | c, x, y_{<t}) + \beta_{KL}\, KL_t - \beta_H\, H_t
@@ -155,13 +145,9 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
             formatting_func=formatting_func,
         )
-        if not isinstance(train_dataset, Dataset):
-            raise TypeError(
-                f"train_dataset is a {type(train_dataset).__name__}, expected a datasets.Dataset: a round takes "
-                "prompts in an order of its own, which a stream does not have. Load it whole: it is prompts alone."
-            )
-        self.condition, self.reward_log = resolve_condition(condition), RewardLog()
-        self.judge, self.feedback = judge, self._feedback_of(reward_funcs, judge, args)
+        self.check_prompts_are_whole(train_dataset)
+        self.condition = resolve_condition(condition)
+        self.take_feedback(reward_funcs, judge, args)
         self.online = self.feedback is not None
         if args.use_vllm:
             check_vllm_options(args, online=self.online, sampler=sampler, quantised=quantization_config is not None)
@@ -203,33 +189,9 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         self._step_sums: Tensor | None = None  # of the optimiser step that is being made
         self._first_row: dict[str, Any] | None = None
         self._cut_words_told = False
-        self.sampler = sampler
-        self._server = None if sampler is None else AdapterServer(self, sampler)
+        self.take_sampler(sampler)
         self._prepare_pool()
-        self.vllm = VLLMSampler(self) if args.use_vllm else None
-        self.add_callback(_BeginsRounds(self))
-
-    def _feedback_of(self, reward_funcs: Any, judge: Any, args: ConditionalConfig) -> rounds.Feedback | None:
-        if judge is not None and reward_funcs is not None:
-            raise ValueError("Both reward_funcs and judge are given, expected one of them.")
-        source = "a judge" if judge is not None else "reward_funcs"
-        given = [name for name in (*OF_SCORED, "columns") if getattr(args, name)]
-        if given and (judge is not None or reward_funcs is not None):
-            raise ValueError(
-                f"{given[0]} is of completions that are there, and {source} scores new ones. Give one of them."
-            )
-        if judge is not None:
-            return rounds.JudgeFeedback(judge)
-        if reward_funcs is None:
-            if args.reward_weights is not None:
-                raise ValueError("reward_weights weighs reward_funcs, and none are given. Leave it out.")
-            return None
-        reward = weighted_sum(reward_funcs, args.reward_weights, trust_remote_code=args.trust_remote_code)
-        return self.feedback_by(reward)
-
-    def feedback_by(self, feature: Feature) -> rounds.RewardFeedback:
-        """Feedback by a reward; set as ``trainer.feedback``, evaluation on scored data has rewards too."""
-        return rounds.RewardFeedback(feature, lambda: {"trainer_state": self.state, **self.reward_log.keywords})
+        self.add_callback(_AdaptsCoefficients(self))
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse a condition whose tokens vLLM or ZeRO-3 would not have, before the model is loaded."""
@@ -275,28 +237,13 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         """Leave the dataset as it is: rows are made from the pool, round by round."""
         return dataset
 
-    def encode(self, prompt: Text) -> list[int]:
-        """Token ids of a prompt, with or without condition; at least one."""
-        start: Any = self.processing_class.bos_token_id
-        return tokenise_prompt(prompt, self.processing_class) or [self.eos_token_ids[0] if start is None else start]
-
     def _prepare_pool(self) -> None:
         """Open the pool and decide how many draws a round has; from scored data the one round is written at once."""
-        self.eos_token_ids = eos_token_ids(self.model, self.processing_class)
-        args, folder = self.args, Path(self.args.pool_dir or Path(self.args.output_dir) / "pool")
+        args, folder = self.args, self.pool_folder
         self.data_report: dict[str, Any] = {}
         samples: list[Sample] = []
         if self.online:
-            if args.max_steps <= 0 and args.num_train_epochs != int(args.num_train_epochs):
-                raise ValueError(f"num_train_epochs is {args.num_train_epochs}, expected a whole number of rounds.")
-            self.leave_room_for_prompts()
-            self.prompts = self._usable_prompts(self.train_dataset)
-            self.prompts_per_round = args.prompts_per_round or len(self.prompts)
-            if self.prompts_per_round > len(self.prompts):
-                raise ValueError(
-                    f"prompts_per_round is {self.prompts_per_round} and the dataset has {len(self.prompts)} prompts "
-                    "that can be used. Lower it, or raise num_generations for more completions a round."
-                )
+            self.take_prompts(self.train_dataset)
             self.condition.check_generations(args.num_generations, self.prompts_per_round)
             draws = args.draws_per_round or self.prompts_per_round * args.num_generations
         else:
@@ -311,25 +258,13 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         if not self.online:
             labelled = self._fill_pool(samples)
             draws = args.draws_per_round or labelled
-        step = args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
-        self.steps_per_round = math.ceil(draws / step)
         # Scored completions were measured with their words when they were read.
-        self.conditioned = rounds.ConditionedPrompts(self.condition, self.encode, self._room() if self.online else None)
+        self.conditioned = rounds.ConditionedPrompts(self.condition, self.encode, self.room() if self.online else None)
         self.rows = rounds.ConditionedRows(
-            self.pool, self.conditioned, self.encode, self.steps_per_round * step, args.max_length
+            self.pool, self.conditioned, self.encode, self.fill_steps(draws), args.max_length
         )
         if self.online:
-            self.rounds = rounds.Rounds(
-                policy=self.generate,
-                feedback=self.feedback,
-                pool=self.pool,
-                condition=self.condition,
-                prompts=self.prompts,
-                prompts_per_round=self.prompts_per_round,
-                num_generations=args.num_generations,
-                seed=args.seed,
-                describe_feedback=lambda: self.feedback.describe(),
-            )
+            self.open_rounds(self.condition, self.pool)
 
     def _read_scored(self, dataset: Dataset, condition: Condition) -> tuple[list[Sample], dict[str, Any]]:
         return read_scored(
@@ -358,21 +293,14 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             )
         return labelled
 
-    def _usable_prompts(self, dataset: Dataset) -> Dataset:
-        """Return the prompts that leave room for a completion; the others are counted."""
-        long = self.too_long(dataset, "train_dataset", self.condition)
-        self.data_report = {"rows": len(dataset), "too_long": len(long)}
-        return without_rows(dataset, long, name="train_dataset")
+    def too_long(self, dataset: Dataset, name: str, condition: Condition | None = None) -> list[int]:
+        """Return the rows whose prompt leaves no room for a completion under the condition, by default that of the run.
 
-    def too_long(self, dataset: Dataset, name: str, condition: Condition) -> list[int]:
-        """Return the rows whose prompt leaves no room for a completion, with a warning that they are left out."""
+        A warning says that they are left out.
+        """
         limits = self.context_limits() | {"max_completion_length": self.args.max_completion_length}
-        conditioned = rounds.ConditionedPrompts(condition, self.encode, self._room())
+        conditioned = rounds.ConditionedPrompts(condition or self.condition, self.encode, self.room())
         return rounds.prompts_without_room(dataset, conditioned, name=name, limits=limits)
-
-    def _room(self) -> int:
-        """Tokens that a prompt with its condition may have, so that the longest completion fits behind it."""
-        return min(self.context_limits().values(), default=2**31) - self.args.max_completion_length
 
     def get_train_dataloader(self) -> Any:
         """Trainer's loader over the draws of a round, in their order."""
@@ -392,77 +320,21 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             batch["step_tokens"] = total / (len(batches) * self.accelerator.num_processes)
         return batches, total
 
-    # ------------------------------------------------------------------------------------------------------ sampling
-
-    def generate(
-        self,
-        prompts: Sequence[Text],
-        per_prompt: int,
-        seeds: Sequence[int],
-        *,
-        conditions: Sequence[str | None] | None = None,
-    ) -> list[list[rounds.Completion]]:
-        """Draw completions of prompts, each conditioned on a text or on nothing: ``ids``, ``text``, ``finished``.
-
-        Args:
-            seeds: one for each prompt. vLLM (``use_vllm``) has random numbers of its own.
-            conditions: a text for each prompt, or None for none; by default none.
-        """
-        conditions = conditions or [None] * len(prompts)
-        seen = [p if c is None else self.conditioned(p, c) for p, c in zip(prompts, conditions, strict=True)]
-        ids = [self.encode(prompt) for prompt in seen]
-        if self._server is not None:
-            return self._server(ids, per_prompt, list(seeds))
-        groups = self.vllm(ids, per_prompt) if self.vllm is not None else self._draw(ids, per_prompt, list(seeds))
-        ends, decode = set(self.eos_token_ids), self.processing_class.decode
-        return [
-            [{"ids": ids, "text": decode(ids, skip_special_tokens=True), "finished": ids[-1] in ends} for ids in group]
-            for group in groups
-        ]
-
-    def _draw(self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]) -> Sequence[Sequence[list[int]]]:
-        """Completions from the policy itself."""
-        with self.sampling_from() as model:  # by all processes, also one without prompts: weights may be gathered
-            if not prompt_ids:
-                return []
-            drawn = draw(
-                model,
-                prompt_ids,
-                per_prompt=per_prompt,
-                max_new_tokens=self.args.max_completion_length,
-                eos_token_ids=self.eos_token_ids,
-                pad_token_id=self.processing_class.pad_token_id,
-                seeds=seeds,
-                rows_at_once=self.args.rows_at_once,
-                temperature=self.args.temperature,
-                top_p=self.args.top_p,
-                suppress_ids=self.condition_ids,
-            )
-        return drawn.completion_ids
-
-    def check_pool(self) -> None:
-        """Raise ValueError where the pool's rounds are of other prompts, OSError where the pool takes no new round."""
-        if self.online:
-            self.rounds.check_pool()
+    # -------------------------------------------------------------------------------------------------------- rounds
 
     def begin_round(self, number: int) -> None:
         """Make a round, unless the pool has it; then set what is drawn from the pool, and log it."""
+        speed: dict[str, float] = {}
         if self.online:
-            self.reward_log = RewardLog()  # without what was logged while measuring
-            with self._unchanged_weights():
-                self.rounds.make(number, self.state.global_step)
+            speed = self.make_round(number)
         else:
             self.pool.reload()
         through = number if self.online else 1
         table = self.pool.table(through)
         draws, labels = self.pool.draws(self.rows.length, seed=(self.args.seed, number), through=through)
         self.rows.set_draws(draws, labels, through)
-        logged = any(entry.get("round/number") == number for entry in self.state.log_history)
-        if not logged and (self.online or number == 1):
-            self._log_round(number, table, through)
-
-    def _unchanged_weights(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.vllm is None else self.vllm.unchanged_weights()
+        if not self.was_logged(number) and (self.online or number == 1):
+            self._log_round(number, table, through, speed)
 
     def best_condition(self, through: int | None = None) -> Condition:
         """Return the condition that asks for the best; of a judge's words, those that the best samples were given."""
@@ -604,28 +476,15 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         negative log-likelihood per token under the best and the worst condition, ``<prefix>_nll/<label>`` under their
         own.
         """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        dataset = self.eval_dataset[dataset] if isinstance(dataset, str) else dataset
-        if isinstance(dataset, dict):
-            metrics = {}
-            for name, part in dataset.items():
-                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
-            return metrics
-        if not isinstance(dataset, Dataset):
-            raise ValueError(f"eval_dataset is a {type(dataset).__name__}, expected a datasets.Dataset to evaluate on.")
-        start = time.time()
-        with self.keeping_freed_memory():
-            if self.online:
-                self.reward_log = RewardLog()
-                found = evaluation.reward_metrics(self.rewards_given(dataset)) | self.reward_log.take_metrics()
-            else:
-                samples, _ = self._read_scored(dataset, self.best_condition())
-                found = evaluation.likelihood_metrics(samples, self.best_condition(), self.nll_given)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
-        self.log_measured(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.evaluate_samples(eval_dataset, metric_key_prefix)
+
+    def measure(self, dataset: Dataset) -> dict[str, float]:
+        """Return the rewards under each condition, or the likelihoods of scored completions."""
+        if self.online:
+            self.reward_log = RewardLog()
+            return evaluation.reward_metrics(self.rewards_given(dataset)) | self.reward_log.take_metrics()
+        samples, _ = self._read_scored(dataset, self.best_condition())
+        return evaluation.likelihood_metrics(samples, self.best_condition(), self.nll_given)
 
     def rewards_given(self, dataset: Dataset, *, conditions: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Return the mean reward of each prompt's completions under each condition.
@@ -639,7 +498,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
             Name -> (rows,), NaN for prompts without a scored completion, and for prompts that are too long (a warning
             is logged).
         """
-        with self._unchanged_weights():
+        with self.unchanged_weights():
             return evaluation.rewards_given(self, dataset, conditions)
 
     def nll_given(
@@ -660,8 +519,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         with self.sampling_from(reference=reference) as model:
             return evaluation.negative_log_likelihoods(self, model, prompts, [s.completion_ids for s in samples])
 
-    def _log_round(self, number: int, table: Table, through: int) -> None:
-        logs = evaluation.round_metrics(number, table, self.condition, online=self.online)
+    def _log_round(self, number: int, table: Table, through: int, speed: dict[str, float]) -> None:
+        logs = evaluation.round_metrics(number, table, self.condition, online=self.online) | speed
         newest = evaluation.newest_samples(number, table, online=self.online)
         if self.online and self.condition.free_words:
             samples = self.pool.read(np.flatnonzero(newest & (table.label >= 0)), number)
@@ -678,19 +537,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         if self.args.should_save:
             evaluation.draw_round(number, table, self.condition, self.args.output_dir)
 
-    def log_measured(self, logs: dict[str, float]) -> None:
-        """Log by itself: means over the steps since training was logged wait for its next log."""
-        was_training = self.model.training
-        self.model.eval()  # TRL's log asks the model which of the two it is
-        self.log(logs)
-        self.model.train(was_training)
-
     # --------------------------------------------------------------------------------------------- resuming and saving
-
-    @property
-    def written_folders(self) -> tuple[str | Path, ...]:
-        """Those of all trainers, and the pool's."""
-        return (*super().written_folders, *([self.pool.folder] if self.online else []))
 
     @property
     def state_files(self) -> tuple[str, ...]:
@@ -698,18 +545,8 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         return (STATE_FILE,)
 
     def begin_training(self, *, going_on: bool) -> None:
-        """Check the pool: what it has already is not sampled again.
-
-        Raises:
-            ValueError: the pool has the samples of an earlier run, which this one was not asked to continue, or
-                samples of other prompts.
-        """
-        if self.online and self.pool.rounds and not going_on:
-            raise ValueError(
-                f"{self.pool.folder} has the samples of an earlier run (rounds {self.pool.rounds}). Go on with "
-                "resume_from_checkpoint=True, or give another output_dir or pool_dir to start anew."
-            )
-        self.check_pool()
+        """Check the pool, and forget what an earlier call has summed up."""
+        super().begin_training(going_on=going_on)
         self._step_sums = None
 
     def save_own_state(self, folder: Path) -> None:
@@ -733,13 +570,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
                 f"{checkpoint} was trained under {state['condition']}, and this run's condition is "
                 f"{self.condition.spec}. Use the same condition, or start anew from its weights."
             )
-        steps = state.get("steps_per_round", self.steps_per_round)
-        if self.online and steps != self.steps_per_round:
-            raise ValueError(
-                f"A round had {steps} optimiser steps in {checkpoint} and has {self.steps_per_round} now: its samples "
-                "would be trained on in another round. Keep draws_per_round, and per_device_train_batch_size x "
-                "gradient_accumulation_steps x processes."
-            )
+        self.check_steps_of_round(checkpoint, state.get("steps_per_round", self.steps_per_round))
         self.condition = of_checkpoint(state["condition"])
         self.kl_coef.load_state_dict(state["kl_coef"])
         self.entropy_coef.load_state_dict(state["entropy_coef"])
@@ -753,9 +584,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
     def functions(self) -> dict[str, dict[str, str | None]]:
         """Return the condition and, where completions are sampled, the reward."""
         kind = self.condition.kind
-        found = {"condition": {kind: CONDITIONS.hashes.get(kind)}}
-        feature = getattr(self.feedback, "feature", None)
-        return found if feature is None else found | {"reward": {feature.name: hash_of_user(feature.function)}}
+        return {"condition": {kind: CONDITIONS.hashes.get(kind)}, **self.reward_function()}
 
     def objective(self) -> dict[str, Any]:
         """Condition and coefficients."""
@@ -775,14 +604,10 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
         return condition.kind, best, bool(condition.tokens)
 
 
-class _BeginsRounds(TrainerCallback):
-    def __init__(self, trainer: ConditionalTrainer) -> None:
-        self.trainer = trainer
+class _AdaptsCoefficients(BeginsRounds):
+    """Begin the rounds, and adapt the coefficients after each optimiser step."""
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.trainer.begin_round(state.global_step // self.trainer.steps_per_round + 1)
-
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.adapt_coefficients()
 
 

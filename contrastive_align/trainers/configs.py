@@ -113,6 +113,18 @@ NOT_SUPPORTED_CONDITIONAL = {
     "dataloader_persistent_workers": ("workers would go on reading the round before", "leave it out"),
     "dataloader_drop_last": ("a round has whole steps already", "leave it out"),
 }
+# Refused where the groups are the policy's own samples.
+NOT_SUPPORTED_ONLINE = {
+    "max_tokens_per_batch": ("the groups of later rounds are not known beforehand", "leave it out"),
+    "precompute_ref_log_probs": ("there are no groups before the first round", "leave it out"),
+    "sync_ref_model": ("rounds move the reference", "set reference='round'"),
+    "dataloader_drop_last": ("a round has whole steps already", "leave it out"),
+    "dataloader_persistent_workers": ("workers would go on reading the round before", "leave it out"),
+    "first_score_bonus": ("the first of a group's own samples is like any other", "leave it out"),
+    "hard_pairs": ("own samples are no pairs", "leave it out"),
+    "max_prompt_length": ("samples are of whole prompts, and those without room are left out", "leave it out"),
+}
+REFERENCES = ("round", "start")
 KL_DIRECTIONS = ("reverse", "forward")
 VLLM_MODES = ("server", "colocate")
 VLLM_TEMPERATURES = (0.01, 2)  # vLLM moves a lower one there, and refuses a higher one
@@ -181,7 +193,7 @@ def describe_options(**choices: tuple[str, ...]) -> Callable[[Config], Config]:
 
     def describe(cls: Config) -> Config:
         help_of = option_texts(cls.__doc__ or "")
-        cls.choices = choices
+        cls.choices = {**getattr(cls, "choices", {}), **choices}
         for option in fields(cls):
             if option.name in vars(cls).get("__annotations__", {}):
                 described = {"help": help_of.get(option.name)} | dict(option.metadata)
@@ -200,9 +212,91 @@ def check_choices(config: Any) -> None:
             raise ValueError(f"{name} is {getattr(config, name)!r}, expected one of {', '.join(known)}.")
 
 
-@describe_options(layout=LAYOUTS, on_bad_row=ON_BAD_ROW)
+@describe_options(vllm_mode=VLLM_MODES)
+@dataclass(kw_only=True)
+class SamplingOptions:
+    """Options of a trainer that samples rounds itself.
+
+    Args:
+        prompts_per_round (`int`, *optional*):
+            Prompts sampled in a round; all of the dataset's by default. The next round goes on where this one stopped.
+        num_generations (`int`, defaults to `8`):
+            Completions sampled for a prompt, the K of its group.
+        max_completion_length (`int`, defaults to `256`):
+            Longest sampled completion in tokens. One that is cut there is trained on without an EOS.
+        temperature (`float`, defaults to `1.0`):
+            Of sampling.
+        top_p (`float`, defaults to `1.0`):
+            Of sampling.
+        reward_weights (`list[float]`, *optional*):
+            Of several reward functions; 1 each by default.
+        pool_dir (`str`, *optional*):
+            Where the pool is; `output_dir`/pool by default.
+        rows_at_once (`int`, defaults to `256`):
+            Completions decoded together at most; with a colocated vLLM, its `max_num_seqs` of a GPU.
+        ds3_gather_for_generation (`bool`, defaults to `True`):
+            Under ZeRO-3 and FSDP2, gather all weights once to draw completions. `False`: a layer at a time in each step
+            of decoding, slower, for a model that does not fit on one device.
+        use_vllm, vllm_mode, vllm_model_impl, vllm_enable_sleep_mode, vllm_server_base_url, vllm_server_host,
+        vllm_server_port, vllm_server_timeout, vllm_group_port, vllm_gpu_memory_utilization, vllm_max_model_length,
+        vllm_tensor_parallel_size:
+            As in :class:`trl.RLOOConfig`: vLLM draws the completions, and is handed the weights before each round and
+            each evaluation. It draws with random numbers of its own, so that `seed` does not repeat them; what the
+            pool has is not drawn again. Tested with a stand-in for TRL's client, not with vLLM on a GPU.
+    """
+
+    prompts_per_round: int | None = None
+    num_generations: int = 8
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    reward_weights: list[float] | None = None
+    pool_dir: str | None = None
+    rows_at_once: int = 256
+    ds3_gather_for_generation: bool = True
+    use_vllm: bool = option_of(RLOOConfig, "use_vllm")
+    vllm_mode: str = option_of(RLOOConfig, "vllm_mode")
+    vllm_model_impl: str = option_of(RLOOConfig, "vllm_model_impl")
+    vllm_enable_sleep_mode: bool = option_of(RLOOConfig, "vllm_enable_sleep_mode")
+    vllm_server_base_url: str | None = option_of(RLOOConfig, "vllm_server_base_url")
+    vllm_server_host: str = option_of(RLOOConfig, "vllm_server_host")
+    vllm_server_port: int = option_of(RLOOConfig, "vllm_server_port")
+    vllm_server_timeout: float = option_of(RLOOConfig, "vllm_server_timeout")
+    vllm_group_port: int = option_of(RLOOConfig, "vllm_group_port")
+    vllm_gpu_memory_utilization: float = option_of(RLOOConfig, "vllm_gpu_memory_utilization")
+    vllm_max_model_length: int | None = option_of(RLOOConfig, "vllm_max_model_length")
+    vllm_tensor_parallel_size: int = option_of(RLOOConfig, "vllm_tensor_parallel_size")
+
+    def check_sampling(self, better: str) -> None:
+        """Refuse, once the other options are set, those that rounds of samples cannot have.
+
+        Args:
+            better: a metric that evaluation gives, and what it is for.
+
+        Raises:
+            ValueError: naming the option and the way out.
+        """
+        if self.metric_for_best_model in ("loss", "eval_loss"):  # which the Trainer takes where none is given
+            raise ValueError(
+                "load_best_model_at_end (or a scheduler) follows the metric 'loss', which evaluate does not give here. "
+                f"Set metric_for_best_model to one that it does: {better}."
+            )
+        lowest, highest = VLLM_TEMPERATURES
+        if self.use_vllm and not lowest <= self.temperature <= highest:
+            raise ValueError(
+                f"temperature is {self.temperature} with use_vllm, which takes {lowest:g} to {highest:g}. Change it, "
+                "or leave use_vllm out."
+            )
+        if self.save_only_model and self.save_strategy != SaveStrategy.NO:
+            raise ValueError(
+                "save_only_model=True leaves checkpoints that no run can go on from, and the pool of one that is "
+                "stopped would be lost. Leave it out; save_total_limit=1 keeps one checkpoint."
+            )
+
+
+@describe_options(layout=LAYOUTS, on_bad_row=ON_BAD_ROW, reference=REFERENCES)
 @dataclass
-class ContrastiveConfig(DPOConfig):
+class ContrastiveConfig(DPOConfig, SamplingOptions):
     """Options of :class:`~contrastive_align.ContrastiveTrainer` beside those of :class:`trl.DPOConfig`.
 
     Args:
@@ -231,7 +325,7 @@ class ContrastiveConfig(DPOConfig):
         score_column (`str`, *optional*):
             The column that is the score, where several may be: `helpfulness`.
         hard_pairs (`bool`, defaults to `False`):
-            Pairs are scores (1, 0), whatever ratings stand beside them; `contrastive-align preference` sets it.
+            Pairs are (1, 0), whatever their ratings: the default of `preference`.
         layout (`str`, defaults to `"auto"`):
             `"shared"`: the completions of a group share one copy of their prompt, which is computed once. `"padded"`: a
             row for each completion. `"auto"` tries the first on a small batch and takes the second, with a warning,
@@ -241,14 +335,32 @@ class ContrastiveConfig(DPOConfig):
             within `per_device_train_batch_size` groups, drawn anew every epoch from `data_seed` or `seed`. Counted is
             what the layout computes: every prompt once and its completions (shared), or rows x the longest (padded). An
             optimiser step remains `gradient_accumulation_steps` batches on every process and its loss the mean over
-            the groups in them, of which there are fewer in a step of long ones. Without it the order is TRL's.
+            the groups in them. Without it the order is TRL's.
         first_score_bonus (`float`, defaults to `0.0`):
-            Added to the score of every group's first completion. The published run adds 0.01, which at
-            temperature_alpha = 1e-4 decides every tie for the first.
+            Added to each group's first score. The published run adds 0.01, which at temperature_alpha = 1e-4 decides
+            every tie for it.
         ref_log_probs_folder (`str`, *optional*):
             Where `contrastive-align reference` wrote; by default beside the files.
         allow_pickled_adapter (`bool`, defaults to `False`):
             Read an `adapter_model.bin` (a pickle), with `weights_only=True`.
+        online (`bool`, defaults to `False`):
+            Own samples in place of scores: the dataset is prompts, and a reward scores the completions
+            (`contrastive-align reward --online -h`).
+        num_rounds (`int`, defaults to `4`):
+            Online: rounds of sampling and training. A round is an epoch of the Trainer.
+        draws_per_round (`int`, *optional*):
+            Online: groups trained on in a round, each once before any comes twice, rounded up to whole optimiser steps.
+            By default as many as a round samples.
+        reference (`str`, defaults to `"round"`):
+            Online: `"round"`: the reference is the policy at the beginning of each round, which the samples are drawn
+            from, as NCA has it. `"start"`: it is where the run starts.
+        keep (`int`, defaults to `0`):
+            Online: earlier rounds whose groups are trained on again in a round.
+        resample (`int`, defaults to `0`):
+            Online: how often a prompt is sampled again whose completions all score the same. Groups that stay so are
+            left out and counted.
+        scored_share (`float`, defaults to `0.5`):
+            Online, with scored groups beside the prompts: their share of the groups of a round.
     """
 
     loss_type: list[str] = field(default_factory=lambda: ["nca"])
@@ -263,6 +375,13 @@ class ContrastiveConfig(DPOConfig):
     first_score_bonus: float = 0.0
     ref_log_probs_folder: str | None = None
     allow_pickled_adapter: bool = False
+    online: bool = False
+    num_rounds: int = 4
+    draws_per_round: int | None = None
+    reference: str = "round"
+    keep: int = 0
+    resample: int = 0
+    scored_share: float = 0.5
 
     def __post_init__(self):
         if isinstance(self.loss_type, str) or callable(self.loss_type):
@@ -292,6 +411,34 @@ class ContrastiveConfig(DPOConfig):
                 "accelerator_config.even_batches=False lets processes run out of batches at different steps. Leave it "
                 "out: the rows repeated to fill the last batch weigh nothing."
             )
+        if self.online:
+            self.go_online()
+
+    @classmethod
+    def of_own_samples(cls) -> dict[str, Any]:
+        """Return the options that mean something online alone, and their defaults."""
+        own = {f.name for f in fields(SamplingOptions)}
+        own |= {"num_rounds", "draws_per_round", "reference", "keep", "resample", "scored_share"}
+        return {f.name: f.default for f in fields(cls) if f.name in own}
+
+    def go_online(self) -> None:
+        """Make an epoch a round; refuse options that own samples cannot have.
+
+        Raises:
+            ValueError: naming the option and the way out.
+        """
+        self.online = True
+        defaults = {f.name: f.default for f in fields(ContrastiveConfig)}
+        for name, (why, way_out) in NOT_SUPPORTED_ONLINE.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported online: {why}. Way out: {way_out}.")
+        if self.num_train_epochs not in (defaults["num_train_epochs"], self.num_rounds):
+            raise ValueError(
+                f"num_train_epochs is {self.num_train_epochs:g} online, where an epoch is a round. Set num_rounds "
+                f"(it is {self.num_rounds}); draws_per_round says how many groups are trained on in a round."
+            )
+        self.num_train_epochs = self.num_rounds
+        self.check_sampling("'reward', the mean reward of samples of the evaluation prompts")
 
     def _check_batches_by_tokens(self) -> None:
         if self.accelerator_config.split_batches:
@@ -420,27 +567,19 @@ class FDPGConfig(RLOOConfig):
 OF_SCORED = ("score_column", "feedback_column", "negate_score")
 
 
-@describe_options(layout=LAYOUTS, kl_direction=KL_DIRECTIONS, vllm_mode=VLLM_MODES, on_bad_row=ON_BAD_ROW)
+@describe_options(layout=LAYOUTS, kl_direction=KL_DIRECTIONS, on_bad_row=ON_BAD_ROW)
 @dataclass
-class ConditionalConfig(SFTConfig):
+class ConditionalConfig(SFTConfig, SamplingOptions):
     """Options of :class:`~contrastive_align.ConditionalTrainer` beside those of :class:`trl.SFTConfig`.
 
     Args:
         num_train_epochs (`float`, defaults to `4`):
             Online, an epoch is a round: sample, feedback, pool, train. From scored data, a pass over its draws.
-        prompts_per_round (`int`, *optional*):
-            Prompts sampled in a round; all of the dataset's by default. The next round goes on where this one stopped.
         num_generations (`int`, defaults to `10`):
             Completions sampled for a prompt, the K of its group.
         draws_per_round (`int`, *optional*):
             Completions trained on in a round, balanced over the conditions and rounded up to whole optimiser steps. By
             default as many as a round samples; from scored data, as many as it holds.
-        max_completion_length (`int`, defaults to `256`):
-            Longest sampled completion in tokens. One that is cut there is trained on without an EOS.
-        temperature (`float`, defaults to `1.0`):
-            Of sampling.
-        top_p (`float`, defaults to `1.0`):
-            Of sampling.
         drop_factor (`float`, defaults to `0.0`):
             Share of the earlier samples of each condition that leaves the pool in a round: 0 keeps all, 1 none.
         kl_coef (`float`, defaults to `0.05`):
@@ -457,24 +596,9 @@ class ConditionalConfig(SFTConfig):
             Completions over which a coefficient adapts.
         unfrozen_layers_ratio (`float`, defaults to `1.0`):
             Share of the layers that is trained, from the top; the lower ones are frozen.
-        reward_weights (`list[float]`, *optional*):
-            Of several reward functions; 1 each by default.
         layout (`str`, defaults to `"auto"`):
             `"shared"`: the rows of a batch stand in one packed row, without padding. `"padded"`: as usual. `"auto"`
             tries the first on a small batch and takes the second, with a warning, where the log-probs differ.
-        pool_dir (`str`, *optional*):
-            Where the pool is; `output_dir`/pool by default.
-        rows_at_once (`int`, defaults to `256`):
-            Completions decoded together at most; with a colocated vLLM, its `max_num_seqs` of a GPU.
-        ds3_gather_for_generation (`bool`, defaults to `True`):
-            Under ZeRO-3 and FSDP2, gather all weights once to draw completions. `False`: a layer at a time in each step
-            of decoding, slower, for a model that does not fit on one device.
-        use_vllm, vllm_mode, vllm_model_impl, vllm_enable_sleep_mode, vllm_server_base_url, vllm_server_host,
-        vllm_server_port, vllm_server_timeout, vllm_group_port, vllm_gpu_memory_utilization, vllm_max_model_length,
-        vllm_tensor_parallel_size:
-            As in :class:`trl.RLOOConfig`: vLLM draws the completions, and is handed the weights before each round and
-            each evaluation. It draws with random numbers of its own, so that `seed` does not repeat them; what the
-            pool has is not drawn again. Tested with a stand-in for TRL's client, not with vLLM on a GPU.
         disable_dropout (`bool`, defaults to `True`):
             Completions are sampled without dropout, and the reference has none.
         columns (`str` or `dict`, *optional*):
@@ -490,12 +614,8 @@ class ConditionalConfig(SFTConfig):
     """
 
     num_train_epochs: float = 4
-    prompts_per_round: int | None = None
-    num_generations: int = 10
+    num_generations: int = field(default=10, kw_only=True)  # not the first of all, as a field of a base would be
     draws_per_round: int | None = None
-    max_completion_length: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
     drop_factor: float = 0.0
     kl_coef: float = 0.05
     kl_direction: str = "reverse"
@@ -504,23 +624,7 @@ class ConditionalConfig(SFTConfig):
     entropy_target: float | None = None
     coef_horizon: int = 10_000
     unfrozen_layers_ratio: float = 1.0
-    reward_weights: list[float] | None = None
     layout: str = "auto"
-    pool_dir: str | None = None
-    rows_at_once: int = 256
-    ds3_gather_for_generation: bool = True
-    use_vllm: bool = option_of(RLOOConfig, "use_vllm")
-    vllm_mode: str = option_of(RLOOConfig, "vllm_mode")
-    vllm_model_impl: str = option_of(RLOOConfig, "vllm_model_impl")
-    vllm_enable_sleep_mode: bool = option_of(RLOOConfig, "vllm_enable_sleep_mode")
-    vllm_server_base_url: str | None = option_of(RLOOConfig, "vllm_server_base_url")
-    vllm_server_host: str = option_of(RLOOConfig, "vllm_server_host")
-    vllm_server_port: int = option_of(RLOOConfig, "vllm_server_port")
-    vllm_server_timeout: float = option_of(RLOOConfig, "vllm_server_timeout")
-    vllm_group_port: int = option_of(RLOOConfig, "vllm_group_port")
-    vllm_gpu_memory_utilization: float = option_of(RLOOConfig, "vllm_gpu_memory_utilization")
-    vllm_max_model_length: int | None = option_of(RLOOConfig, "vllm_max_model_length")
-    vllm_tensor_parallel_size: int = option_of(RLOOConfig, "vllm_tensor_parallel_size")
     disable_dropout: bool = True
     columns: dict[str, str] | str | None = None
     score_column: str | None = None
@@ -536,27 +640,11 @@ class ConditionalConfig(SFTConfig):
             self.greater_is_better = False  # else everything is, whose name does not end in "loss"
         _name_checkpointing_anew(self)
         super().__post_init__()
-        if self.metric_for_best_model in ("loss", "eval_loss"):  # which the Trainer takes where none is given
-            raise ValueError(
-                "load_best_model_at_end (or a scheduler) follows the metric 'loss', which evaluate does not give here. "
-                "Set metric_for_best_model to one that it does: 'reward_given/<quantile_0>' for instance, or from "
-                "scored data 'nll/<quantile_0>'."
-            )
         check_choices(self)
         read_options(self.columns, self.score_column)
-        lowest, highest = VLLM_TEMPERATURES
-        if self.use_vllm and not lowest <= self.temperature <= highest:
-            raise ValueError(
-                f"temperature is {self.temperature} with use_vllm, which takes {lowest:g} to {highest:g}. Change it, "
-                "or leave use_vllm out."
-            )
+        self.check_sampling("'reward_given/<quantile_0>' for instance, or from scored data 'nll/<quantile_0>'")
         for name, coefficient in (("kl_target", self.kl_coef), ("entropy_target", self.entropy_coef)):
             if getattr(self, name) is not None and coefficient == 0:
                 raise ValueError(
                     f"{name} adapts {name.replace('target', 'coef')}, which is 0 and would stay so. Give it a start."
                 )
-        if self.save_only_model and self.save_strategy != SaveStrategy.NO:
-            raise ValueError(
-                "save_only_model=True leaves checkpoints that no run can go on from, and the pool of one that is "
-                "stopped would be lost. Leave it out; save_total_limit=1 keeps one checkpoint."
-            )

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import BitsAndBytesConfig, DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
@@ -30,8 +31,11 @@ from contrastive_align.data.tokenise import render_messages
 from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_labels
 from contrastive_align.models.loading import embedding_rows
 from contrastive_align.models.logps import CompletionLogps, beside, completion_logps, per_completion
+from contrastive_align.pool import Pool
+from contrastive_align.trainers import evaluation
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset
 from contrastive_align.trainers.configs import AUTO, ContrastiveConfig
+from contrastive_align.trainers.group_rounds import GroupRows, GroupSignal, group_metrics
 from contrastive_align.trainers.labels import (
     ANY_TEMPERATURE,
     add_first_score_bonus,
@@ -40,6 +44,9 @@ from contrastive_align.trainers.labels import (
 )
 from contrastive_align.trainers.metrics import Averages, Mean, batch_metrics
 from contrastive_align.trainers.reference import cached_reference_logps, reference_cache_file
+from contrastive_align.trainers.reward_log import RewardLog
+from contrastive_align.trainers.sampled_rounds import BeginsRounds, SamplesRounds
+from contrastive_align.trainers.samplers import check_vllm_options
 from contrastive_align.trainers.shard_batches import (
     READ,
     STREAM,
@@ -63,9 +70,11 @@ from contrastive_align.trl_seam import (
 logger = logging.get_logger(__name__)
 
 STATE_FILE = "contrastive_state.json"
+SCORED = "scored"  # the name of the groups of files beside own samples
+KL_SAMPLES = 512  # of a round, by which its KL to the start is measured
 
 
-class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, AlignmentTrainer, DPOTrainer):
+class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDatasets, AlignmentTrainer, DPOTrainer):
     """Align a language model on groups of K scored completions: NCA, InfoNCA, DPO and kin.
 
     A subclass of :class:`trl.DPOTrainer` that takes its arguments and keeps what it does: model loading, PEFT,
@@ -86,6 +95,15 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
     trainer.train()
     ```
 
+    Online, with ``reward_funcs`` or a ``judge``, the dataset is prompts and the groups are the policy's own: an epoch
+    is a round, which samples ``num_generations`` completions of some prompts, scores them, adds them to the pool and
+    trains on the groups whose scores differ.
+
+    ```python
+    args = ContrastiveConfig(output_dir="out", online=True, num_rounds=4, num_generations=8)
+    trainer = ContrastiveTrainer("Qwen/Qwen3-0.6B", args=args, train_dataset=prompts, reward_funcs=my_reward)
+    ```
+
     Args:
         model: as in TRL; a folder or hub id may also be a LoRA adapter (see ``models.loading.resolve_start``).
         ref_model: as in TRL; by default the start of the run, and then the first step checks that policy and reference
@@ -95,6 +113,12 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         train_dataset, eval_dataset: groups in any shape of ``data/shapes.py``, preference pairs included.
         processing_class: a tokenizer.
         callbacks, optimizers, quantization_config, peft_config: as in TRL.
+        reward_funcs: online: TRL reward functions, reward-model ids or feature specs (see ``targets/features.py``);
+            several are summed by ``args.reward_weights``.
+        judge: a :class:`~contrastive_align.judge.judge.Judge` with scores, in place of reward functions.
+        sampler: online: a :class:`~contrastive_align.sampling.server.ServerSampler`, for LoRA; for vLLM there is
+            ``args.use_vllm``.
+        scored_dataset: online: scored groups that are trained on beside the own ones (``args.scored_share``).
 
     Raises:
         BadRow: a row cannot be trained on (``on_bad_row="raise"``), with row and column.
@@ -132,9 +156,15 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: Any | None = None,
+        *,
+        reward_funcs: Any = None,
+        judge: Any = None,
+        sampler: Any = None,
+        scored_dataset: Dataset | None = None,
     ):
         args = self.own_args(args, model)
         self.refuse_arguments(model, processing_class, peft_config, compute_metrics=compute_metrics)
+        self._take_feedback(reward_funcs, judge, args, train_dataset, sampler, scored_dataset, quantization_config)
         if args.max_tokens_per_batch is not None and isinstance(train_dataset, IterableDataset):
             raise ValueError(
                 "max_tokens_per_batch needs to know the length of every group beforehand, and train_dataset is a "
@@ -187,7 +217,9 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         )
         self._choose_layout_once()
         self._auto_temperature = ANY_TEMPERATURE
-        if self.reads_labels and args.temperature_alpha == AUTO:
+        if self.online:
+            self._prepare_rounds(sampler, scored_dataset)
+        elif self.reads_labels and args.temperature_alpha == AUTO:
             found = auto_temperature(self.train_dataset, first_score_bonus=args.first_score_bonus)
             self._auto_temperature = broadcast_object_list([found])[0]
             logger.info(f"temperature_alpha='auto' is {self.temperature_alpha:.4g} for these groups.")
@@ -200,12 +232,42 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
                 f"leave the range it was trained for. Set max_length={context}."
             )
 
+    def _take_feedback(
+        self,
+        reward_funcs: Any,
+        judge: Any,
+        args: ContrastiveConfig,
+        train_dataset: Any,
+        sampler: Any,
+        scored_dataset: Any,
+        quantization_config: Any,
+    ) -> None:
+        """Decide whether groups are sampled, and refuse what then, or otherwise, has no meaning."""
+        self.online = args.online or reward_funcs is not None or judge is not None
+        if not self.online:
+            given = [name for name, value in args.of_own_samples().items() if getattr(args, name) != value]
+            told = {"sampler": sampler, "scored_dataset": scored_dataset}
+            for name in [*given, *(name for name, value in told.items() if value is not None)]:
+                raise ValueError(f"{name} is of own samples, and none are drawn. Leave it out, or set online=True.")
+            return
+        args.go_online()
+        self.take_feedback(reward_funcs, judge, args)
+        if self.feedback is None:
+            raise ValueError(
+                "online=True, and nothing says how good a completion is: what is the reward? Give reward_funcs (as for "
+                "TRL's GRPOTrainer) or a judge; or, to train on the scores of the dataset, leave online out."
+            )
+        self.check_prompts_are_whole(train_dataset)
+        if args.use_vllm:
+            check_vllm_options(args, online=True, sampler=sampler, quantised=quantization_config is not None)
+
     @property
     def temperature_alpha(self) -> float:
         """The number in use, in training and evaluation.
 
-        Under ``temperature_alpha="auto"`` it is that of the training groups, or of the checkpoint of a resumed run; 1.0
-        where nothing depends on it: no loss reads labels, or all groups are preferences or have equal scores.
+        Under ``temperature_alpha="auto"`` it is that of the training groups (online, of the present round), or of the
+        checkpoint of a resumed run; 1.0 where nothing depends on it: no loss reads labels, or all groups are
+        preferences or have equal scores.
         """
         given = self.args.temperature_alpha
         return self._auto_temperature if given == AUTO else given
@@ -236,7 +298,9 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
     def prepare_rows(
         self, dataset: AnyDataset, tokenizer: Any, args: ContrastiveConfig, name: str
     ) -> AnyDataset | ShardedGroups:
-        """Tokenise groups; what was dropped or cut is reported once."""
+        """Tokenise groups; what was dropped or cut is reported once. Prompts of own samples stay as they are."""
+        if self.online and name != SCORED:
+            return dataset
         with global_then_local_main_first():
             groups, report = prepare_groups(
                 dataset,
@@ -258,6 +322,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         """Trainer's loader, one of batches by tokens (``max_tokens_per_batch``), or one that reads shards."""
         if isinstance(self.train_dataset, ShardedGroups):
             return shard_loader(self, self.train_dataset, training=True)
+        if self.online:
+            return self.training_loader(self.rows, SequentialSampler)
         loader = super().get_train_dataloader()
         if self.args.max_tokens_per_batch is not None:
             loader, self._group_weights.by_tokens = loader_by_tokens(self, loader)
@@ -288,13 +354,98 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             if (read := batch.pop(READ, None)) is not None:
                 self.train_dataset.take_note(read)
             last = i == len(batches) - 1 and self.accelerator.gradient_state.end_of_dataloader
-            batch["group_weights"] = self._group_weights.of(self, batch, self.train_dataset, last=last, training=True)
+            rows = self.rows if self.online else self.train_dataset
+            batch["group_weights"] = self._group_weights.of(self, batch, rows, last=last, training=True)
         groups = sum(batch["group_weights"].sum() for batch in batches)
         total = self.accelerator.gather(torch.as_tensor(groups, device=device, dtype=torch.float32)).sum()
         total = total.clamp(min=1)  # all rows of a step of a stream may have been dropped
         for batch in batches:  # tensor-parallel processes have the same groups, in the sum as in the product
             batch["step_groups"] = total / (len(batches) * self.accelerator.num_processes)
         return batches, total / self.get_tp_size()
+
+    # ------------------------------------------------------------------------------------------------- own samples
+
+    def _prepare_rounds(self, sampler: Any, scored_dataset: Dataset | None) -> None:
+        """Open the pool, and decide how many groups are trained on in a round."""
+        args = self.args
+        self.take_sampler(sampler)
+        self.take_prompts(self.train_dataset)
+        if args.num_generations < 2:
+            raise ValueError(f"num_generations is {args.num_generations}, expected 2 or more: a group is compared.")
+        scored = (
+            None if scored_dataset is None else self.prepare_rows(scored_dataset, self.processing_class, args, SCORED)
+        )
+        signal = GroupSignal(needed=scored is None)
+        self.pool = Pool(self.pool_folder, label=signal.label, drop_factor=0.0 if args.keep else 1.0, seed=args.seed)
+        length = self.fill_steps(args.draws_per_round or self.prompts_per_round)
+        self.rows = GroupRows(self.pool, self.encode, length, args.seed, scored, args.scored_share)
+        self.open_rounds(signal, self.pool, resample=args.resample)
+        self.add_callback(BeginsRounds(self))
+
+    def begin_round(self, number: int) -> None:
+        """Make a round, unless the pool has it; then choose the groups that it is trained on, and log it."""
+        speed = self.make_round(number)
+        rows, args = self.rows, self.args
+        rows.draw(number, args.keep)
+        if args.reference == "round":
+            self._move_reference()
+        if self.reads_labels:
+            scores = Dataset.from_dict({"scores": [rows.group(*drawn)["scores"] for drawn in rows.distinct()]})
+            if args.temperature_alpha == AUTO:
+                self._auto_temperature = auto_temperature(scores, first_score_bonus=0.0)
+            elif number == 1:
+                warn_of_labels(scores, args.temperature_alpha)
+        if not self.was_logged(number):
+            self.log_measured({**self._round_metrics(number), **speed, **self.reward_log.take_metrics()})
+
+    def _move_reference(self) -> None:
+        """Let the policy as it is score the groups of the round; the pool keeps the log-probs."""
+        if self.rows.read_reference():
+            return
+        groups = [self.rows.group(*drawn) for drawn in self.rows.distinct()]
+        with self.sampling_from() as model:
+            logps = evaluation.group_logps(self, model, groups)
+        if self.accelerator.is_main_process:
+            self.rows.write_reference(logps)
+        self.accelerator.wait_for_everyone()
+        self.rows.read_reference()
+
+    def _round_metrics(self, number: int) -> dict[str, float]:
+        table = self.pool.table(number)
+        found = group_metrics(number, table, self.args.num_generations)
+        newest = np.flatnonzero(table.round == number)
+        samples = self.pool.read(newest[:: max(1, len(newest) // KL_SAMPLES)], number)
+        prompts, ids = [self.encode(s.prompt) for s in samples], [s.completion_ids for s in samples]
+        nll = []
+        for reference in (True, False):
+            with self.sampling_from(reference=reference) as model:
+                nll.append(evaluation.negative_log_likelihoods(self, model, prompts, ids)[0])
+        found |= evaluation.mean_and_error("round/kl_start", nll[0] - nll[1])
+        if self.reads_labels:
+            found["round/temperature_alpha"] = self.temperature_alpha
+        return found
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate on groups as Trainer does; online on prompts: ``<prefix>_reward`` and ``.../se`` over prompts."""
+        if not self.online:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return self.evaluate_samples(eval_dataset, metric_key_prefix)
+
+    def measure(self, dataset: Dataset) -> dict[str, float]:
+        """Return the mean reward of samples of the prompts, and its standard error."""
+        self.reward_log = RewardLog()
+        return evaluation.mean_and_error("reward", self.rewards_of(dataset)) | self.reward_log.take_metrics()
+
+    def rewards_of(self, dataset: Dataset) -> np.ndarray:
+        """Return the mean reward of ``num_generations`` samples of each prompt, NaN where none is scored.
+
+        A prompt's seeds are the same in every evaluation (not with ``use_vllm``).
+        """
+        with self.unchanged_weights():
+            long = self.too_long(dataset, "eval_dataset")
+            return evaluation.sampled_rewards(self, dataset, long, {"reward": None})["reward"]
 
     # -------------------------------------------------------------------------------------------------- reference
 
@@ -378,8 +529,10 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
                 )
         return rows
 
-    def reference_group(self) -> dict[str, Any]:
-        """Return the first training group."""
+    def reference_group(self) -> dict[str, Any] | None:
+        """Return a training group; None where the reference is the policy at the beginning of a round."""
+        if self.online:
+            return self.rows.group(*self.rows.drawn[0]) if self.rows.drawn and self.args.reference == "start" else None
         return {name: self._first_row[name] for name in ("prompt_ids", "completion_ids", "scores")}
 
     @functools.cached_property
@@ -397,6 +550,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
     @property
     def is_conversational(self) -> bool:
         """Whether the first prompt, of which tokens alone are kept, has the tokens of the chat template around it."""
+        if self.online:
+            return super().is_conversational
         tokenizer: Any = self.processing_class
         if not tokenizer.chat_template:
             return False
@@ -414,9 +569,16 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
+    @property
+    def state_files(self) -> tuple[str, ...]:
+        """Online, the one file that :meth:`save_own_state` writes."""
+        return (STATE_FILE,) if self.online else ()
+
     def save_own_state(self, folder: Path) -> None:
         """Write the temperature of the labels, and the place in a stream of shards."""
         state: dict[str, Any] = {"temperature_alpha": self.temperature_alpha} if self.reads_labels else {}
+        if self.online:
+            state["steps_per_round"] = self.steps_per_round
         if isinstance(self.train_dataset, ShardedGroups):
             state[STREAM] = stream_state(self, self.train_dataset)
         if state and self.args.should_save:
@@ -432,6 +594,9 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         state = json.loads(file.read_text()) if file.is_file() else {}
         if isinstance(self.train_dataset, ShardedGroups) and STREAM in state:
             check_stream_of_checkpoint(checkpoint, state[STREAM], self, self.train_dataset)
+        if self.online:
+            self.check_steps_of_round(checkpoint, state.get("steps_per_round", 0))
+            return  # the temperature is that of the round's groups
         if not self.reads_labels or self.args.temperature_alpha != AUTO:
             return
         if "temperature_alpha" not in state:
@@ -467,7 +632,7 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         training = self.model.training
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         # The reference comes first, so that its activations and those kept for the backward pass never add up.
-        if not self.args.precompute_ref_log_probs:
+        if not self.args.precompute_ref_log_probs and "ref_logps" not in inputs:
             inputs = inputs | {"ref_logps": self.compute_ref_log_probs(self.reference_or_policy, inputs)}
         policy = completion_logps(model, inputs, layout=self.layout, **router)
         inputs = beside(policy.logps, inputs)
@@ -560,8 +725,8 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
         return output
 
     def functions(self) -> dict[str, dict[str, str | None]]:
-        """Return the losses."""
-        return {"loss_type": {name: LOSSES.hashes.get(name) for name in self.loss_types}}
+        """Return the losses and, where completions are sampled, the reward."""
+        return {"loss_type": {name: LOSSES.hashes.get(name) for name in self.loss_types}, **self.reward_function()}
 
     def objective(self) -> dict[str, Any]:
         """Losses and their coefficients."""
@@ -571,6 +736,11 @@ class ContrastiveTrainer(KeepsDigits, CachesReference, PreparesDatasets, Alignme
             found["loss_weights"] = args.loss_weights
         if self.reads_labels:
             found["temperature_alpha"] = self.temperature_alpha
+        if self.online:
+            rounds = f"{args.num_rounds} rounds of {self.prompts_per_round} prompts x {args.num_generations} samples"
+            found |= {"own samples": rounds}
+            if args.reference == "round":
+                found["reference"] = "the policy at the beginning of each round"
         return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,17 +143,33 @@ def draw_round(number: int, table: Table, condition: Condition, output_dir: str)
 def rewards_given(trainer: Any, dataset: Dataset, conditions: Sequence[str] | None) -> dict[str, np.ndarray]:
     """Sample and score for :meth:`~contrastive_align.ConditionalTrainer.rewards_given`, each process a share."""
     best = trainer.best_condition()
-    usable = np.setdiff1d(np.arange(len(dataset)), trainer.too_long(dataset, "eval_dataset", best))
     askable: dict[str, str | None] = {UNCONDITIONED: None, **best.askable()}
+    asked = {name: askable[name] for name in (askable if conditions is None else conditions)}
+    return sampled_rewards(trainer, dataset, trainer.too_long(dataset, "eval_dataset", best), asked)
+
+
+def sampled_rewards(
+    trainer: Any, dataset: Dataset, long: Sequence[int], texts: Mapping[str, str | None]
+) -> dict[str, np.ndarray]:
+    """Return the mean reward of each prompt's samples under each of some conditions; each process draws a share.
+
+    Args:
+        trainer: one that samples rounds.
+        long: rows whose prompts are too long.
+        texts: name -> the text of the condition, None for none.
+
+    Returns:
+        Name -> (rows,), NaN for prompts without a scored completion and for those that are too long.
+    """
+    usable = np.setdiff1d(np.arange(len(dataset)), np.asarray(long, dtype=np.int64))
     state = PartialState()
     own = np.array_split(usable, state.num_processes)[state.process_index]
     rows = [dataset[int(i)] for i in own]
     prompts = [row["prompt"] for row in rows]
     seeds = [seed_of(trainer.args.seed, "evaluation", int(i)) for i in own]
     found = {}
-    for name in askable if conditions is None else conditions:
-        texts = [askable[name]] * len(rows)
-        completions = trainer.generate(prompts, trainer.args.num_generations, seeds, conditions=texts)
+    for name, text in texts.items():
+        completions = trainer.generate(prompts, trainer.args.num_generations, seeds, conditions=[text] * len(rows))
         answers = trainer.feedback(rows, completions)
         scores = [[math.nan if score is None else score for score, _ in group] for group in answers]
         means = [float(np.nanmean(group)) if not np.isnan(group).all() else math.nan for group in scores]
@@ -162,14 +178,20 @@ def rewards_given(trainer: Any, dataset: Dataset, conditions: Sequence[str] | No
     return found
 
 
+def mean_and_error(name: str, found: np.ndarray) -> dict[str, float]:
+    """``name``, the mean over prompts without the NaN, and ``name/se``, its standard error."""
+    values = found[~np.isnan(found)]
+    metrics = {name: float(values.mean()) if len(values) else math.nan}
+    if len(values) > 1:
+        metrics[f"{name}/se"] = float(values.std(ddof=1) / math.sqrt(len(values)))
+    return metrics
+
+
 def reward_metrics(rewards: dict[str, np.ndarray]) -> dict[str, float]:
     """``reward_given/<condition>``, the mean over prompts, and ``.../se``, its standard error."""
     metrics = {}
     for name, found in rewards.items():
-        values = found[~np.isnan(found)]
-        metrics[f"reward_given/{name}"] = float(values.mean()) if len(values) else math.nan
-        if len(values) > 1:
-            metrics[f"reward_given/{name}/se"] = float(values.std(ddof=1) / math.sqrt(len(values)))
+        metrics |= mean_and_error(f"reward_given/{name}", found)
     return metrics
 
 
@@ -208,15 +230,29 @@ def negative_log_likelihoods(
     trainer: Any, model: nn.Module, prompt_ids: Sequence[list[int]], completion_ids: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score a completion of each of N prompts, for ``nll_given``: each process a share, the result on every one."""
+    groups = [
+        {"prompt_ids": prompt, "completion_ids": [list(ids)], "scores": [0.0]}
+        for prompt, ids in zip(prompt_ids, completion_ids, strict=True)
+    ]
+    nll = [-logps[0] for logps in group_logps(trainer, model, groups)]
+    return np.array(nll), np.array([len(ids) for ids in completion_ids])
+
+
+def group_logps(trainer: Any, model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Score the completions of groups: their log-probs in nats, each process a share, the result on every one.
+
+    Args:
+        model: from ``trainer.sampling_from``, so that each process calls it as often as it needs.
+    """
     collate, state = GroupCollator(trainer.processing_class.pad_token_id), PartialState()
-    own = np.array_split(np.arange(len(prompt_ids)), state.num_processes)[state.process_index]
-    found = []
-    for start in range(0, len(own), SCORED_TOGETHER):
-        groups = [
-            {"prompt_ids": prompt_ids[i], "completion_ids": [list(completion_ids[i])], "scores": [0.0]}
-            for i in own[start : start + SCORED_TOGETHER]
-        ]
-        logps = completion_logps(model, trainer.on_device(collate(groups)), layout=trainer.layout, token_stats=False)
-        found += zip((-logps.logps[:, 0]).tolist(), logps.lengths[:, 0].tolist(), strict=True)
-    everywhere = np.array([pair for part in gather_object([found]) for pair in part])
-    return everywhere[:, 0], everywhere[:, 1]
+    own = np.array_split(np.arange(len(groups)), state.num_processes)[state.process_index]
+    found: list[list[float]] = []
+    batch: list[Mapping[str, Any]] = []
+    for i in own:
+        batch.append(groups[i])
+        if i == own[-1] or sum(len(group["completion_ids"]) for group in batch) >= SCORED_TOGETHER:
+            inputs = trainer.on_device(collate(batch))
+            logps = completion_logps(model, inputs, layout=trainer.layout, token_stats=False).logps
+            found += [row[ok].tolist() for row, ok in zip(logps, inputs["valid"], strict=True)]
+            batch = []
+    return [logps for part in gather_object([found]) for logps in part]

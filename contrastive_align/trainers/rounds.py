@@ -29,6 +29,7 @@ from contrastive_align.pool import Pool, Sample
 from contrastive_align.pool.prompts import check_prompts, remember_prompts
 from contrastive_align.sampling.decode import seed_of
 from contrastive_align.targets.evaluate import Feature, call_feature, reward_arguments
+from contrastive_align.trainers.group_rounds import GroupSignal
 from contrastive_align.trainers.long_prompts import rows_of_long_prompts, surely_fits
 
 
@@ -75,23 +76,25 @@ class Rounds:
         policy: draws completions. Its seeds are the same on any number of processes.
         feedback: says how good they are.
         pool: where the samples go.
-        condition: from round 2 on, prompts are asked for the best.
+        condition: from round 2 on, prompts are asked for the best; with :class:`GroupSignal` they never are.
         prompts: rows with a column ``prompt``.
         prompts_per_round: the next round goes on where this one stopped.
         num_generations: completions of a prompt.
         seed: of the order of the prompts and of the samples.
         describe_feedback: how to look for the reason where nothing was scored.
+        resample: how often a prompt whose completions say nothing is given new ones.
     """
 
     policy: Policy
     feedback: Feedback
     pool: Pool
-    condition: Condition
+    condition: Condition | GroupSignal
     prompts: Dataset
     prompts_per_round: int
     num_generations: int
     seed: int
     describe_feedback: Callable[[], str]
+    resample: int = 0
 
     def check_pool(self) -> None:
         """Raise ValueError where the pool's rounds are of other prompts, OSError where the pool takes no new round."""
@@ -139,18 +142,16 @@ class Rounds:
         """Draw and score the share of the round that falls to this process."""
         state = PartialState()
         own = np.array_split(self.prompts_of(number), state.num_processes)[state.process_index]
-        rows = [self.prompts[int(i)] for i in own]
-        condition = best_condition(self.condition, self.pool, number - 1) if number > 1 else None
-        completions = self.policy(
-            [row["prompt"] for row in rows],
-            self.num_generations,
-            [seed_of(self.seed, "round", number, int(i)) for i in own],
-            conditions=None if condition is None else [condition.best_for(row["prompt"]) for row in rows],
-        )
-        feedback = self.feedback(rows, completions)
+        groups = self._scored(number, own)
+        for attempt in range(1, self.resample + 1):
+            flat = [place for place, group in enumerate(groups) if len({score for *_, score, _ in group} - {None}) < 2]
+            if not sum(gather_object([len(flat)])):
+                break
+            for place, group in zip(flat, self._scored(number, own[flat], attempt), strict=True):
+                groups[place] = group
         return [
             Sample(
-                prompt=row["prompt"],
+                prompt=self.prompts[int(i)]["prompt"],
                 completion_ids=completion["ids"],
                 completion=completion["text"],
                 score=score,
@@ -161,8 +162,35 @@ class Rounds:
                 round=number,
                 step=step,
             )
-            for i, row, group, answers in zip(own, rows, completions, feedback, strict=True)
-            for k, (completion, (score, words)) in enumerate(zip(group, answers, strict=True))
+            for i, group in zip(own, groups, strict=True)
+            for k, completion, score, words in group
+        ]
+
+    def _scored(
+        self, number: int, own: np.ndarray, attempt: int = 0
+    ) -> list[list[tuple[int, Completion, float | None, str | None]]]:
+        """Draw and score completions of some prompts: the number of each among its prompt's, itself, score and words.
+
+        Numbers go on from one attempt to the next, so that the pool tells how often a prompt was sampled.
+        """
+        rows = [self.prompts[int(i)] for i in own]
+        asked = isinstance(self.condition, Condition) and number > 1
+        condition = best_condition(self.condition, self.pool, number - 1) if asked else None
+        again = ("attempt", attempt) if attempt else ()
+        completions = self.policy(
+            [row["prompt"] for row in rows],
+            self.num_generations,
+            [seed_of(self.seed, "round", number, int(i), *again) for i in own],
+            conditions=None if condition is None else [condition.best_for(row["prompt"]) for row in rows],
+        )
+        feedback = self.feedback(rows, completions)
+        first = attempt * self.num_generations
+        return [
+            [
+                (first + k, completion, score, words)
+                for k, (completion, (score, words)) in enumerate(zip(group, answers, strict=True))
+            ]
+            for group, answers in zip(completions, feedback, strict=True)
         ]
 
     def prompts_of(self, number: int) -> np.ndarray:

@@ -107,7 +107,7 @@ GUESSES = {
         "f_divergence=divergence"
     ),
     "conditional": (
-        "rounds=num_rounds epochs=num_rounds init_kl_coef=kl_coef kl_coeff=kl_coef "
+        "rounds=num_rounds epochs=num_train_epochs init_kl_coef=kl_coef kl_coeff=kl_coef "
         "num_return_sequences=num_generations "
         "temp=temperature rewards=reward label_key=score_column ent_coef=entropy_coef quantiles=condition"
     ),
@@ -123,9 +123,10 @@ def test_the_option_that_is_meant_is_offered():
 
 def test_what_no_option_does_is_said():
     options = known("reward")[0]
-    said = {name: nearest(name, options, "--") for name in ("tokenizer", "chat_template", "tp_size", "num_responses")}
+    said = {name: nearest(name, options, "--") for name in ("tokenizer", "chat_template", "tp_size", "min_p")}
     assert all(". " in text and "Did you mean" not in text for text in said.values()), said
-    assert nearest("num_responses", known("fdpg")[0], "--") == ". Did you mean '--num_generations'?"
+    for command in ("fdpg", "reward"):
+        assert nearest("num_responses", known(command)[0], "--") == ". Did you mean '--num_generations'?"
     guesses = [guess for guesses in NO_OPTION for guess in guesses.split(", ")]
     assert len(set(guesses)) == len(guesses) and not set(guesses) & options
 

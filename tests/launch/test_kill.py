@@ -23,7 +23,7 @@ def kill(monkeypatch):
 
 def test_four_killed_runs_end_with_the_weights_of_undisturbed_ones():
     """In a process of its own: it forks, which a process with threads should not."""
-    flags = ["--one_each", "--command", "reward", "conditional"]
+    flags = ["--one_each", "--command", "reward", "conditional", "online"]
     done = subprocess.run(
         [sys.executable, BENCHMARK, *flags], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )

@@ -807,6 +807,7 @@ def test_a_broken_reward_leaves_no_half_round(tiny_llama, tmp_path):
 
 
 def test_two_processes_equal_one(tmp_path):
+    """Conditional training, and rounds of groups."""
     found = []
     for n, launch in enumerate(([], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"])):
         out = tmp_path / f"{n}.pt"
@@ -822,3 +823,6 @@ def test_two_processes_equal_one(tmp_path):
         for other in (two["weights"], one["tripled"], two["tripled"]):
             assert torch.allclose(p, other[name], atol=2e-6), name
     assert one["reward_given"] == pytest.approx(two["reward_given"])
+    assert json.loads(one["group_samples"]) == json.loads(two["group_samples"])
+    for name, p in one["group_weights"].items():
+        assert torch.allclose(p, two["group_weights"][name], atol=1e-5), name

@@ -22,7 +22,7 @@ from folder_holder import held_by_another
 from peft import PromptTuningConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from small_trainers import COLUMNS
+from small_trainers import COLUMNS, OWN_SAMPLES
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -42,13 +42,19 @@ from contrastive_align.trainers.reference import REFERENCE_FILE, ReferenceMismat
 
 OWN_FILES = {
     "contrastive": {REFERENCE_FILE, FUNCTIONS_FILE, STATE_FILE},
+    "contrastive-online": {REFERENCE_FILE, FUNCTIONS_FILE, STATE_FILE},
     "fdpg": {REFERENCE_FILE, FUNCTIONS_FILE, "target.json", "fdpg_state_0.pt"},
     "fdpg-encoder-decoder": {REFERENCE_FILE, FUNCTIONS_FILE, "target.json", "fdpg_state_0.pt"},
     "conditional": {REFERENCE_FILE, FUNCTIONS_FILE, "conditional_state.json"},
 }
 ONE_BATCH = {"per_device_train_batch_size": 8}
 FOUR_BATCHES = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-NOT_NEEDED = {REFERENCE_FILE, FUNCTIONS_FILE, STATE_FILE}  # checkpoints of older versions lack them
+NOT_NEEDED = {REFERENCE_FILE, FUNCTIONS_FILE}  # checkpoints of older versions lack them
+NOT_NEEDED_OF_FILES = {*NOT_NEEDED, STATE_FILE}  # of the contrastive trainer on scored rows
+
+
+def not_needed(column):
+    return NOT_NEEDED_OF_FILES if column.is_contrastive else NOT_NEEDED
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -58,7 +64,7 @@ def no_plots():
         yield
 
 
-@pytest.fixture(params=COLUMNS, ids=str, scope="module")
+@pytest.fixture(params=[*COLUMNS, OWN_SAMPLES], ids=str, scope="module")
 def column(request):
     return request.param
 
@@ -253,7 +259,7 @@ def test_options_of_trls_class_are_refused(column, tmp_path):
 
 def test_max_tokens_per_batch_makes_batches_or_is_unknown(column, tmp_path):
     if not column.is_contrastive:
-        with pytest.raises(TypeError, match="max_tokens_per_batch"):
+        with pytest.raises((TypeError, ValueError), match="max_tokens_per_batch"):
             column.arguments(tmp_path, max_tokens_per_batch=20)
         return
     trainer = column.make(tmp_path, max_tokens_per_batch=20)
@@ -300,7 +306,7 @@ def test_a_collator_of_ones_own_is_used_or_refused(column, tmp_path):
         batches.append(len(examples))
         return GroupCollator(0)(examples)
 
-    if column.is_contrastive:
+    if column.is_contrastive or column.draws_own_samples:
         trainer = column.make(tmp_path, told={"data_collator": collate})
         assert trainer.layout == "padded"
         trainer.train()
@@ -314,7 +320,7 @@ def test_a_collator_of_ones_own_is_used_or_refused(column, tmp_path):
 
 def test_streams_train_or_are_refused(column, tmp_path):
     stream = column.rows().to_iterable_dataset()
-    if column.is_conditional:
+    if column.makes_rounds:
         with pytest.raises(
             TypeError, match=r"train_dataset is a IterableDataset, expected a datasets.Dataset: a round"
         ):
@@ -438,7 +444,7 @@ def test_one_process_alone_may_save(column, run, tmp_path, monkeypatch):
 
 def test_a_loop_of_ones_own_needs_no_train(column, tmp_path):
     trainer = column.make(tmp_path)
-    if column.is_conditional:
+    if column.makes_rounds:
         trainer.begin_round(1)
     trainer.create_optimizer()
     batch = next(iter(trainer.get_train_dataloader()))
@@ -495,7 +501,9 @@ def test_a_first_step_that_is_not_finite_stops_the_run(column, tmp_path, what, p
     change, said = NOT_FINITE[what]
     trainer = column.make(tmp_path, trainer=loss_of(column, change), max_steps=3, **parts)
     start = flat(trainer)
-    with pytest.raises(ValueError, match=rf"{said}.*Look at .*{'loss' if column.is_contrastive else ''}"):
+    with pytest.raises(
+        ValueError, match=rf"{said}.*Look at .*{'loss' if column.name.startswith('contrastive') else ''}"
+    ):
         trainer.train()
     assert trainer.state.global_step == 0 and torch.equal(flat(trainer), start)
 
@@ -558,7 +566,7 @@ def test_a_warm_up_that_does_not_end_is_told(column, tmp_path, caplog):
 
 def test_a_checkpoint_has_its_state_before_older_ones_may_go(column, run):
     needed = {TRAINER_STATE_NAME, *OWN_FILES[column.name]}
-    assert OWN_FILES[column.name] - NOT_NEEDED == set(run.trainer.state_files)
+    assert OWN_FILES[column.name] - not_needed(column) == set(run.trainer.state_files)
     assert run.at_rotation.keys() == {"checkpoint-1", "checkpoint-2"}
     for name, files in run.at_rotation.items():
         assert needed <= files, name
@@ -605,7 +613,7 @@ def damaged(column, run, folder):
     for i, name in enumerate(sorted(OWN_FILES[column.name] - {REFERENCE_FILE})):
         said = f"{name} is cut off" if name.endswith(".pt") else f"{name} cannot be read"
         faults[f"checkpoint-{7 + 2 * i}"] = (name, cut, said)
-        if name not in NOT_NEEDED:
+        if name not in not_needed(column):
             faults[f"checkpoint-{8 + 2 * i}"] = (name, Path.unlink, f"it has no {name}")
     for name, (file, damage, _) in faults.items():
         shutil.copytree(newest, folder / name)
@@ -671,7 +679,9 @@ def test_the_card_names_the_objective(column, run):
     card = (run.folder / "README.md").read_text()
     section = card.split("## Objective\n\n")[1].split("\n\n## ")[0]
     assert section.splitlines() == [f"- {name}: `{value}`" for name, value in run.trainer.objective().items()]
-    decides = {"contrastive": "loss", "conditional": "kl_coef"}.get(column.name, "divergence")
+    decides = {"contrastive": "loss", "contrastive-online": "own samples", "conditional": "kl_coef"}.get(
+        column.name, "divergence"
+    )
     assert decides in run.trainer.objective() and "## Training procedure" in card
 
 
@@ -771,7 +781,7 @@ def own_mean(column):
 
     class OwnMean(column.trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if column.is_contrastive:
+            if column.is_contrastive or column.draws_own_samples:
                 _, outputs = super().compute_loss(model, inputs, return_outputs=True)
                 return outputs["log_ratios"].masked_fill(~outputs["valid"], 0.0).sum(1).mean()
             if column.encoder_decoder:
@@ -849,11 +859,15 @@ def test_outside_training_the_loss_is_the_batchs_mean(column, tmp_path):
         examples = [trainer.rows[i] for i in range(8)]
         batch, alone = trainer.data_collator(examples), [trainer.data_collator([e]) for e in examples]
         weights = [float(part["completion_mask"].sum()) for part in alone]
-    elif column.is_contrastive:
+    elif column.is_contrastive or column.draws_own_samples:
+        rows = trainer.train_dataset
+        if column.draws_own_samples:
+            trainer.begin_round(1)
+            rows = trainer.rows
         with torch.no_grad():  # away from the reference, where all groups have one loss
             for p in trainer.model.parameters():
                 p.mul_(1.1)
-        examples = [trainer.train_dataset[i] for i in range(8)]
+        examples = [rows[i] for i in range(8)]
         batch, alone = trainer.data_collator(examples), [trainer.data_collator([e]) for e in examples]
         weights = [1.0] * 8
     else:
