@@ -434,6 +434,7 @@ class ConditionalTrainer(KeepsDigits, PreparesDatasets, AlignmentTrainer, SFTTra
                 seeds=seeds,
                 rows_at_once=self.args.rows_at_once,
                 temperature=self.args.temperature,
+                top_k=self.args.top_k,
                 top_p=self.args.top_p,
                 suppress_ids=self.condition_ids,
             )
