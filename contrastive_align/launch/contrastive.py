@@ -155,7 +155,16 @@ class RewardRun(Run):
         if not self.trainer.online:
             return line, found
         trainer, args = self.trainer, self.args
-        names = ("num_generations", "reference", "keep", "resample", "max_completion_length", "temperature", "top_p")
+        names = (
+            "num_generations",
+            "reference",
+            "keep",
+            "resample",
+            "max_completion_length",
+            "temperature",
+            "top_k",
+            "top_p",
+        )
         found |= {"online": True, "rounds": self.rounds, "prompts_per_round": trainer.prompts_per_round}
         found |= {**self.options(*names), "draws_per_round": trainer.rows.length}
         found |= {"reward": plain(args.script.reward), "judge": None if trainer.judge is None else trainer.judge.spec}
