@@ -89,7 +89,7 @@ _NAMES: dict[Range, str] = {
     ),
     _COUNT_FROM_0: (
         "dataloader_num_workers eval_samples eval_prompts report_prompts num_completions_to_print split_number "
-        "machine_rank keep resample"
+        "machine_rank keep resample top_k"
     ),
     _STEPS: "logging_steps eval_steps save_steps",
     _PORT: "vllm_server_port vllm_group_port",

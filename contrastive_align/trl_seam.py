@@ -381,9 +381,10 @@ def nothing_loaded_by_trl(args: Any) -> Iterator[None]:
 
     ``model_init_kwargs``: TRL warns that they are ignored, though the model was loaded with them. ``beta`` of an RLOO
     config: TRL would load a reference from the hub id, whatever was changed since, and takes no model in its place.
+    ``temperature``: TRL's head would divide the policy's own logits by it.
     Needed by the f-DPG and the conditional trainer.
     """
-    hidden = {"model_init_kwargs": None, "beta": 0.0}
+    hidden = {"model_init_kwargs": None, "beta": 0.0, "temperature": 1.0}
     options = {name: getattr(args, name) for name in hidden if hasattr(args, name)}
     for name in options:
         setattr(args, name, hidden[name])

@@ -27,9 +27,9 @@ GROUPS = {
         "fit_max_samples, fit_tolerance, fit_min_ess"
     ),
     "Sampling and rounds": (
-        "num_rounds, prompts_per_round, num_generations, draws_per_round, max_completion_length, temperature, top_p, "
-        "reference, keep, resample, scored_dataset, scored_share, drop_factor, ties, pool_dir, rows_at_once, sampler, "
-        "proposal, proposal_criterion, proposal_window, use_vllm"
+        "num_rounds, prompts_per_round, num_generations, draws_per_round, max_completion_length, temperature, top_k, "
+        "top_p, reference, keep, resample, scored_dataset, scored_share, drop_factor, ties, pool_dir, rows_at_once, "
+        "sampler, proposal, proposal_criterion, proposal_window, use_vllm"
     ),
     "Measuring": "eval_samples, eval_prompts, eval_reward, qrs_acceptance, best, report_prompts, preflight_only",
     "Computing": (

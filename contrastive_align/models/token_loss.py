@@ -70,11 +70,11 @@ def token_loss(
             [ 0.1250, -0.3750,  0.1250]]))
     """
     _check_shapes(hidden, weight, bias, labels, weights)
-    policy, scored = _ChunkedHead(weight, bias, scale, softcap), None
+    policy, scored = ChunkedHead(weight, bias, scale, softcap), None
     if reference is not None:
         ref_hidden, ref_weight, ref_bias = (None if x is None else x.detach() for x in reference)
         _check_shapes(ref_hidden, ref_weight, ref_bias, labels, None, of="reference ")
-        scored = (ref_hidden, _ChunkedHead(ref_weight, ref_bias, ref_scale, ref_softcap))
+        scored = (ref_hidden, ChunkedHead(ref_weight, ref_bias, ref_scale, ref_softcap))
     terms = dict(kl_coef=kl_coef, entropy_coef=entropy_coef, kl_direction=kl_direction, outside=tuple(outside))
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     return ConditionalTerms(*_TokenLoss.apply(hidden, weight, bias, labels, weights, policy, scored, terms, wanted))
@@ -125,7 +125,7 @@ class _TokenLoss(torch.autograd.Function):
         return *grads.times(grad * ctx.unit), *(None,) * 6
 
 
-class _ChunkedHead(HeadWeights):
+class ChunkedHead(HeadWeights):
     """softcap(scale * (h W^T + b)), in two steps: the products of a chunk, and the logits of some of these."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> None:
@@ -143,7 +143,7 @@ class _ChunkedHead(HeadWeights):
 class _Gradients:
     """d L / d (hidden, weight, bias), summed in float32 at least, from the slopes d L / d (h W^T + b)."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: _ChunkedHead, wanted: list[bool]):
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: ChunkedHead, wanted: list[bool]):
         self._inputs, self._head = hidden.detach(), head
         self._dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         self.hidden = torch.empty_like(hidden, dtype=head.precise) if wanted[0] else None

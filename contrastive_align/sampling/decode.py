@@ -1,7 +1,8 @@
 """Token ids drawn from a model's own distribution, with the log-probs of that distribution.
 
 The default is plain sampling: temperature 1, no top-p, no top-k, no penalties, whatever the generation config says.
-``temperature``, ``top_p`` and ``suppress_ids`` change the distribution; the log-probs are then of the changed one.
+``temperature``, ``top_k``, ``top_p`` and ``suppress_ids`` change the distribution; the log-probs are then those of
+the changed one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from contrastive_align.models.loading import decoder_start_token
+from contrastive_align.sampling.adjust import Adjustment, Support
 
 
 KEEP_ENDED = 0.25  # ended rows are dropped at a larger share: dropping copies the cache of the running rows
@@ -38,12 +40,14 @@ class Drawn:
     """K completions of each of C prompts.
 
     The log-probs are summed over the completion's tokens, EOS included, under the distribution that was drawn from,
-    after ``suppress_ids``, ``temperature`` and ``top_p``.
+    after ``suppress_ids``, ``temperature``, ``top_k`` and ``top_p``.
     """
 
     completion_ids: list[list[list[int]]]  # C x K lists of token ids, EOS included where it was drawn
     logps: Tensor  # (C, K) float64 nats
     truncated: Tensor  # (C, K) bool: max_new_tokens came before EOS
+    supports: list[list[Support]] | None = None  # C x K, if asked for: the tokens that each token was chosen from
+    inside: Tensor | None = None  # (C, K) bool, if asked for: whether ``watched`` leaves every token of the sample
 
 
 @torch.no_grad()
@@ -58,17 +62,21 @@ def draw(
     seeds: Sequence[int],
     rows_at_once: int = 256,
     temperature: float = 1.0,
+    top_k: int = 0,
     top_p: float = 1.0,
     suppress_ids: Sequence[int] = (),
+    supports: bool = False,
+    watched: Adjustment | None = None,
 ) -> Drawn:
     r"""Draw completions token by token; each prompt is computed once for all of its samples.
 
     .. math:: y_t = \arg\max_v \, \pi(v | x, y_{<t}) / E_{t,v}, \quad E_{t,v} \sim \text{Exponential}(1)
 
-    which has the distribution :math:`\pi`, the model's own unless one of the last three arguments changes it: the first
-    of competing exponential clocks (the Gumbel-max trick without its logarithms). Sample k of a prompt has its own
-    noise, made from the prompt's seed and k. Its token ids do not depend on the rest of the batch, on the process or on
-    resuming, except for near-ties that rounding decides. The global random state is neither read nor changed.
+    which has the distribution :math:`\pi`, the model's own unless ``temperature``, ``top_k``, ``top_p`` (see
+    :class:`~contrastive_align.sampling.adjust.Adjustment`) or ``suppress_ids`` changes it: the first of competing
+    exponential clocks (the Gumbel-max trick without its logarithms). Sample k of a prompt has its own noise, made from
+    the prompt's seed and k. Its token ids do not depend on the rest of the batch, on the process or on resuming, except
+    for near-ties that rounding decides. The global random state is neither read nor changed.
 
     Args:
         model: a transformers model, with or without PEFT. A causal model continues the prompt; an encoder-decoder model
@@ -77,18 +85,17 @@ def draw(
         per_prompt: K samples of each prompt.
         eos_token_ids, pad_token_id: tokens that end a completion, perhaps none; and any token of the vocabulary.
         rows_at_once: the most samples that are decoded together.
-        temperature: T > 0; each token from :math:`\pi(v)^{1/T}`, normalised.
-        top_p: in (0, 1]; each token from the smallest set of tokens, the likeliest first, whose probability reaches it
-            (Holtzman et al., arXiv 1904.09751), after the temperature. Of tokens with equal probability, those with the
-            lower ids come first.
         suppress_ids: tokens that are never drawn. They are removed first, so that ``top_p`` is a share of the rest.
+        supports: whether to return the tokens that each token was chosen from.
+        watched: another change of the distribution, which is not drawn from: what it would leave of each sample is
+            returned as ``inside``.
 
     Returns:
         :class:`Drawn`. With the defaults its log-probs are the model's own; otherwise :func:`score` gives these.
 
     Raises:
         ValueError: no seed for a prompt, a prompt that is empty or too long for the model, NaN logits, or a
-            temperature, top_p or suppressed token outside its range.
+            temperature, top_k, top_p or suppressed token outside its range.
         NotImplementedError: a prompt-tuning adapter.
     """
     if per_prompt < 1 or max_new_tokens < 1 or rows_at_once < 1:
@@ -100,11 +107,16 @@ def draw(
         raise ValueError(f"{len(seeds)} seeds for {len(prompt_ids)} prompts, expected one for each.")
     interface = _ModelInterface.of(model)
     interface.check_lengths([len(ids) for ids in prompt_ids], max_new_tokens)
-    adjust = _choose_adjustment(interface, temperature, top_p, suppress_ids)
+    adjustment = Adjustment(temperature, top_k, top_p)
+    suppressed = _checked_ids(interface, suppress_ids)
+    adjust = partial(adjustment.apply, suppressed=suppressed) if adjustment.changes or len(suppressed) else None
     sample_seeds = [_sample_seeds(seed, per_prompt) for seed in seeds]
-    completion_ids: list[list[list[int]]] = [[[] for _ in range(per_prompt)] for _ in prompt_ids]
-    logps = torch.zeros(len(prompt_ids), per_prompt, dtype=torch.float64)
-    truncated = torch.zeros(len(prompt_ids), per_prompt, dtype=torch.bool)
+    shape = (len(prompt_ids), per_prompt)
+    completion_ids: list[list[Any]] = [[None] * per_prompt for _ in prompt_ids]
+    kept: list[list[Any]] = [[None] * per_prompt for _ in prompt_ids]
+    logps = torch.zeros(shape, dtype=torch.float64)
+    truncated, inside = torch.zeros(shape, dtype=torch.bool), torch.ones(shape, dtype=torch.bool)
+    extra = {"adjust": adjust, "watched": watched, "supports": supports}
     whole_prompts = rows_at_once // per_prompt * per_prompt or rows_at_once
     with _evaluation_mode(model):
         for prompts in interface.batchable_rows([len(ids) for ids in prompt_ids]):
@@ -113,18 +125,19 @@ def draw(
                 part = rows[i : i + whole_prompts]
                 decoder = interface.start(model, prompt_ids, [c for c, _ in part], pad_token_id)
                 part_seeds = [sample_seeds[c][k] for c, k in part]
-                ids, sums, cut = _decode(decoder, part_seeds, max_new_tokens, eos_token_ids, pad_token_id, adjust)
-                c, k = torch.tensor(part).unbind(1)
-                logps[c, k], truncated[c, k] = sums.cpu(), cut.cpu()
-                for (c, k), row in zip(part, ids, strict=True):
-                    completion_ids[c][k] = row
+                done = _decode(decoder, part_seeds, max_new_tokens, eos_token_ids, pad_token_id, **extra)
+                at = torch.tensor(part).unbind(1)
+                logps[at], truncated[at], inside[at] = done.logps.cpu(), done.truncated.cpu(), done.inside.cpu()
+                for table, found in ((completion_ids, done.ids), (kept, done.supports or [])):
+                    for (c, k), row in zip(part, found, strict=False):
+                        table[c][k] = row
     if not torch.isfinite(logps).all():
         c, k = (~torch.isfinite(logps)).nonzero()[0].tolist()
         raise ValueError(
             f"Sample {k} of prompt {c} has the log-prob {logps[c, k].item()}: the model's logits are not finite. Its "
             "weights hold NaN, its precision is too low, or training diverged (lower learning_rate)."
         )
-    return Drawn(completion_ids, logps, truncated)
+    return Drawn(completion_ids, logps, truncated, kept if supports else None, None if watched is None else inside)
 
 
 @torch.no_grad()
@@ -178,17 +191,36 @@ def distinct_n(token_lists: Sequence[Sequence[int]], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
+class _Rows(NamedTuple):
+    """Rows that were decoded together; the fields are those of :class:`Drawn`."""
+
+    ids: list[list[int]]
+    logps: Tensor
+    truncated: Tensor
+    supports: list[Support] | None
+    inside: Tensor
+
+
 def _decode(
-    decoder: _Decoder, seeds: list[int], steps: int, eos: Sequence[int], pad: int, adjust: Callable | None
-) -> tuple[list[list[int]], Tensor, Tensor]:
-    """Decode one row for each seed; return token ids, log-probs, and whether each row was truncated."""
+    decoder: _Decoder,
+    seeds: list[int],
+    steps: int,
+    eos: Sequence[int],
+    pad: int,
+    *,
+    adjust: Callable[[Tensor], Tensor] | None,
+    watched: Adjustment | None,
+    supports: bool,
+) -> _Rows:
+    """Decode one row for each seed."""
     device, n = decoder.logits.device, len(seeds)
     generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
     ends = torch.tensor(list(eos), dtype=torch.long, device=device)
     ids = torch.full((n, steps), pad, device=device)
     logps = torch.zeros(n, dtype=torch.float64, device=device)
     lengths = torch.zeros(n, dtype=torch.long, device=device)
-    truncated = torch.zeros(n, dtype=torch.bool, device=device)
+    truncated, inside = torch.zeros(n, dtype=torch.bool, device=device), torch.ones(n, dtype=torch.bool, device=device)
+    chosen_from: list[tuple[Tensor, Tensor]] = []  # of each step: places in the (n, steps) table, and token ids
     # The decoder's rows: their places among the n, and whether they still run.
     rows, running = torch.arange(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
     runs = [True] * n
@@ -199,6 +231,12 @@ def _decode(
         ids[rows, step] = tokens
         logps[rows] += token_logps.masked_fill(~running, 0.0)
         lengths[rows] += running
+        if supports:
+            row, token = (torch.isfinite(logits) & running.unsqueeze(-1)).nonzero().unbind(1)
+            chosen_from.append((rows[row] * steps + step, token.int()))
+        if watched is not None:
+            left = watched.apply(decoder.logits).gather(-1, tokens.unsqueeze(-1)).squeeze(-1) > -torch.inf
+            inside[rows] &= left | ~running
         running = running & ~torch.isin(tokens, ends)
         runs = running.tolist()
         if not any(runs) or step + 1 == steps:
@@ -211,7 +249,18 @@ def _decode(
             runs = [True] * len(kept)
         decoder.step(tokens)
     truncated[rows] = running
-    return [row[:length] for row, length in zip(ids.tolist(), lengths.tolist(), strict=True)], logps, truncated
+    of_rows = zip(ids.tolist(), lengths.tolist(), strict=True)
+    found = _supports_of_rows(chosen_from, lengths, steps) if supports else None
+    return _Rows([row[:length] for row, length in of_rows], logps, truncated, found, inside)
+
+
+def _supports_of_rows(chosen_from: Sequence[tuple[Tensor, Tensor]], lengths: Tensor, steps: int) -> list[Support]:
+    """Sort what each step chose from by rows and steps; return the support of each row, on the CPU."""
+    places, ids = (torch.cat(parts) for parts in zip(*chosen_from, strict=True))
+    order = places.argsort(stable=True)
+    sizes = torch.bincount(places, minlength=len(lengths) * steps).view(-1, steps).cpu()
+    each = zip(sizes, lengths.tolist(), ids[order].cpu().split(sizes.sum(1).tolist()), strict=True)
+    return [Support(size[:length], own) for size, length, own in each]
 
 
 def _score_rows(
@@ -233,17 +282,8 @@ def _score_rows(
     return logps.masked_fill(scored == 0, 0.0).sum(-1)
 
 
-def _choose_adjustment(
-    interface: _ModelInterface, temperature: float, top_p: float, suppress_ids: Sequence[int]
-) -> Callable[[Tensor], Tensor] | None:
-    """Return the change of the logits before each draw, or None if there is none."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(
-            f"temperature={temperature}, expected a finite number above 0. For greedy completions use "
-            "model.generate(do_sample=False)."
-        )
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p}, expected a number above 0 and at most 1 (1 keeps every token).")
+def _checked_ids(interface: _ModelInterface, suppress_ids: Sequence[int]) -> Tensor:
+    """Return the ids of the suppressed tokens, or raise ValueError."""
     suppressed = sorted(set(suppress_ids))
     if suppressed:
         vocabulary = interface.base.get_output_embeddings().weight.size(0)
@@ -251,29 +291,7 @@ def _choose_adjustment(
         if outside or len(suppressed) == vocabulary:
             found = f"id {outside[0]}" if outside else "all of them"
             raise ValueError(f"suppress_ids has {found}, and {type(interface.base).__name__} has {vocabulary} tokens.")
-    if temperature == 1 and top_p == 1 and not suppressed:
-        return None
-    ids = torch.tensor(suppressed, dtype=torch.long, device=interface.base.device)
-    return partial(_adjust_logits, temperature=temperature, top_p=top_p, suppressed=ids)
-
-
-def _adjust_logits(logits: Tensor, temperature: float, top_p: float, suppressed: Tensor) -> Tensor:
-    """Return the (n, V) logits of the distribution to draw from.
-
-    >>> _adjust_logits(torch.tensor([[0.4, 0.1, 0.3, 0.2]]).log(), 1.0, 0.6, torch.tensor([0])).exp()
-    tensor([[0.0000, 0.0000, 0.3000, 0.2000]])
-    """
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    if len(suppressed):
-        logits = logits.index_fill(-1, suppressed, -torch.inf)
-    if temperature != 1:
-        logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # keeps a small T finite
-    if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        reached = ordered.softmax(-1).cumsum(-1)
-        dropped = F.pad(reached[:, :-1], (1, 0)) >= top_p  # the tokens before it already reach top_p
-        logits = logits.masked_fill(torch.empty_like(dropped).scatter_(-1, order, dropped), -torch.inf)
-    return logits
+    return torch.tensor(suppressed, dtype=torch.long, device=interface.base.device)
 
 
 def _sample_tokens(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from contrastive_align.losses.contrastive import LOSSES, canonical_loss_name
 from contrastive_align.losses.divergences import find_divergence
 from contrastive_align.models.layout import LAYOUTS
 from contrastive_align.ranges import Range, check_numbers
+from contrastive_align.sampling.adjust import Adjustment
 from contrastive_align.trainers.trials import check_mappings
 
 
@@ -74,9 +75,6 @@ _OTHER_SAMPLES = "the samples must come from the very distribution whose log-pro
 _CLIPS = "PPO's surrogate clips a ratio that f-DPG uses as an importance weight"
 NOT_SUPPORTED_FDPG = {
     **NOT_SUPPORTED_ANYWHERE,
-    "temperature": (_OTHER_SAMPLES, "leave it at 1"),
-    "top_p": (_OTHER_SAMPLES, "leave it at 1"),
-    "top_k": (_OTHER_SAMPLES, "leave it at 0"),
     "min_p": (_OTHER_SAMPLES, "leave it out"),
     "repetition_penalty": (_OTHER_SAMPLES, "leave it at 1; a constraint on a repetition feature says the same"),
     "generation_kwargs": (_OTHER_SAMPLES, "leave it out"),
@@ -226,6 +224,8 @@ class SamplingOptions:
             Longest sampled completion in tokens. One that is cut there is trained on without an EOS.
         temperature (`float`, defaults to `1.0`):
             Of sampling.
+        top_k (`int`, defaults to `0`):
+            Of sampling: the k likeliest tokens alone are drawn; 0: all.
         top_p (`float`, defaults to `1.0`):
             Of sampling.
         reward_weights (`list[float]`, *optional*):
@@ -249,6 +249,7 @@ class SamplingOptions:
     num_generations: int = 8
     max_completion_length: int = 256
     temperature: float = 1.0
+    top_k: int = 0
     top_p: float = 1.0
     reward_weights: list[float] | None = None
     pool_dir: str | None = None
@@ -496,8 +497,16 @@ class FDPGConfig(RLOOConfig):
             (KL(target||.)), tv or js.
         proposal_window (`int`, defaults to `10`):
             With `proposal="kept"`: number of most recent generations that the comparison uses.
+        temperature (`float`, defaults to `1.0`):
+            Of the samples to train on. They are weighted with pi/q, q being the distribution at this temperature, so
+            that the gradient is that of the policy itself. Evaluation samples from the policy as it is.
+        top_k (`int`, defaults to `0`):
+            Train on samples of the k likeliest tokens at each step; 0: all. Outside them the policy is not trained; how
+            much of the target's mass lies there is said when training begins and at each evaluation.
+        top_p (`float`, defaults to `1.0`):
+            The same for the smallest set of tokens whose probability reaches it, after temperature and top_k.
         max_importance_ratio (`float`, *optional*):
-            pi/q is cut here. It is 1 where every optimiser step has samples of its own.
+            pi/q is cut here. It is 1 where every optimiser step has samples of its own, drawn from the policy as it is.
         fit_samples (`int`, defaults to `4096`):
             Samples of the base with which the search for the target's lambdas begins, if they are not known yet: some
             of each of many prompts, chosen at random. More are drawn until the moments are known to `fit_tolerance`.
@@ -527,6 +536,9 @@ class FDPGConfig(RLOOConfig):
     proposal: str = "policy"
     proposal_criterion: str = "kl"
     proposal_window: int = 10
+    temperature: float = option_of(RLOOConfig, "temperature")
+    top_k: int = option_of(RLOOConfig, "top_k")
+    top_p: float = option_of(RLOOConfig, "top_p")
     max_importance_ratio: float | None = None
     fit_samples: int = 4096
     fit_max_samples: int | None = None
@@ -555,6 +567,15 @@ class FDPGConfig(RLOOConfig):
                 "proposal='kept' is drawn from by exchanging weights, which use_vllm and "
                 "use_transformers_continuous_batching do not see. Leave these out, or set proposal='policy'."
             )
+        adjustment = Adjustment(self.temperature, self.top_k, self.top_p)
+        if adjustment.changes:
+            for name, why in {
+                "use_vllm": "it does not tell which tokens it chose from",
+                "use_transformers_continuous_batching": "it does not tell which tokens it chose from",
+                "proposal": "it compares the policy with the distribution that samples are drawn from",
+            }.items():
+                if getattr(self, name) in (True, "kept"):
+                    raise ValueError(f"{adjustment} with {name}={getattr(self, name)!r}: {why}. Leave out one of them.")
         eval_generations = self.num_generations_eval or self.num_generations
         if self.eval_strategy != "no" and self.per_device_eval_batch_size % eval_generations:
             raise ValueError(

@@ -7,6 +7,7 @@ The decoder reads its start token and the completion but for the last token, as 
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -120,8 +121,17 @@ def other_encoder_decoder_batches(batch: dict[str, Tensor], rows: int) -> list[l
     return [singles, [{**twice, "valid": batch["valid"].repeat(2, 1)}]]
 
 
+def encoder_decoder_objective(model: nn.Module, batch: dict[str, Tensor], objective: Callable[..., Any]) -> Any:
+    """Call ``objective`` on the decoder's tokens, as ``models.logps.completion_objective`` does."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
+    labels, prompt_of = batch["labels"], batch["prompt_of"]
+    return model(**inputs, completion_labels=labels, prompt_of=prompt_of, token_objective=objective)
+
+
 def add_encoder_decoder_head(model: PreTrainedModel) -> None:
     """Let ``model(..., completion_labels=, prompt_of=)`` return the log-probs of the labels, one after the other.
+
+    With ``token_objective=fn`` it returns ``fn(hidden, labels, weight, bias)`` in their place.
 
     All of it inside the model's forward, where wrappers for several processes look for it.
 
@@ -131,7 +141,7 @@ def add_encoder_decoder_head(model: PreTrainedModel) -> None:
     """
     before = model.forward
 
-    def forward(self, *args, completion_labels=None, prompt_of=None, **kwargs):
+    def forward(self, *args, completion_labels=None, prompt_of=None, token_objective=None, **kwargs):
         if completion_labels is None:
             return before(*args, **kwargs)
         mask = kwargs["attention_mask"]
@@ -150,6 +160,8 @@ def add_encoder_decoder_head(model: PreTrainedModel) -> None:
 
         def score(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             bias = bias if added is None else added if bias is None else bias + added
+            if token_objective is not None:
+                return token_objective(hidden, labels, weight, bias)
             rows, _ = rows_at_once(hidden.device, len(weight))
             parts = zip(hidden.split(rows), labels.split(rows), strict=True)
             return torch.cat([checkpoint(_score, h, weight, bias, y, use_reentrant=False) for h, y in parts])

@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -29,8 +30,9 @@ from contrastive_align.losses import fdpg
 from contrastive_align.losses.divergences import DIVERGENCES, mean_slope
 from contrastive_align.losses.estimators import RunningLogZ
 from contrastive_align.models.loading import decoder_start_token
-from contrastive_align.models.logps import beside, completion_logps
-from contrastive_align.sampling.decode import draw, seed_of
+from contrastive_align.models.logps import beside, completion_logps, completion_objective, per_completion
+from contrastive_align.sampling.adjust import Adjustment, Support, adjusted_logps
+from contrastive_align.sampling.decode import Drawn, draw, seed_of
 from contrastive_align.targets import Target
 from contrastive_align.targets.evaluate import reward_arguments
 from contrastive_align.targets.features import weighted_sum
@@ -50,10 +52,11 @@ from contrastive_align.trainers.encoder_decoder import (
     add_encoder_decoder_head,
     check_options_for_encoder_decoder,
     encoder_decoder_logps,
+    encoder_decoder_objective,
     other_encoder_decoder_batches,
 )
 from contrastive_align.trainers.long_prompts import rows_of_long_prompts, surely_fits, without_rows
-from contrastive_align.trainers.metrics import distribution_metrics
+from contrastive_align.trainers.metrics import distribution_metrics, target_mass_lost
 from contrastive_align.trainers.reward_log import RewardLog
 from contrastive_align.trainers.samplers import hand_over_without_rounding
 from contrastive_align.trl_seam import DrawsGroups, Method, nothing_loaded_by_trl, whole_parameters
@@ -63,6 +66,7 @@ logger = logging.get_logger(__name__)
 
 FIT_GROWTH = 16  # times the first samples of a fit, which its budget is by default
 FIT_REPORTS = 10.0  # seconds between two lines on its progress
+LOST_MASS_SAMPLES = 32  # prompts, and samples of each, from which the mass outside a truncated proposal is estimated
 TARGET_FILE = "target.json"
 PROPOSAL_FILE = "proposal.pt"
 
@@ -180,6 +184,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             self.leave_room_for_prompts()
             self.max_completion_length = args.max_completion_length
         self._drop_long_prompts()
+        self.adjustment = Adjustment(args.temperature, args.top_k, args.top_p)
         self.log_z, self.reward_log = RunningLogZ(), RewardLog()
         self.baseline = WindowBaseline(args.baseline_window) if args.baseline == "window" else None
         self.adaptive_proposal: AdaptiveProposal | None = None
@@ -208,10 +213,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         """
         args, target, rows = self.args, self.target, self.train_dataset
         at_most = max(1, self.fit_budget // PER_PROMPT)
-        if isinstance(rows, Dataset):
-            prompts = random_prompts(rows, at_most, seed=args.seed)
-        else:
-            prompts = distinct_prompts(rows, at_most)
+        prompts = self._some_prompts(at_most)
         there_are_more = len(prompts) == at_most
         population = len(prompts) if not there_are_more else len(rows) if isinstance(rows, Dataset) else math.inf
         told = _FitProgress(target, self.fit_budget)
@@ -247,6 +249,29 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         if self.args.should_save:
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             self.target.save(Path(self.args.output_dir) / TARGET_FILE)
+
+    def _some_prompts(self, at_most: int) -> list[Any]:
+        """Return distinct prompts of the training data: a random choice, or the first ones of a stream."""
+        rows = self.train_dataset
+        if isinstance(rows, Dataset):
+            return random_prompts(rows, at_most, seed=self.args.seed)
+        return distinct_prompts(rows, at_most)
+
+    def tell_lost_mass(self) -> None:
+        """Log how much of the target's mass lies where top-k and top-p draw nothing, from samples of the base."""
+        n = LOST_MASS_SAMPLES
+        chosen = self._some_prompts(n)
+        ids = self.prompt_ids_of([row["prompt"] for row in chosen])
+        with self.sampling_from(reference=True) as model:
+            seeds, options = self._seeds("lost mass", range(len(ids))), self._draw_options()
+            drawn = draw(model, ids, per_prompt=n, seeds=seeds, watched=self.adjustment, **options)
+        phi = self._features(chosen, drawn.completion_ids).view(len(chosen), n, -1)
+        scores = self.target.log_scores(drawn.logps, phi.to(drawn.logps.device))
+        lost, error = target_mass_lost(drawn.inside, scores, drawn.logps)
+        logger.warning(
+            f"Samples are drawn with {self.adjustment}: {lost:.3f} +- {error:.3f} of the target's mass lies outside "
+            "what these leave of the base. The policy is trained towards the rest."
+        )
 
     @property
     def fit_budget(self) -> int:
@@ -344,15 +369,20 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
                 stack.enter_context(kept.in_place_of(self.policy))
             yield model
 
-    def _draw(
-        self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]
-    ) -> tuple[Sequence[Sequence[list[int]]], Tensor | None]:
-        """Draw completions (C, K) of the proposal, with the log-probs that the sampler gave, or None."""
+    def _draw(self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]) -> Drawn | None:
+        """Draw completions (C, K) of the proposal; None where an engine draws.
+
+        For training under temperature, top-k and top-p; else of the policy as it is, with what these would leave.
+        """
         if self.use_vllm or self.use_transformers_continuous_batching:
-            return self.generate_by_engine(prompt_ids, per_prompt), None
+            return None
+        options: dict[str, Any] = {}
+        if self.model.training:
+            options = {**vars(self.adjustment), "supports": self.adjustment.truncates}
+        elif self.adjustment.truncates:
+            options = {"watched": self.adjustment}
         with self._proposal(self.sampling_from) as model:
-            drawn = draw(model, prompt_ids, per_prompt=per_prompt, seeds=seeds, **self._draw_options())
-        return drawn.completion_ids, drawn.logps
+            return draw(model, prompt_ids, per_prompt=per_prompt, seeds=seeds, **self._draw_options(), **options)
 
     @torch.no_grad()
     def draw_groups(self, rows: list[dict[str, Any]], *, training: bool) -> list[dict[str, Tensor]]:
@@ -367,7 +397,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         first, evaluation = self.accelerator.process_index * len(rows), None if training else self._evaluation
         if evaluation is not None:
             first += evaluation.begun
-        completion_ids, sampler_logps = self._draw(prompt_ids, k, self._seeds(what, range(first, first + len(rows))))
+        drawn = self._draw(prompt_ids, k, self._seeds(what, range(first, first + len(rows))))
+        completion_ids = self.generate_by_engine(prompt_ids, k) if drawn is None else drawn.completion_ids
         size = len(rows) // parts
         groups = [
             {"prompt_ids": p, "completion_ids": list(c), "scores": [0.0] * k}
@@ -377,11 +408,17 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         base_logps = torch.cat([self._logps(batch, reference=True) for batch in batches])
         # Scored as in the loss: on policy their ratio is 1, in 16 bits too, where the sampler's differ by more.
         with self._proposal(self.scoring_by) as model:
-            policy_logps = proposal_logps = torch.cat([self._completion_logps(model, batch) for batch in batches])
+            if training and self.adjustment.changes:
+                found = [self._adjusted_logps(model, batch, drawn, i * size) for i, batch in enumerate(batches)]
+                policy_logps, proposal_logps = (torch.cat(parts) for parts in zip(*found, strict=True))
+                self.record(self._weights_of(policy_logps - proposal_logps), training=True)
+                policy_logps = self._on_the_support(policy_logps, proposal_logps)
+            else:
+                policy_logps = proposal_logps = torch.cat([self._completion_logps(model, batch) for batch in batches])
         if self.adaptive_proposal is not None and training:
             policy_logps = torch.cat([self._logps(batch) for batch in batches])
-        if sampler_logps is not None:
-            gap = self.accelerator.gather(sampler_logps.to(proposal_logps) - proposal_logps)
+        if drawn is not None:
+            gap = self.accelerator.gather(drawn.logps.to(proposal_logps) - proposal_logps)
             found = {"mean": gap.mean(), "std": gap.std(correction=0), "max": gap.abs().max()}
             self.record({f"sampling/logp_gap/{name}": x.item() for name, x in found.items()}, training=training)
         if training and self.reference_is_proven is False:
@@ -393,6 +430,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         log_z = self._log_z_of(keys, target_log_scores - proposal_logps)
         logs = {"policy_logps": policy_logps, "proposal_logps": proposal_logps, "target_log_scores": target_log_scores}
         found = self._log_groups(rows, completion_ids, keys, phi=phi, base_logps=base_logps, log_z=log_z, **logs)
+        if drawn is not None and drawn.inside is not None:
+            found["inside"] = self.accelerator.gather(drawn.inside.to(base_logps.device))
         more = {"proposal_logps": proposal_logps, "target_log_scores": target_log_scores, "log_z": log_z}
         if evaluation is not None:
             evaluation.add(found)
@@ -448,6 +487,62 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             return encoder_decoder_logps(model, batch).double()
         return completion_logps(model, batch, layout=self.layout, token_stats=False).logps.double()
 
+    @torch.no_grad()
+    def _adjusted_logps(
+        self, model: nn.Module, batch: dict[str, Tensor], drawn: Drawn, first: int
+    ) -> tuple[Tensor, Tensor]:
+        """(B, K) float64 twice, in the layout of training: under the model, and under what its samples came from.
+
+        Args:
+            first: the place of the batch's first group among those drawn.
+
+        Raises:
+            RuntimeError: a token that is not among those it was chosen from.
+        """
+        groups, support = slice(first, first + len(batch["valid"])), None
+        if drawn.supports is not None:
+            support = Support.join([each for group in drawn.supports[groups] for each in group])
+        objective = partial(adjusted_logps, temperature=self.adjustment.temperature, support=support)
+        if self.is_encoder_decoder:
+            tokens = encoder_decoder_objective(model, batch, objective)
+        else:
+            tokens = completion_objective(model, batch, objective, layout=self.layout)
+        outside = torch.isneginf(tokens[:, 1])
+        if outside.any():
+            ids = [i for group in drawn.completion_ids[groups] for row in group for i in row]
+            token = ids[int(outside.nonzero()[0])]
+            raise RuntimeError(
+                f"{int(outside.sum())} of {len(outside)} tokens are not among those they were chosen from "
+                f"({self.adjustment}), the first being {self.processing_class.decode([token])!r} (id {token}). Their "
+                "importance weights would be infinite: the sampler drew from something else than it reports."
+            )
+        lengths = _lengths(batch)
+        index = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths.to(tokens.device))
+        sums = tokens.new_zeros(len(lengths), 2).index_add(0, index, tokens)
+        valid = batch["valid"].to(tokens.device)
+        return per_completion(sums[:, 0], valid), per_completion(sums[:, 1], valid)
+
+    def _on_the_support(self, policy_logps: Tensor, proposal_logps: Tensor) -> Tensor:
+        r"""(B, K) log-probs of the policy given that a truncated proposal can draw the sample.
+
+        .. math:: \log \pi(y) - \log \pi(S), \qquad \pi(S) = E_q[\pi / q]
+
+        As log Z is then the target's on S, policy and target are compared there. With the policy's own log-probs, all
+        of its mass would be pulled into S, the next S would be smaller, and so on to a single completion.
+        """
+        if not self.adjustment.truncates:
+            return policy_logps
+        ratios = (policy_logps - proposal_logps).detach()
+        return policy_logps - (ratios.logsumexp(1, keepdim=True) - math.log(ratios.size(1)))
+
+    def _weights_of(self, log_ratios: Tensor) -> dict[str, float]:
+        """Describe the importance weights pi/q: their mean, 1 less the policy's mass outside the support, and ESS."""
+        weights = self.accelerator.gather(log_ratios).exp().flatten()
+        ess = weights.sum().square() / (len(weights) * weights.square().sum())
+        error = weights.std() * len(weights) ** -0.5
+        found = {"mean": weights.mean(), "mean/se": error, "ess": ess}
+        return {f"sampling/importance_weight/{name}": value.item() for name, value in found.items()}
+
     def _prove_reference_on(self, group: dict[str, Any], batch: dict[str, Tensor], reference: Tensor) -> None:
         # Scored by the forward pass that scores the reference, not by the sampler's.
         if self._first_group is None:
@@ -457,7 +552,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
 
     def policy_logps_of(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the policy's log-probs (N,), and their tokens."""
-        lengths = batch["labels"].ne(-100).sum(1) if "labels" in batch else batch["completion_mask"].sum(1)
+        lengths = _lengths(batch)
         logps = self._logps(batch)
         return logps[batch["valid"].to(logps.device)], lengths.to(logps.device)
 
@@ -493,6 +588,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
                 self._prove_reference_on(self._first_group, inputs, self._logps(inputs, reference=True))
         policy_logps = self._completion_logps(model, inputs)
         inputs = beside(policy_logps, inputs)
+        if self.model.training:
+            policy_logps = self._on_the_support(policy_logps, inputs["proposal_logps"])
         some_mass = inputs["log_z"] != -math.inf
         if not (self.first_step_is_finite or torch.isfinite(policy_logps).all()):
             return policy_logps.sum()  # NaN or infinite: the check of the first step finds out why
@@ -639,6 +736,11 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         return {"divergence": DIVERGENCES.describe(self.args.divergence), "target": str(self.target)}
 
 
+def _lengths(batch: dict[str, Tensor]) -> Tensor:
+    """Return the number of tokens of each completion of a batch (N,)."""
+    return batch["labels"].ne(-100).sum(1) if "labels" in batch else batch["completion_mask"].sum(1)
+
+
 def state_file(process: int) -> str:
     """Return the file of a checkpoint with the state of one process."""
     return f"fdpg_state_{process}.pt"
@@ -761,3 +863,5 @@ class _FitsTarget(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.fit_where_needed()
+        if self.trainer.adjustment.truncates and self.trainer.resumed_from is None:
+            self.trainer.tell_lost_mass()

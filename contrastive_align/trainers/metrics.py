@@ -129,6 +129,7 @@ def distribution_metrics(
     lengths: Tensor,
     ended: Tensor,
     completion_ids: Sequence[Sequence[Sequence[int]]],
+    inside: Tensor | None = None,
 ) -> dict[str, float]:
     """Metrics of K samples of a proposal, the policy's own when online, for each of B prompts.
 
@@ -139,8 +140,9 @@ def distribution_metrics(
     beside each ``.../se``, its standard error over the prompts, and beside what is importance-sampled ``.../ess``. Log
     Z is that of the prompt's N samples so far, and taken as exact, which makes kl near the target low by about
     Var(u) / 2N nats, u = P / Zq. Averaged over prompts; where there is only one, over all samples.
-    Of the samples themselves: their lengths, how many ended; ``distinct_2``: different bigrams over all;
-    ``repetition``: share of tokens that their completion had before.
+    ``sampling/target_mass_lost``, where ``inside`` says whether a truncated proposal could draw a sample: the target's
+    mass on the others. Of the samples themselves: their lengths, how many ended; ``distinct_2``: different bigrams over
+    all; ``repetition``: share of tokens that their completion had before.
     """
     if len(set(keys)) == 1:
         policy_logps, proposal_logps, base_logps, target_log_scores = (
@@ -164,12 +166,25 @@ def distribution_metrics(
         for key, mean in ((f"moment/{name}", at_policy), (f"moment/{name}/target", at_target)):
             metrics[key], metrics[f"{key}/se"] = mean.value[j].item(), mean.se[j].item()
     metrics["moment/target/ess"] = at_target.ess.item()
+    if inside is not None:
+        lost = target_mass_lost(inside.reshape(target_log_scores.shape), target_log_scores, proposal_logps)
+        metrics["sampling/target_mass_lost"], metrics["sampling/target_mass_lost/se"] = lost
     metrics["completions/mean_length"] = lengths.double().mean().item()
     metrics["completions/eos_rate"] = ended.double().mean().item()
     flat = [ids for group in completion_ids for ids in group]
     metrics["distinct_2"] = distinct_n(flat, 2)
     metrics["repetition"] = sum(len(ids) - len(set(ids)) for ids in flat) / sum(map(len, flat))
     return metrics
+
+
+def target_mass_lost(inside: Tensor, target_log_scores: Tensor, proposal_logps: Tensor) -> tuple[float, float]:
+    """Return the target's mass on the samples (B, K) that are not ``inside``, and its standard error over prompts.
+
+    >>> target_mass_lost(torch.tensor([[True, False]]), torch.tensor([[0.75, 0.25]]).log(), torch.zeros(1, 2))[0]
+    0.25
+    """
+    lost = average_estimate(estimate_moments((~inside).double().unsqueeze(-1), target_log_scores, proposal_logps))
+    return lost.value[0].item(), lost.se[0].item()
 
 
 class Averages:

@@ -244,6 +244,7 @@ class SamplesRounds:
                 seeds=seeds,
                 rows_at_once=self.args.rows_at_once,
                 temperature=self.args.temperature,
+                top_k=self.args.top_k,
                 top_p=self.args.top_p,
                 suppress_ids=self.condition_ids,
             )

@@ -106,8 +106,8 @@ def check_vllm_model(trainer: Any) -> None:
 class VLLMSampler:
     """Draws completions of a :class:`~contrastive_align.ConditionalTrainer` with ``trl``'s ``VLLMGeneration``.
 
-    Temperature, top-p, the longest length, what ends a completion and the condition tokens that are never drawn are
-    those of sampling by the model itself. The random numbers are vLLM's own: a seed in a request would give all
+    Temperature, top-k, top-p, the longest length, what ends a completion and the condition tokens that are never drawn
+    are those of sampling by the model itself. The random numbers are vLLM's own: a seed in a request would give all
     prompts of a round the same ones, and in ``colocate`` all completions of a prompt.
 
     Raises:
@@ -122,7 +122,7 @@ class VLLMSampler:
         self.never, self.longest = frozenset(trainer.condition_ids), args.max_completion_length
         self.sleeps = args.vllm_mode == "colocate" and args.vllm_enable_sleep_mode
         self.filler = trainer.eos_token_ids[:1]
-        plain = {"repetition_penalty": 1.0, "top_k": 0, "min_p": 0.0}  # whatever the generation config says
+        plain = {"repetition_penalty": 1.0, "min_p": 0.0}  # whatever the generation config says
         own = {"stop_token_ids": list(trainer.eos_token_ids)}
         if self.never:
             own["logit_bias"] = dict.fromkeys(trainer.condition_ids, NEVER)
@@ -144,6 +144,7 @@ class VLLMSampler:
             model_impl=args.vllm_model_impl,
             trust_remote_code=args.trust_remote_code,
             temperature=args.temperature,
+            top_k=args.top_k,
             top_p=args.top_p,
             max_completion_length=args.max_completion_length,
             logprobs=None,
@@ -225,6 +226,11 @@ def check_server_sampler(trainer: Any) -> None:
     """Raise ValueError where a server cannot be given the weights that are trained, or is never asked."""
     if not trainer.online:
         raise ValueError("sampler is given and nothing is sampled: the data has its completions. Leave it out.")
+    if trainer.args.top_k:
+        raise ValueError(
+            f"top_k={trainer.args.top_k} with sampler: a request of OpenAI's form has no top_k. Leave it out, and give "
+            "the sampler what its server takes: ServerSampler(..., extra_body={'top_k': ...})."
+        )
     if not is_peft_model(trainer.model):
         raise ValueError(
             "sampler is given and the whole model is trained: a server can be handed an adapter while it runs, and not "

@@ -30,8 +30,9 @@ from transformers import (
 )
 
 from contrastive_align.models.shared_prompt import ATTENTION_NAME
-from contrastive_align.sampling import Drawn, PolicyProposal, decode, draw
-from contrastive_align.sampling.decode import _adjust_logits, _exponential_noise, _sample_tokens, score
+from contrastive_align.sampling import Drawn, PolicyProposal, draw
+from contrastive_align.sampling.adjust import Adjustment
+from contrastive_align.sampling.decode import _exponential_noise, _sample_tokens, score
 
 
 VOCABULARY, PAD, EOS = 24, 0, (1, 2, 3, 4)
@@ -163,12 +164,13 @@ def test_the_distribution_is_the_models():
     assert abs(chi2 - freedom) < 4 * (2 * freedom) ** 0.5
 
 
-def reshaped(p: list[float], temperature: float, top_p: float, suppressed: tuple[int, ...]) -> list[float]:
+def reshaped(p: list[float], temperature=1.0, top_k=0, top_p=1.0, suppress_ids=()) -> list[float]:
     """The distribution to be drawn from, by the definitions, in Python's own arithmetic."""
-    weights = [0.0 if v in suppressed else x ** (1 / temperature) for v, x in enumerate(p)]
-    weights = [x / sum(weights) for x in weights]
+    weights = [0.0 if v in suppress_ids else x ** (1 / temperature) for v, x in enumerate(p)]
+    likeliest = sorted(range(len(p)), key=lambda v: -weights[v])[: top_k or len(p)]
+    weights = [x / sum(weights[u] for u in likeliest) if v in likeliest else 0.0 for v, x in enumerate(weights)]
     kept, reached = set(), 0.0
-    for v in sorted(range(len(p)), key=lambda v: -weights[v]):
+    for v in likeliest:
         if reached < top_p:
             kept.add(v)
             reached += weights[v]
@@ -179,6 +181,8 @@ CHANGES = [
     {"temperature": 0.5},
     {"temperature": 3.0},
     {"top_p": 0.7},
+    {"top_k": 3},
+    {"temperature": 1.5, "top_k": 4, "top_p": 0.8},
     {"suppress_ids": (0, 3, 3)},
     {"temperature": 2.0, "top_p": 0.6, "suppress_ids": [2]},
 ]
@@ -188,12 +192,11 @@ CHANGES = [
 def test_the_distribution_is_the_one_asked_for(changes):
     torch.manual_seed(3)
     model = LlamaForCausalLM(LlamaConfig(**{**CAUSAL, "vocab_size": 7})).double()
-    asked = {"temperature": 1.0, "top_p": 1.0, "suppress_ids": (), **changes}
 
     @torch.no_grad()
     def next_tokens(ids: list[int]) -> list[float]:
         p = model(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1).tolist()
-        return reshaped(p, asked["temperature"], asked["top_p"], asked["suppress_ids"])
+        return reshaped(p, **changes)
 
     prompt, eos, n = [2, 3, 4], 1, 8_000
     exact = {}
@@ -208,7 +211,7 @@ def test_the_distribution_is_the_one_asked_for(changes):
     seen = Counter(map(tuple, drawn.completion_ids[0]))
     possible = {ids: p for ids, p in exact.items() if p > 0}
     assert set(seen) <= set(possible)
-    assert not {v for ids in seen for v in ids} & set(asked["suppress_ids"])
+    assert not {v for ids in seen for v in ids} & set(changes.get("suppress_ids", ()))
     for ids, p in possible.items():
         assert abs(seen[ids] - n * p) < 4 * (n * p * (1 - p)) ** 0.5 + 1, ids
     for ids, logp in zip(drawn.completion_ids[0], drawn.logps[0].tolist(), strict=True):
@@ -218,8 +221,8 @@ def test_the_distribution_is_the_one_asked_for(changes):
 def test_asking_for_nothing_changes_nothing(monkeypatch):
     model = make("llama")
     before = draw_from(model)
-    monkeypatch.setattr(decode, "_adjust_logits", lambda *_, **__: pytest.fail("a pass over the logits for nothing"))
-    same = draw_from(model, temperature=1.0, top_p=1.0, suppress_ids=[])
+    monkeypatch.setattr(Adjustment, "apply", lambda *_, **__: pytest.fail("a pass over the logits for nothing"))
+    same = draw_from(model, temperature=1.0, top_k=0, top_p=1.0, suppress_ids=[])
     assert same.completion_ids == before.completion_ids
     assert torch.equal(same.logps, before.logps)
 
@@ -233,8 +236,8 @@ def test_extreme_changes_are_greedy():
     assert all(first == second for first, second in cold.completion_ids)
     assert (cold.logps == 0).all()
     assert (narrow.logps == 0).all()
-    tied = _adjust_logits(torch.zeros(1, 4), 1.0, 0.5, torch.tensor([], dtype=torch.long))
-    assert tied.tolist() == [[0, 0, -math.inf, -math.inf]]
+    for half in (Adjustment(top_p=0.5), Adjustment(top_k=2)):
+        assert half.apply(torch.zeros(1, 4)).tolist() == [[0, 0, -math.inf, -math.inf]]
 
 
 @pytest.mark.parametrize("name", ["t5", "mamba"])
@@ -252,6 +255,9 @@ def test_changes_that_are_refused():
     for top_p in (0.0, 1.1, math.nan):
         with pytest.raises(ValueError, match="top_p="):
             draw_from(model, top_p=top_p)
+    for top_k in (-1, 1.5):
+        with pytest.raises(ValueError, match="top_k="):
+            draw_from(model, top_k=top_k)
     for ids, found in (([24], "id 24"), ([-1], "id -1"), (range(24), "all of them")):
         with pytest.raises(ValueError, match=f"suppress_ids has {found}, and LlamaForCausalLM has 24 tokens"):
             draw_from(model, suppress_ids=ids)

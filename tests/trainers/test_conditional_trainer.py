@@ -242,6 +242,12 @@ def test_the_first_round_is_unconditioned_and_later_ones_ask_for_the_best(tiny_l
     assert seen == [None, ["<quantile_0>"] * 4]
 
 
+def test_completions_are_drawn_as_the_options_say(tiny_llama, tmp_path):
+    trainer = build(tiny_llama(), tmp_path, top_k=1)
+    (group,) = trainer.generate(["the cat"], 5, [3])
+    assert all(sample["ids"] == group[0]["ids"] for sample in group)
+
+
 def test_a_round_trains_on_the_condition_of_its_quantile(tiny_llama, tmp_path):
     trainer = build(tiny_llama(), tmp_path, condition=Phrases())
     trainer.begin_round(1)

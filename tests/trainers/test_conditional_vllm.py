@@ -134,7 +134,7 @@ def test_every_round_is_drawn_from_the_weights_of_its_step(tiny_llama, ending, t
     engine = install(tiny_llama())  # other weights than the policy's: none of them may be left
     adapter = lora() if peft else None
     trainer = build(ending, tmp_path, **SERVER, vllm_server_port=8123, vllm_group_port=5, vllm_server_timeout=7.0,
-                    more={"peft_config": adapter}, temperature=0.9, top_p=0.95)  # fmt: skip
+                    more={"peft_config": adapter}, temperature=0.9, top_k=9, top_p=0.95)  # fmt: skip
     assert engine.history == [("connect", "http://0.0.0.0:8123", 5, 7.0), "communicator"]
     begin, seen = trainer.begin_round, []
 
@@ -151,7 +151,7 @@ def test_every_round_is_drawn_from_the_weights_of_its_step(tiny_llama, ending, t
     found, encode = samples(trainer), trainer.encode
     for number, (prompts, n, params) in enumerate(engine.calls):
         assert n == 5 and params == {
-            "repetition_penalty": 1.0, "temperature": 0.9, "top_p": 0.95, "top_k": 0, "min_p": 0.0, "max_tokens": 6,
+            "repetition_penalty": 1.0, "temperature": 0.9, "top_p": 0.95, "top_k": 9, "min_p": 0.0, "max_tokens": 6,
             "logprobs": None, "stop_token_ids": trainer.eos_token_ids,
         }  # fmt: skip
         rows = found[20 * number : 20 * number + 20]

@@ -320,7 +320,7 @@ def test_bad_input_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="expected one"):
         FDPGTrainer(build(), has_a, options(tmp_path), PROMPTS, processing_class=tokenizer, target=moment_target())
     for name, value in {
-        "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "num_iterations": 2,
+        "min_p": 0.1, "repetition_penalty": 1.2, "num_iterations": 2,
         "epsilon": 0.3, "normalize_advantages": True, "mask_truncated_completions": True, "sync_ref_model": True,
         "reward_clip_range": (-1.0, 1.0), "generation_kwargs": {"num_beams": 2},
     }.items():  # fmt: skip

@@ -111,7 +111,8 @@ def test_samples_are_the_proposals_and_weighed_by_it(tokenizer, tmp_path):
     before = {name: p.clone() for name, p in trainer.model.named_parameters()}
     trainer.model.train()
     prompt = tokenizer("a b")["input_ids"]
-    ids, logps = trainer._draw([prompt], 64, [7])
+    drawn = trainer._draw([prompt], 64, [7])
+    ids, logps = drawn.completion_ids, drawn.logps
     batch = trainer.collate([{"prompt_ids": prompt, "completion_ids": ids[0], "scores": [0.0] * 64}])
     assert all(torch.equal(before[name], p) for name, p in trainer.model.named_parameters())
     policy = trainer._logps(batch)
@@ -120,7 +121,8 @@ def test_samples_are_the_proposals_and_weighed_by_it(tokenizer, tmp_path):
     assert torch.allclose(logps, proposal, atol=1e-5)
     assert not torch.allclose(logps, policy, atol=1e-2)
     trainer.model.eval()
-    ids, logps = trainer._draw([prompt], 64, [7])  # an evaluation is of the policy
+    drawn = trainer._draw([prompt], 64, [7])  # an evaluation is of the policy
+    ids, logps = drawn.completion_ids, drawn.logps
     batch = trainer.collate([{"prompt_ids": prompt, "completion_ids": ids[0], "scores": [0.0] * 64}])
     assert torch.allclose(logps, trainer._logps(batch), atol=1e-5)
 
