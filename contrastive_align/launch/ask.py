@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
 from contrastive_align.conditions import Condition
 from contrastive_align.conditions.conditions import FILE
@@ -25,6 +26,7 @@ from contrastive_align.models.loading import (
     check_exists,
     check_generates,
     check_weights_are_finite,
+    decoder_start_token,
     eos_token_ids,
 )
 from contrastive_align.sampling.decode import draw, seed_of
@@ -42,7 +44,7 @@ FLAGS = {
     "use_cpu",
     "log_level",
 }
-FLAGS |= {"num_generations", "max_completion_length", "temperature", "top_p", "seed"}
+FLAGS |= {"num_generations", "max_completion_length", "temperature", "top_k", "top_p", "seed"}
 
 
 @dataclass
@@ -97,6 +99,7 @@ def ask_best(args: Arguments, prompt: str) -> list[str]:
         max_new_tokens=training.max_completion_length if "max_completion_length" in args.given else trained_at,
         seeds=[seed_of(training.seed, "best", 0)],
         temperature=training.temperature,
+        top_k=training.top_k,
         top_p=training.top_p,
     )
     for completion in found:
@@ -146,3 +149,32 @@ def sample_trained(
     )
     texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in drawn.completion_ids]
     return texts, (~drawn.truncated).tolist()
+
+
+@torch.no_grad()
+def search_trained(
+    model: Any, tokenizer: Any, prompt_ids: list[list[int]], tokens: list[str], *, per_prompt: int, **options: Any
+) -> tuple[list[list[str]], list[list[bool]]]:
+    """Find the best completions of beam search, prompt by prompt; return texts, and which are finished.
+
+    Args:
+        options: ``num_beams`` and ``max_new_tokens``.
+    """
+    eos = eos_token_ids(model, tokenizer)
+    config = GenerationConfig(
+        **options,
+        do_sample=False,
+        num_return_sequences=per_prompt,
+        eos_token_id=eos,
+        pad_token_id=eos[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        suppress_tokens=tokenizer.convert_tokens_to_ids(tokens) or None,
+        decoder_start_token_id=decoder_start_token(model) if model.config.is_encoder_decoder else None,
+    )
+    texts, finished = [], []
+    for ids in prompt_ids:
+        asked = torch.tensor([ids], device=model.device)
+        found = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), generation_config=config)
+        new = found[:, 1 if model.config.is_encoder_decoder else len(ids) :].tolist()
+        texts.append(tokenizer.batch_decode(new, skip_special_tokens=True))
+        finished.append([bool(set(row) & set(eos)) for row in new])
+    return texts, finished

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from contrastive_align import losses
+from contrastive_align.launch.accepted import feasible_beta
 from contrastive_align.report import Number, TargetChange, in_words, moved, warn_if_above_start
 from contrastive_align.report.summary import show
 from contrastive_align.sampling import (
@@ -195,14 +196,9 @@ class _Measured:
         if not rows:
             raise ValueError("no prompt has a sample with mass under the target.")
         log_z, logps, scores = self.log_z[some], self.logps[some], self.scores[some]
-        chosen = choose_beta(scores, logps, acceptance=acceptance, log_z=log_z, at_most=True)
-        beta, wished = chosen.beta, acceptance
-        acceptance = min(wished, chosen.acceptance_rate)
-        if acceptance < wished:
-            remarks.append(
-                f"QRS accepts {acceptance:.3g} and not the wished {wished:g}: the target allows no more of the tuned "
-                "policy's samples. Train longer for more"
-            )
+        chosen, remark = feasible_beta(scores, logps, log_z, acceptance=acceptance)
+        beta, acceptance = chosen.beta, min(acceptance, chosen.acceptance_rate)
+        remarks += [remark] if remark else []
         sampler = QuasiRejectionSampler(
             self.target, proposal, beta, log_z=log_z, batch_size=max(1, math.ceil(self.per_prompt / acceptance / 2))
         )

@@ -1,4 +1,7 @@
-"""``contrastive-align sample``: answers of any model or adapter, in the formats of AlpacaEval, MT-bench or JSONL."""
+"""``contrastive-align sample``: answers of any model or adapter, in the formats of AlpacaEval, MT-bench or JSONL.
+
+With ``--qrs`` they are samples of a tuned policy that quasi-rejection sampling accepts for the target of its run.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from contrastive_align.data.formats import Text
+from contrastive_align.launch.accepted import AcceptedAnswers
 from contrastive_align.launch.step_files import check_free, to_line, write_rows
 from contrastive_align.launch.trained import Trained
 from contrastive_align.launch.usage import UsageError, UsageParser
@@ -25,6 +29,9 @@ TEMPERATURES = {
 }
 OTHER_TEMPERATURE = 0.7
 AT_ONCE = 32  # prompts
+LONGEST = 512  # tokens of a completion, where nothing says how many
+WISHES = ("acceptance", "tv", "qrs_beta")
+LOWEST = {"num_generations": 1, "max_completion_length": 1, "temperature": 0, "top_k": 0, "top_p": 0, "num_beams": 1}
 
 
 def main(argv: Sequence[str]) -> list[Any]:
@@ -32,19 +39,29 @@ def main(argv: Sequence[str]) -> list[Any]:
     args = build_parser().parse_args(argv)
     if (args.prompt is None) == (args.prompts is None):
         raise UsageError("expected one of --prompt='a prompt' and --prompts=FILE.")
+    if (args.model_name_or_path is None) == (args.qrs is None):
+        raise UsageError("expected one of --model_name_or_path=MODEL and --qrs=FOLDER, that of an f-DPG run.")
     if args.compare and args.output:
         raise UsageError("--compare prints both models, and --output writes one. Leave one of them out.")
-    for name, low in (("num_generations", 1), ("max_completion_length", 1), ("temperature", 0), ("top_p", 0)):
+    for name, low in LOWEST.items():
         value = getattr(args, name)
         if value is not None and value < low:
             raise UsageError(f"--{name} is {value:g}, expected at least {low}.")
+    _check_together(args)
     if args.format != "jsonl" and args.num_generations != 1:
         raise UsageError(f"--num_generations={args.num_generations} means nothing to {args.format}: it has one answer.")
     if args.output:
         check_free(Path(args.output), args.overwrite)
     questions = [{"prompt": args.prompt}] if args.prompts is None else read_questions(Path(args.prompts), args.format)
     options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "seed": args.seed}
-    model = Trained(args.model_name_or_path, **options)
+    if args.qrs is None:
+        model = Trained(args.model_name_or_path, **options)
+        args.max_completion_length = args.max_completion_length or LONGEST
+    else:
+        model = AcceptedAnswers(args.qrs, **{name: getattr(args, name) for name in WISHES}, **options)
+        args.max_completion_length = args.max_completion_length or model.max_completion_length
+        first = [prompts_of(model, [first_turn(row)])[0] for row in questions]
+        model.choose_beta(questions, first, **_sampling(args, questions[0]))
     rows = answers(model, questions, args)
     if args.compare:
         show_both(questions, rows, answers(Trained(args.compare, **options), questions, args), args)
@@ -57,7 +74,29 @@ def main(argv: Sequence[str]) -> list[Any]:
             print(f"asked    {first_turn(question)!r}")
             for text in texts_of(row):
                 print(f"sampled  {text!r}")
+    if isinstance(model, AcceptedAnswers):
+        share = model.accepted / max(1, model.proposed)
+        print(f"QRS accepted {model.accepted} of {model.proposed} proposals ({share:.3f}); {model.chosen}")
     return rows
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """Raise UsageError where flags contradict each other."""
+    wishes = [name for name in WISHES if getattr(args, name) is not None]
+    if wishes and args.qrs is None:
+        raise UsageError(f"--{wishes[0]} belongs to --qrs, which is not given. Leave it out.")
+    if len(wishes) > 1:
+        raise UsageError(f"--{wishes[0]} and --{wishes[1]} both decide beta. Give one of them.")
+    if args.num_beams == 1:
+        return
+    drawn = {"qrs": None, "temperature": None, "top_k": 0, "top_p": 1.0}
+    other = next((name for name, default in drawn.items() if getattr(args, name) != default), None)
+    if other:
+        raise UsageError(f"--num_beams searches and draws nothing, so that --{other} has no meaning. Leave one out.")
+    if args.num_beams < args.num_generations:
+        raise UsageError(
+            f"--num_beams is {args.num_beams}, expected at least --num_generations={args.num_generations}."
+        )
 
 
 def read_questions(path: Path, form: str) -> list[dict[str, Any]]:
@@ -110,10 +149,11 @@ def answers(model: Trained, questions: Sequence[dict[str, Any]], args: argparse.
     """Return a row for each question, in the format asked for."""
     found: list[dict[str, Any]] = []
     for start, alike in _batches(questions, args):
-        replies = converse(model, [turns_of(row) for row in alike], range(start, start + len(alike)), args, alike[0])
+        replies = converse(model, alike, range(start, start + len(alike)), args)
+        rates = model.rates if isinstance(model, AcceptedAnswers) else [None] * len(alike)
         found += [
-            _row(question, number, texts, model, args)
-            for number, (question, texts) in enumerate(zip(alike, replies, strict=True), start=start)
+            _row(question, number, texts, model, args, rate)
+            for number, (question, texts, rate) in enumerate(zip(alike, replies, rates, strict=True), start=start)
         ]
     return found
 
@@ -142,10 +182,23 @@ def temperature_of(row: dict[str, Any], args: argparse.Namespace) -> float:
     return TEMPERATURES.get(row.get("category", ""), OTHER_TEMPERATURE) if args.format == "mt_bench" else 1.0
 
 
+def _sampling(args: argparse.Namespace, like: dict[str, Any]) -> dict[str, Any]:
+    """Return how answers to rows such as this one are sampled."""
+    given = {"top_k": args.top_k, "top_p": args.top_p, "max_new_tokens": args.max_completion_length}
+    return {**given, "temperature": temperature_of(like, args)}
+
+
+def prompts_of(model: Trained, turns: Sequence[Text]) -> list[Text]:
+    """Return the prompts of first turns: messages for a model that chats, else texts."""
+    chats = [isinstance(asked, str) and model.chats for asked in turns]
+    return [[{"role": "user", "content": t}] if chat else t for t, chat in zip(turns, chats, strict=True)]
+
+
 def converse(
-    model: Trained, turns: list[list[Text]], numbers: Sequence[int], args: argparse.Namespace, like: dict[str, Any]
+    model: Trained, rows: Sequence[dict[str, Any]], numbers: Sequence[int], args: argparse.Namespace
 ) -> list[list[list[str]]]:
     """Return for each conversation the answers of each turn (``num_generations`` of a single one)."""
+    turns = [turns_of(row) for row in rows]
     replies: list[list[list[str]]] = [[] for _ in turns]
     history: list[list[dict[str, str]]] = [[] for _ in turns]
     for turn in range(len(turns[0])):
@@ -161,19 +214,29 @@ def converse(
         texts, _ = model.answer(
             prompts,
             [(number, turn) for number in numbers],
+            rows=rows,
             per_prompt=args.num_generations,
-            max_new_tokens=args.max_completion_length,
-            temperature=temperature_of(like, args),
-            top_p=args.top_p,
+            **_sampling(args, rows[0]),
+            **({} if args.num_beams == 1 else {"num_beams": args.num_beams}),
         )
-        for own, reply, group in zip(history, replies, texts, strict=True):
-            own.append({"role": "assistant", "content": group[0]})
+        for number, own, reply, group in zip(numbers, history, replies, texts, strict=True):
+            if not group and (args.format != "jsonl" or len(turns[0]) > 1):
+                raise UsageError(
+                    f"prompt {number}: no sample was accepted, and {args.format} needs an answer. Wish for a higher "
+                    "--acceptance, train longer, or write --format=jsonl, which can hold none."
+                )
+            own += [{"role": "assistant", "content": text} for text in group[:1]]
             reply.append(group)
     return replies
 
 
 def _row(
-    question: dict[str, Any], number: int, texts: list[list[str]], model: Trained, args: argparse.Namespace
+    question: dict[str, Any],
+    number: int,
+    texts: list[list[str]],
+    model: Trained,
+    args: argparse.Namespace,
+    rate: float | None,
 ) -> dict[str, Any]:
     generator = args.generator or model.short_name
     if args.format == "alpaca_eval":
@@ -189,7 +252,8 @@ def _row(
             "choices": [{"index": 0, "turns": [group[0] for group in texts]}],
             "tstamp": time.time(),
         }
-    return {**question, "generations": texts[-1], "generator": generator}
+    rates = {} if rate is None else {"acceptance_rate": rate}
+    return {**question, "generations": texts[-1], **rates, "generator": generator}
 
 
 def texts_of(row: dict[str, Any]) -> list[str]:
@@ -214,7 +278,11 @@ def show_both(
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser."""
     p = UsageParser(prog="contrastive-align sample", description=__doc__, allow_abbrev=False)
-    p.add_argument("--model_name_or_path", "--model", required=True, help="A model or adapter: a folder or hub id.")
+    p.add_argument("--model_name_or_path", "--model", help="A model or adapter: a folder or hub id.")
+    p.add_argument("--qrs", metavar="FOLDER", help="That of an f-DPG run: write samples accepted for its target.")
+    p.add_argument("--acceptance", type=float, help="With --qrs: the wished rate, or the highest there is.")
+    p.add_argument("--tv", type=float, help="With --qrs: the wished total variation distance from the target.")
+    p.add_argument("--qrs_beta", type=float, help="With --qrs: beta; by default that of the run's table.")
     p.add_argument("--prompt", help="One prompt.")
     p.add_argument("--prompts", help="A file: .txt, JSON or JSONL with prompt, instruction or turns.")
     p.add_argument("--format", choices=FORMATS, default="jsonl", help="Of the output.")
@@ -223,9 +291,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--compare", metavar="OTHER", help="Another model, whose answers are printed beside.")
     p.add_argument("--generator", help="The model's name in the output.")
     p.add_argument("--num_generations", type=int, default=1, help="Answers to a prompt (jsonl).")
-    p.add_argument("--max_completion_length", type=int, default=512, help="In tokens.")
+    p.add_argument("--max_completion_length", type=int, help=f"In tokens; {LONGEST}, with --qrs that of the run.")
     p.add_argument("--temperature", type=float, help="0 is greedy; by default 1, in mt_bench that of the category.")
+    p.add_argument("--top_k", type=int, default=0, help="Sample of the k likeliest tokens; 0: of all.")
     p.add_argument("--top_p", type=float, default=1.0, help="Of sampling.")
+    p.add_argument("--num_beams", type=int, default=1, help="Above 1: beam search, and nothing is sampled.")
     p.add_argument("--seed", type=int, default=42, help="With the prompt's number, it decides what is drawn.")
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="Of weights.")
     p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")

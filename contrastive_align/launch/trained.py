@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from contrastive_align.conditions import Condition
 from contrastive_align.conditions.conditions import FILE
 from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
-from contrastive_align.launch.ask import load_trained, sample_trained
+from contrastive_align.launch.ask import load_trained, sample_trained, search_trained
 from contrastive_align.launch.quiet import quiet_run
 from contrastive_align.sampling.decode import seed_of
 
@@ -58,29 +58,38 @@ class Trained:
         per_prompt: int = 1,
         max_new_tokens: int = 512,
         temperature: float = 1.0,
+        top_k: int = 0,
         top_p: float = 1.0,
+        num_beams: int = 1,
+        rows: Sequence[Mapping[str, Any]] = (),
     ) -> tuple[list[list[str]], list[list[bool]]]:
         """Sample answers; a temperature of 0 takes the likeliest token.
 
         Args:
             prompts: texts or messages.
             numbers: of the prompts, which decide with the seed what is drawn.
+            num_beams: above 1, the best completions of beam search, and nothing is drawn.
+            rows: of the prompts, for a model that reads more of them than the prompt.
 
         Returns:
             The texts of each prompt, and which of them ended by themselves.
         """
+        tokens = [] if self.condition is None else self.condition.tokens
         if temperature == 0:
             temperature, top_p = 1.0, GREEDY
         asked = [prompt if self.condition is None else self.condition.apply_best(prompt) for prompt in prompts]
         ids = [tokenise_prompt(prompt, self.tokenizer) for prompt in asked]
+        same = {"per_prompt": per_prompt, "max_new_tokens": max_new_tokens}
+        if num_beams > 1:
+            return search_trained(self.model, self.tokenizer, ids, tokens, num_beams=num_beams, **same)
         return sample_trained(
             self.model,
             self.tokenizer,
             ids,
-            [] if self.condition is None else self.condition.tokens,
-            per_prompt=per_prompt,
-            max_new_tokens=max_new_tokens,
+            tokens,
+            **same,
             seeds=[seed_of(self.seed, "sample", number) for number in numbers],
             temperature=temperature,
+            top_k=top_k,
             top_p=top_p,
         )

@@ -13,8 +13,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from contrastive_align.data.tokenise import tokenise_prompt
+from contrastive_align.sampling.adjust import Adjustment
 from contrastive_align.sampling.decode import draw, score
 from contrastive_align.sampling.samples import Samples
+
+
+PLAIN = Adjustment()  # the model's own distribution
 
 
 class PolicyProposal:
@@ -31,6 +35,7 @@ class PolicyProposal:
         seed: of the noise; different in each process if each has its own prompts.
         prefix: put before each prompt: text, or messages for conversational prompts.
         eos_token_ids: tokens that end a completion. Default: the tokenizer's EOS.
+        adjustment: temperature, top-k and top-p of what is drawn, whose log-probs ``logps`` then are.
     """
 
     def __init__(
@@ -44,12 +49,14 @@ class PolicyProposal:
         prefix: str | list[dict[str, Any]] = "",
         eos_token_ids: Sequence[int] | None = None,
         rows_at_once: int = 256,
+        adjustment: Adjustment = PLAIN,
     ) -> None:
         self.model, self.tokenizer, self.base = model, tokenizer, base
         self.max_new_tokens, self.seed, self.prefix, self.rows_at_once = max_new_tokens, seed, prefix, rows_at_once
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.eos_token_ids = eos if eos_token_ids is None else list(eos_token_ids)
         self.pad_token_id = next((i for i in (tokenizer.pad_token_id, *self.eos_token_ids) if i is not None), 0)
+        self.adjustment = adjustment
         self.calls = self.drawn = self.truncated = 0
         if base is None and getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
@@ -75,6 +82,7 @@ class PolicyProposal:
             pad_token_id=self.pad_token_id,
             seeds=[int(s) for s in seeds],
             rows_at_once=self.rows_at_once,
+            **vars(self.adjustment),
         )
         self.calls += 1
         self.drawn += drawn.truncated.numel()
@@ -95,7 +103,8 @@ class PolicyProposal:
 
     @property
     def _is_base(self) -> bool:
-        return self.base is None and not self.prefix and not is_peft_model(self.model)
+        plain = not self.prefix and not self.adjustment.changes
+        return plain and self.base is None and not is_peft_model(self.model)
 
     def _score_base(self, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> torch.Tensor:
         options = {"pad_token_id": self.pad_token_id, "rows_at_once": self.rows_at_once}

@@ -68,7 +68,7 @@ class Proposal(Protocol):
     def sample(self, prompts: Sequence[Any], n: int) -> Samples:
         """Draw n independent samples for each prompt, ``prompt_index`` counting from 0 in this call's list.
 
-        ``logps`` must be those of the distribution that the samples came from, EOS included: temperature 1, no top-p,
-        no top-k.
+        ``logps`` must be those of the distribution that the samples came from, EOS included: after temperature, top-k
+        and top-p, where these change it.
         """
         ...
