@@ -4,9 +4,12 @@ import asyncio
 
 import pytest
 import torch
-from small_trainers import COLUMNS, TEXTS
-from transformers import TrainerState
+from judge_server import JudgeServer, scored
+from small_trainers import COLUMNS, TEXTS, saved_model
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, TrainerState
 
+from contrastive_align.judge import Judge
+from contrastive_align.judge.judge import JudgeReward
 from contrastive_align.launch.measure import measure
 from contrastive_align.targets import Constraint, FeatureError, Target, resolve_feature
 
@@ -58,6 +61,31 @@ async def of_some(completion_ids, **columns):
     return [None if i % 2 else v for i, v in enumerate(value(completion_ids))]
 
 
+@pytest.fixture
+def reward_model(tmp_path):
+    """The folder of a random classifier with one output, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(saved_model())
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=1, **shape)
+    for part in (LlamaForSequenceClassification(config), tokenizer):
+        part.save_pretrained(tmp_path / "reward_model")
+    return str(tmp_path / "reward_model")
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    """A judge's scores, from a server that answers as an API does."""
+    pytest.importorskip("openai")
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "a key")
+    with JudgeServer(scored) as server:
+        options = {"answers": "text", "cache": tmp_path / "judged", "base_url": server.url}
+        yield JudgeReward(Judge("feedback", model="judge", **options))
+        assert server.calls
+
+
+# Built with the fixture of the same name, where there is one.
 FORMS = {
     "trainer_state": lambda: with_state,
     "log_metric": lambda: with_metric,
@@ -65,6 +93,8 @@ FORMS = {
     "named": lambda: all_by_name,
     "without trl's": lambda: columns_alone,
     "async": Client,
+    "reward_model": lambda folder: {"reward_model": folder},
+    "judge": lambda function: function,
     "a sum with None": lambda: {"sum": [[1.0, of_some], [0.5, with_metric]]},
 }
 
@@ -74,8 +104,9 @@ def rows(column):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_reward_runs_everywhere(form, tmp_path):
-    feature = resolve_feature(FORMS[form]())
+def test_every_form_of_reward_runs_everywhere(form, tmp_path, request):
+    given = [request.getfixturevalue(form)] if form in ("reward_model", "judge") else []
+    feature = resolve_feature(FORMS[form](*given))
     told = {"train_dataset": rows(FDPG), "reward_funcs": None, "target": Target.from_reward(feature, 1.0)}
     trainer = FDPG.make(tmp_path / "f", told=told, max_steps=2, log_completions=form == "log_extra")
     trainer.train()
@@ -83,7 +114,7 @@ def test_every_form_of_reward_runs_everywhere(form, tmp_path):
     assert "tuned+QRS" in columns
     logged = [entry["share"] for entry in trainer.state.log_history if "share" in entry]
     assert logged == ([0.25, 0.25] if form in ("log_metric", "a sum with None") else [])
-    fitted = Target([Constraint(feature, 0.4)])
+    fitted = Target([Constraint(feature, columns["base"][f"moment/{feature.name}"].value)])
     fitting = FDPG.make(tmp_path / "t", told={**told, "target": fitted}, fit_samples=256)
     fitting.fit_target()
     assert fitted.fitted
