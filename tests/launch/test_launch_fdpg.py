@@ -100,9 +100,9 @@ def test_an_encoder_decoder(tmp_path, lora):
     for part in (T5ForConditionalGeneration(config), tokenizer):
         part.save_pretrained(tmp_path / "t5")
     flags = ["--use_peft=true", "--lora_r=2", "--lora_target_modules", "q", "v"] if lora else []
-    one = ["--prompt=Say it.", "--max_steps=2", "--features=[{contains: e, moment: 0.6}]"]
+    one = ["--prompt=Say it.", "--max_steps=2", "--features=[{contains: e, moment: 0.6}]", "--eval_samples=1000"]
     out = tmp_path / "out"
-    summary = main([f"--model_name_or_path={tmp_path / 't5'}", *one, *flags, *SMALL[1:], f"--output_dir={out}"])
+    summary = main([f"--model_name_or_path={tmp_path / 't5'}", *SMALL[1:], *one, *flags, f"--output_dir={out}"])
     assert list(summary.distributions) == ["base", "target", "tuned", "tuned+QRS"]
     assert summary.distributions["target"]["moment/contains:e"].value == pytest.approx(0.6, abs=0.2)
     assert (out / "moments_and_divergences.png").is_file()
@@ -164,7 +164,9 @@ def text(prompts, completions, **columns):
     [
         (["--divergenc=js"], "unknown flag '--divergenc'. Did you mean '--divergence'?"),
         (["--divergence=hinge"], "hinge"),
-        (["--temperature=0.7"], "temperature"),
+        (["--min_p=0.7"], "min_p"),
+        ([PLEASE, "--temperature=0"], "temperature is 0"),
+        ([PLEASE, "--top_k=5", "--proposal=kept"], "top_k=5 with proposal='kept'"),
         (["--prompt=Say."], "nothing to train towards"),
         ([f"--model_name_or_path={demo.MODEL_PATH}"], "nothing to train towards"),
         (["--features=[{contains: please}]"], "expected a constraint: a feature with its moment"),
