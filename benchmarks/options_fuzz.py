@@ -417,7 +417,7 @@ TOGETHER = (
     ("fdpg", {"features": "[{contains: a, moment: 0.5}]"}, "features"),
     ("fdpg", {"prompt": "a"}, "prompt"),
     ("fdpg", {"per_device_train_batch_size": "7"}, "per_device_train_batch_size"),
-    ("fdpg", {"temperature": "0.5"}, "temperature"),
+    ("fdpg", {"min_p": "0.5"}, "min_p"),
     ("fdpg", {"eval_samples": "10"}, "eval_samples"),
     ("conditional", {"judge": "{model: m, base_url: 'http://localhost:1'}"}, "judge"),
     ("conditional", {"kl_coef": "0", "kl_target": "0.1"}, "kl_target"),

@@ -180,7 +180,7 @@ def distribution_metrics(
 def target_mass_lost(inside: Tensor, target_log_scores: Tensor, proposal_logps: Tensor) -> tuple[float, float]:
     """Return the target's mass on the samples (B, K) that are not ``inside``, and its standard error over prompts.
 
-    >>> target_mass_lost(torch.tensor([[True, False]]), torch.tensor([[0.75, 0.25]]).log(), torch.zeros(1, 2))[0]
+    >>> target_mass_lost(torch.tensor([[True, True, True, False]]), torch.zeros(1, 4), torch.zeros(1, 4))[0]
     0.25
     """
     lost = average_estimate(estimate_moments((~inside).double().unsqueeze(-1), target_log_scores, proposal_logps))
