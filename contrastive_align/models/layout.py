@@ -227,6 +227,10 @@ def _small_model(model: PreTrainedModel) -> PreTrainedModel:
             setattr(text, width, min(getattr(text, width), 256))
     config._attn_implementation = "eager"
     small = type(model)(config).float()
+    dropout = max((m.p for m in model.modules() if isinstance(m, nn.Dropout)), default=0.0)
+    for module in small.modules():
+        if isinstance(module, nn.Dropout):  # which may be off in the model, whatever its config says
+            module.p = min(module.p, dropout)
     with torch.no_grad():
         for p in small.parameters():
             if p.dim() > 1:  # large weights: in a new model all log-probs are alike
