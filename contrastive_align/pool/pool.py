@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from contrastive_align.data.atomic import leftovers
+from contrastive_align.data.atomic import atomic_write, leftovers
 from contrastive_align.pool.draws import LEFT_OUT, balanced_order, keep
 from contrastive_align.pool.files import Round, Sample, write_round
 
@@ -161,6 +162,21 @@ class Pool:
     def steps(self) -> dict[int, int]:
         """Round -> number of optimizer steps before it was sampled."""
         return {r.number: r.step for r in self._rounds}
+
+    def take_over(self, folder: Path, step: int) -> list[int]:
+        """Copy the rounds that another pool had by an optimiser step, with the files beside them; return their numbers.
+
+        Raises:
+            ValueError: a round of the other pool is missing or damaged.
+        """
+        numbers = [n for n in rounds_in(folder) if Round(round_path(folder, n), n).step <= step]
+        of_round = {path: re.search(r"-(\d{5,})$", path.stem) for path in folder.glob("*.json")}
+        beside = [path for path, number in of_round.items() if number is None or int(number[1]) in numbers]
+        for path in sorted([*beside, *(round_path(folder, n) for n in numbers)]):
+            with path.open("rb") as source, atomic_write(self.folder / path.name) as file:
+                shutil.copyfileobj(source, file)
+        self.reload()
+        return numbers
 
     def check_writable(self) -> None:
         """Raise OSError where no round can be written."""

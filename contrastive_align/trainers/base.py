@@ -131,7 +131,7 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
     reference_is_proven: bool | None = None  # False: at the next batch of train()
     resumed_from: Path | None = None
     stopping: StopOnSignal | None = None  # a command's, which listens for the whole run
-    _start_step = 0  # of the present train()
+    start_step = 0  # of the present train()
     first_step_is_finite = False
     _lost: Tensor | None = None  # whether a loss since the last log was NaN or infinite
     _bad_batch: tuple[Any, Tensor] | None = None  # of the first step, with its loss
@@ -491,11 +491,11 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
             self.load_state(self.resumed_from)
             check_functions(self.resumed_from, self.functions())
         self.check_finite()  # again: weights may have been changed since
-        self.begin_training(going_on=bool(resume_from_checkpoint))
-        self._start_step, self.first_step_is_finite, self._bad_batch, self._lost = 0, False, None, None
+        self.start_step, self.first_step_is_finite, self._bad_batch, self._lost = 0, False, None, None
         if self.resumed_from is not None:
             state = (self.resumed_from / TRAINER_STATE_NAME).read_text(encoding="utf-8")
-            self._start_step = json.loads(state)["global_step"]
+            self.start_step = json.loads(state)["global_step"]
+        self.begin_training(going_on=bool(resume_from_checkpoint))
         return checkpoint
 
     @property
@@ -520,7 +520,7 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
 
     def _check_that_it_trained(self) -> None:
         step, last = self.state.global_step, self.state.max_steps
-        if step > self._start_step:
+        if step > self.start_step:
             return
         if self.resumed_from is None or step < last:
             raise ValueError(

@@ -313,6 +313,8 @@ class ConditionalTrainer(SamplesRounds, KeepsDigits, PreparesDatasets, Alignment
         the step over its micro-batches on all processes. Trainer takes the mean over these, so that the step has the
         mean over its tokens.
         """
+        if self.no_signal_left:  # an epoch without a batch is Trainer's last
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         tokens = sum(batch["completion_mask"].sum() for batch in batches)
         total = self.accelerator.gather(torch.as_tensor(tokens, device=device)).sum()
@@ -324,9 +326,11 @@ class ConditionalTrainer(SamplesRounds, KeepsDigits, PreparesDatasets, Alignment
 
     def begin_round(self, number: int) -> None:
         """Make a round, unless the pool has it; then set what is drawn from the pool, and log it."""
-        speed: dict[str, float] = {}
+        speed: dict[str, float] | None = {}
         if self.online:
             speed = self.make_round(number)
+            if speed is None:
+                return
         else:
             self.pool.reload()
         through = number if self.online else 1

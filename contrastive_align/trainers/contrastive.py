@@ -349,6 +349,8 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
         which the sum of its losses is divided: the groups of the step over its micro-batches on all processes. Trainer
         takes the mean over these, so that the step has the mean over its groups.
         """
+        if self.no_signal_left:  # an epoch without a batch is Trainer's last
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         for i, batch in enumerate(batches):
             if (read := batch.pop(READ, None)) is not None:
@@ -384,7 +386,8 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
 
     def begin_round(self, number: int) -> None:
         """Make a round, unless the pool has it; then choose the groups that it is trained on, and log it."""
-        speed = self.make_round(number)
+        if (speed := self.make_round(number)) is None:
+            return
         rows, args = self.rows, self.args
         rows.draw(number, args.keep)
         if args.reference == "round":

@@ -66,6 +66,10 @@ class Feedback(Protocol):
         ...
 
 
+class NoSignal(ValueError):
+    """A round of samples that nothing tells apart."""
+
+
 @dataclass(kw_only=True, eq=False)
 class Rounds:
     """Sample a round, ask for feedback on it, and add it to the pool.
@@ -110,7 +114,8 @@ class Rounds:
             step: optimiser steps made so far.
 
         Raises:
-            ValueError: earlier rounds are missing, or there would be no sample with a label to train on.
+            NoSignal: there would be no sample with a label to train on.
+            ValueError: earlier rounds are missing.
         """
         if number not in self.pool.rounds:
             if number != len(self.pool.rounds) + 1:
@@ -126,7 +131,7 @@ class Rounds:
                 try:
                     self.condition.check_signal(everyone)
                 except ValueError as error:
-                    raise ValueError(f"Round {number} is not written. {error} {self.describe_feedback()}") from error
+                    raise NoSignal(f"Round {number} is not written. {error} {self.describe_feedback()}") from error
             if PartialState().is_main_process:
                 remember_prompts(self.pool, self.prompts["prompt"])
                 self.pool.add(everyone)

@@ -12,6 +12,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_utils import speed_metrics
+from transformers.utils import logging
 
 from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
@@ -24,8 +25,15 @@ from contrastive_align.targets.features import weighted_sum
 from contrastive_align.trainers import rounds
 from contrastive_align.trainers.configs import OF_SCORED
 from contrastive_align.trainers.long_prompts import rows_of_long_prompts, without_rows
+from contrastive_align.trainers.processes import on_main
 from contrastive_align.trainers.reward_log import RewardLog
+from contrastive_align.trainers.rounds import NoSignal
 from contrastive_align.trainers.samplers import AdapterServer, VLLMSampler
+
+
+logger = logging.get_logger(__name__)
+
+POOL = "pool"  # the folder of the pool in that of the run
 
 
 class SamplesRounds:
@@ -47,6 +55,7 @@ class SamplesRounds:
     condition_ids: Sequence[int] = ()  # of tokens that are never drawn
     vllm: VLLMSampler | None = None
     sampling_seconds = 0.0  # of the present round, on this process
+    no_signal_left = False  # nothing tells the samples of the present round apart: training ends
     _server: AdapterServer | None = None
 
     def take_feedback(self, reward_funcs: Any, judge: Any, args: Any) -> None:
@@ -128,7 +137,7 @@ class SamplesRounds:
     @property
     def pool_folder(self) -> Path:
         """Where the pool is, or the pools of scored data beside it."""
-        return Path(self.args.pool_dir or Path(self.args.output_dir) / "pool")
+        return Path(self.args.pool_dir or Path(self.args.output_dir) / POOL)
 
     def fill_steps(self, draws: int) -> int:
         """Decide the optimiser steps of a round; return its rows, ``draws`` rounded up to whole steps."""
@@ -170,12 +179,21 @@ class SamplesRounds:
                 samples of other prompts.
         """
         super().begin_training(going_on=going_on)
+        self.no_signal_left = False
+        if self.online and self.resumed_from is not None:
+            on_main(self._take_over, self.resumed_from.parent / POOL)
+            self.pool.reload()
         if self.online and self.pool.rounds and not going_on:
             raise ValueError(
                 f"{self.pool.folder} has the samples of an earlier run (rounds {self.pool.rounds}). Go on with "
                 "resume_from_checkpoint=True, or give another output_dir or pool_dir to start anew."
             )
         self.check_pool()
+
+    def _take_over(self, folder: Path) -> None:
+        """Copy the rounds that the checkpoint's run had sampled by then, where it was another run's."""
+        if not self.pool.rounds and folder.is_dir() and (taken := self.pool.take_over(folder, self.start_step)):
+            logger.warning(f"The rounds {taken} of {folder} are copied to {self.pool.folder}, where the run goes on.")
 
     def check_steps_of_round(self, checkpoint: Path, steps: int) -> None:
         """Raise ValueError where a checkpoint's rounds had another number of steps."""
@@ -254,11 +272,24 @@ class SamplesRounds:
         """Hand the weights to vLLM once for all that is drawn inside the block, in which they do not change."""
         return contextlib.nullcontext() if self.vllm is None else self.vllm.unchanged_weights()
 
-    def make_round(self, number: int) -> dict[str, float]:
-        """Sample a round, unless the pool has it; return the speed of sampling, where it was sampled now."""
+    def make_round(self, number: int) -> dict[str, float] | None:
+        """Sample a round, unless the pool has it; return the speed of sampling, where it was sampled now.
+
+        None ends training: after a round that was trained on, nothing tells the samples of this one apart.
+
+        Raises:
+            NoSignal: nothing tells the samples of the first round apart.
+        """
         self.reward_log, self.sampling_seconds = RewardLog(), 0.0  # without what was logged while measuring
         with self.unchanged_weights():
-            self.rounds.make(number, self.state.global_step)
+            try:
+                self.rounds.make(number, self.state.global_step)
+            except NoSignal as error:
+                if number == 1:
+                    raise
+                logger.warning(f"{error} Training ends here, after round {number - 1}.")
+                self.no_signal_left = True
+                return None
         if not self.sampling_seconds:
             return {}
         tokens = int(self.pool.table(number).length[self.pool.table(number).round == number].sum())

@@ -289,6 +289,25 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(tiny_llama, tmp_path, s
         assert torch.allclose(p, weights(resumed)[name], atol=1e-6), name
 
 
+def test_a_checkpoint_goes_on_in_another_folder_with_its_rounds(tiny_llama, tmp_path):
+    whole = build(tiny_llama(), tmp_path / "whole", num_train_epochs=3, save_strategy="steps", save_steps=3)
+    whole.train()
+    other = build(tiny_llama(), tmp_path / "other", num_train_epochs=3)
+    other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert samples(other) == samples(whole)
+    assert all(torch.allclose(p, weights(other)[name], atol=1e-6) for name, p in weights(whole).items())
+
+
+def test_training_ends_well_where_nothing_tells_samples_apart_any_more(tiny_llama, tmp_path, caplog):
+    def until_round_2(completions, trainer_state, **columns):
+        return [1.0] * len(completions) if trainer_state.global_step else length(completions)
+
+    trainer = build(tiny_llama(), tmp_path, reward_funcs=until_round_2, drop_factor=1.0)
+    trainer.train()
+    assert trainer.pool.rounds == [1] and trainer.state.global_step == trainer.steps_per_round
+    assert "Training ends here, after round 1." in caplog.text
+
+
 def test_a_checkpoint_that_was_cut_off_is_skipped(tiny_llama, tmp_path):
     trainer = build(tiny_llama(), tmp_path, save_strategy="steps", save_steps=1)
     trainer.train()

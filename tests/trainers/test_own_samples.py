@@ -288,3 +288,24 @@ def test_the_reference_of_a_round_is_of_the_groups_that_are_drawn(tmp_path):
     with pytest.raises(ValueError, match=r"reference-00001\.json has log-probs of other groups"):
         file.write_text('{"groups": [], "logps": []}')
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_a_checkpoint_goes_on_in_another_folder_with_its_rounds(tmp_path, caplog):
+    whole = make(tmp_path / "whole", save_strategy="steps", save_steps=3)
+    whole.train()
+    other = make(tmp_path / "other")
+    other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert torch.equal(flat(other), flat(whole)) and other.pool.rounds == whole.pool.rounds
+    assert f"The rounds [1, 2] of {tmp_path / 'whole' / 'pool'} are copied to" in caplog.text
+
+
+def test_training_ends_well_where_nothing_tells_samples_apart_any_more(tmp_path, caplog):
+    def until_round_2(completion_ids, trainer_state, **columns):
+        return [1.0] * len(completion_ids) if trainer_state.global_step else reward(completion_ids)
+
+    trainer = make(tmp_path, told={"reward_funcs": until_round_2}, save_strategy="epoch")
+    trainer.train()
+    assert trainer.pool.rounds == [1] and trainer.state.global_step == trainer.steps_per_round
+    assert "Round 2 is not written. There is nothing to learn from" in caplog.text
+    assert "Training ends here, after round 1." in caplog.text
+    trainer.save_model()
