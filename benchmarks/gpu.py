@@ -42,6 +42,7 @@ from contrastive_align.models.head import add_head
 from contrastive_align.models.layout import choose_layout
 from contrastive_align.models.logps import completion_logps
 from contrastive_align.models.noise import gap_per_token
+from contrastive_align.models.packed_row import PackedRow, Segment
 from contrastive_align.sampling.decode import draw
 from contrastive_align.trl_seam import add_fused_lm_head
 
@@ -273,7 +274,7 @@ def row_a(scale: Scale) -> Iterator[Line]:
 
 def package_attention(prompt: int, completions: tuple[int, ...]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Return this package's attention over a packed row of one group, as a function of q, k and v (1, H, n, D)."""
-    row = shared_prompt.SharedPrompt([shared_prompt.Segment(prompt, completions)])
+    row = PackedRow([Segment(prompt, completions)], prompt + max(completions))
     module = SimpleNamespace(training=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ CONFIGS = {  # class -> what it is for, the class of TRL that it extends, option
 }
 ARGUMENTS = {  # class -> its source file, the commands that have it
     "RunArguments": ("launch/arguments.py", "every training command"),
+    "FeedbackArguments": ("launch/arguments.py", "`reward`, `preference` and `conditional`"),
+    "GroupArguments": ("launch/contrastive.py", "`reward` and `preference`"),
     "FDPGArguments": ("launch/fdpg.py", "`fdpg`"),
     "ConditionalArguments": ("launch/conditional.py", "`conditional`"),
     "ReferenceArguments": ("launch/reference.py", "`reference`"),

@@ -25,6 +25,7 @@ from contrastive_align.launch.own_rounds import (
     remove_bundled_pool,
     rounds_of,
     sample_rewards,
+    speeds_of,
 )
 from contrastive_align.launch.record import HeldOut
 from contrastive_align.launch.usage import UsageError
@@ -225,6 +226,7 @@ class ConditionalRun(Run):
     def after_saving(self) -> None:
         """Add the rounds, and the command that asks for the best."""
         self.summary.training |= {**last_terms(self.trainer), "rounds": rounds_of(self.trainer)}
+        self.summary.training["tokens_per_second"] = speeds_of(self.trainer)
         command = f'contrastive-align ask --model_name_or_path={self.args.training.output_dir} --prompt="a prompt"'
         self.summary.saved["ask for the best"] = command
 

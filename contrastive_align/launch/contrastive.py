@@ -38,6 +38,7 @@ from contrastive_align.launch.own_rounds import (
     remove_bundled_pool,
     rounds_of,
     sample_rewards,
+    speeds_of,
 )
 from contrastive_align.launch.record import HeldOut, MovedGroups, choose_rows
 from contrastive_align.launch.usage import UsageError
@@ -265,6 +266,7 @@ class RewardRun(Run):
         self.summary.method |= {"line": line, **options}
         if self.trainer.online:
             self.summary.training["rounds"] = rounds_of(self.trainer)
+            self.summary.training["tokens_per_second"] = speeds_of(self.trainer)
 
     def planned_steps(self) -> int | None:
         """Count the steps; online those of all rounds."""

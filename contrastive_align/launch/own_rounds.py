@@ -43,17 +43,25 @@ def kept_rounds(trainer: Any) -> str:
     return f"The samples of {which} are in {trainer.pool.folder}." if rounds else ""
 
 
+SPEEDS = ("sampling", "training")
+
+
 def rounds_of(trainer: Any) -> list[dict[str, Any]]:
-    """Return the log entry of each round, with the speed at which it was trained on."""
-    rounds: dict[int, dict[str, Any]] = {}
-    number, speed = 0, "round/training_tokens_per_second"
+    """Return the log entry of each round, without its speeds."""
+    own = [row for row in trainer.state.log_history if "round/number" in row]
+    rounds = {row["round/number"]: row for row in own}  # a resumed run may have logged one twice
+    return [{k: v for k, v in row.items() if not k.endswith("_tokens_per_second")} for row in rounds.values()]
+
+
+def speeds_of(trainer: Any) -> list[dict[str, Any]]:
+    """Return the tokens a second of each round: of sampling, where this process did it, and of training."""
+    speeds: dict[int, dict[str, Any]] = {}
+    number = 0
     for row in trainer.state.log_history:
-        if "round/number" in row:
-            number = row["round/number"]
-            rounds[number] = dict(row)
-        elif speed in row and number:
-            rounds[number][speed] = row[speed]
-    return list(rounds.values())
+        number = row.get("round/number", number)
+        found = {name: row[key] for name in SPEEDS if (key := f"round/{name}_tokens_per_second") in row}
+        speeds.setdefault(number, {"round": number}).update(found)
+    return [found for number, found in speeds.items() if number]
 
 
 def sample_rewards(trainer: Any) -> tuple[Any, str]:

@@ -204,7 +204,7 @@ NO_OPTION = {
     "plot_loss, visual_inference": "--report_to=tensorboard draws the curves",
     "ref_model, reference_model, ref_model_name, ref_model_path, reference_model_name_or_path, "
     "reference_free, sync_ref": "The reference is the model that training starts from",
-    "topp, top_k, topk, min_p, sampling_params, vllm_server, vllm_tp": (
+    "topp, topk, min_p, sampling_params, vllm_server, vllm_tp": (
         "Completions are sampled with --temperature, --top_k and --top_p, by the model itself or with --use_vllm"
     ),
     "num_beams, do_sample": "Completions are always sampled; there is no beam search",

@@ -17,6 +17,8 @@ import transformers
 from accelerate import DistributedType, PartialState
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from peft import PeftConfig, PeftModel
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -527,3 +529,36 @@ def verify_saved(folder: str | os.PathLike, *, may_be_sharded: bool = False) -> 
                     raise ValueError(
                         f"{file}: '{name}' has NaN or infinite entries. Training diverged: lower the learning rate."
                     )
+
+
+@torch.no_grad()
+def undo_rounding(model: nn.Module) -> None:
+    """Give what trains on a quantised model the dtype of the weights that are not quantised.
+
+    TRL casts it to bfloat16, in which an embedding does not move at usual learning rates (its relative step is 2^-8),
+    and which a forward pass without autocast cannot multiply with float32. Modules to save and token rows whose values
+    are the base's but for this rounding become the base's own, so that training starts from it.
+    """
+    if not (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+        return
+    frozen = (p.dtype for p in model.parameters() if p.is_floating_point() and not p.requires_grad)
+    dtype = next(frozen, torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            own = dict(module.original_module.named_parameters())
+            for saved in module.modules_to_save.values():
+                for name, weight in saved.named_parameters():
+                    _become(weight, own[name])
+        elif isinstance(module, TrainableTokensLayer):
+            own_rows = module.get_base_layer().weight
+            for adapter, rows in module.trainable_tokens_delta.items():
+                _become(rows, own_rows[module.token_indices[adapter]])
+    for weight in model.parameters():
+        if weight.requires_grad and weight.dtype == torch.bfloat16:
+            weight.data = weight.to(dtype)
+
+
+def _become(weight: Tensor, own: Tensor) -> None:
+    """Make a weight what it was before it was rounded, where that is the base's."""
+    if own.is_floating_point() and torch.equal(weight.to(torch.bfloat16), own.to(weight.device, torch.bfloat16)):
+        weight.data = own.to(weight.device, copy=True)

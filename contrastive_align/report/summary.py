@@ -14,7 +14,11 @@ from typing import Any
 from contrastive_align.data.atomic import atomic_write
 
 
-TIMES = ("seconds", "seconds_measuring")  # of ``training``: two runs of one command differ in nothing else
+TIMES = (
+    "seconds",
+    "seconds_measuring",
+    "tokens_per_second",
+)  # of ``training``: two runs of one command differ in nothing else
 CONSOLE = 120  # characters of a line
 COLUMNS = ("base", "target", "tuned", "tuned+QRS")
 

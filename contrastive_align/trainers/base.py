@@ -55,6 +55,7 @@ from contrastive_align.models.loading import (
     not_finite,
     placement,
     resolve_start,
+    undo_rounding,
     unmerged,
     verify_saved,
     with_pad_token,
@@ -416,6 +417,7 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
             )
         self.check_engine()
         self.check_loaded()
+        undo_rounding(self.model)
         models = self.base_models()
         for model in models:
             use_training_kernel(model)

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, DataCollator, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -176,8 +174,6 @@ class ConditionalTrainer(SamplesRounds, KeepsDigits, PreparesDatasets, Alignment
                 optimizers=optimizers,
                 optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             )
-        if getattr(self.model, "is_loaded_in_4bit", False) or getattr(self.model, "is_loaded_in_8bit", False):
-            keep_rows_precise(self.model)
         if self.aux_loss_enabled:
             raise ValueError("A router loss has no place in this loss. Set router_aux_loss_coef=0.")
         self.place_reference()
@@ -695,20 +691,6 @@ def freeze_lower_layers(model: PreTrainedModel, ratio: float, adapter: bool) -> 
         )
     for layer in layers[: len(layers) - max(1, round(ratio * len(layers)))]:
         layer.requires_grad_(False)
-
-
-def keep_rows_precise(model: nn.Module) -> None:
-    """Cast modules_to_save and trainable token rows to the dtype of the weights they replace.
-
-    TRL casts all that trains on a quantised base to bfloat16, in which an embedding does not move at usual learning
-    rates (its relative step is 2^-8), and which a forward pass without autocast cannot multiply with float32.
-    """
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.modules_to_save.to(module.original_module.weight.dtype)
-        elif isinstance(module, TrainableTokensLayer):
-            for rows in module.trainable_tokens_delta.values():
-                rows.data = rows.data.to(module.get_base_layer().weight.dtype)
 
 
 def fingerprint_of_samples(samples: Sequence[Sample], condition: Condition) -> str:

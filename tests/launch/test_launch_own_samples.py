@@ -32,7 +32,8 @@ def test_the_bundled_run(tmp_path, capsys):
     method, rounds = found["method"], found["training"]["rounds"]
     assert method["online"] and method["rounds"] == 2 and method["reward"] == "contrastive_align.demo:reward"
     assert [r["round/number"] for r in rounds] == [1, 2] and all("round/kl_start" in r for r in rounds)
-    assert all(r["round/training_tokens_per_second"] > 0 for r in rounds)
+    speeds = found["training"]["tokens_per_second"]
+    assert [s["round"] for s in speeds] == [1, 2] and all(s["sampling"] > 0 and s["training"] > 0 for s in speeds)
     change = found["metrics"]["mean_reward"]
     assert change["n"] == 3 and change["before"] != change["after"] and "3 held-out prompts" in found["metrics_on"]
     shown = " ".join(capsys.readouterr().out.split())

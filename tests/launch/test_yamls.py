@@ -14,12 +14,13 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
 
 from contrastive_align.conditions import resolve_condition
-from contrastive_align.launch import conditional, fdpg
+from contrastive_align.launch import fdpg
 from contrastive_align.launch.arguments import parse
 from contrastive_align.launch.bundled import FORMER_NAMES, bundled, find_yaml
 from contrastive_align.launch.conditional import ConditionalRun
 from contrastive_align.launch.contrastive import RewardRun
 from contrastive_align.launch.fdpg import FDPGRun
+from contrastive_align.launch.feedback_flags import build_judge
 from contrastive_align.launch.flags import RENAMED
 from contrastive_align.launch.usage import UsageError
 
@@ -251,7 +252,7 @@ def test_published_settings_of_conditional_training(name):
 def test_judges_of_the_yamls_answer_what_the_condition_needs(name, tmp_path):
     script = ConditionalRun.parse([yaml_path(name)]).script
     spec = script.judge | {"cache": str(tmp_path)}
-    assert conditional.build_judge(spec, resolve_condition(script.condition), str(tmp_path)).spec["budget"] == 200_000
+    assert build_judge(spec, resolve_condition(script.condition), str(tmp_path)).spec["budget"] == 200_000
 
 
 @pytest.mark.parametrize("recipe", ["fdpg_word", "fdpg_gdc", "fdpg_rlhf", "fdpg_encoder_decoder"])

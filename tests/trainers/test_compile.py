@@ -142,9 +142,9 @@ def test_evaluation_and_cached_reference(tiny_llama, tmp_path, compiled):
 def test_samplers(tiny_llama, tmp_path, compiled, make):
     """What is drawn token by token compiles nothing: the graphs are those of the training steps."""
     same_training(make, tiny_llama(), tmp_path, compiled)
-    assert (
-        0 < compiled() < 16
-    )  # of each part one with gradients, one without: the reference is proven in a forward pass
+    # Of each part one with gradients, one without, as the reference is proven in a forward pass; and a few for single
+    # rows, by which what rounding does is measured.
+    assert 0 < compiled() < 20
 
 
 def test_accelerates_own_setting_is_heard(tiny_llama, tmp_path, compiled, monkeypatch):

@@ -101,6 +101,8 @@ def test_quantised_rows_of_tokens_train_in_full_precision(tmp_path):
     )  # fmt: skip
     saved = [m for m in trainer.model.modules() if isinstance(m, ModulesToSaveWrapper)]
     assert saved and all(p.dtype == torch.float32 for m in saved for p in m.modules_to_save.parameters())
+    assert all(torch.equal(m.modules_to_save["default"].weight, m.original_module.weight) for m in saved)
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
     trainer.train()
     assert trainer.state.global_step > 0
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.utils.data import Sampler
@@ -179,7 +180,8 @@ def test_log_probs_of_a_job_equal_live_ones_for_any_loss_and_adapter(make, folde
         for trainer in (live, cached):
             trainer.train()
         assert live.seen == cached.seen
-        assert max((a - b).abs().max().item() for a, b in zip(live.ref_logps, cached.ref_logps, strict=True)) < 1e-5
+        for a, b in zip(live.ref_logps, cached.ref_logps, strict=True):
+            assert torch.allclose(a, b, rtol=5e-7, atol=0)  # four steps of a float32
         assert gap(weights(live), weights(cached)) < 1e-6
 
 
