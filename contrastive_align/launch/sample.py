@@ -17,6 +17,7 @@ from contrastive_align.launch.accepted import AcceptedAnswers
 from contrastive_align.launch.step_files import check_free, to_line, write_rows
 from contrastive_align.launch.trained import Trained
 from contrastive_align.launch.usage import UsageError, UsageParser
+from contrastive_align.models.loading import context_length
 from contrastive_align.sampling.decode import seed_of
 
 
@@ -56,7 +57,8 @@ def main(argv: Sequence[str]) -> list[Any]:
     options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "seed": args.seed}
     if args.qrs is None:
         model = Trained(args.model_name_or_path, **options)
-        args.max_completion_length = args.max_completion_length or LONGEST
+        context = context_length(model.model) or 2 * LONGEST
+        args.max_completion_length = args.max_completion_length or min(LONGEST, context // 2)
     else:
         model = AcceptedAnswers(args.qrs, **{name: getattr(args, name) for name in WISHES}, **options)
         args.max_completion_length = args.max_completion_length or model.max_completion_length
@@ -291,7 +293,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--compare", metavar="OTHER", help="Another model, whose answers are printed beside.")
     p.add_argument("--generator", help="The model's name in the output.")
     p.add_argument("--num_generations", type=int, default=1, help="Answers to a prompt (jsonl).")
-    p.add_argument("--max_completion_length", type=int, help=f"In tokens; {LONGEST}, with --qrs that of the run.")
+    length = f"In tokens; {LONGEST}, at most half of the context; with --qrs that of the run."
+    p.add_argument("--max_completion_length", type=int, help=length)
     p.add_argument("--temperature", type=float, help="0 is greedy; by default 1, in mt_bench that of the category.")
     p.add_argument("--top_k", type=int, default=0, help="Sample of the k likeliest tokens; 0: of all.")
     p.add_argument("--top_p", type=float, default=1.0, help="Of sampling.")

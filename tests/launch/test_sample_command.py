@@ -118,6 +118,11 @@ def test_accepted_samples_of_an_encoder_decoder_follow_the_target(tmp_path, caps
     assert len(beams["generations"]) == 2
 
 
+def test_a_completion_leaves_the_prompt_room_in_a_short_context(capsys):
+    cli.main(["sample", f"--model={demo.MODEL_PATH}", "--prompt=Ask Ben to feed the cat."])
+    assert "sampled" in capsys.readouterr().out
+
+
 def test_what_contradicts_is_refused(tmp_path):
     for argv, found in {
         (): "--model_name_or_path=MODEL and --qrs",
