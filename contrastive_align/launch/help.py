@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import textwrap
 from dataclasses import dataclass, replace
@@ -69,6 +70,7 @@ def read_aliases(file: str, class_name: str) -> dict[str, str]:
     return ast.literal_eval(lines[0].value) if lines and lines[0].value else {}
 
 
+@functools.cache
 def _classes(file: str) -> list[ast.ClassDef]:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     return [node for node in tree.body if isinstance(node, ast.ClassDef)]
