@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import version
@@ -163,9 +164,10 @@ def _main(command: str, *given: str) -> Any:
             options = {name: option for name, option in options.items() if name not in _of_own_samples(found)}
         return print(command_help(command, found.about, found.example, options, found.inherited))
     rest, launching = _split_accelerate(rest)
-    _check_flags(rest, found, set(options))
-    run = _load(*found.run)
-    args = run.parse(rest)
+    with _uncollected():
+        _check_flags(rest, found, set(options))
+        run = _load(*found.run)
+        args = run.parse(rest)
     if launching:
         return _launch(launching, [command, *rest])
     return run(args).execute()
@@ -188,7 +190,22 @@ def command_line(argv: Sequence[str] | None = None) -> None:
 
 
 def _load(module: str, name: str) -> Any:
-    return getattr(import_module(f"contrastive_align.launch.{module}"), name)
+    with _uncollected():
+        return getattr(import_module(f"contrastive_align.launch.{module}"), name)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Import without Python's garbage collector, and keep it from what the first import made: 1 s of 5 is walking it."""
+    collecting, first = gc.isenabled(), "torch" not in sys.modules
+    gc.disable()
+    try:
+        yield
+    finally:
+        if first:
+            gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 def _check_flags(argv: list[str], command: Command, own: set[str]) -> None:
