@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from importlib.metadata import version
@@ -19,6 +18,7 @@ from contrastive_align.launch.bundled import find_yaml
 from contrastive_align.launch.errors import in_sentences
 from contrastive_align.launch.flags import modernise_flags
 from contrastive_align.launch.help import command_help, read_aliases, read_options
+from contrastive_align.launch.imports import uncollected, wait_briefly
 from contrastive_align.launch.quiet import quiet_imports
 from contrastive_align.launch.usage import UsageError, nearest
 from contrastive_align.ranges import check_numbers
@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
 def _main(command: str, *given: str) -> Any:
     rest = list(given)
     quiet_imports()
+    wait_briefly()
     if command in ("--help", "-h", "help"):
         return print(_overview())
     if command == "--version":
@@ -164,7 +165,7 @@ def _main(command: str, *given: str) -> Any:
             options = {name: option for name, option in options.items() if name not in _of_own_samples(found)}
         return print(command_help(command, found.about, found.example, options, found.inherited))
     rest, launching = _split_accelerate(rest)
-    with _uncollected():
+    with uncollected():
         _check_flags(rest, found, set(options))
         run = _load(*found.run)
         args = run.parse(rest)
@@ -190,22 +191,8 @@ def command_line(argv: Sequence[str] | None = None) -> None:
 
 
 def _load(module: str, name: str) -> Any:
-    with _uncollected():
+    with uncollected():
         return getattr(import_module(f"contrastive_align.launch.{module}"), name)
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Import without Python's garbage collector, and keep it from what the first import made: 1 s of 5 is walking it."""
-    collecting, first = gc.isenabled(), "torch" not in sys.modules
-    gc.disable()
-    try:
-        yield
-    finally:
-        if first:
-            gc.freeze()
-        if collecting:
-            gc.enable()
 
 
 def _check_flags(argv: list[str], command: Command, own: set[str]) -> None:
