@@ -3,7 +3,7 @@
     CONTRASTIVE_ALIGN_DATA=path/to/data python benchmarks/published_pattern.py --model=MODEL --out=runs/pattern
 
 The groups of gsm8k_groups.jsonl whose scores are not all equal, the best completion first. 200 of them, chosen once
-with a fixed seed, are held out; the others are trained on in an order that the seed of the run decides. Every run is
+with a fixed seed, are held out; as many of the others as the steps take are chosen by the seed of the run. Every run is
 one trainer with beta 0.1, temperature_alpha 1e-4, learning rate 1e-4 (cosine) and batches of 4 groups. NCA and InfoNCA
 run with and without the published first_score_bonus of 0.01, which decides every tie for the first completion.
 
@@ -60,6 +60,8 @@ def read_groups(file: Path) -> tuple[list[dict], list[dict]]:
 
 def run(model: str, options: dict, steps: int, seed: int, train: list[dict], held_out: list[dict]) -> dict[str, float]:
     """Train once; return the change of log-prob (nats) of the best and of the others, and the accuracy, on held-out."""
+    batch = 4
+    train = random.Random(seed).sample(train, min(len(train), batch * steps))
     with tempfile.TemporaryDirectory() as folder:
         args = ContrastiveConfig(
             output_dir=folder,
@@ -68,7 +70,7 @@ def run(model: str, options: dict, steps: int, seed: int, train: list[dict], hel
             learning_rate=1e-4,
             lr_scheduler_type="cosine",
             max_steps=steps,
-            per_device_train_batch_size=4,
+            per_device_train_batch_size=batch,
             per_device_eval_batch_size=8,
             max_length=1024,
             precompute_ref_log_probs=True,
