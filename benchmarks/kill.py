@@ -57,6 +57,11 @@ COMMANDS = {
 KINDS = ("first checkpoint", "rotation", "final save", "round")
 
 
+def typed(command: str) -> str:
+    """Return the command of the command line: own samples are a way of ``reward``."""
+    return "reward" if command == "online" else command
+
+
 def write_data(folder: Path) -> None:
     """Twenty-four groups of the bundled data, as groups, pairs and prompts."""
     from contrastive_align.demo import load_reward_dataset
@@ -121,9 +126,7 @@ def _child(command: str, data: Path, folder: Path, more: tuple[str, ...], at: in
     events_of(folder, tell)
     flags = [flag.replace("{data}", str(data)) for flag in COMMANDS[command]]
     try:
-        cli.main(
-            ["reward" if command == "online" else command, *flags, *SAVING, *QUIET, f"--output_dir={folder}", *more]
-        )
+        cli.main([typed(command), *flags, *SAVING, *QUIET, f"--output_dir={folder}", *more])
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else 1
     except BaseException:

@@ -1,12 +1,13 @@
 """Two processes of one run, disturbed: no process is left over, and the run goes on to the undisturbed weights.
 
     python benchmarks/ranks.py [--command reward ...] [--times 1] [--seed 0]
-    python benchmarks/ranks.py --quiet [--times 20]
+    python benchmarks/ranks.py --quiet [--times 20] [--tests]
 
 Each training command runs on two processes (torchrun, gloo), with checkpoints on the way. In training the launcher
 gets SIGTERM or SIGINT, or one process gets SIGTERM or SIGKILL; then the same command line runs with
-``--resume_from_checkpoint=true``. With ``--quiet`` nothing is disturbed: each command runs so many times, to see
-whether one ever ends by a signal of its own, or never. Two busy processes run beside, so that the order varies.
+``--resume_from_checkpoint=true``. With ``--quiet`` nothing is disturbed: each command, or with ``--tests`` each test of two processes,
+runs so many times, to see whether one ever ends by a signal of its own, or never. Two busy processes run beside, so
+that the order varies.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import psutil
-from kill import COMMANDS, QUIET, same, write_data
+from kill import COMMANDS, QUIET, same, typed, write_data
 
 
 STEPS = {
@@ -37,7 +38,17 @@ STEPS = {
         "--per_device_train_batch_size=5",
         "--draws_per_round=60",
     ],
+    "online": ["--num_rounds=8", "--prompts_per_round=12", "--save_steps=5"],
 }
+TESTS = (
+    "tests/models/test_layout.py::test_weights_sharded_over_two_processes_give_the_same",
+    "tests/trainers/test_conditional_trainer.py::test_two_processes_equal_one",
+    "tests/trainers/test_conditional_vllm.py::test_two_processes_draw_what_one_does",
+    "tests/trainers/test_distributed.py",
+    "tests/trainers/test_fdpg_trainer.py::test_two_processes_equal_one",
+    "tests/trainers/test_processes.py",
+)
+ROOT = Path(__file__).parents[1]
 SAVING = ["--save_strategy=steps", "--save_total_limit=2", "--logging_steps=1", "--learning_rate=1e-3"]
 TROUBLES = ("SIGTERM to the launcher", "SIGINT to the launcher", "SIGTERM to one process", "SIGKILL of one process")
 
@@ -50,7 +61,7 @@ def start(command: str, data: Path, folder: Path, *more: str) -> tuple[subproces
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*launch, "-m", "contrastive_align", command, *flags], stdout=out, stderr=out, env=environment
+            [*launch, "-m", "contrastive_align", typed(command), *flags], stdout=out, stderr=out, env=environment
         )
     return process, log
 
@@ -99,6 +110,24 @@ def trial(command: str, data: Path, trouble: str, rng: random.Random) -> str:
     return same(data / f"{command}-whole", folder) or ("" if checkpoints else "the same weights, from the beginning")
 
 
+def failed_tests(times: int) -> int:
+    """Run each test of two processes so many times; return the number of runs that failed, or did not end."""
+    failures = 0
+    for test in TESTS:
+        for _ in range(times):
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(ROOT / test)]
+            try:
+                run = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+                problem = run.returncode and run.stdout[-1200:]
+            except subprocess.TimeoutExpired:
+                problem = "it did not end within 600 s"
+            if problem:
+                failures += 1
+                print(f"{test}: {problem}", flush=True)
+        print(f"{test}: {times} times", flush=True)
+    return failures
+
+
 def busy() -> None:
     while True:
         sum(range(10**6))
@@ -110,6 +139,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--times", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="disturb nothing")
+    parser.add_argument("--tests", action="store_true", help="with --quiet: the tests of two processes instead")
     args = parser.parse_args(argv)
     rng, failures, trials = random.Random(args.seed), 0, 0
     load = [multiprocessing.get_context("fork").Process(target=busy, daemon=True) for _ in range(2)]
@@ -118,6 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     with TemporaryDirectory() as name:
         data = Path(name)
         write_data(data)
+        if args.quiet and args.tests:
+            args.command, trials = [], len(TESTS) * (args.times or 20)
+            failures = failed_tests(args.times or 20)
         for command in args.command:
             for _ in range((args.times or 20) if args.quiet else 1):
                 folder = data / f"{command}-whole"
