@@ -5,9 +5,9 @@
 
 Each training command runs on two processes (torchrun, gloo), with checkpoints on the way. In training the launcher
 gets SIGTERM or SIGINT, or one process gets SIGTERM or SIGKILL; then the same command line runs with
-``--resume_from_checkpoint=true``. With ``--quiet`` nothing is disturbed: each command, or with ``--tests`` each test of two processes,
-runs so many times, to see whether one ever ends by a signal of its own, or never. Two busy processes run beside, so
-that the order varies.
+``--resume_from_checkpoint=true``. With ``--quiet`` nothing is disturbed: each command, or with ``--tests`` each test of
+two processes, runs so many times, to see whether one ever ends by a signal of its own, or never. Two busy processes run
+beside, so that the order varies.
 """
 
 from __future__ import annotations
