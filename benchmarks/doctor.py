@@ -1,6 +1,7 @@
 """Does the doctor name what is wrong? 15 diseases made with the bundled model, 3 seeds each, and 20 healthy runs.
 
     python benchmarks/doctor.py --out scratch/doctor            # about 20 minutes on two cores
+    python benchmarks/doctor.py --out scratch/fresh --first_seed 100
     python benchmarks/doctor.py --out scratch/doctor --record tests/fixtures/doctor.json
 
 Prints for each disease in how many seeds its rule spoke, and for the healthy runs every alarm. ``--record`` keeps the
@@ -166,13 +167,13 @@ MODEL = [
 ]
 
 
-def healthy():
-    """20 runs in which nothing is wrong."""
+def healthy(first=0):
+    """20 runs in which nothing is wrong; the seeds count from the first one."""
     reward = ["reward", "--max_steps=35", *SHORT]
     found = {
-        **{f"nca {seed}": [*reward, "--loss_type=NCA", f"--seed={seed}"] for seed in range(3)},
-        **{f"info_nca {seed}": [*reward, "--loss_type=InfoNCA", f"--seed={seed}"] for seed in range(2)},
-        **{f"dpo {seed}": [*reward, "--loss_type=DPO", f"--seed={seed}"] for seed in range(2)},
+        **{f"nca {seed}": [*reward, "--loss_type=NCA", f"--seed={first + seed}"] for seed in range(3)},
+        **{f"info_nca {seed}": [*reward, "--loss_type=InfoNCA", f"--seed={first + seed}"] for seed in range(2)},
+        **{f"dpo {seed}": [*reward, "--loss_type=DPO", f"--seed={first + seed}"] for seed in range(2)},
         "plackett_luce": [*reward, "--loss_type=plackett_luce"],
         "sft": [*reward, "--loss_type=sft", "--learning_rate=1e-4"],
         "nca and sft": [*reward, "--loss_type", "NCA", "sft", "--loss_weights", "1", "0.1"],
@@ -182,15 +183,18 @@ def healthy():
         "linear": [*reward, "--lr_scheduler_type=linear", "--learning_rate=2e-4"],
         "two epochs": ["reward", "--max_train_samples=280", "--num_train_epochs=2", *SHORT],
         **{
-            f"preference {seed}": ["preference", "--loss_type=NCA", "--max_steps=35", f"--seed={seed}", *SHORT]
+            f"preference {seed}": ["preference", "--loss_type=NCA", "--max_steps=35", f"--seed={first + seed}", *SHORT]
             for seed in range(2)
         },
         "fdpg": ["fdpg", "--learning_rate=5e-4", *FDPG],
-        "fdpg kl": ["fdpg", "--learning_rate=5e-4", "--divergence=kl", "--seed=1", *FDPG],
+        "fdpg kl": ["fdpg", "--learning_rate=5e-4", "--divergence=kl", f"--seed={first + 1}", *FDPG],
         "conditional": ["conditional", *ROUNDS],
     }
     assert len(found) == 20, len(found)
-    return found
+    return {
+        name: argv if any("--seed" in flag for flag in argv) else [*argv, f"--seed={first}"]
+        for name, argv in found.items()
+    }
 
 
 def run(argv, folder):
@@ -241,19 +245,22 @@ def main():
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--only", help="part of a name")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--record", type=Path)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     kept, named, alarms = {}, {}, {}
-    sick, well = diseases(args.out), healthy()
-    jobs = [(disease, seed, [*argv, f"--seed={seed}"]) for seed in range(args.seeds) for disease, argv in sick.items()]
-    jobs = [*jobs[: len(sick)], *(("healthy " + name, 0, argv) for name, argv in well.items()), *jobs[len(sick) :]]
+    first = args.first_seed
+    sick, well = diseases(args.out), healthy(first)
+    seeds = range(first, first + args.seeds)
+    jobs = [(disease, seed, [*argv, f"--seed={seed}"]) for seed in seeds for disease, argv in sick.items()]
+    jobs = [*jobs[: len(sick)], *(("healthy " + name, first, argv) for name, argv in well.items()), *jobs[len(sick) :]]
     for name, seed, argv in jobs:
         if args.only and args.only not in name:
             continue
         summary, history, found, seconds = run(argv, args.out / f"{name.replace(' ', '-')}-{seed}")
         rules = [finding.rule for finding in found]
-        if seed == 0:
+        if seed == first:
             kept[name] = recorded(summary, history)
         if name in sick:
             named.setdefault(name, []).append(name in rules)
