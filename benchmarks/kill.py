@@ -54,6 +54,7 @@ COMMANDS = {
     "conditional": ["--dataset_name={data}/prompts.jsonl", *CONDITIONAL],
     "online": ["--dataset_name={data}/prompts.jsonl", *ONLINE],  # of the command reward
 }
+TRIES = 5  # of a kill at any moment
 KINDS = ("first checkpoint", "rotation", "final save", "round")
 
 
@@ -196,10 +197,16 @@ def same(a: Path, b: Path) -> str:
 
 def trial(command: str, kind: str, event: int, data: Path, whole: Ended, folder: Path, rng: random.Random) -> str:
     """Kill a run, start it again, and return what is wrong with its end, or ""."""
-    how = {"at": event} if event >= 0 else {"after": rng.uniform(0.1, 0.9) * whole.seconds}
-    first = run(command, data, folder, **how)
-    if first.status == 0:
-        return "it came to its end before the kill"
+    seconds = whole.seconds
+    for _ in range(TRIES):
+        how = {"at": event} if event >= 0 else {"after": rng.uniform(0.1, 0.9) * seconds}
+        first = run(command, data, folder, **how)
+        if first.status != 0:
+            break
+        seconds = first.seconds  # the machine is faster now than when the undisturbed run was timed
+        shutil.rmtree(folder)
+    else:
+        return f"it came to its end before the kill, {TRIES} times"
     if first.status != -signal.SIGKILL:
         return f"exit {first.status} before it was killed: {first.said[-600:]}"
     if rng.random() < 1 / 3:
