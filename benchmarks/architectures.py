@@ -62,11 +62,12 @@ def build(name: str) -> PreTrainedModel:
     """The class of this name, tiny, far from the start of training, where all log-probs are alike; without dropout."""
     config_class = CONFIG_MAPPING[name]
     known = {*getattr(config_class, "__dataclass_fields__", ()), *inspect.signature(config_class).parameters}
+    without_dropout = {name: 0.0 for name in known if name.endswith(("dropout", "dropout_prob", "pdrop"))}
     heads = LATENT if "kv_lora_rank" in known else HEADS
     problem = None
     for options in (OTHER_NAMES | WINDOWS | EXPERTS | heads, OTHER_NAMES | WINDOWS, {}):
         try:
-            config = config_class(**{**SHAPE, **{k: v for k, v in options.items() if k in known}})
+            config = config_class(**{**SHAPE, **without_dropout, **{k: v for k, v in options.items() if k in known}})
             text = config.get_text_config()
             if max(text.hidden_size, text.num_hidden_layers) > LARGEST:
                 raise ValueError(f"hidden size {text.hidden_size}, {text.num_hidden_layers} layers")

@@ -241,7 +241,8 @@ def _small_model(model: PreTrainedModel) -> PreTrainedModel:
 def _small_batches(model: PreTrainedModel) -> list[dict[str, Tensor]]:
     """Return ragged groups of random tokens, and the same groups with another second completion."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_input_embeddings().weight.size(0)
+    # The head may have fewer words than the embedding, which has a padding token of its own in some models.
+    vocabulary = min(model.get_input_embeddings().weight.size(0), model.config.get_text_config().vocab_size)
     groups = []
     for lengths in ((5, 3, 7, 1, 9), (11, 4, 6), (3, 5, 10, 4, 7)):  # a prompt and its completions
         prompt, *completions = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths)

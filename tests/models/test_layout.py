@@ -389,6 +389,13 @@ def test_short_convolutions_are_found_whatever_rounding_hides(dtype):
     assert choose_layout(add_head_over_plain(model), "auto") == "padded"
 
 
+def test_an_embedding_may_have_more_words_than_the_head():
+    model = build(hf.LlamaConfig, {"tie_word_embeddings": False})
+    more = torch.nn.Embedding(model.config.vocab_size + 40, model.config.hidden_size)
+    model.set_input_embeddings(more)
+    assert choose_layout(add_head_over_plain(model), "shared") == "shared"
+
+
 def deep(layers, width=64, seed=0):
     """A random Llama that neither dies out nor explodes, however deep."""
     torch.manual_seed(seed)
