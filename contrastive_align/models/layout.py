@@ -14,6 +14,7 @@ from transformers.utils import logging
 from contrastive_align.data.collate import GroupCollator
 from contrastive_align.models.head import add_head
 from contrastive_align.models.logps import completion_logps, per_completion
+from contrastive_align.models.noise import gap_per_token, measure_noise, other_batches
 from contrastive_align.models.shared_prompt import ATTENTION_NAME, LastMlp, record_options
 
 
@@ -164,19 +165,19 @@ def _find_difference(model: PreTrainedModel, autocast: torch.dtype | None) -> st
 
 
 def _gap(found: Tensor, expected: Tensor, batch: dict[str, Tensor]) -> float:
-    """Return the root mean square of the difference of a token, from sums over tokens whose errors are independent."""
-    tokens = per_completion(batch["completion_mask"].sum(1), batch["valid"]).clamp(min=1)
-    squares = (found - expected).square() / tokens
-    return squares[batch["valid"]].mean().sqrt().item()
+    """Return the root mean square of the difference of a token's log-prob, between log-probs (B, K)."""
+    valid = batch["valid"]
+    return gap_per_token(found[valid], expected[valid], batch["completion_mask"].sum(1)).item()
 
 
 def _own_noise(model: PreTrainedModel, batch: dict[str, Tensor], expected: Tensor) -> float:
     """Return how far the model's own log-probs are from themselves: row by row, and under eager attention."""
-    rows = []
-    for i, length in enumerate(batch["attention_mask"].sum(1).tolist()):
-        row = {name: batch[name][i : i + 1, :length] for name in ("input_ids", "attention_mask", "completion_mask")}
-        rows.append(_own_logps(model, {**row, "valid": row["input_ids"].new_ones(1, 1, dtype=torch.bool)})[0])
-    noise = _gap(per_completion(torch.cat(rows), batch["valid"]), expected, batch)
+    lengths = batch["completion_mask"].sum(1)
+
+    def score(one: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return _own_logps(model, one)[one["valid"]], one["completion_mask"].sum(1)
+
+    noise = measure_noise(expected[batch["valid"]], lengths, score, other_batches(batch)[:1])
     own_attention = model.config._attn_implementation
     try:
         model.set_attn_implementation("eager")
