@@ -96,8 +96,8 @@ class Ended:
 
 
 def run(command: str, data: Path, folder: Path, *more: str, at: int | None = None, after: float | None = None) -> Ended:
-    """Run a command in a fork, killed at a file event or after so many seconds; its events lie beside the folder."""
-    log, events = folder.with_suffix(".log"), folder.with_suffix(".events")
+    """Run a command in a fork, killed at a file event or after so many seconds; log and events lie with the data."""
+    log, events = data / f"{folder.name}.log", data / f"{folder.name}.events"
     gc.collect()
     began = time.perf_counter()
     if not (pid := os.fork()):

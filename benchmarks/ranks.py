@@ -16,6 +16,7 @@ import argparse
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -68,7 +69,7 @@ def start(command: str, data: Path, folder: Path, *more: str) -> tuple[subproces
 
 def disturb(process: subprocess.Popen, log: Path, trouble: str, wait: float) -> str:
     """Make trouble once training has begun; return what is wrong, or ""."""
-    while "'loss'" not in log.read_text(errors="replace"):
+    while not re.search(r"^step \d", log.read_text(errors="replace"), re.MULTILINE):
         if process.poll() is not None:
             return f"ended before it trained: {log.read_text(errors='replace')[-600:]}"
         time.sleep(0.05)
