@@ -49,6 +49,7 @@ SHORT = {
     "ask": "--num_generations=2 --max_completion_length=8",
     "sample": "--max_completion_length=8",
 }
+OWN_SAMPLES = "--num_rounds=1 --prompts_per_round=8 --num_generations=4 --max_completion_length=24 --eval_prompts=2"
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,8 @@ def shortened(given: list[str]) -> list[str]:
     extra = SHORT.get(given[0], "").split()
     if scored:
         extra = ["--max_steps=2", "--condition={kind: phrases, per_prompt: false}", "--report_prompts=0"]
+    if given[0] in ("reward", "preference") and {"--online", "--reward"} & named:
+        extra += OWN_SAMPLES.split()
     if given[:2] == ["steps", "sample"]:
         extra = ["--max_completion_length=8"]
     if given[:2] == ["steps", "train"]:
