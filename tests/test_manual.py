@@ -1,16 +1,18 @@
 """The manual: its commands and blocks parse and run, its links lead somewhere, its generated pages are the source's."""
 
 import ast
+import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from contrastive_align import demo
@@ -148,6 +150,18 @@ def test_every_option_has_a_sentence(generate):
 # ------------------------------------------------------------------------------------------------------ architecture
 
 
+def run_tests_in(folder: Path, tests: list[str]) -> None:
+    """Run tests of a copy of the package, in a process of their own, and end it with pytest's exit status."""
+    os.chdir(folder)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "contrastive_align"]:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", "--doctest-modules"]
+    with open("said.txt", "w") as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        status = pytest.main([*options, *tests])
+    sys.exit(int(status))
+
+
 def test_the_additions_of_the_architecture_page_work(manual, tmp_path):
     """The edits are made in a copy of the package's source, and the tests that they add are run there."""
     tests = []
@@ -181,9 +195,12 @@ def test_the_additions_of_the_architecture_page_work(manual, tmp_path):
     assert len(tests) == 4
     losses = "contrastive_align/losses/{0}.py::contrastive_align.losses.{0}.{1}"
     doctests = [losses.format("contrastive", "hinge"), losses.format("divergences", "squared_hellinger")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--doctest-modules", *tests, *doctests]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": "."})
-    assert done.returncode == 0, done.stdout[-3000:]
+    # Forked, torch and transformers are not imported again; where autograd has threads for a GPU, no child may use it.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    child = context.Process(target=run_tests_in, args=(tmp_path, [*tests, *doctests]))
+    child.start()
+    child.join()
+    assert child.exitcode == 0, (tmp_path / "said.txt").read_text()[-3000:]
     assert "hinge" in (tmp_path / "contrastive_align/losses/contrastive.py").read_text() and "hinge" not in LOSSES
 
 
