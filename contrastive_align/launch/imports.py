@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -23,7 +24,10 @@ def wait_briefly() -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Import without the garbage collector, and keep it from what the first import made: 1 s of 5 is walking it."""
+    """Import without the garbage collector, and keep it from what the first import made: 1 s of 5 is walking it.
+
+    The objects are handed back to it at exit, as libraries of C++ (triton's bindings) report what it leaves over.
+    """
     collecting, first = gc.isenabled(), "torch" not in sys.modules
     gc.disable()
     try:
@@ -31,5 +35,6 @@ def uncollected() -> Iterator[None]:
     finally:
         if first:
             gc.freeze()
+            atexit.register(gc.unfreeze)
         if collecting:
             gc.enable()

@@ -39,14 +39,15 @@ def test_the_collector_is_as_it_was_also_after_an_error():
         gc.enable()
 
 
-def test_the_first_import_is_not_searched_for_garbage():
+def test_the_first_import_is_not_searched_for_garbage_until_the_end():
     found = subprocess.run(
         [
             sys.executable,
             "-c",
-            "import gc, os, sys\n"
+            "import atexit, gc, os, sys\n"
             "from contrastive_align.launch import cli\n"
             "cli.main(['--version'])\n"
+            "atexit.register(lambda: print('frozen at the end:', gc.get_freeze_count()))\n"
             "assert 'torch' not in sys.modules and os.environ['GOMP_SPINCOUNT'] == '20000'\n"
             "cli._load('usage', 'UsageError')\n"
             "assert gc.isenabled() and gc.get_freeze_count() > 1000",
@@ -56,3 +57,4 @@ def test_the_first_import_is_not_searched_for_garbage():
         env={k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")},
     )
     assert not found.returncode, found.stderr
+    assert found.stdout.endswith("frozen at the end: 0\n")
