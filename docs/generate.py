@@ -45,12 +45,12 @@ ARGUMENTS = {  # class -> its source file, the commands that have it
 }
 PARSERS = {"report": report, "sample": sample, "chat": chat, "merge": merge}
 ASK = {
-    "prompt": "What the model is asked.",
+    "prompt": "The prompt.",
     "model_name_or_path": "The trained model or adapter.",
-    "num_generations": "Answers to print.",
+    "num_generations": "Number of answers to print.",
     "max_completion_length": "Longest completion, in tokens.",
-    "temperature": "Temperature of sampling.",
-    "top_p": "Top-p (nucleus) of sampling.",
+    "temperature": "Sampling temperature.",
+    "top_p": "Sample from the smallest set of tokens whose probabilities add up to it.",
     "seed": "Seed of sampling.",
 }
 

@@ -48,10 +48,10 @@ class RunArguments(ScriptArguments):
     ALIASES: ClassVar[dict[str, str]] = {}  # another name of an option on the command line and in YAML -> the option
     RANGES: ClassVar[dict[str, Range]] = {}  # that differ from those of every command
 
-    max_train_samples: int | None = option(None, "Only the first N training rows.")
-    max_eval_samples: int | None = option(None, "Only the first N evaluation rows.")
-    report_prompts: int = option(32, "Held-out prompts sampled for report.html; 0: none.")
-    preflight_only: bool = option(False, "Check what can be checked before the first step, and stop there.")
+    max_train_samples: int | None = option(None, "Take only the first N training rows.")
+    max_eval_samples: int | None = option(None, "Take only the first N evaluation rows.")
+    report_prompts: int = option(32, "Held-out prompts whose samples report.html shows; 0: none.")
+    preflight_only: bool = option(False, "Run the checks before the first step, and stop there.")
 
     def __post_init__(self):
         check_numbers(self)
@@ -69,13 +69,17 @@ class FeedbackArguments(RunArguments):
 
     ALIASES: ClassVar[dict[str, str]] = {"reward_funcs": "reward"}
 
-    prompt: str | None = option(None, "One prompt, instead of a dataset.")
+    prompt: str | None = option(None, "A single prompt to sample from, instead of a dataset.")
     reward: list | str | dict | None = option(
-        None, "file.py:function, a reward-model id, or '{classifier: ..., label: ...}'."
+        None, "What scores a completion: file.py:function, a reward-model id, or '{classifier: ..., label: ...}'."
     )
-    judge: dict | str | None = option(None, "A YAML file, or '{model: name, base_url: address, budget: 1000}'.")
-    sampler: dict | str | None = option(None, "A server that samples, LoRA only: '{base_url: address, model: name}'.")
-    eval_prompts: int = option(100, "Prompts whose samples are scored before and after; 0: none.")
+    judge: dict | str | None = option(
+        None, "A model that judges completions: a YAML file, or '{model: name, base_url: address, budget: 1000}'."
+    )
+    sampler: dict | str | None = option(
+        None, "A server that samples, for LoRA runs only: '{base_url: address, model: name}'."
+    )
+    eval_prompts: int = option(100, "Held-out prompts whose samples are scored before and after; 0: none.")
 
     SPECS: ClassVar[tuple[str, ...]] = ("reward", "judge", "sampler")  # given as text, or as a YAML file
 

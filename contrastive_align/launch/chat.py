@@ -108,11 +108,18 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser."""
     p = UsageParser(prog="contrastive-align chat", description=__doc__, allow_abbrev=False)
     p.add_argument("--model_name_or_path", "--model", required=True, help="The trained model or adapter.")
-    p.add_argument("--before", "--compare", help="The model beside it; by default the one it was trained from.")
-    p.add_argument("--alone", action="store_true", help="No model beside it.")
+    p.add_argument(
+        "--before", "--compare", help="Model to compare with; by default the one that training started from."
+    )
+    p.add_argument("--alone", action="store_true", help="Talk to the trained model only.")
     p.add_argument("--max_completion_length", type=int, default=256, help="Longest completion, in tokens.")
-    p.add_argument("--temperature", type=float, default=1.0, help="0 is greedy.")
-    p.add_argument("--seed", type=int, default=42, help="With the turn's number, it decides the samples.")
+    p.add_argument("--temperature", type=float, default=1.0, help="Sampling temperature; 0 is greedy.")
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        help="Seed of sampling. A turn's samples depend on the seed and the turn's number.",
+    )
     p.add_argument(
         "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="Dtype of the weights."
     )

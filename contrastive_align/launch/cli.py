@@ -40,10 +40,10 @@ _ROWS = ("launch/arguments.py", "RunArguments")
 _CONFIG = ("trainers/configs.py", "ContrastiveConfig")
 _FEEDBACK = ("launch/arguments.py", "FeedbackArguments")
 _CONTRASTIVE = (_FEEDBACK, ("launch/contrastive.py", "GroupArguments"), _CONFIG)
-_LENGTH = {"max_length": "The longest prompt + completion, in tokens."}
+_LENGTH = {"max_length": "Longest prompt + completion, in tokens."}
 _INHERITED = _LENGTH | {
-    "beta": "The implied reward of a completion is beta * log(policy / reference).",
-    "loss_weights": "Of several losses; 1 each by default.",
+    "beta": "Scale of the implied reward, beta * log(policy / reference).",
+    "loss_weights": "Weight of each of several losses; 1 each by default.",
     "precompute_ref_log_probs": "Compute the reference's log-probs once, before training.",
 }
 COMMANDS = {
@@ -75,7 +75,7 @@ COMMANDS = {
         ("reference", "ReferenceRun"),
         (_ROWS, ("launch/reference.py", "ReferenceArguments"), _CONFIG),
         "DPOConfig",
-        _LENGTH | {"precompute_ref_batch_size": "Groups in a batch; per_device_train_batch_size by default."},
+        _LENGTH | {"precompute_ref_batch_size": "Number of groups in a batch; per_device_train_batch_size by default."},
     ),
     "fdpg": Command(
         "Say what the model should be: prompts and a target instead of completions and scores.",
@@ -85,6 +85,10 @@ COMMANDS = {
         ("fdpg", "FDPGRun"),
         (_ROWS, ("launch/fdpg.py", "FDPGArguments"), ("trainers/configs.py", "FDPGConfig")),
         "RLOOConfig",
+        {
+            "max_completion_length": "Longest sampled completion, in tokens.",
+            "beta": "With --reward: the target is base * exp(reward / beta).",
+        },
     ),
     "conditional": Command(
         "Train on a model's own completions, conditioned on how good they are.",

@@ -55,11 +55,16 @@ class ConditionalArguments(FeedbackArguments):
     SPECS: ClassVar[tuple[str, ...]] = (*FeedbackArguments.SPECS, "condition", "eval_reward")
 
     condition: dict | str | None = option(
-        None, "quantile_tokens, phrases, categories, text, attributes; or '{kind: ...}'."
+        None,
+        "In front of the prompt: quantile_tokens (default), phrases, categories, text or attributes; or '{kind: ...}'.",
     )
-    ties: str | None = option(None, "Equal rewards under quantiles: share (one label, the default) or drop.")
-    eval_reward: list | str | dict | None = option(None, "Of scored completions: a reward to measure with.")
-    best: str | None = option(None, "A prompt to ask a trained model for its best with.")
+    ties: str | None = option(None, "What quantiles do with equal rewards: share (one label, the default) or drop.")
+    eval_reward: list | str | dict | None = option(
+        None, "Training on scored completions: the reward that measures samples before and after."
+    )
+    best: str | None = option(
+        None, "Train nothing: print a trained model's answers to this prompt under its best condition."
+    )
 
     def __post_init__(self):
         super().__post_init__()

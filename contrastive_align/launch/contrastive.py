@@ -64,7 +64,9 @@ DEMO_ONLINE = {"prompts_per_round": 160, "learning_rate": 1e-3, "eval_prompts": 
 class GroupArguments(FeedbackArguments):
     """Name what scores own samples (``--online``), and scored groups that are trained on beside them."""
 
-    scored_dataset: str | None = option(None, "With --online: a file of scored groups that are trained on as well.")
+    scored_dataset: str | None = option(
+        None, "With --online: a file or hub id of scored groups, which are trained on beside the own samples."
+    )
 
 
 class RewardRun(Run):

@@ -51,13 +51,23 @@ class FDPGArguments(RunArguments):
     ALIASES: ClassVar[dict[str, str]] = {"reward_funcs": "reward"}
     RANGES: ClassVar[dict[str, Range]] = {"eval_prompts": Range(1, whole=True)}
 
-    prompt: str | None = option(None, "One prompt, instead of a dataset.")
-    columns: dict | str | None = option(None, "The prompt's column: prompt=question.")
-    features: list | str | None = option(None, "Constraints: '[{contains: please, moment: 0.5}]'.")
-    reward: list[str] | None = option(None, "file.py:function or reward-model ids: base * exp(reward / beta).")
-    eval_samples: int = option(10_000, "Samples measured of each distribution; 0: none.")
-    eval_prompts: int = option(100, "At most so many prompts they are spread over.")
-    qrs_acceptance: float = option(0.5, "Wished acceptance rate of QRS; 0: no QRS.")
+    prompt: str | None = option(None, "A single prompt to sample from, instead of a dataset.")
+    columns: dict | str | None = option(
+        None, "Which column holds the prompt, where its name does not say so: prompt=question."
+    )
+    features: list | str | None = option(
+        None, "The target's constraints, such as '[{contains: please, moment: 0.5}]': please in half of the samples."
+    )
+    reward: list[str] | None = option(
+        None, "file.py:function or reward-model ids. The target is base * exp(reward / beta)."
+    )
+    eval_samples: int = option(
+        10_000, "Number of samples of base, trained model and QRS that the result is measured on; 0 measures none."
+    )
+    eval_prompts: int = option(100, "Largest number of prompts that eval_samples are spread over.")
+    qrs_acceptance: float = option(
+        0.5, "Acceptance rate that QRS (quasi-rejection sampling) aims at after training; 0 runs no QRS."
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -35,22 +35,22 @@ GROUPS = {
     "Measuring": "eval_samples, eval_prompts, eval_reward, qrs_acceptance, best, report_prompts, preflight_only",
     "Computing": (
         "layout, max_tokens_per_batch, per_device_train_batch_size, ref_log_probs_folder, unfrozen_layers_ratio, "
-        "layout, max_tokens_per_batch, per_device_train_batch_size, ref_log_probs_folder, unfrozen_layers_ratio, "
         "disable_dropout, allow_pickled_adapter, ds3_gather_for_generation"
     ),
 }
 SHOWN_AS = {"num_train_epochs": "num_rounds"}  # where a command defines it itself
 # Options of TRL and transformers that most runs set.
 COMMON = {
-    "model_name_or_path": "A hub id or a folder: a model, or an adapter to go on from.",
-    "dataset_name": "A hub id, a folder, or a file: .jsonl, .csv, .xlsx, .parquet ...",
-    "output_dir": "Where the model goes; runs/<command> by default.",
+    "model_name_or_path": "The model, or the adapter to go on from: a hub id or a folder.",
+    "dataset_name": "The data: a hub id, a folder or a file (.jsonl, .csv, .xlsx ...).",
+    "output_dir": "Folder for the model and its report; runs/<command> by default.",
     "use_peft, lora_r, load_in_4bit": "Train a LoRA adapter, of rank lora_r, on a base in 4 bits (QLoRA).",
     "learning_rate, num_train_epochs, max_steps, per_device_train_batch_size, gradient_accumulation_steps": (
-        "The training loop, as everywhere in transformers."
+        "Learning rate, length and batch size of training, as in transformers."
     ),
-    "eval_strategy, logging_steps, save_strategy": "How often: no, steps or epoch.",
-    "resume_from_checkpoint": "true: from the newest whole one.",
+    "eval_strategy, save_strategy": "no, steps or epoch: when to evaluate, when to save.",
+    "logging_steps": "Number of steps between two lines of the log.",
+    "resume_from_checkpoint": "true: go on from the newest complete checkpoint. Or the folder of one.",
 }
 
 
@@ -119,7 +119,9 @@ def command_help(command: str, about: str, example: str, options: dict[str, Opti
             parts.append("\n".join([f"{title}:", *map(_entry, chosen)]))
     if left:
         names = ", ".join(f"--{name}" for name in left)
-        parts.append("\n".join(["Of vLLM:", *textwrap.wrap(names, WIDTH, initial_indent="  ", subsequent_indent="  ")]))
+        parts.append(
+            "\n".join(["Options of vLLM:", *textwrap.wrap(names, WIDTH, initial_indent="  ", subsequent_indent="  ")])
+        )
     common = [
         _wrapped(", ".join(f"--{n}" for n in names.split(", ")), text)
         for names, text in (COMMON | dict(inherited)).items()

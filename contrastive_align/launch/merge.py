@@ -269,16 +269,21 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser."""
     p = UsageParser(prog="contrastive-align merge", description=__doc__, allow_abbrev=False)
     p.add_argument("adapter", metavar="ADAPTER", help="The folder or hub id of an adapter.")
-    p.add_argument("--output_dir", required=True, help="Where the whole model goes; a new folder.")
+    p.add_argument("--output_dir", required=True, help="Folder that the whole model is written to; new or empty.")
     p.add_argument(
         "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="Dtype of the weights."
     )
-    p.add_argument("--rows", help="JSONL with prompt and generations, to prove the merge on; else the run's samples.")
     p.add_argument(
-        "--load_in_4bit", action="store_true", help="The base was in 4 bits (known of runs of this package)."
+        "--rows",
+        help="JSONL with prompt and generations, on which log-probs are compared; by default the run's samples.",
     )
-    p.add_argument("--push_to_hub", action="store_true", help="Upload it.")
-    p.add_argument("--hub_model_id", help="owner/name of the upload.")
+    p.add_argument(
+        "--load_in_4bit",
+        action="store_true",
+        help="The adapter was trained on a base in 4 bits. Runs of this package have that on record.",
+    )
+    p.add_argument("--push_to_hub", action="store_true", help="Upload the merged model.")
+    p.add_argument("--hub_model_id", help="Name of the upload on the hub: owner/name.")
     p.add_argument("--hub_private_repo", action="store_true", default=None, help="Make the upload private.")
     p.add_argument("--trust_remote_code", action="store_true", help="Run code of the model's repository.")
     return p

@@ -23,7 +23,9 @@ from contrastive_align.trainers.stored_reference import ReferenceJob, base_of, f
 class ReferenceArguments(RunArguments):
     """Name the folder that the log-probs are written to."""
 
-    output: str | None = option(None, "Where they are written; by default .reference in the folder of the shards.")
+    output: str | None = option(
+        None, "Folder that the log-probs are written to; by default .reference in the folder of the shards."
+    )
 
 
 class _Scorer(ContrastiveTrainer):

@@ -37,5 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser."""
     parser = UsageParser(prog="contrastive-align report", description=__doc__, allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="The output_dir of a run, or a folder of checkpoints.")
-    parser.add_argument("--output", help=f"Where the page goes; {COMPARISON} of several, RUN/{PAGE} of one.")
+    parser.add_argument(
+        "--output",
+        help=f"File that the page is written to; by default RUN/{PAGE} for one run and {COMPARISON} for several.",
+    )
     return parser

@@ -281,25 +281,57 @@ def build_parser() -> argparse.ArgumentParser:
     """Build the parser."""
     p = UsageParser(prog="contrastive-align sample", description=__doc__, allow_abbrev=False)
     p.add_argument("--model_name_or_path", "--model", help="A model or adapter: a folder or hub id.")
-    p.add_argument("--qrs", metavar="FOLDER", help="That of an f-DPG run: write samples accepted for its target.")
-    p.add_argument("--acceptance", type=float, help="With --qrs: the wished rate, or the highest there is.")
-    p.add_argument("--tv", type=float, help="With --qrs: the wished total variation distance from the target.")
-    p.add_argument("--qrs_beta", type=float, help="With --qrs: beta; by default that of the run's table.")
-    p.add_argument("--prompt", help="One prompt.")
-    p.add_argument("--prompts", help="A file: .txt, JSON or JSONL with prompt, instruction or turns.")
-    p.add_argument("--format", choices=FORMATS, default="jsonl", help="Of the output.")
-    p.add_argument("--output", help="A file; without one the answers are printed.")
-    p.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
-    p.add_argument("--compare", metavar="OTHER", help="Another model, whose answers are printed beside.")
-    p.add_argument("--generator", help="The model's name in the output.")
-    p.add_argument("--num_generations", type=int, default=1, help="Answers to a prompt (jsonl).")
+    p.add_argument(
+        "--qrs", metavar="FOLDER", help="output_dir of an f-DPG run: write samples that QRS accepts for its target."
+    )
+    p.add_argument(
+        "--acceptance",
+        type=float,
+        help="With --qrs: acceptance rate to aim at; where it is not reached, the highest one.",
+    )
+    p.add_argument("--tv", type=float, help="With --qrs: total variation distance from the target to aim at.")
+    p.add_argument(
+        "--qrs_beta", type=float, help="With --qrs: beta of QRS itself; by default the one that the run chose."
+    )
+    p.add_argument("--prompt", help="A single prompt.")
+    p.add_argument(
+        "--prompts", help="A file of prompts: .txt with one a line, or JSON or JSONL with prompt, instruction or turns."
+    )
+    p.add_argument("--format", choices=FORMATS, default="jsonl", help="Format of the output.")
+    p.add_argument("--output", help="File that the answers are written to; by default they are printed.")
+    p.add_argument("--overwrite", action="store_true", help="Replace an output file that exists.")
+    p.add_argument(
+        "--compare", metavar="OTHER", help="Another model, whose answers are printed beside the first one's."
+    )
+    p.add_argument("--generator", help="Name of the model in the output; by default its folder's or hub id's.")
+    p.add_argument(
+        "--num_generations", type=int, default=1, help="Number of answers to a prompt; more than 1 in jsonl only."
+    )
     length = f"In tokens; {LONGEST}, at most half of the context; with --qrs that of the run."
     p.add_argument("--max_completion_length", type=int, help=length)
-    p.add_argument("--temperature", type=float, help="0 is greedy; by default 1, in mt_bench that of the category.")
-    p.add_argument("--top_k", type=int, default=0, help="Sample of the k likeliest tokens; 0: of all.")
-    p.add_argument("--top_p", type=float, default=1.0, help="Of sampling.")
-    p.add_argument("--num_beams", type=int, default=1, help="Above 1: beam search, and nothing is sampled.")
-    p.add_argument("--seed", type=int, default=42, help="With the prompt's number, it decides what is drawn.")
-    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="Of weights.")
-    p.add_argument("--trust_remote_code", action="store_true", help="Of a model's repository.")
+    p.add_argument(
+        "--temperature",
+        type=float,
+        help="Sampling temperature; 0 is greedy. By default 1, and in mt_bench that of the question's category.",
+    )
+    p.add_argument("--top_k", type=int, default=0, help="Sample from the k likeliest tokens only; 0 samples from all.")
+    p.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="Sample from the smallest set of tokens whose probabilities add up to it.",
+    )
+    p.add_argument(
+        "--num_beams", type=int, default=1, help="Number of beams. Above 1 it is beam search, without sampling."
+    )
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        help="Seed of sampling. A prompt's samples depend on the seed and the prompt's number.",
+    )
+    p.add_argument(
+        "--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"), help="Dtype of the weights."
+    )
+    p.add_argument("--trust_remote_code", action="store_true", help="Run code of the model's repository.")
     return p

@@ -254,27 +254,37 @@ def build_parser() -> argparse.ArgumentParser:
         made = steps.add_parser(name, help=what, description=what, allow_abbrev=False)
         made.set_defaults(run=run)
         if run is not None:  # train hands it on
-            made.add_argument("--log_level", choices=LOG_LEVELS, help="debug: show the traceback of an error.")
+            made.add_argument(
+                "--log_level", choices=LOG_LEVELS, help="Level of log messages; debug shows the traceback of an error."
+            )
         return made
 
     p = step("sample", sample, "Prompts -> K completions each.")
     p.add_argument("--model_name_or_path", required=True, help="A model id, or the folder of a model or adapter.")
     p.add_argument("--prompts", required=True, help="JSONL with 'prompt': a text, or messages.")
     p.add_argument("--num_generations", type=int, default=8, help="Completions of each prompt.")
-    p.add_argument("--condition", help="'best', or another that the trained model knows; by default none.")
+    p.add_argument(
+        "--condition",
+        help="Condition before each prompt: 'best', or another that the trained model knows; by default none.",
+    )
     p.add_argument("--split_number", type=int, default=0, help="The part to sample, counted from 0.")
     p.add_argument("--total_splits", type=int, default=1, help="Number of parts that the prompts are divided into.")
     p.add_argument("--max_completion_length", type=int, default=256, help="Longest completion, in tokens.")
     p.add_argument("--temperature", type=float, default=1.0, help="Temperature of sampling.")
     p.add_argument("--top_p", type=float, default=1.0, help="Top-p (nucleus) of sampling.")
-    p.add_argument("--seed", type=int, default=42, help="With the prompt's number, it decides the samples.")
-    p.add_argument("--rows_at_once", type=int, default=256, help="Completions decoded together.")
-    p.add_argument("--dtype", default="auto", choices=DTYPES, help="The weights' precision.")
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=42,
+        help="Seed of sampling. A prompt's samples depend on the seed and the prompt's number.",
+    )
+    p.add_argument("--rows_at_once", type=int, default=256, help="Largest number of completions decoded in one batch.")
+    p.add_argument("--dtype", default="auto", choices=DTYPES, help="Dtype of the weights.")
     p.add_argument(
         "--sampler", "--server", help="A server that samples: an OpenAI-compatible address, or '{base_url: address}'."
     )
     p.add_argument("--server_model", help="Name of the model on the server, where it is not model_name_or_path.")
-    p.add_argument("--concurrency", type=int, default=32, help="Requests in flight.")
+    p.add_argument("--concurrency", type=int, default=32, help="Number of requests to the server at a time.")
     p.add_argument("--trust_remote_code", action="store_true", help="Run code of the model's repository.")
     _output(p, "gen.jsonl; a part goes to gen.0-of-4.jsonl")
 
@@ -284,7 +294,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--reward",
         "--reward_funcs",
         required=True,
-        help="file.py:function, a reward-model id, or a feature as YAML text.",
+        help="What scores a completion: file.py:function, a reward-model id, or a feature as YAML text.",
     )
     p.add_argument("--trust_remote_code", action="store_true", help="Run code of the model's repository.")
     _output(p, "scored.jsonl")
@@ -292,12 +302,12 @@ def build_parser() -> argparse.ArgumentParser:
     p = step("judge", judge, "Completions -> 'feedbacks', 'scores' and 'analysis', from a language model.")
     p.add_argument("--input", required=True, help="JSONL with 'prompt' and 'generations'.")
     p.add_argument(
-        "--judge", required=True, help="A judge's options, a YAML file or '{model: name, base_url: address}'."
+        "--judge", required=True, help="The model that judges: a YAML file, or '{model: name, base_url: address}'."
     )
     _output(p, "judged.jsonl")
 
     p = step("merge", _merge, "The parts of a file -> the file.")
-    p.add_argument("--inputs", required=True, help="A pattern, such as 'gen.*.jsonl', quoted.")
+    p.add_argument("--inputs", required=True, help="Pattern of the parts, in quotes: 'gen.*.jsonl'.")
     _output(p, "gen.jsonl")
 
     p = step(
@@ -312,11 +322,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--score_key",
         dest="score_key",
         choices=["rewards", "scores"],
-        help="Which numbers, where both are there.",
+        help="Which numbers are the score, where the file has both.",
     )
     return parser
 
 
 def _output(parser: argparse.ArgumentParser, example: str) -> None:
-    parser.add_argument("--output", required=True, help=f"Such as {example}.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace an output that is there.")
+    parser.add_argument("--output", required=True, help=f"File that is written, such as {example}.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an output file that exists.")

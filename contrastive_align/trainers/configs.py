@@ -217,32 +217,37 @@ class SamplingOptions:
 
     Args:
         prompts_per_round (`int`, *optional*):
-            Prompts sampled in a round; all of the dataset's by default. The next round goes on where this one stopped.
+            Number of prompts sampled in a round; by default all prompts of the dataset. The next round goes on with the
+            prompts that follow.
         num_generations (`int`, defaults to `8`):
-            Completions sampled for a prompt, the K of its group.
+            Number of completions sampled for a prompt, the K of its group.
         max_completion_length (`int`, defaults to `256`):
-            Longest sampled completion in tokens. One that is cut there is trained on without an EOS.
+            Longest sampled completion, in tokens. A completion that is cut there is trained on without an EOS token.
         temperature (`float`, defaults to `1.0`):
-            Of sampling.
+            Sampling temperature. 1 samples from the policy itself; a lower one prefers likely tokens.
         top_k (`int`, defaults to `0`):
-            Of sampling: the k likeliest tokens alone are drawn; 0: all.
+            Sample from the k likeliest tokens only. 0 samples from all tokens.
         top_p (`float`, defaults to `1.0`):
-            Of sampling.
+            Nucleus sampling: sample from the smallest set of tokens whose probabilities add up to `top_p`. 1 samples
+            from all tokens.
         reward_weights (`list[float]`, *optional*):
-            Of several reward functions; 1 each by default.
+            Weight of each reward function in the sum that is the score; 1 each by default.
         pool_dir (`str`, *optional*):
-            Where the pool is; `output_dir`/pool by default.
+            Folder of the pool, which keeps the samples of all rounds; `output_dir`/pool by default.
         rows_at_once (`int`, defaults to `256`):
-            Completions decoded together at most; with a colocated vLLM, its `max_num_seqs` of a GPU.
+            Largest number of completions decoded in one batch. With a colocated vLLM it is vLLM's `max_num_seqs` on
+            each GPU.
         ds3_gather_for_generation (`bool`, defaults to `True`):
-            Under ZeRO-3 and FSDP2, gather all weights once to draw completions. `False`: a layer at a time in each step
-            of decoding, slower, for a model that does not fit on one device.
-        use_vllm, vllm_mode, vllm_model_impl, vllm_enable_sleep_mode, vllm_server_base_url, vllm_server_host,
+            Under ZeRO-3 and FSDP2, gather all weights once before sampling. `False` gathers one layer at a time in each
+            decoding step: slower, for a model that does not fit on one device.
+        use_vllm (`bool`, defaults to `False`):
+            Sample with vLLM, as in :class:`trl.RLOOConfig`. vLLM receives the weights before each round and each
+            evaluation. Its random numbers are its own, so `seed` does not repeat its samples; samples that the pool
+            already has are not drawn again. Tested with a stand-in for TRL's client, not with vLLM on a GPU.
+        vllm_mode, vllm_model_impl, vllm_enable_sleep_mode, vllm_server_base_url, vllm_server_host,
         vllm_server_port, vllm_server_timeout, vllm_group_port, vllm_gpu_memory_utilization, vllm_max_model_length,
         vllm_tensor_parallel_size:
-            As in :class:`trl.RLOOConfig`: vLLM draws the completions, and is handed the weights before each round and
-            each evaluation. It draws with random numbers of its own, so that `seed` does not repeat them; what the
-            pool has is not drawn again. Tested with a stand-in for TRL's client, not with vLLM on a GPU.
+            With `use_vllm`: the same option as in :class:`trl.RLOOConfig`.
     """
 
     prompts_per_round: int | None = None
@@ -302,66 +307,65 @@ class ContrastiveConfig(DPOConfig, SamplingOptions):
 
     Args:
         loss_type (`list[str]`, defaults to `["nca"]`):
-            Names in ``contrastive_align.losses.LOSSES``: nca, info_nca, biased_nca, dpo, dpo_best_vs_rest,
-            plackett_luce, sft. Free of case and punctuation (NCA, InfoNCA); TRL's sigmoid, nca_pair and bco_pair are
-            dpo, nca and biased_nca. Several are summed with ``loss_weights``. One of your own is ``file.py:function``,
-            a name given to ``register_loss``, or in Python the function itself, of which the config keeps the name.
+            One or more of nca, info_nca, biased_nca, dpo, dpo_best_vs_rest, plackett_luce, sft; several are summed with
+            `loss_weights`. Case and punctuation do not matter (InfoNCA). TRL's names sigmoid, nca_pair and bco_pair
+            mean dpo, nca and biased_nca. A loss of your own is `file.py:function`, a name given to `register_loss`, or
+            in Python the function itself.
         temperature_alpha (`float` or `"auto"`, defaults to `"auto"`):
-            Labels are softmax(scores / temperature_alpha) over the completions of a group (NCA and InfoNCA). `"auto"`
-            is the temperature at which their mean entropy over the training groups is half of the largest (midway
-            between its limits, where tied best scores keep it above that): `trainer.temperature_alpha`, and a resumed
-            run keeps its checkpoint's. Preferences stay hard, and a stream needs a number. The published run's 1e-4
-            makes labels one-hot unless scores are equal.
+            Softness of the labels softmax(scores / temperature_alpha) of a group (NCA and InfoNCA). `"auto"` takes the
+            temperature at which the mean entropy of the labels is half of the largest possible, or midway between its
+            limits where tied best scores keep it higher; a resumed run keeps its own. Pairs always have hard labels,
+            and a stream needs a number. The published 1e-4 makes labels one-hot unless scores are equal.
         max_prompt_length (`int`, *optional*):
-            Longest prompt in tokens; longer ones keep their end. Without it prompts stay whole and groups whose prompt
-            leaves no room under `max_length` are dropped and counted.
+            Longest prompt, in tokens; of a longer one the end is kept. By default prompts stay whole, and groups whose
+            prompt leaves no room under `max_length` are dropped and counted.
         on_bad_row (`str`, defaults to `"raise"`):
-            `"raise"` stops at the first row that cannot be trained on, with row and column; `"drop"` leaves such rows
-            out, counts them and shows the first.
+            `"raise"` stops at the first row that cannot be trained on and names it; `"drop"` leaves such rows out,
+            counts them and shows the first.
         columns (`str` or `dict`, *optional*):
-            Which column is which part of a group, where its name does not say: `prompt=question,completions=answers`,
-            or a mapping. Parts: prompt, system, history, completions, scores, completion, score, chosen, rejected,
-            tools. Several columns are joined by `+`: `completions=left+right`. `prompt=` with nothing after it: the
-            prompt is what chosen and rejected share.
+            Which column holds which part of a group, where its name does not say so:
+            `prompt=question,completions=answers`, or a mapping. Parts: prompt, system, history, completions, scores,
+            completion, score, chosen, rejected, tools. `+` joins columns: `completions=left+right`. `prompt=` with
+            nothing after it: the prompt is what chosen and rejected share.
         score_column (`str`, *optional*):
-            The column that is the score, where several may be: `helpfulness`.
+            Which column holds the score, where several could: `helpfulness`.
         hard_pairs (`bool`, defaults to `False`):
-            Pairs are (1, 0), whatever their ratings: the default of `preference`.
+            Give pairs the scores (1, 0), even rated ones, as `preference` does.
         layout (`str`, defaults to `"auto"`):
             `"shared"`: the completions of a group share one copy of their prompt, which is computed once. `"padded"`: a
-            row for each completion. `"auto"` tries the first on a small batch and takes the second, with a warning,
-            where the model gives other log-probs.
+            row for each completion. `"auto"` tries `"shared"` on a small batch and, where the log-probs differ, warns
+            and takes `"padded"`.
         max_tokens_per_batch (`int`, *optional*):
-            Training batches by tokens: groups of similar length share one, as many as stay within this many tokens and
-            within `per_device_train_batch_size` groups, drawn anew every epoch from `data_seed` or `seed`. Counted is
-            what the layout computes: every prompt once and its completions (shared), or rows x the longest (padded). An
-            optimiser step remains `gradient_accumulation_steps` batches on every process and its loss the mean over
-            the groups in them. Without it the order is TRL's.
+            Fill batches by tokens: groups of similar length, up to this many tokens and `per_device_train_batch_size`
+            groups, drawn anew in every epoch. The tokens counted are those that the layout computes: each prompt once
+            and its completions (shared), or rows times the longest row (padded). An optimiser step remains
+            `gradient_accumulation_steps` batches on every process, and its loss the mean over their groups. By default
+            a batch has a fixed number of groups.
         first_score_bonus (`float`, defaults to `0.0`):
-            Added to each group's first score. The published run adds 0.01, which at temperature_alpha = 1e-4 decides
-            every tie for it.
+            Added to the score of each group's first completion. The published run adds 0.01, which at temperature_alpha
+            = 1e-4 decides every tie.
         ref_log_probs_folder (`str`, *optional*):
-            Where `contrastive-align reference` wrote; by default beside the files.
+            Folder that `contrastive-align reference` wrote; by default beside the data.
         allow_pickled_adapter (`bool`, defaults to `False`):
-            Read an `adapter_model.bin` (a pickle), with `weights_only=True`.
+            Accept an adapter in a pickle, read with weights_only=True.
         online (`bool`, defaults to `False`):
-            Own samples in place of scores: the dataset is prompts, and a reward scores the completions
+            Train on the policy's own samples: the dataset gives the prompts, a reward or judge the scores
             (`contrastive-align reward --online -h`).
         num_rounds (`int`, defaults to `4`):
-            Online: rounds of sampling and training. A round is an epoch of the Trainer.
+            Online: number of rounds of sampling and training. A round is an epoch of the Trainer.
         draws_per_round (`int`, *optional*):
-            Online: groups trained on in a round, each once before any comes twice, rounded up to whole optimiser steps.
-            By default as many as a round samples.
+            Online: number of groups trained on in a round, rounded up to whole optimiser steps; by default as many as a
+            round samples. No group comes twice before every group has come once.
         reference (`str`, defaults to `"round"`):
-            Online: `"round"`: the reference is the policy at the beginning of each round, which the samples are drawn
-            from, as NCA has it. `"start"`: it is where the run starts.
+            Online: which model implied rewards are measured from. `"round"`: the policy at the beginning of each round,
+            from which the round's samples are drawn, as NCA assumes. `"start"`: the model that the run starts with.
         keep (`int`, defaults to `0`):
-            Online: earlier rounds whose groups are trained on again in a round.
+            Online: number of earlier rounds whose groups a round trains on again.
         resample (`int`, defaults to `0`):
-            Online: how often a prompt is sampled again whose completions all score the same. Groups that stay so are
-            left out and counted.
+            Online: how many more times a prompt is sampled while all its completions score the same. Groups whose
+            scores stay equal are left out and counted.
         scored_share (`float`, defaults to `0.5`):
-            Online, with scored groups beside the prompts: their share of the groups of a round.
+            Online, with `scored_dataset`: share of a round's groups that are taken from it.
     """
 
     loss_type: list[str] = field(default_factory=lambda: ["nca"])
@@ -480,52 +484,57 @@ class FDPGConfig(RLOOConfig):
 
     Args:
         divergence (`str`, defaults to `"js"`):
-            What is minimised between policy and target: kl (DPG, GDC, CDPG), reverse_kl (on `Target.from_reward` the
-            KL-controlled reward of RLHF), js, tv, chi2, reverse_chi2 or alpha:<a>; or one of your own, as a loss is
-            given to :class:`~contrastive_align.ContrastiveConfig` (see ``register_divergence``).
+            Divergence between policy and target that training minimises: kl (DPG, GDC, CDPG), reverse_kl (with
+            `Target.from_reward` the KL-controlled reward of RLHF), js, tv, chi2, reverse_chi2 or alpha:<a>. A
+            divergence of your own is `file.py:function` or a name given to ``register_divergence``.
         baseline (`str`, defaults to `"leave_one_out"`):
-            Taken off the pseudo-reward: `"leave_one_out"`, the mean over the other samples of the prompt; `"window"`,
-            the mean over all prompts of earlier steps; or `"none"`.
+            What is subtracted from the pseudo-reward: `"leave_one_out"`, the mean over the prompt's other samples;
+            `"window"`, the mean over all prompts of earlier steps; or `"none"`.
         baseline_window (`int`, defaults to `10`):
-            With `baseline="window"`: over how many of the last times samples were drawn.
+            With `baseline="window"`: number of most recent generations that the mean is over.
         proposal (`str`, defaults to `"policy"`):
-            What samples are drawn from: `"policy"`, as it is; or `"kept"`, the base at first, replaced by the policy
-            when that is nearer to the target (KL-adaptive DPG, GDC). It costs a forward of the policy on the samples
-            and, once it was replaced, a copy of the trained weights: of the adapter, or of the whole model.
+            Model that samples are drawn from. `"policy"`: the current policy. `"kept"`: the base at first, replaced by
+            the policy whenever the policy is nearer to the target (KL-adaptive DPG, GDC). `"kept"` costs a forward pass
+            of the policy on the samples and, after the first replacement, a copy of the trained weights.
         proposal_criterion (`str`, defaults to `"kl"`):
             With `proposal="kept"`: divergence from the target by which policy and proposal are compared: kl
             (KL(target||.)), tv or js.
         proposal_window (`int`, defaults to `10`):
             With `proposal="kept"`: number of most recent generations that the comparison uses.
         temperature (`float`, defaults to `1.0`):
-            Of the samples to train on. They are weighted with pi/q, q being the distribution at this temperature, so
-            that the gradient is that of the policy itself. Evaluation samples from the policy as it is.
+            Sampling temperature in training. Samples are weighted with pi/q, where q is the distribution at this
+            temperature, so that the gradient remains that of the policy. Evaluation always samples at 1.
         top_k (`int`, defaults to `0`):
-            Train on samples of the k likeliest tokens at each step; 0: all. Outside them the policy is not trained; how
-            much of the target's mass lies there is said when training begins and at each evaluation.
+            Train on samples from the k likeliest tokens of each position only; 0 takes all tokens. The policy is not
+            trained on other tokens; the share of the target's mass there is printed when training begins and at each
+            evaluation.
         top_p (`float`, defaults to `1.0`):
-            The same for the smallest set of tokens whose probability reaches it, after temperature and top_k.
+            As `top_k`, with the smallest set of tokens whose probabilities add up to `top_p`, after temperature and
+            top_k.
         max_importance_ratio (`float`, *optional*):
-            pi/q is cut here. It is 1 where every optimiser step has samples of its own, drawn from the policy as it is.
+            Upper limit of the importance weight pi/q. The weight is 1 where each optimiser step draws its samples from
+            the current policy.
         fit_samples (`int`, defaults to `4096`):
-            Samples of the base with which the search for the target's lambdas begins, if they are not known yet: some
-            of each of many prompts, chosen at random. More are drawn until the moments are known to `fit_tolerance`.
+            Number of samples of the base with which the search for the target's lambdas begins, over many prompts
+            chosen at random. More are drawn until the moments are known to `fit_tolerance`. Not used if the target has
+            its lambdas.
         fit_max_samples (`int`, *optional*):
-            The most samples that this search draws; 16 times `fit_samples` by default.
+            Largest number of samples that the search for the lambdas draws; 16 times `fit_samples` by default.
         fit_tolerance (`float`, defaults to `0.01`):
-            Standard error of the fitted moments at which it ends, as a share of each feature's range.
+            Standard error of the fitted moments at which the search for the lambdas ends, as a share of each feature's
+            range.
         fit_min_ess (`float`, defaults to `20.0`):
-            Smallest effective sample size of that fit; below it the run stops.
+            Smallest effective sample size that the fit of the lambdas may have. The run stops below it.
         layout, allow_pickled_adapter:
             As in :class:`~contrastive_align.ContrastiveConfig`.
         num_generations (`int`, defaults to `16`):
-            Samples of a prompt, the K of its group.
+            Number of completions sampled for a prompt, the K of its group.
         per_device_train_batch_size (`int`, defaults to `16`):
-            Samples on a device at once: whole groups of `num_generations`.
+            Number of completions that a device trains on at once, a multiple of `num_generations`.
         beta (`float`, defaults to `0.05`):
             With reward functions and no target: the target is base * exp(reward / beta).
         disable_dropout (`bool`, defaults to `True`):
-            Samples are drawn without dropout, so their log-probs are taken without it.
+            Switch dropout off in training, as samples are drawn without it.
     """
 
     RANGES: ClassVar[dict[str, Range]] = {"num_generations": Range(2, whole=True)}
@@ -595,41 +604,46 @@ class ConditionalConfig(SFTConfig, SamplingOptions):
 
     Args:
         num_train_epochs (`float`, defaults to `4`):
-            Online, an epoch is a round: sample, feedback, pool, train. From scored data, a pass over its draws.
+            Number of rounds: sample, score, add to the pool, train. From scored data, number of passes over the draws.
         num_generations (`int`, defaults to `10`):
-            Completions sampled for a prompt, the K of its group.
+            Number of completions sampled for a prompt, the K of its group.
         draws_per_round (`int`, *optional*):
-            Completions trained on in a round, balanced over the conditions and rounded up to whole optimiser steps. By
-            default as many as a round samples; from scored data, as many as it holds.
+            Number of completions trained on in a round, balanced over the conditions and rounded up to whole optimiser
+            steps; by default as many as a round samples. From scored data: by default as many as the data hold.
         drop_factor (`float`, defaults to `0.0`):
-            Share of the earlier samples of each condition that leaves the pool in a round: 0 keeps all, 1 none.
+            Share of each condition's earlier samples that leaves the pool in a round. 0 keeps all samples; 1 keeps
+            those of the newest round only.
         kl_coef (`float`, defaults to `0.05`):
-            Weight of the KL to the reference, in nats per completion token. 0 loads no reference.
+            Weight of the KL to the reference, which is in nats per completion token. With 0 no reference is loaded.
         kl_direction (`str`, defaults to `"reverse"`):
-            `"reverse"`: KL(policy || reference), Quark. `"forward"`: KL(reference || policy), ALT.
+            Direction of that KL. `"reverse"`: KL(policy || reference), as in Quark. `"forward"`: KL(reference ||
+            policy), as in ALT.
         entropy_coef (`float`, defaults to `0.06`):
-            Weight of the entropy bonus, in nats per completion token.
+            Weight of the entropy bonus; the entropy is in nats per completion token.
         kl_target (`float`, *optional*):
-            Adapt `kl_coef` after every step, so that the KL comes to this, in nats per token.
+            KL in nats per token that training aims at by adapting `kl_coef` after every step. By default `kl_coef` is
+            fixed.
         entropy_target (`float`, *optional*):
-            Adapt `entropy_coef` after every step, so that the entropy comes to this, in nats per token.
+            Entropy in nats per token that training aims at by adapting `entropy_coef` after every step. By default
+            `entropy_coef` is fixed.
         coef_horizon (`int`, defaults to `10000`):
-            Completions over which a coefficient adapts.
+            With `kl_target` or `entropy_target`: number of completions over which the coefficient adapts. A larger one
+            adapts more slowly.
         unfrozen_layers_ratio (`float`, defaults to `1.0`):
-            Share of the layers that is trained, from the top; the lower ones are frozen.
+            Share of the layers that is trained, counted from the top; the lower layers are frozen.
         layout (`str`, defaults to `"auto"`):
-            `"shared"`: the rows of a batch stand in one packed row, without padding. `"padded"`: as usual. `"auto"`
-            tries the first on a small batch and takes the second, with a warning, where the log-probs differ.
+            `"shared"`: all rows of a batch are packed into one, without padding. `"padded"`: a row for each completion.
+            `"auto"` tries `"shared"` on a small batch and, where the log-probs differ, warns and takes `"padded"`.
         disable_dropout (`bool`, defaults to `True`):
-            Completions are sampled without dropout, and the reference has none.
+            Switch dropout off in training, as completions are sampled and the reference is computed without it.
         columns (`str` or `dict`, *optional*):
-            Which column is which part, where its name does not say: `prompt=question,completions=answers`.
+            Which column holds which part, where its name does not say so: `prompt=question,completions=answers`.
         score_column (`str`, *optional*):
-            Scores that the completions have already: the column, where several may be.
+            Train on scored completions: the column that holds the score, where several could be it.
         feedback_column (`str`, *optional*):
-            Words that the completions have already, by default those of `feedback`.
+            Train on judged completions: the column that holds the judge's words; by default `feedback`.
         negate_score (`bool`, defaults to `False`):
-            Lower scores are better.
+            Scores of the data are better when lower, such as toxicity.
         on_bad_row (of scored data), allow_pickled_adapter:
             As in :class:`~contrastive_align.ContrastiveConfig`.
     """
