@@ -69,6 +69,11 @@ def what_to_say(table: Table, read: Callable[[Options], Any]) -> str:
             continue
         way = " (or chosen and rejected the other way round)" if "chosen" in columns else ""
         return f"{found} {like} columns='{told}'{way}. If that is right, say so."
+    if score := next((key for key in (wanted, *SCORES) if key in table.names and _kind(table, key) == "text"), None):
+        value = next(iter(table.values(score)))
+        return f"{found} '{table.names[score]}' is text ({value!r}), expected a number: higher is better."
+    if not _known_prompt(table) and {*table.names} & {*ANSWERS}:
+        return f"{found} No column is known to be the prompt: add it, or name it with columns='prompt=NAME'."
     if next(OneARow.find(table), None) and _known_prompt(table):
         return f"{found} One answer a prompt without a score is what trl.SFTTrainer trains on."
     return f"{found} Say which column is which, for instance columns='{_example(table)}'."

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from contrastive_align.launch.trained import Trained
 from contrastive_align.launch.usage import UsageError, UsageParser
-from contrastive_align.models.loading import adapter_config_path
+from contrastive_align.models.loading import adapter_config_path, named
 
 
 GAP = " | "
@@ -76,8 +76,8 @@ def start_of(name: str) -> str:
     if config is not None:
         return json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
     raise UsageError(
-        f"{name} has no summary.json and is no adapter, so that the model before training is not known. Give it with "
-        "--before, or --alone."
+        f"{named(name)} has no summary.json and is no adapter, so that the model before training is not known. Give "
+        "the output_dir of a run, or the model before with --before, or --alone."
     )
 
 

@@ -51,9 +51,10 @@ from contrastive_align.trainers.configs import AUTO
 
 DEMO_SAMPLES = {"per_prompt": 4, "max_new_tokens": 48}
 MEASURED_TRAIN_GROUPS = 256
+GIVE_REWARD = "Give --reward=file.py:function (or a reward-model id), or --judge='{model: ...}'"
 NO_REWARD = (
-    "nothing says how good a completion is: what is the reward? Give --reward=file.py:function (or a reward-model id), "
-    "or --judge='{model: ...}'; or, to train on the scores of a dataset, leave --online out."
+    f"nothing says how good a completion is: what is the reward? {GIVE_REWARD}; or, to train on the scores of a "
+    "dataset, leave --online out."
 )
 DEMO_LONGEST = 40  # tokens of an own sample of the bundled model
 # Of the bundled run with --online.
@@ -90,7 +91,10 @@ class RewardRun(Run):
             raise UsageError("--online=false is given, and a reward with prompts alone. Leave one of them out.")
         if not online:
             if only_prompts(script):
-                raise UsageError(NO_REWARD)
+                raise UsageError(
+                    f"{args.dataset} has prompts alone: what is the reward? {GIVE_REWARD}; or give a dataset of "
+                    "completions with scores, or of pairs."
+                )
             of_own = {*training.of_own_samples(), "sampler", "scored_dataset", "eval_prompts"}
             if (given := sorted(of_own & args.given)) and script.reward is None:  # with one, the data decide
                 raise UsageError(f"--{given[0]} belongs to own samples: add --online, or leave it out.")

@@ -95,7 +95,12 @@ def _sentence(error: Exception, argv: Sequence[str]) -> str | None:
         )
     if (loaded := _what_was_loaded(error)) is not None:
         first = text.splitlines()[0]
-        return first if loaded in first else f"{loaded!r} cannot be loaded: {first}"
+        if loaded in first:
+            return first
+        if isinstance(error, OSError) and not Path(loaded).is_dir():
+            where = f"no such folder in {Path.cwd()}"
+            return f"{loaded!r} ({where}) cannot be loaded: {first} Give the folder of a model, or a hub id."
+        return f"{loaded!r} cannot be loaded: {first}"
     # An exact ValueError in this package that no 'raise' made is a slip, such as a tuple of another length.
     slipped = type(error) is ValueError and _is_own(frames[-1]) and not _is_raised(error)
     return text if known and not slipped else None

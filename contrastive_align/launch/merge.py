@@ -27,7 +27,7 @@ from contrastive_align.launch.common import command_line
 from contrastive_align.launch.quiet import quiet_run
 from contrastive_align.launch.step_files import read_rows
 from contrastive_align.launch.usage import UsageError, UsageParser
-from contrastive_align.models.loading import adapter_config_path, base_of, card_of, check_exists, hash_of_adapter
+from contrastive_align.models.loading import adapter_config_path, base_of, card_of, check_exists, hash_of_adapter, named
 from contrastive_align.report.card import DEMO_MODEL, Card, complete_card, licence_of, results_section
 from contrastive_align.report.page import SAMPLES_FILE
 from contrastive_align.report.summary import wrap
@@ -50,7 +50,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     check_exists(adapter)
     config_path = adapter_config_path(adapter)
     if config_path is None:
-        raise UsageError(f"{adapter} is no adapter (no adapter_config.json): there is nothing to merge.")
+        raise UsageError(
+            f"{named(adapter)} is no adapter (no adapter_config.json): there is nothing to merge. Give the output_dir "
+            "of a run with --use_peft, or the hub id of an adapter."
+        )
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"--output_dir: {output} is not empty. Give another, or remove it.")
     if args.push_to_hub and not args.hub_model_id:

@@ -306,6 +306,11 @@ def _first_line(error: Exception) -> str:
     return f"{(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}."
 
 
+def named(model_id: str) -> str:
+    """Quote a model's name and, where it is no folder, say where it was looked for: it may be misspelled."""
+    return f"{model_id!r}" if os.path.isdir(model_id) else f"{model_id!r} (no such folder in {os.getcwd()})"
+
+
 def check_exists(model_id: str) -> None:
     """Raise FileNotFoundError where a model id looks like a folder that is not there."""
     looks_local = os.path.isabs(model_id) or model_id.startswith((".", "~")) or model_id.count("/") > 1
@@ -358,8 +363,8 @@ def load_tokenizer(
         elif not isinstance(error, OSError | ValueError):
             reason = f"its files are damaged ({type(error).__name__}: {reason})"
         raise OSError(
-            f"The tokenizer of {source!r} cannot be loaded: {reason} Give a folder that holds it, or a hub id that can "
-            "be downloaded."
+            f"The tokenizer of {named(source)} cannot be loaded: {reason} Give a folder that holds it, or a hub id "
+            "that can be downloaded."
         ) from error
 
 

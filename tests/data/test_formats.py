@@ -98,6 +98,12 @@ def test_unknown_columns_say_what_was_found_and_what_to_type():
         read({"verse": "Roses are", "chorus": "red", "hits": 3})
     with pytest.raises(ValueError, match=r"No groups found in the columns 'prompt' \(text\), 'completions' \(list\)"):
         read({"prompt": "p", "completions": ["a", "b"]})  # no scores anywhere
+    with pytest.raises(ValueError, match=r"'Score' is text \('superb'\), expected a number"):
+        read({"prompt": "p", "completion": "a", "Score": "superb"})
+    with pytest.raises(
+        ValueError, match="No column is known to be the prompt: add it, or name it with columns='prompt=NAME'"
+    ):
+        read({"completion": "a", "score": 1})
     columns = {"prompt": "verse", "completions": "lines", "scores": "hits"}
     row = {"verse": "Roses are", "lines": ["red", "blue"], "hits": [2, 1], "chorus": "la"}
     assert read(row, columns=columns) == Group("Roses are", ["red", "blue"], [2.0, 1.0])

@@ -119,13 +119,25 @@ def test_the_users_own_code_is_named(kind, tmp_path):
     assert raised.message.startswith("mine.py, line ") and f"raised {kind.__name__}: " in raised.message
 
 
-def test_what_cannot_be_loaded_is_named(tmp_path):
-    def from_pretrained(pretrained_model_name_or_path):
-        raising(RuntimeError("sizes differ\nmuch more"), LIBRARY)()
+def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch):
+    def from_pretrained(pretrained_model_name_or_path, error):
+        raising(error, LIBRARY)()
 
-    with pytest.raises(UsageError) as raised, in_sentences([]):
-        from_pretrained("my/model")
-    assert raised.value.message.startswith("'my/model' cannot be loaded: sizes differ\n(--log")
+    def said(error):
+        with pytest.raises(UsageError) as raised, in_sentences([]):
+            from_pretrained("my/model", error)
+        return raised.value.message
+
+    monkeypatch.chdir(tmp_path)
+    assert said(RuntimeError("sizes differ\nmuch more")).startswith("'my/model' cannot be loaded: sizes differ\n(--log")
+    misspelled = (
+        f"'my/model' (no such folder in {tmp_path}) cannot be loaded: No connection. Give the folder of a model"
+    )
+    assert said(OSError("No connection.\nmuch more")).startswith(misspelled)
+    for command in (["chat", "--model=my/model"], ["merge", "my/model", "--output_dir=m"]):
+        with pytest.raises(UsageError) as raised:
+            cli.main(command)
+        assert raised.value.message.startswith(misspelled.partition(" cannot")[0]) and "Give " in raised.value.message
 
 
 def test_commands_answer_so(tmp_path, monkeypatch, capsys):

@@ -181,6 +181,6 @@ def test_a_base_that_is_not_at_hand_is_named(left, hub, tiny_llama, tmp_path, ca
 
 
 def test_a_model_that_is_not_at_hand_is_named(hub, tmp_path):
-    found = r"tokenizer of 'someone/else' cannot be loaded: .* couldn't find .* Give a folder"
+    found = r"tokenizer of 'someone/else' \(no such folder in .*\) cannot be loaded: .* couldn't find .* Give a folder"
     with pytest.raises(OSError, match=found):
         make("contrastive", "someone/else", tmp_path / "out")
