@@ -108,8 +108,10 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     said = f"log-probs of {found['tokens']} tokens moved by {found['mean_nats_per_token']:.2g} nats on average, "
-    why = " (the base computed in 4 bits, and the merged model does not)" if four_bit else ""
-    print("\n".join(wrap(f"{output}: {lineage['dtype']}, {said}{found['max_nats_per_token']:.2g} at most{why}")))
+    why = ["the base computed in 4 bits, and the merged model does not"] if four_bit else []
+    why += [f"{lineage['dtype']} rounds the merged weights; --dtype=float32 does not"] if dtype.itemsize < 4 else []
+    said += f"{found['max_nats_per_token']:.2g} at most" + (f" ({'; '.join(why)})" if why else "")
+    print("\n".join(wrap(f"{output}: {lineage['dtype']}, {said}")))
     print(f'load with  {base.auto().__name__}.from_pretrained("{output}")')
     if args.push_to_hub:
         push(output, args.hub_model_id, private=args.hub_private_repo)

@@ -12,6 +12,8 @@ import warnings
 NOISE = (
     # The CPU kernel that bitsandbytes offers for 4-bit evaluation is switched off anyway: models/cpu/four_bit.py.
     ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community"),
+    # A merge that dequantises its base says so itself.
+    ("transformers.integrations.bitsandbytes", "The modules are dequantized in"),
 )
 
 
@@ -19,8 +21,9 @@ def quiet_imports() -> None:
     """Drop what libraries say when they are imported; call it before they are."""
     for name, message in NOISE:
         logging.getLogger(name).addFilter(_Without(message))
-    # TRL reads the name that transformers deprecates; the configs of this package set the new one.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # TRL uses the names that transformers deprecates; the configs of this package set the new ones.
+    for name in ("is_gradient_checkpointing", "gradient_checkpointing_disable", "gradient_checkpointing_enable"):
+        warnings.filterwarnings("ignore", message=f"`{name}` is deprecated", category=FutureWarning)
 
 
 def quiet_run(*, on_cpu: bool) -> None:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from contrastive_align import demo
 from contrastive_align.data.published import published_copy
@@ -77,6 +77,21 @@ def test_merge_proves_itself_and_reloads(run, tmp_path, capsys):
     assert "on average" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["merge", str(run[0]), f"--output_dir={tmp_path / 'whole'}"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "most", "said"),
+    [
+        (["--dtype=bfloat16"], "bfloat16", 0.03, "(bfloat16 rounds the merged weights; --dtype=float32 does not)"),
+        (["--load_in_4bit", "--dtype=float32"], "float32", 0.03, "the base computed in 4 bits"),
+    ],
+)
+def test_what_a_merge_moves_in_fewer_bits_is_said(run, tmp_path, capsys, flags, dtype, most, said):
+    lineage = cli.main(["merge", str(run[0]), f"--output_dir={tmp_path / 'whole'}", *flags])
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert lineage["dtype"] == dtype and 0 < lineage["parity"]["mean_nats_per_token"] < most
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert str(whole.dtype) == f"torch.{dtype}" and not hasattr(whole.config, "quantization_config")
 
 
 def test_a_merge_is_proven_on_bundled_sentences_where_the_run_sampled_nothing(tmp_path, capsys):
