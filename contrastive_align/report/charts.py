@@ -54,14 +54,16 @@ class Chart:
     unit: str = ""
     wanted: list[tuple[str, float, int]] = field(default_factory=list)  # label, value, colour
     x: str = "step"
+    most: float = math.inf  # that the values can be
 
     def svg(self) -> Markup:
         """Write the chart."""
         points = [point for line in self.lines for point in line.points]
         xs = [x for point in points for x in (point.first, point.last)]
         ys = [y for point in points for y in (point.low, point.high)] + [value for _, value, _ in self.wanted]
-        across, up = _scale(min(xs), max(xs), 5, whole=True), _scale(min(ys), max(ys), 5)
-        plot = _Plot(across, up)
+        across, up = _scale(min(xs), max(xs), 5, whole=True), _scale(min(ys), min(max(ys), self.most), 5)
+        least = 0.0 if min(ys) >= 0 else -math.inf
+        plot = _Plot(across, [value for value in up if least <= value <= self.most])
         parts = [plot.axes(self.x)]
         parts += [plot.wanted(value, colour) for _, value, colour in self.wanted]
         parts += [plot.band(line) for line in self.lines]
@@ -94,6 +96,7 @@ class _Plot:
 
     def y(self, value: float) -> str:
         low, high = self.up[0], self.up[-1]
+        value = min(value, high)  # a band may reach over what can be
         return f"{HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
 
     def axes(self, name: str) -> str:
@@ -141,13 +144,13 @@ def _scale(low: float, high: float, parts: int, *, whole: bool = False) -> list[
     ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [6.0, 7.0, 8.0])
     """
     if high - low < 1e-12 * max(1.0, abs(low)):
-        pad = 1.0 if whole else max(abs(low) * 0.1, 1e-3)
+        pad = 1.0 if whole or not low else max(abs(low) * 0.1, 1e-3)
         low, high = low - pad, high + pad
     raw = (high - low) / parts
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999 and not (whole and m == 2.5))
     step = max(step, 1.0) if whole else step
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    first, last = math.floor(low / step + 1e-3), math.ceil(high / step - 1e-3)  # rounding errors are no tick
     return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
 
 

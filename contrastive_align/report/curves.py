@@ -22,14 +22,27 @@ class View:
     about: str
     metrics: tuple[tuple[str, str], ...]  # metric -> label
     x: str = "step"
+    most: float = math.inf  # that a value can be
+    otherwise: tuple[tuple[str, str], ...] = ()  # a metric -> what the chart shows of runs that logged it
+
+    def about_run(self, history: History) -> str:
+        """Say what the chart shows of this run."""
+        return next((about for metric, about in self.otherwise if metric in history), self.about)
 
 
+OWN_GROUPS = "round/resampled"  # logged by runs that are trained on groups of their own samples
+ANEW = "A round that has a reference of its own begins anew."
 RANKS = (("rewards/rank_*", "rank "),)
 VIEWS = (
     View(
         "Loss",
         "Training and evaluation should fall together.",
         (("loss", "training"), ("eval_loss", "evaluation"), ("nll", "likelihood term"), ("kl", "KL term")),
+        otherwise=(
+            ("kl_target", "Only its gradient means something: that of the divergence. Its value need not fall."),
+            (OWN_GROUPS, f"It should fall within a round. {ANEW}"),
+            ("nll", "The likelihood term and the KL term, less the entropy bonus. It should fall."),
+        ),
     ),
     View(
         "Implied rewards by rank",
@@ -45,11 +58,13 @@ VIEWS = (
             ("eval_logps/best_delta", "best, evaluation"),
             ("eval_logps/rest_delta", "others, evaluation"),
         ),
+        otherwise=((OWN_GROUPS, f"In nats. Within a round the best should not fall; the others should. {ANEW}"),),
     ),
     View(
         "Margin",
         "The implied reward of the best less the mean of the others. It should open.",
         (("rewards/margins", "training"), ("eval_rewards/margins", "evaluation")),
+        otherwise=((OWN_GROUPS, f"The implied reward of the best less the mean of the others. {ANEW}"),),
     ),
     View(
         "Accuracy",
@@ -60,6 +75,7 @@ VIEWS = (
             ("rewards/kendall_tau", "Kendall's tau"),
             ("eval_rewards/accuracies", "best is highest, evaluation"),
         ),
+        most=1.0,
     ),
     View(
         "Moments",
@@ -95,6 +111,7 @@ VIEWS = (
         "Prompts without signal",
         "The share of a round's prompts whose completions all score the same: nothing is learned from them.",
         (("round/no_signal", "share"),),
+        most=1.0,
     ),
     View(
         "The pool by condition",
@@ -124,11 +141,13 @@ VIEWS = (
             ("completions/eos_rate", "training samples"),
             ("round/finished", "samples of a round"),
         ),
+        most=1.0,
     ),
     View(
         "Repetition",
         "Share of tokens that are in a 3-gram (held-out prompts) or alone (training samples) a repetition.",
         (("samples/repetition", "held-out prompts"), ("repetition", "training samples")),
+        most=1.0,
     ),
     View(
         "KL from the reference",
@@ -162,7 +181,8 @@ def charts_of_run(history: History, wanted: Mapping[str, float | None] | None = 
                 levels.append((f"wanted: {goal:g}", goal, line.colour))
             lines.append(line)
         if any(len(line.points) > 1 for line in lines):  # a single measurement is in the table
-            charts.append(Chart(view.title, view.about, lines, wanted=levels, x=view.x))
+            about = view.about_run(history)
+            charts.append(Chart(view.title, about, lines, wanted=levels, x=view.x, most=view.most))
     return charts
 
 
@@ -177,7 +197,8 @@ def charts_of_runs(histories: Mapping[str, History]) -> list[Chart]:
             curves = {run: history[name] for run, history in histories.items() if name in history}
             lines = [Line.of(run, curve, list(histories).index(run)) for run, curve in curves.items()]
             title = view.title if len(names) == 1 else f"{view.title}: {label}"
-            charts.append(Chart(title, view.about, lines, x=view.x))
+            about = view.about_run(next(history for history in histories.values() if name in history))
+            charts.append(Chart(title, about, lines, x=view.x, most=view.most))
     return charts
 
 

@@ -22,7 +22,7 @@ from contrastive_align.report.charts import swatch
 from contrastive_align.report.curves import acceptance_chart, charts_of_run, charts_of_runs, wanted_moments
 from contrastive_align.report.doctor import RULES, Finding, diagnose
 from contrastive_align.report.history import History, read_history
-from contrastive_align.report.summary import Change, show
+from contrastive_align.report.summary import Change, TargetChange, show
 from contrastive_align.report.texts import clean
 from contrastive_align.report.words import interval
 
@@ -92,11 +92,11 @@ class RunView:
     @property
     def metrics(self) -> list[tuple[str, ...]]:
         """The rows of the table of metrics: before, after, change, 95% interval, n."""
-        known = {"before", "after", "se", "n", "before_se", "after_se"}
+        known = {"before", "after", "se", "n", "before_se", "after_se", "prompts"}
         rows = []
         for name, found in {**self.summary.get("metrics", {}), **_prefixed(self.summary.get("samples", {}))}.items():
             values = {key: math.nan if value is None else value for key, value in found.items() if key in known}
-            change = Change(**values)
+            change = TargetChange(**values) if "prompts" in values else Change(**values)
             low, high = interval(change)
             between = f"{show(low)} to {show(high)}" if math.isfinite(low) else "not known"
             moved = show(change.after - change.before)
@@ -236,9 +236,18 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"clean": clean, "number": _number}
+    environment.filters |= {"clean": clean, "number": _number, "breakable": breakable}
     environment.globals |= {"marked": marked, "swatch": swatch}
     return environment
+
+
+def breakable(name: str) -> Markup:
+    """Return a metric's name, escaped, that a narrow table breaks between its parts.
+
+    >>> print(breakable("moment/contains:please"))
+    moment/<wbr>contains:<wbr>please
+    """
+    return Markup("<wbr>").join(re.split(r"(?<=[/:_])(?=.)", clean(name)))
 
 
 def _number(value: Any) -> str:

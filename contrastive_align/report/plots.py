@@ -37,10 +37,10 @@ WIDTH = 6.4  # inches: at 600 pixels the labels, 10 points high, are 13 pixels h
 # Name in the log -> label, line.
 DIVERGENCES = {
     "kl_target": ("KL(p || pi)", "-"),
-    "reverse_kl_target": ("KL(pi || p)", "-"),
-    "js_target": ("JS(pi, p)", "-"),
-    "tv_target": ("TV(pi, p), 0 to 1", "-"),
-    "kl_base": ("KL(pi || base)", "--"),
+    "reverse_kl_target": ("KL(pi || p)", "--"),
+    "js_target": ("JS(pi, p)", ":"),
+    "tv_target": ("TV(pi, p), 0 to 1", "-."),
+    "kl_base": ("KL(pi || base)", (0, (7, 1, 1, 1, 1, 1))),
 }
 
 

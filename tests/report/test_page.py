@@ -5,13 +5,18 @@ import json
 import re
 import time
 import tracemalloc
+from dataclasses import asdict
 
 import pytest
 
 from contrastive_align.launch import report
 from contrastive_align.launch.usage import UsageError
+from contrastive_align.report import TargetChange
+from contrastive_align.report.curves import charts_of_run
 from contrastive_align.report.history import LOG_FILE, History, read_history
 from contrastive_align.report.page import SAMPLES_FILE, RunView, render, write_page
+from contrastive_align.report.summary import show
+from contrastive_align.report.words import interval
 
 
 EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(2)>&lt;{{ 7*7 }}\u202e\x1b[31m"
@@ -103,6 +108,41 @@ def test_a_long_run_has_a_small_page_in_little_time(tmp_path):
 def test_what_was_marked_is_what_is_new():
     page = render([evil_run()])
     assert "<ins>" in page and "&lt;b&gt;more&lt;/b&gt;</ins>" in page
+
+
+def test_the_interval_in_the_table_is_that_of_the_words():
+    change = TargetChange(0.1, 0.5, se=0.01, n=15_000, target=0.5, prompts=4)
+    (row,) = RunView("run", {"metrics": {"moment/x": asdict(change)}}).metrics
+    low, high = interval(change)
+    assert row == ("moment/x", "0.1000", "0.5000", "0.4000", f"{show(low)} to {show(high)}", "15000")
+    assert low < 0.37  # over four prompts, not 15,000 samples
+
+
+def ticks_of(metric, *values):
+    (chart,) = charts_of_run(History({"step": step, metric: value} for step, value in enumerate(values)))
+    return re.findall('class="t e m">(.*?)<', chart.svg())
+
+
+def test_an_axis_ends_where_values_end():
+    assert ticks_of("samples/eos_rate", 1.0, 1.0)[-1] == "1"
+    assert ticks_of("samples/eos_rate", 0.93, 1.0)[-1] == "1"
+    assert ticks_of("samples/kl", -3e-7, 4.0)[0] == "0"
+    assert [float(tick) for tick in ticks_of("round/no_signal", 0.0, 0.0)] == [0, 0.5, 1]
+
+
+def test_each_method_is_told_what_its_own_loss_should_do():
+    said = {}
+    for name in ("eval_loss", "kl_target", "round/resampled"):
+        charts = charts_of_run(History({"step": step, "loss": 1.0, name: 1.0} for step in range(3)))
+        said[name] = next(chart.about for chart in charts if chart.title == "Loss")
+    assert "together" in said["eval_loss"] and "need not fall" in said["kl_target"]
+    assert "within a round" in said["round/resampled"]
+
+
+def test_print_overrules_the_screen():
+    page = render([evil_run()])
+    styles = page[: page.index("</style>")]
+    assert styles.rindex("@media print") > styles.rindex("@media (max-width") > styles.rindex("\nbody{")
 
 
 def test_the_command_rebuilds_one_page_and_compares_several(tmp_path, monkeypatch, capsys):
