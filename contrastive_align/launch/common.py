@@ -475,7 +475,7 @@ def picture_saved(summary: Summary, path: Path) -> Iterator[None]:
     """Add a picture to the summary, or the reason why it could not be drawn."""
     try:
         yield
-        summary.saved["picture"] = str(path)
+        summary.saved["look at"] += f", {path}"
     except (ImportError, ValueError) as error:
         summary.saved["picture"] = f"none: {error}"
 

@@ -20,6 +20,7 @@ TIMES = (
     "tokens_per_second",
 )  # of ``training``: two runs of one command differ in nothing else
 CONSOLE = 120  # characters of a line
+SHORT = 32  # characters of what stands in the corner of a table
 COLUMNS = ("base", "target", "tuned", "tuned+QRS")
 
 
@@ -123,7 +124,12 @@ class Summary:
         for name, report in self.data.items():
             counts, how, columns = report["line"].partition(", read as ")
             said = "" if read.setdefault(columns, name) != name else how + columns  # once
-            rows.append((f"{name} data", "; ".join([counts + said, *report["notes"]])))
+            text = "; ".join([counts + said, *report["notes"]])
+            beside = f"{rows[-1][1]}; {name} data: {text}"
+            if name != next(iter(self.data)) and len(beside) <= CONSOLE - len("first step  "):  # both on one line
+                rows[-1] = (rows[-1][0], beside)
+            else:
+                rows.append((f"{name} data", text))
         return wrapped_table([*rows, *self.preflight.items()])
 
     def measured_rows(self) -> list[tuple[str, ...]]:
@@ -136,7 +142,12 @@ class Summary:
     def closing(self) -> str:
         """Return the tables after training."""
         rows = self.measured_rows()
-        measured = [*wrap(f"measured on {self.metrics_on}"), table(rows, numbers=True)] if rows else []
+        said = f"on {self.metrics_on}"
+        if rows and len(said) <= SHORT:  # the header has room for it
+            rows[0], measured = (said, *rows[0][1:]), []
+        else:
+            measured = wrap(f"measured {said}")
+        measured = [*measured, table(rows, numbers=True)] if rows else []
         words = [line for text in [*self.state.splitlines(), *self.verdict] for line in wrap(text)]
         return "\n".join([*measured, *words, wrapped_table(list(self.saved.items()))])
 
@@ -192,12 +203,21 @@ def wrap(text: str, width: int = 0) -> list[str]:
 def distribution_rows(distributions: Mapping[str, Mapping[str, Number]]) -> list[tuple[str, ...]]:
     """Return the cells of the table, the header first; a number that was not measured is left empty.
 
+    A number of samples that is the same everywhere is left out: it is said above the table.
+
     >>> distribution_rows({"base": {"moment/x": Number(0.1, 0.01)}, "tuned": {"moment/x": Number(0.5)}})
     [('', 'base', 'tuned'), ('moment/x', '0.1000 +- 0.0100', '0.5000')]
     """
     columns = [name for name in COLUMNS if name in distributions]
     names = list(dict.fromkeys(name for column in columns for name in distributions[column]))
-    return [("", *columns), *((name, *(str(distributions[c].get(name, "")) for c in columns)) for name in names)]
+    if len({str(distributions[c]["samples"]) for c in columns if "samples" in distributions[c]}) == 1:
+        names.remove("samples")
+    labels = {name: name for name in names}
+    if {"acceptance", "beta"} <= set(names):  # of quasi-rejection sampling alone
+        labels["acceptance"] = f"acceptance, beta {distributions[columns[-1]]['beta']}"
+        names.remove("beta")
+    rows = [(labels[name], *(str(distributions[c].get(name, "")) for c in columns)) for name in names]
+    return [("", *columns), *rows]
 
 
 def _mean(values: Sequence[float]) -> float:

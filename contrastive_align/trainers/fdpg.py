@@ -65,7 +65,7 @@ from contrastive_align.trl_seam import DrawsGroups, Method, nothing_loaded_by_tr
 logger = logging.get_logger(__name__)
 
 FIT_GROWTH = 16  # times the first samples of a fit, which its budget is by default
-FIT_REPORTS = 10.0  # seconds between two lines on its progress
+FIT_REPORTS = 10.0  # seconds before the second line on its progress
 LOST_MASS_SAMPLES = 32  # prompts, and samples of each, from which the mass outside a truncated proposal is estimated
 TARGET_FILE = "target.json"
 PROPOSAL_FILE = "proposal.pt"
@@ -243,7 +243,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         if any(self.target.pointwise):
             found.append(f"{fit.samples} satisfy what always holds")
         logger.warning(
-            f"Target fitted on {told.samples} samples of the base ({len(fit.log_z)} prompts): {', '.join(found)}; "
+            f"Target fitted: {', '.join(found)}, from {told.samples} samples of {len(fit.log_z)} prompts; "
             f"effective sample size {fit.ess:.0f}."
         )
         if self.args.should_save:
@@ -832,25 +832,25 @@ class _Evaluation:
 
 
 class _FitProgress:
-    """Says at once what moments the base has, and from then on how far the fit is."""
+    """Says at once what moments the base has, and from then on, ever more rarely, how far the fit is."""
 
     def __init__(self, target: Target, budget: int) -> None:
         self.target, self.budget, self.samples = target, budget, 0
-        self._begun, self._told = time.perf_counter(), -math.inf
+        self._begun, self._next = time.perf_counter(), 0.0
 
     def __call__(self, phi: Tensor, samples: int) -> None:
         now, self.samples = time.perf_counter() - self._begun, samples
-        if now - self._told < FIT_REPORTS:
+        if now < self._next:
             return
-        self._told = now
+        self._next = max(FIT_REPORTS, 3 * now)
         means, error = phi.mean(1), phi.size(0) ** -0.5
         spread = means.std(0) * error if len(means) > 1 else phi.flatten(0, 1).std(0) * phi.size(1) ** -0.5
         moments = zip(self.target.names, means.mean(0).tolist(), spread.tolist(), strict=True)
         base = ", ".join(f"{name} {mean:.3f} +- {se:.3f}" for name, mean, se in moments)
         left = now / self.samples * max(0, self.budget - self.samples)
         logger.warning(
-            f"Fitting the target: the base has {base} after {self.samples} samples of {len(phi)} prompts; at most "
-            f"{self.budget} samples, {left:.0f} s more."
+            f"Fitting the target: the base has {base}; {self.samples} of at most {self.budget} samples, "
+            f"{left:.0f} s more."
         )
 
 

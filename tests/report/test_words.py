@@ -8,7 +8,15 @@ from small_trainers import COLUMNS
 
 from contrastive_align.launch.contrastive import _words
 from contrastive_align.launch.measure import words_on
-from contrastive_align.report import Change, TargetChange, moved, warn_if_above_start
+from contrastive_align.report import (
+    Change,
+    Number,
+    Summary,
+    TargetChange,
+    distribution_rows,
+    moved,
+    warn_if_above_start,
+)
 from contrastive_align.report.words import interval
 
 
@@ -81,3 +89,24 @@ def test_the_loss_at_step_0_is_that_of_an_evaluation_before_training(tmp_path):
     after = trainer.evaluate()
     assert after["eval_loss"] - after["eval_loss_delta"] == pytest.approx(before["eval_loss"], abs=1e-5)
     assert abs(after["eval_loss_delta"]) > 1e-3
+
+
+def test_tables_take_few_lines():
+    """Short splits share a line, and a short sentence stands in the corner of its table."""
+    data = {split: {"line": f"a.jsonl: {n} prompts", "notes": []} for split, n in (("train", 9), ("test", 3))}
+    summary = Summary({"line": "nca"}, {"line": "a model"}, "a copy", data, metrics_on="the evaluation split")
+    summary.metrics = {"loss": Change(1.4, 1.3, se=0.1, n=8)}
+    assert "train data  a.jsonl: 9 prompts; test data: a.jsonl: 3 prompts" in summary.opening().splitlines()
+    assert summary.closing().splitlines()[0].startswith("on the evaluation split  before ")
+    summary.metrics_on = "the first 128 training groups, which are not held out"
+    assert summary.closing().startswith(f"measured on {summary.metrics_on}\n")
+    data["test"]["notes"] = ["a note " * 12]
+    assert len(summary.opening().splitlines()) == 5
+
+
+def test_the_table_of_distributions_says_once_what_is_the_same():
+    own = {"moment/x": Number(0.5), "samples": Number(200)}
+    rows = distribution_rows({"base": own, "tuned+QRS": {**own, "acceptance": Number(0.5), "beta": Number(2.0)}})
+    assert [row[0] for row in rows] == ["", "moment/x", "acceptance, beta 2.0000"]
+    other = {"base": own, "tuned": {**own, "samples": Number(150)}}
+    assert distribution_rows(other)[-1] == ("samples", "200.00", "150.00")
