@@ -36,7 +36,7 @@ from contrastive_align.models.loading import ADAPTER_CONFIG
 from contrastive_align.report import Summary, card
 from contrastive_align.report.doctor import as_dicts, diagnose, verdict
 from contrastive_align.report.page import PAGE
-from contrastive_align.report.summary import wrap
+from contrastive_align.report.summary import wrap, wrapped_table
 from contrastive_align.trainers import ContrastiveConfig
 from contrastive_align.trainers.base import hold_folders, newest_whole_checkpoint
 from contrastive_align.trainers.processes import keep_to_the_end
@@ -176,14 +176,18 @@ class Run:
     def _look_before(self) -> None:
         """Sample the start, and check what can be checked before the first step."""
         trainer, summary = self.trainer, self.summary
-        most = 0 if trainer.is_sharded else self.args.script.report_prompts
-        if trainer.is_sharded and self.args.script.report_prompts:
-            self.args.notes.append("no samples for report.html: the weights are sharded")
+        most = self.args.script.report_prompts
+        if most and trainer.is_sharded and trainer.model.config.is_encoder_decoder:
+            self.args.notes.append("no samples for report.html: the weights of an encoder-decoder model are sharded")
+            most = 0
         rewards, name = self.rewards_of()
         held_out = self.held_out(most) if most else HeldOut([], [], [], "")
         tokens = getattr(trainer, "condition_ids", ())
         self.recorder = Recorder(trainer, held_out, rewards=rewards, reward_name=name, suppress=tokens)
-        self.recorder.sample(BEFORE)
+        if trainer.uses_engine:  # it takes the weights, and brings them to their device, when training begins
+            self.recorder.once_prepared = self._look_at_start
+        else:
+            self.recorder.sample(BEFORE)
         trainer.add_callback(self.recorder)
         summary.facts = self.facts()
         batch = self.longest_and_mean()
@@ -197,6 +201,17 @@ class Run:
         ):
             if said:
                 summary.preflight[name] = said
+
+    def _look_at_start(self) -> None:
+        """Sample the start under an engine, and say what could not be said in the table before training."""
+        summary, recorder = self.summary, self.recorder
+        recorder.sample(BEFORE)
+        said = {"start": preflight.start_in_words(recorder), "sample": preflight.sample_in_words(recorder)}
+        said = {name: text for name, text in said.items() if text}
+        summary.preflight |= said
+        recorder.summary = summary.contents()
+        if said:
+            print_on_main(wrapped_table(list(said.items())))
 
     _there_is = ""
 

@@ -133,16 +133,18 @@ def first_loss(trainer: ContrastiveTrainer) -> tuple[float, float] | None:
     return found, expected
 
 
+def start_in_words(recorder: Recorder) -> str:
+    """Say whether policy and reference agree on the first samples; nothing where none were drawn yet."""
+    gap = recorder.first.gap if recorder.first is not None else None
+    if gap is None:
+        return ""
+    agree = f"policy = reference ({gap:.1e} nats per token)"
+    return agree if gap < 0.05 else f"policy is {gap:.2g} nats per token away from the reference"
+
+
 def checks_in_words(trainer: Any, recorder: Recorder) -> str:
     """Say whether policy and reference agree, whether the loss has its closed form, and what learns to stop."""
-    said = []
-    gap = recorder.first.gap if recorder.first is not None else None
-    if gap is not None:
-        said.append(
-            f"policy = reference ({gap:.1e} nats per token)"
-            if gap < 0.05
-            else f"policy is {gap:.2g} nats per token away from the reference"
-        )
+    said = [start] if (start := start_in_words(recorder)) else []
     if isinstance(trainer, ContrastiveTrainer) and not trainer.online:  # whose groups are not drawn yet
         loss = first_loss(trainer)
         if loss is not None:

@@ -157,6 +157,7 @@ class Recorder(TrainerCallback):
         self.summary: dict[str, Any] = {}
         self.moved: dict[str, Any] = {}
         self.best_ids: Callable[[HeldOut], list[list[int]]] | None = None
+        self.once_prepared: Callable[[], None] | None = None  # called when an engine has taken the weights
         self.seconds = 0.0  # spent on pages
         self._training = False
         self._next = 0.0
@@ -178,7 +179,11 @@ class Recorder(TrainerCallback):
         return self.trainer.reference is not None or bool(is_peft_model(self.trainer.model))
 
     def sample(self, name: str) -> None:
-        """Draw samples of the held-out prompts and keep them as a stage; without prompts do nothing."""
+        """Draw samples of the held-out prompts and keep them as a stage; without prompts do nothing.
+
+        A trainer that samples nothing itself may hold a model that does not fit on one device: sharded weights are then
+        gathered layer by layer.
+        """
         held_out, trainer = self.held_out, self.trainer
         if not held_out.texts:
             return
@@ -186,8 +191,9 @@ class Recorder(TrainerCallback):
         if name != BEFORE and self.best_ids is not None:
             ids, conditioned = self.best_ids(held_out), True
         tokenizer, seed = trainer.processing_class, trainer.args.seed
+        gathered = {"at_once": getattr(trainer, "online", True)}
         seeds = [seed_of(seed, "report", i) for i in range(len(ids))]
-        with trainer.sampling_from() as model:
+        with trainer.sampling_from(**gathered) as model:
             eos = eos_token_ids(model, tokenizer)
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos or [0])[0]
             options = {"eos_token_ids": eos, "pad_token_id": pad, "suppress_ids": self.suppress}
@@ -201,9 +207,9 @@ class Recorder(TrainerCallback):
             repeated = [prompt for prompt in ids for _ in range(PER_PROMPT)]
             own = drawn.logps
             if self.suppress:  # drawn without some tokens
-                with trainer.sampling_from() as model:
+                with trainer.sampling_from(**gathered) as model:
                     own = score(model, repeated, flat, pad_token_id=pad).view(shape)
-            with trainer.sampling_from(reference=True) as model:
+            with trainer.sampling_from(reference=True, **gathered) as model:
                 kl = own.numpy() - score(model, repeated, flat, pad_token_id=pad).numpy().reshape(shape)
         texts = [tokenizer.batch_decode(group, skip_special_tokens=True) for group in groups]
         stage = Stage(
@@ -235,6 +241,8 @@ class Recorder(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep of an earlier log what a resumed run goes on from."""
+        if self.once_prepared is not None and not state.global_step:
+            self.once_prepared()
         self._training, self._next = True, state.max_steps / TIMES
         file, samples = self.folder / LOG_FILE, self.folder / SAMPLES_FILE
         own = [{**self.first.means(), "step": 0}] if self.first is not None else []
@@ -242,10 +250,10 @@ class Recorder(TrainerCallback):
         if state.global_step:
             earlier = read_entries(file) if file.is_file() else state.log_history
             kept = [entry for entry in earlier if 0 < entry.get("step", 0) <= state.global_step]
-            if samples.is_file() and self.stages:
+            if samples.is_file() and self.held_out.texts:
                 found = json.loads(samples.read_text(encoding="utf-8")).get("stages", [])
-                size = len(self.stages[0]["texts"])
-                self.stages += [s for s in found if 0 < s["step"] <= state.global_step and len(s["texts"]) == size]
+                size, first = min(SHOWN, len(self.held_out.texts)), 1 if self.stages else 0
+                self.stages += [s for s in found if first <= s["step"] <= state.global_step and len(s["texts"]) == size]
         self.history = History([*own, *kept])
         if self.writes:
             with atomic_write(file) as out:

@@ -157,7 +157,7 @@ def score(
     lengths = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
     interface.check_lengths([len(ids) for ids in prompt_ids], max(map(len, completion_ids), default=1))
     logps = torch.zeros(len(lengths), dtype=torch.float64)
-    vocabulary = interface.base.get_output_embeddings().weight.size(0)
+    vocabulary = interface.vocabulary
     with _evaluation_mode(model):
         for alike in interface.batchable_rows(lengths):
             longest = max(len(completion_ids[i]) for i in alike)
@@ -286,7 +286,7 @@ def _checked_ids(interface: _ModelInterface, suppress_ids: Sequence[int]) -> Ten
     """Return the ids of the suppressed tokens, or raise ValueError."""
     suppressed = sorted(set(suppress_ids))
     if suppressed:
-        vocabulary = interface.base.get_output_embeddings().weight.size(0)
+        vocabulary = interface.vocabulary
         outside = [i for i in suppressed if not 0 <= i < vocabulary]
         if outside or len(suppressed) == vocabulary:
             found = f"id {outside[0]}" if outside else "all of them"
@@ -349,6 +349,12 @@ class _ModelInterface:
         if encoder_decoder and not cached:
             raise NotImplementedError(f"{type(base).__name__} has no cache, which an encoder-decoder model needs here.")
         return cls(base, takes, cached, cached and not base._is_stateful, encoder_decoder, start)
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits."""
+        weight = self.base.get_output_embeddings().weight
+        return int(getattr(weight, "ds_shape", weight.shape)[0])  # of which ZeRO-3 keeps a part here
 
     def check_lengths(self, prompts: list[int], new: int) -> None:
         if 0 in prompts:

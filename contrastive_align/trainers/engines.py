@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -131,13 +132,14 @@ class HoldsWeights:
             yield model
 
     @contextlib.contextmanager
-    def sampling_from(self, *, reference: bool = False) -> Iterator[PreTrainedModel]:
+    def sampling_from(self, *, reference: bool = False, at_once: bool = True) -> Iterator[PreTrainedModel]:
         """Give the policy, or the reference, to draw or score with: each process calls it as often as it needs.
 
-        As :meth:`scoring_by`. The weights are gathered once, for all calls; with ``ds3_gather_for_generation=False``
-        layer by layer in every call, which all processes then make together.
+        As :meth:`scoring_by`. The weights are gathered once, for all calls; without ``at_once``, or with
+        ``ds3_gather_for_generation=False``, layer by layer in every call, which all processes then make together.
         """
-        with self._at_hand(reference, unwrapped=self._gathered) as model:
+        at_once = at_once and getattr(self.args, "ds3_gather_for_generation", True)
+        with self._at_hand(reference, unwrapped=functools.partial(self._gathered, at_once=at_once)) as model:
             yield model
 
     @contextlib.contextmanager
@@ -158,8 +160,7 @@ class HoldsWeights:
             yield model
 
     @contextlib.contextmanager
-    def _gathered(self, wrapped: nn.Module) -> Iterator[PreTrainedModel]:
-        at_once = getattr(self.args, "ds3_gather_for_generation", True)
+    def _gathered(self, wrapped: nn.Module, *, at_once: bool) -> Iterator[PreTrainedModel]:
         with contextlib.ExitStack() as stack:
             model = stack.enter_context(
                 unwrap_model_for_generation(

@@ -15,6 +15,7 @@ from contrastive_align.launch.common import command_line
 from contrastive_align.launch.merge import proof_rows
 from contrastive_align.launch.record import MovedGroups
 from contrastive_align.report.history import read_history
+from contrastive_align.trainers.engines import HoldsWeights
 
 
 FEW = ["--max_train_samples=32", "--max_eval_samples=8", "--max_steps=4", "--logging_steps=1", "--report_prompts=4"]
@@ -157,6 +158,21 @@ def test_preflight_stops_before_the_first_step(command, tmp_path, capsys):
     assert not summary.training and not (tmp_path / "out" / "summary.json").exists()
     assert {"first step", "memory", "checks", "sample"} <= set(summary.preflight)
     assert "policy = reference" in capsys.readouterr().out
+
+
+def test_under_an_engine_the_start_is_sampled_once_it_has_the_weights(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(HoldsWeights, "uses_engine", True)
+    argv = ["reward", *FEW, "--save_strategy=steps", "--save_steps=2", f"--output_dir={tmp_path}"]
+    preflight = cli.main(argv).preflight
+    said = capsys.readouterr().out
+    assert said.index("first step ") < said.index("start   policy = reference") < said.index("step 1/4")
+    assert preflight["start"] in said and preflight["sample"] in said
+    first = json.loads((tmp_path / "samples.json").read_text())["stages"]
+    (tmp_path / "checkpoint-4").rename(tmp_path / "later")
+    summary = cli.main([*argv, "--resume_from_checkpoint=true"])
+    again = json.loads((tmp_path / "samples.json").read_text())["stages"]
+    assert [stage["name"] for stage in again] == ["before", "step 2", "after"] and again == first
+    assert "start" not in summary.preflight and not summary.samples  # the start is gone
 
 
 def test_secrets_are_not_repeated():
