@@ -314,6 +314,17 @@ def test_conditional_training_is_compared_in_two_tables(script, tmp_path, monkey
         conditional.main(["--seeds", "3", "--out", str(tmp_path)])
 
 
+def test_a_target_fitted_on_sorted_prompts_has_its_moment_on_all_of_them(script):
+    """One small repeat of a benchmark; the same fit on the head of the file is far off."""
+    sorted_prompts = script("sorted_prompts")
+    variant = sorted_prompts.variants()["by topic"]
+    small = {"prompts": 60, "per_prompt": 8, "fit_samples": 512, "fit_max_samples": 512}
+    found, of_head = (sorted_prompts.repeat(variant, 0, head=head, **small) for head in (False, True))
+    assert abs(found["moment"] - 0.5) <= 3 * found["se"] < 0.4
+    assert 0.5 - of_head["moment"] > 3 * of_head["se"]
+    assert sorted_prompts.row_of("by topic", [found, of_head]).count("1 of 2") == 1
+
+
 def test_architectures_are_compared_with_their_own_forward(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     import architectures

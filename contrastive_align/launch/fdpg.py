@@ -190,7 +190,7 @@ class FDPGRun(Run):
         summary.metrics_on = (
             f"{self.measured_on}, {columns['tuned']['samples']} samples of each distribution; pi is the column"
         )
-        remarks += missed_moments(columns["target"], target)
+        remarks += missed_moments(columns["target"], target) + target.unsure_moments()
         words = words_on(summary.metrics, self.args.training.divergence, held_out=self.test_rows is not None)
         summary.state = "\n".join([*words, *(f"note: {remark}" for remark in remarks)])
 
@@ -201,7 +201,6 @@ def _build_target(args: Arguments) -> Target:
         return Target([resolve_constraint(spec, **context) for spec in args.script.features])
     weights, args.training.reward_weights = args.training.reward_weights or None, None  # the target has them now
     reward = weighted_sum(args.script.reward, weights, name="reward", **context)
-    check_models(args.script.reward)
     check_models(args.script.reward)
     return Target.from_reward(reward, args.training.beta)
 

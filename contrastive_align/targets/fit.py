@@ -55,6 +55,11 @@ class Fit:
         """(J,) achieved - wanted."""
         return self.achieved - self.moments
 
+    @property
+    def biased(self) -> Tensor:
+        """(J,) whether the samples of a prompt are too few: the corrected bias is not small beside the error."""
+        return self.bias.abs() > self.moment_se / BIAS_BESIDE_ERROR
+
 
 def fit_lambdas(
     phi: Tensor,
@@ -345,7 +350,7 @@ def fit_adaptively(
             raise problem
         if found is not None:
             error = found.moment_se / scale[scale > 0][: len(found.moment_se)].clamp(min=NULL)
-            biased = bool((found.bias.abs() > found.moment_se / BIAS_BESIDE_ERROR).any())
+            biased = bool(found.biased.any())
             if enough or (not biased and bool((error <= tolerance).all())):
                 return found
         if found is None or biased or phi.size(0) == prompts:

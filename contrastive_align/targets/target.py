@@ -292,8 +292,20 @@ class Target:
             "base_moment": dict(zip(names, fit.base_moments.tolist(), strict=True)),
             "lambda_se": dict(zip(names, fit.lambda_se.tolist(), strict=True)),
             "moment_se": dict(zip(names, fit.moment_se.tolist(), strict=True)),
+            "biased": [name for name, biased in zip(names, fit.biased.tolist(), strict=True) if biased],
         }
         return fit
+
+    def unsure_moments(self) -> list[str]:
+        """Say which moments were fitted on too few samples of each prompt for their standard errors to hold."""
+        record = self._record
+        return [
+            f"moment of {name}: fitted on too few samples of each prompt ({record['samples'] // record['prompts']}); "
+            f"it may miss {wanted:g} by more than its standard error says. Raise fit_max_samples, or choose a moment "
+            "nearer to the base's."
+            for name, wanted in zip(self.names, self.moments.tolist(), strict=True)
+            if name in record.get("biased", ())
+        ]
 
     def _checked(self, phi: Tensor) -> Tensor:
         if phi.shape[-1:] != (len(self.names),):

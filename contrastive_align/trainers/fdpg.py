@@ -246,6 +246,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
             f"Target fitted: {', '.join(found)}, from {told.samples} samples of {len(fit.log_z)} prompts; "
             f"effective sample size {fit.ess:.0f}."
         )
+        for line in target.unsure_moments():
+            logger.warning(line)
         if self.args.should_save:
             Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             self.target.save(Path(self.args.output_dir) / TARGET_FILE)

@@ -523,6 +523,20 @@ def test_prompts_that_nothing_satisfies_are_counted(caplog):
     assert target.lambdas[1].item() == pytest.approx(-math.log(2)) and fit.log_z[1] == -math.inf
 
 
+def test_a_moment_fitted_on_too_few_samples_of_each_prompt_is_named(tmp_path):
+    rates = torch.linspace(0.01, 0.5, 64)[:, None, None]
+    phi = (torch.rand(64, 512, 1, generator=torch.Generator().manual_seed(0)) < rates).double()
+    target = Target([Constraint({"contains": "please"}, 0.5)])
+    target.fit(phi, correct_bias=True, population=math.inf)
+    assert target.unsure_moments() == []
+    target.fit(phi[:, :8], correct_bias=True, population=math.inf)
+    target.save(tmp_path / "target.json")
+    again = Target([Constraint({"contains": "please"}, 0.5)])
+    again.load(tmp_path / "target.json")
+    (line,) = again.unsure_moments()
+    assert "contains:please: fitted on too few samples of each prompt (8)" in line and "fit_max_samples" in line
+
+
 def test_a_failed_fit_changes_nothing():
     target = Target([polite(0.5)])
     target.fit(torch.tensor([[1.0], [0.0], [0.0]] * 30))
