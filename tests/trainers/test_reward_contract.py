@@ -1,11 +1,14 @@
-"""TRL's contract for reward functions, the same wherever one is called: training, fitting, measuring, QRS, rounds."""
+"""TRL's contract for reward functions, the same wherever one is called: training, fitting, measuring, QRS, rounds.
+
+Rounds are those of conditional training and of groups of own samples.
+"""
 
 import asyncio
 
 import pytest
 import torch
 from judge_server import JudgeServer, scored
-from small_trainers import COLUMNS, TEXTS, saved_model
+from small_trainers import COLUMNS, OWN_SAMPLES, TEXTS, saved_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, TrainerState
 
 from contrastive_align.judge import Judge
@@ -19,6 +22,10 @@ FDPG, CONDITIONAL = (next(c for c in COLUMNS if c.name == name) for name in ("fd
 
 def value(completion_ids):
     return [float(sum(ids) % 7) / 7 for ids in completion_ids]
+
+
+def plain(prompts, completions, completion_ids, **columns):
+    return value(completion_ids)
 
 
 def with_state(completion_ids, trainer_state, **columns):
@@ -73,6 +80,15 @@ def reward_model(tmp_path):
 
 
 @pytest.fixture
+def file(tmp_path):
+    """A function in a file, as the command line names it."""
+    (tmp_path / "rewards.py").write_text(
+        "def ids(completion_ids, **columns):\n    return [float(sum(ids) % 7) / 7 for ids in completion_ids]\n"
+    )
+    return f"{tmp_path / 'rewards.py'}:ids"
+
+
+@pytest.fixture
 def judge(tmp_path, monkeypatch):
     """A judge's scores, from a server that answers as an API does."""
     pytest.importorskip("openai")
@@ -85,14 +101,16 @@ def judge(tmp_path, monkeypatch):
         assert server.calls
 
 
-# Built with the fixture of the same name, where there is one.
+# As a user gives them; built with the fixture of the same name, where there is one.
 FORMS = {
+    "plain": lambda: plain,
     "trainer_state": lambda: with_state,
     "log_metric": lambda: with_metric,
     "log_extra": lambda: with_extra,
     "named": lambda: all_by_name,
     "without trl's": lambda: columns_alone,
     "async": Client,
+    "file": lambda function: {"function": function},
     "reward_model": lambda folder: {"reward_model": folder},
     "judge": lambda function: function,
     "a sum with None": lambda: {"sum": [[1.0, of_some], [0.5, with_metric]]},
@@ -103,27 +121,44 @@ def rows(column):
     return column.rows(8).add_column("topic", ["x", "y"] * 4)
 
 
+def rounds(folder, reward):
+    """A round of each trainer that makes rounds; yields what was logged of it."""
+    for column in (CONDITIONAL, OWN_SAMPLES):
+        told = {"train_dataset": rows(column), "reward_funcs": reward}
+        options = {"max_steps": -1, "num_generations": 12 if reward is of_some else 5}
+        if column is CONDITIONAL:
+            trainer = column.make(folder / "c", told={**told, "condition": "phrases"}, num_train_epochs=1, **options)
+        else:
+            trainer = column.make(folder / "o", told=told, **{**options, "num_rounds": 1})
+        trainer.begin_round(1)
+        yield trainer.state.log_history
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_reward_runs_everywhere(form, tmp_path, request):
-    given = [request.getfixturevalue(form)] if form in ("reward_model", "judge") else []
-    feature = resolve_feature(FORMS[form](*given))
-    told = {"train_dataset": rows(FDPG), "reward_funcs": None, "target": Target.from_reward(feature, 1.0)}
+    given = [request.getfixturevalue(form)] if form in ("file", "reward_model", "judge") else []
+    reward, wanted = FORMS[form](*given), form in ("log_metric", "a sum with None")
+    name = f"moment/{resolve_feature(reward).name}"
+    told = {"train_dataset": rows(FDPG), "reward_funcs": reward}
     trainer = FDPG.make(tmp_path / "f", told=told, max_steps=2, log_completions=form == "log_extra")
     trainer.train()
     columns, *_ = measure(trainer, list(rows(FDPG))[:2], samples=100, acceptance=0.5, seed=1)
     assert "tuned+QRS" in columns
-    logged = [entry["share"] for entry in trainer.state.log_history if "share" in entry]
-    assert logged == ([0.25, 0.25] if form in ("log_metric", "a sum with None") else [])
-    fitted = Target([Constraint(feature, columns["base"][f"moment/{feature.name}"].value)])
-    fitting = FDPG.make(tmp_path / "t", told={**told, "target": fitted}, fit_samples=256)
+    assert [entry["share"] for entry in trainer.state.log_history if "share" in entry] == [0.25, 0.25] * wanted
+    fitted = Target([Constraint(reward, columns["base"][name].value)])
+    fitting = FDPG.make(tmp_path / "t", told={**told, "reward_funcs": None, "target": fitted}, fit_samples=256)
     fitting.fit_target()
     assert fitted.fitted
+    for history in rounds(tmp_path, reward):
+        assert [entry["share"] for entry in history if "share" in entry] == [0.25] * wanted
 
-    told = {"train_dataset": rows(CONDITIONAL), "condition": "phrases", "reward_funcs": feature}
-    rounds = CONDITIONAL.make(tmp_path / "c", told=told, num_train_epochs=1, max_steps=-1)
-    rounds.begin_round(1)
-    logged = [entry["share"] for entry in rounds.state.log_history if "share" in entry]
-    assert logged == ([0.25] if form in ("log_metric", "a sum with None") else [])
+
+def test_what_a_reward_leaves_unscored_is_counted_in_rounds_and_refused_in_a_target(tmp_path):
+    for history in rounds(tmp_path, of_some):
+        (found,) = [entry for entry in history if "round/number" in entry]
+        assert found["round/unscored"] == found["round/samples"] / 2
+    with pytest.raises(FeatureError, match=r"sample 1 .*is None, expected a number"):
+        FDPG.make(tmp_path / "f", told={"train_dataset": rows(FDPG), "reward_funcs": of_some}).train()
 
 
 def test_columns_that_rewards_log_stand_beside_their_completions(tmp_path, capsys):
