@@ -43,8 +43,9 @@ class Completion:
 
 
 class ServerSampler:
-    """Draw completions from an OpenAI-compatible server's ``/completions``.
+    """Draw completions from a vLLM server, or from another with its form of OpenAI's ``/completions``.
 
+    Prompts are sent as token ids, with sampling options that OpenAI's API lacks; adapters go to ``/load_lora_adapter``.
     The key is read from the environment variable ``OPENAI_API_KEY`` and stored nowhere; a local server needs none.
 
     Args:

@@ -103,8 +103,15 @@ def trained(
     return trainer
 
 
-@pytest.mark.parametrize("divergence", ["js", "kl"])
-def test_the_policy_becomes_the_target(divergence, tokenizer, tmp_path):
+# Forty small steps bring the policy near; the others are trained to the end.
+SHORT = {"max_steps": 40, "num_generations": 64, "per_device_train_batch_size": 64, "learning_rate": 7e-3}
+
+
+@pytest.mark.parametrize(
+    ("divergence", "changes", "near"),
+    [("js", {}, 0.02), ("kl", {}, 0.02), ("alpha:0.5", SHORT, 0.1), ("alpha:-1", SHORT, 0.1)],
+)
+def test_the_policy_becomes_the_target(divergence, changes, near, tokenizer, tmp_path):
     base = build()
     prompt = tokenizer("a b")["input_ids"]
     base_logps = exact_logps(base, prompt)
@@ -117,13 +124,14 @@ def test_the_policy_becomes_the_target(divergence, tokenizer, tmp_path):
     assert (log_p.exp() @ phi).item() == pytest.approx(0.4, abs=1e-6)
 
     trainer = trained(
-        tokenizer, tmp_path, target, model=base, data=PROMPTS.select([0] * 8), divergence=divergence, max_steps=240,
-        num_generations=512, per_device_train_batch_size=512, lr_scheduler_type="linear", logging_steps=20,
+        tokenizer, tmp_path, target, model=base, data=PROMPTS.select([0] * 8), divergence=divergence,
+        lr_scheduler_type="linear", logging_steps=10,
+        **{"max_steps": 240, "num_generations": 512, "per_device_train_batch_size": 512, **changes},
     )  # fmt: skip
     log_pi = exact_logps(trainer.model, prompt)
     before = divergence_value("tv", base_logps, log_p).item()
-    assert before > 0.2
-    assert divergence_value("tv", log_pi, log_p).item() < 0.02
+    assert before > 0.39
+    assert divergence_value("tv", log_pi, log_p).item() < near
     last = [entry for entry in trainer.state.log_history if "js_target" in entry][-1]
     assert last["moment/has_a"] == pytest.approx(0.4, abs=0.08)
     assert last["log_z"] == pytest.approx(target.log_scores(base_logps, phi).logsumexp(0).item(), abs=0.05)
