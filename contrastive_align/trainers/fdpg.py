@@ -66,6 +66,7 @@ logger = logging.get_logger(__name__)
 
 FIT_GROWTH = 16  # times the first samples of a fit, which its budget is by default
 FIT_REPORTS = 10.0  # seconds before the second line on its progress
+COLLAPSED = 0.5  # share of samples drawn with probability 1 from which on a truncated proposal has collapsed
 LOST_MASS_SAMPLES = 32  # prompts, and samples of each, from which the mass outside a truncated proposal is estimated
 TARGET_FILE = "target.json"
 PROPOSAL_FILE = "proposal.pt"
@@ -198,6 +199,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         self.add_callback(_FitsTarget(self))
         self._evaluation: _Evaluation | None = None
         self._first_group: dict[str, Any] | None = None
+        self._told_collapse = False
 
     @property
     def policy(self) -> nn.Module:
@@ -414,6 +416,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
                 found = [self._adjusted_logps(model, batch, drawn, i * size) for i, batch in enumerate(batches)]
                 policy_logps, proposal_logps = (torch.cat(parts) for parts in zip(*found, strict=True))
                 self.record(self._weights_of(policy_logps - proposal_logps), training=True)
+                if self.adjustment.truncates:
+                    self._watch_support(proposal_logps)
                 policy_logps = self._on_the_support(policy_logps, proposal_logps)
             else:
                 policy_logps = proposal_logps = torch.cat([self._completion_logps(model, batch) for batch in batches])
@@ -544,6 +548,22 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         error = weights.std() * len(weights) ** -0.5
         found = {"mean": weights.mean(), "mean/se": error, "ess": ess}
         return {f"sampling/importance_weight/{name}": value.item() for name, value in found.items()}
+
+    def _watch_support(self, proposal_logps: Tensor) -> None:
+        """Log the share of samples whose support was one token throughout, and say once when it is large.
+
+        From them nothing is learnt: all samples of the prompt are equal, and no other completion is ever drawn again.
+        """
+        certain = self.accelerator.gather((proposal_logps == 0).double()).mean().item()
+        self.record({"sampling/certain": certain}, training=True)
+        if certain >= COLLAPSED and not self._told_collapse:
+            self._told_collapse = True
+            logger.warning(
+                f"{certain:.0%} of the samples of step {self.state.global_step} are the only completion of their "
+                f"prompt that {self.adjustment} leaves of the policy. Nothing is learnt from these prompts any more, "
+                "and the policy does not reach the target there. Start anew with a lower learning_rate, or a larger "
+                "top_p or top_k."
+            )
 
     def _prove_reference_on(self, group: dict[str, Any], batch: dict[str, Tensor], reference: Tensor) -> None:
         # Scored by the forward pass that scores the reference, not by the sampler's.

@@ -148,6 +148,17 @@ def test_what_is_lost_is_said_and_the_rest_is_reached(tokenizer, tmp_path, caplo
     assert "eval_sampling/importance_weight/mean" not in found
 
 
+def test_a_support_of_one_completion_is_said_once(tokenizer, tmp_path, caplog):
+    """Nothing is learnt from it: all samples are equal, and importance weights cannot bring back what is not drawn."""
+    with caplog.at_level(logging.WARNING):
+        small = {"num_generations": 8, "per_device_train_batch_size": 8, "max_steps": 2}
+        trainer = trained(tokenizer, tmp_path, moment_target(), top_k=1, **small)
+    (line,) = [r.getMessage() for r in caplog.records if "the only completion of their prompt" in r.getMessage()]
+    assert line.startswith("100% of the samples of step 0") and "top_k=1 leaves of the policy" in line
+    logged = [entry["sampling/certain"] for entry in trainer.state.log_history if "sampling/certain" in entry]
+    assert logged == [1.0, 1.0]
+
+
 def test_a_token_outside_its_support_is_counted_and_named(tokenizer, tmp_path, monkeypatch):
     real = trainer_module.draw
 
