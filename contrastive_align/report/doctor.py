@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -461,13 +462,18 @@ def _kl_large(case: Case) -> tuple[str, dict[str, float]] | None:
 # --------------------------------------------------------------------------------------------- proposals and conditions
 
 
+SCATTER = 0.5  # nats
+
+
 @rule(
     "ess_low",
     "Effective sample size too low",
-    "the weights towards the target are worth less than a tenth of a step's samples in the last fifth of the run, or "
-    "samples weighted towards the target miss its moment by a quarter of the way from the base in the last half",
+    "the weights towards the target are worth less than a tenth of a step's samples in the last fifth of the run; or, "
+    "in the last half, samples weighted towards the target miss its moment by a quarter of the way from the base; or a "
+    f"step's log Z scatters by {SCATTER:g} nats over the run",
     "Kong 1992: the variance of a weighted mean is that of as many independent samples as the ESS. Owen 2013, Monte "
-    "Carlo theory, 9.2: a self-normalised mean is biased towards the proposal by about 1 / ESS.",
+    "Carlo theory, 9.2: a self-normalised mean is biased towards the proposal by about 1 / ESS. Log Z is estimated "
+    f"with a variance of about 1 / ESS, so {SCATTER:g} nats are {1 / SCATTER**2:.0f} samples.",
 )
 def _ess_low(case: Case) -> tuple[str, dict[str, float]] | None:
     advice = (
@@ -491,18 +497,25 @@ def _ess_low(case: Case) -> tuple[str, dict[str, float]] | None:
                 f"is {show(wanted)}, so that most prompts have no sample to learn from. {advice}",
                 {"seen": seen, "wanted": wanted, "base": start},
             )
+    points = [point.mean for point in case.history["log_z"].points] if "log_z" in case.history else []
+    if len(points) > 4 and (scatter := statistics.stdev(points)) > SCATTER:
+        return (
+            f"A step's samples should show the target; its log Z differs by {show(scatter)} nats from step to step, as "
+            f"if {show(1 / scatter**2)} of them counted, so that many prompts have no sample to learn from. {advice}",
+            {"scatter": scatter},
+        )
     return None
 
 
 @rule(
     "proposal_stale",
     "Proposal stale",
-    "the weights of policy over proposal are worth less than a fifth of a step's samples in the last fifth of the run",
+    "the weights of policy over proposal are worth less than a quarter of a step's samples in the last half of the run",
     "Kong 1992, as above; sequential Monte Carlo resamples from a half on (Del Moral et al. 2006).",
 )
 def _proposal_stale(case: Case) -> tuple[str, dict[str, float]] | None:
-    found = _effective(case, "reverse_kl_target/ess")
-    if found is None or found[0] >= found[1] / 5:
+    found = _effective(case, "reverse_kl_target/ess", 0.5)
+    if found is None or found[0] >= found[1] / 4:
         return None
     return (
         f"Samples should come from near the policy; weighted for it, {show(found[0])} of a step's {found[1]:g} count. "
@@ -511,11 +524,11 @@ def _proposal_stale(case: Case) -> tuple[str, dict[str, float]] | None:
     )
 
 
-def _effective(case: Case, name: str) -> tuple[float, float] | None:
-    """Return the effective and the drawn samples of a step at the end of the run; None where they are not logged."""
+def _effective(case: Case, name: str, share: float = 0.2) -> tuple[float, float] | None:
+    """Return the effective and the drawn samples of a step in a run's last part; None where they are not logged."""
     method = case.summary.get("method", {})
     drawn = (method.get("num_generations") or 0) * (method.get("prompts_per_generation") or 0)
-    return (case.history[name].end(), float(drawn)) if name in case.history and drawn else None
+    return (case.history[name].end(share), float(drawn)) if name in case.history and drawn else None
 
 
 @rule(
