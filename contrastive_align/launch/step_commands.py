@@ -15,12 +15,11 @@ import torch
 from contrastive_align.conditions.conditions import FILE, Condition
 from contrastive_align.data.formats import BadRow, Text
 from contrastive_align.data.tokenise import tokenise_prompt
-from contrastive_align.judge.judge import resolve_judge
 from contrastive_align.launch import step_files
 from contrastive_align.launch.arguments import read_spec
 from contrastive_align.launch.ask import load_trained, sample_trained
 from contrastive_align.launch.errors import in_sentences
-from contrastive_align.launch.feedback_flags import build_sampler
+from contrastive_align.launch.feedback_flags import build_judge, build_sampler
 from contrastive_align.launch.flags import NEGATIVE_NUMBER
 from contrastive_align.launch.step_files import LISTS, Output, Row, fingerprint, read_rows
 from contrastive_align.launch.usage import UsageError, UsageParser
@@ -176,7 +175,7 @@ def score(args: Namespace) -> str:
 def judge(args: Namespace) -> str:
     """Write ``feedbacks``, ``scores`` and ``analysis``, null without a verdict; return a line for the screen."""
     rows = read_rows(args.input, generations=True)
-    asked = resolve_judge(read_spec("judge", args.judge))
+    asked = build_judge(read_spec("judge", args.judge), None, str(Path(args.output).parent))
     settings = {"input": fingerprint(args.input), "judge": {**asked.spec, "cache": None}}
     output = Output(args.output, settings, overwrite=args.overwrite)
 

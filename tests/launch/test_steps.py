@@ -338,9 +338,7 @@ def test_verdicts_of_a_judge(tmp_path):
         return "nonsense" if "bad" in text else "good"
 
     with JudgeServer(scored, behaviour) as server:
-        (tmp_path / "judge.yaml").write_text(
-            f"prompt: prompt.txt\nmodel: m\nanswers: text\ncache: answers\nbase_url: {server.url}\n"
-        )
+        (tmp_path / "judge.yaml").write_text(f"prompt: prompt.txt\nmodel: m\nbase_url: {server.url}\n")
         main(["judge", "--input=gen.jsonl", "--output=j.jsonl", "--judge=judge.yaml"])
         calls = len(server.calls)
         main(["judge", "--input=gen.jsonl", "--output=j.jsonl", "--judge=judge.yaml", "--overwrite"])
@@ -350,8 +348,9 @@ def test_verdicts_of_a_judge(tmp_path):
     assert first["feedbacks"] == [good["feedback"], None] and first["scores"] == [good["score"], None]
     assert first["analysis"] == ["short", None]
     assert (second["feedbacks"], second["scores"]) == ([turn["feedback"]], [turn["score"]])
-    (tmp_path / "judge.yaml").write_text("prompt: prompt.txt\nmodel: m\n")
-    refused("answers, cache is missing", "judge", "--input=gen.jsonl", "--output=k.jsonl", "--judge=judge.yaml")
+    assert (tmp_path / "judge").is_dir()  # the cache, beside what is written
+    (tmp_path / "judge.yaml").write_text("prompt: prompt.txt\n")
+    refused("model is missing", "judge", "--input=gen.jsonl", "--output=k.jsonl", "--judge=judge.yaml")
 
 
 # -------------------------------------------------------------------------------------------------------------- train

@@ -14,8 +14,6 @@ from contrastive_align.models.layout import set_layout
 from contrastive_align.models.logps import completion_logps
 
 
-assert kernels._TRITON_AVAILABLE
-kernels._use_triton = utils._use_triton = lambda device: True
 SHAPE = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "intermediate_size": 48, "vocab_size": 700, "max_position_embeddings": 128, "pad_token_id": None,
@@ -45,17 +43,25 @@ def scored(model, *, by_trl):
     return found.logps[BATCH["valid"]], gradient, found.tokens
 
 
-gaps = {}
-for name, config, cls in (("Llama", LlamaConfig, LlamaForCausalLM), ("Gemma2", Gemma2Config, Gemma2ForCausalLM)):
-    torch.manual_seed(0)
-    model = cls(config(**SHAPE)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(std=p.size(-1) ** -0.5) if p.dim() > 1 else None
-    add_head(ours := copy.deepcopy(model))
-    assert set_layout([ours], "shared") == "shared"
-    model.set_attn_implementation(ours.config._attn_implementation)
-    (a, g, s), (b, h, t) = scored(model, by_trl=False), scored(model, by_trl=True)
-    gaps[name] = {"logps": (a - b).abs().max().item(), "gradient": ((g - h).norm() / g.norm()).item()}
-    gaps[name] |= {k: (s[k].float() - t[k].float()).abs().max().item() for k in s}
-print(json.dumps(gaps))
+def main():
+    """Print the gaps of two models. It changes TRL's kernels, in this process."""
+    assert kernels._TRITON_AVAILABLE
+    kernels._use_triton = utils._use_triton = lambda device: True
+    gaps = {}
+    for name, config, cls in (("Llama", LlamaConfig, LlamaForCausalLM), ("Gemma2", Gemma2Config, Gemma2ForCausalLM)):
+        torch.manual_seed(0)
+        model = cls(config(**SHAPE)).eval()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.normal_(std=p.size(-1) ** -0.5) if p.dim() > 1 else None
+        add_head(ours := copy.deepcopy(model))
+        assert set_layout([ours], "shared") == "shared"
+        model.set_attn_implementation(ours.config._attn_implementation)
+        (a, g, s), (b, h, t) = scored(model, by_trl=False), scored(model, by_trl=True)
+        gaps[name] = {"logps": (a - b).abs().max().item(), "gradient": ((g - h).norm() / g.norm()).item()}
+        gaps[name] |= {k: (s[k].float() - t[k].float()).abs().max().item() for k in s}
+    print(json.dumps(gaps))
+
+
+if __name__ == "__main__":
+    main()
