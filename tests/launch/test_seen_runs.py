@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -71,13 +73,21 @@ def test_what_is_published_names_no_place(run):
 def test_merge_proves_itself_and_reloads(run, tmp_path, capsys):
     lineage = cli.main(["merge", str(run[0]), f"--output_dir={tmp_path / 'whole'}"])
     assert lineage["parity"]["max_nats_per_token"] < 1e-5 and lineage["parity"]["tokens"] > 50
+    assert lineage["parity"]["computed_in"] == "float64"
     assert json.loads((tmp_path / "whole" / "lineage.json").read_text()) == lineage
     card = ModelCard.load(tmp_path / "whole" / "README.md")
     assert "AutoModelForCausalLM.from_pretrained" in card.text and "Peft" not in card.text
     assert card.data.library_name == "transformers" and card.data.eval_results
-    assert "on average" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "on average" in said and "(computed in float64)" in said
     with pytest.raises(SystemExit):
         cli.main(["merge", str(run[0]), f"--output_dir={tmp_path / 'whole'}"])
+
+
+def test_a_merge_is_compared_in_float32_where_memory_does_not_hold_the_weights_twice(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1_000_000))
+    lineage = cli.main(["merge", str(run[0]), f"--output_dir={tmp_path / 'whole'}"])
+    assert lineage["parity"]["computed_in"] == "float32" and lineage["parity"]["max_nats_per_token"] < 1e-4
 
 
 @pytest.mark.parametrize(
