@@ -7,7 +7,7 @@ Each training command runs on two processes (torchrun, gloo), with checkpoints o
 gets SIGTERM or SIGINT, or one process gets SIGTERM or SIGKILL; then the same command line runs with
 ``--resume_from_checkpoint=true``. With ``--quiet`` nothing is disturbed: each command, or with ``--tests`` each test of
 two processes, runs so many times, to see whether one ever ends by a signal of its own, or never. Two busy processes run
-beside, so that the order varies.
+beside, so that the order varies (``--busy 0`` where other work keeps the processors busy).
 """
 
 from __future__ import annotations
@@ -141,9 +141,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quiet", action="store_true", help="disturb nothing")
     parser.add_argument("--tests", action="store_true", help="with --quiet: the tests of two processes instead")
+    parser.add_argument("--busy", type=int, default=2, help="busy processes beside")
     args = parser.parse_args(argv)
     rng, failures, trials = random.Random(args.seed), 0, 0
-    load = [multiprocessing.get_context("fork").Process(target=busy, daemon=True) for _ in range(2)]
+    load = [multiprocessing.get_context("fork").Process(target=busy, daemon=True) for _ in range(args.busy)]
     for process in load:
         process.start()
     with TemporaryDirectory() as name:
