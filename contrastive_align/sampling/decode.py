@@ -27,11 +27,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from contrastive_align.models.loading import decoder_start_token
 from contrastive_align.sampling.adjust import Adjustment, Support
+from contrastive_align.sampling.noise import exponential_noise
 
 
 KEEP_ENDED = 0.25  # ended rows are dropped at a larger share: dropping copies the cache of the running rows
 SCORED_AT_ONCE = 2**24  # logits in memory at once when completions are scored
-RANDOM_BITS = 63
+LOOK_EVERY = {"cpu": 1}  # steps between two looks at which rows still run; other devices would wait for each
+LOOK_EVERY_ELSEWHERE = 8
 CACHE_ROOM = 64  # tokens by which a full KV cache grows
 
 
@@ -74,9 +76,10 @@ def draw(
 
     which has the distribution :math:`\pi`, the model's own unless ``temperature``, ``top_k``, ``top_p`` (see
     :class:`~contrastive_align.sampling.adjust.Adjustment`) or ``suppress_ids`` changes it: the first of competing
-    exponential clocks (the Gumbel-max trick without its logarithms). Sample k of a prompt has its own noise, made from
-    the prompt's seed and k. Its token ids do not depend on the rest of the batch, on the process or on resuming, except
-    for near-ties that rounding decides. The global random state is neither read nor changed.
+    exponential clocks (the Gumbel-max trick without its logarithms). Sample k of a prompt has its own noise, a function
+    of the prompt's seed, k, t and v (:func:`~contrastive_align.sampling.noise.exponential_noise`). Its token ids do not
+    depend on the rest of the batch, on the process or on resuming, except for near-ties that rounding decides. The
+    global random state is neither read nor changed.
 
     Args:
         model: a transformers model, with or without PEFT. A causal model continues the prompt; an encoder-decoder model
@@ -214,7 +217,8 @@ def _decode(
 ) -> _Rows:
     """Decode one row for each seed."""
     device, n = decoder.logits.device, len(seeds)
-    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    own_seeds = torch.tensor(seeds, device=device)
+    looks = LOOK_EVERY.get(device.type, LOOK_EVERY_ELSEWHERE)
     ends = torch.tensor(list(eos), dtype=torch.long, device=device)
     ids = torch.full((n, steps), pad, device=device)
     logps = torch.zeros(n, dtype=torch.float64, device=device)
@@ -223,10 +227,9 @@ def _decode(
     chosen_from: list[tuple[Tensor, Tensor]] = []  # of each step: places in the (n, steps) table, and token ids
     # The decoder's rows: their places among the n, and whether they still run.
     rows, running = torch.arange(n, device=device), torch.ones(n, dtype=torch.bool, device=device)
-    runs = [True] * n
     for step in range(steps):
         logits = decoder.logits if adjust is None else adjust(decoder.logits)
-        tokens, token_logps = _sample_tokens(logits, _exponential_noise(logits.shape, generators, runs))
+        tokens, token_logps = _sample_tokens(logits, exponential_noise(own_seeds[rows], step, logits.size(-1)))
         tokens = torch.where(running, tokens, pad)
         ids[rows, step] = tokens
         logps[rows] += token_logps.masked_fill(~running, 0.0)
@@ -238,15 +241,15 @@ def _decode(
             left = watched.apply(decoder.logits).gather(-1, tokens.unsqueeze(-1)).squeeze(-1) > -torch.inf
             inside[rows] &= left | ~running
         running = running & ~torch.isin(tokens, ends)
-        runs = running.tolist()
-        if not any(runs) or step + 1 == steps:
+        if step + 1 == steps:
             break
-        if sum(runs) < (1 - KEEP_ENDED) * len(runs):
+        if (step + 1) % looks == 0:
             kept = running.nonzero().flatten()
-            generators = list(itertools.compress(generators, runs))
-            rows, running, tokens = rows[kept], running[kept], tokens[kept]
-            decoder.select(kept)
-            runs = [True] * len(kept)
+            if not len(kept):
+                break
+            if len(kept) < (1 - KEEP_ENDED) * len(running):
+                rows, running, tokens = rows[kept], running[kept], tokens[kept]
+                decoder.select(kept)
         decoder.step(tokens)
     truncated[rows] = running
     of_rows = zip(ids.tolist(), lengths.tolist(), strict=True)
@@ -305,21 +308,9 @@ def _sample_tokens(logits: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     return tokens, chosen.squeeze(-1).double() - total.double().log()
 
 
-def _exponential_noise(shape: tuple[int, int], generators: Sequence[torch.Generator], runs: Sequence[bool]) -> Tensor:
-    """Return Exponential(1) noise in float32, never 0, each row from its generator; rows that ended get any number."""
-    # The smallest clocks win: from float32's steps of 2^-24, tokens with a smaller probability would hardly be drawn.
-    bits = torch.empty(shape, dtype=torch.int64, device=generators[0].device)
-    for row, generator, run in zip(bits, generators, runs, strict=True):
-        if run:
-            row.random_(1, None, generator=generator)
-        else:
-            row.fill_(1)
-    return bits.float().mul_(2.0**-RANDOM_BITS).neg_().log1p_().neg_()
-
-
 def _sample_seeds(seed: int, n: int) -> list[int]:
     """Return n seeds made from one; a larger n only appends."""
-    return torch.randint(2**RANDOM_BITS - 1, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(2**63 - 1, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,10 @@ from transformers import (
 )
 
 from contrastive_align.models.shared_prompt import ATTENTION_NAME
-from contrastive_align.sampling import Drawn, PolicyProposal, draw
+from contrastive_align.sampling import Drawn, PolicyProposal, decode, draw
 from contrastive_align.sampling.adjust import Adjustment
-from contrastive_align.sampling.decode import _exponential_noise, _sample_tokens, score
+from contrastive_align.sampling.decode import _sample_tokens, score
+from contrastive_align.sampling.noise import exponential_noise
 
 
 VOCABULARY, PAD, EOS = 24, 0, (1, 2, 3, 4)
@@ -263,33 +264,25 @@ def test_changes_that_are_refused():
             draw_from(model, suppress_ids=ids)
 
 
-def test_noise_is_exponential_and_fine_near_zero():
-    n = 2**22
-    noise = _exponential_noise(
-        (2, n // 2), [torch.Generator().manual_seed(i) for i in range(2)], [True, True]
-    ).flatten()
-    assert noise.dtype == torch.float32
-    for power in range(1, 4):  # E[x^k] = k!
-        moments = noise.double() ** power
-        assert abs(moments.mean() - math.factorial(power)) < 4 * moments.std() / n**0.5
-    small = noise[noise < 1e-4]
-    assert abs(len(small) - n * 1e-4) < 4 * (n * 1e-4) ** 0.5
-    assert len(small.unique()) == len(small)  # in steps of 2^-24 about one in eight would be there twice
-    assert noise.min() > 0
-
-
 def test_impossible_tokens_are_never_drawn_and_logps_have_no_nan():
     logits = torch.full((64, 8), -torch.inf)
     logits[:, 3] = -1000.0
-    tokens, logps = _sample_tokens(
-        logits, _exponential_noise((64, 8), [torch.Generator() for _ in range(64)], [True] * 64)
-    )
+    tokens, logps = _sample_tokens(logits, exponential_noise(torch.arange(64), 0, 8))
     assert (tokens == 3).all()
     assert (logps == 0).all()
     tokens, _ = _sample_tokens(
         torch.zeros(1, 8), torch.full((1, 8), torch.inf).index_fill_(1, torch.tensor([5]), 1e-19)
     )
     assert tokens.tolist() == [5]
+
+
+def test_looking_less_often_at_what_still_runs_draws_the_same(monkeypatch):
+    model = make("llama")
+    before = draw_from(model)
+    monkeypatch.setitem(decode.LOOK_EVERY, "cpu", 5)
+    after = draw_from(model)
+    assert after.completion_ids == before.completion_ids and torch.allclose(after.logps, before.logps)
+    assert torch.equal(after.truncated, before.truncated)
 
 
 def test_generation_config_has_no_influence():

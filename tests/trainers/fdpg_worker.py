@@ -38,7 +38,7 @@ def gradient(build, folder, trainer=FDPGTrainer, *, accumulation=1):
 def main():
     out, processes = Path(sys.argv[1]), int(os.environ.get("WORLD_SIZE", 1))
     samples = 64 // processes  # two groups a step over all processes
-    kept = {"proposal": "kept", "proposal_window": 2, "baseline": "window"}
+    kept = {"proposal": "kept", "proposal_window": 2, "baseline": "window", "seed": 2}  # by which one is replaced
     saving = {"save_strategy": "steps", "save_steps": 3}
     ways = {"plain": {}, "kept": {**kept, **saving}, "resumed": {**kept, "resume": "checkpoint-3"}}
     found = {}

@@ -10,6 +10,8 @@ from small_trainers import COLUMNS, COMMON
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
+from contrastive_align.sampling import decode
+
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
@@ -64,6 +66,28 @@ def test_waits_do_not_grow_with_completions_or_layers(column, tmp_path, monkeypa
         assert trainer.layout == layout
         found.append(waits_of_the_last_step(trainer, waits, monkeypatch))
     assert found[0].total() == found[1].total() <= waits_of_trl(column, tmp_path, waits, monkeypatch), found
+
+
+def test_drawing_waits_once_in_eight_tokens(tmp_path, monkeypatch, waits):
+    """Transformers itself asks once a token whether a padding mask masks anything; that is not counted."""
+    model = LlamaForCausalLM.from_pretrained(model_of(COLUMNS[0], 2, tmp_path))
+    monkeypatch.delitem(decode.LOOK_EVERY, "cpu")
+    found = []
+    for tokens in (8, 24):
+        waits.found.clear()
+        with waits:
+            drawn = decode.draw(
+                model,
+                [[3, 4], [5]],
+                per_prompt=4,
+                seeds=[0, 1],
+                max_new_tokens=tokens,
+                eos_token_ids=[],
+                pad_token_id=0,
+            )
+        assert all(len(ids) == tokens for group in drawn.completion_ids for ids in group)
+        found.append(sum(n for line, n in waits.found.items() if "contrastive_align/" in line))
+    assert found[1] - found[0] == 2, waits.found
 
 
 def waits_of_trl(column, folder, waits, monkeypatch):
