@@ -5,9 +5,9 @@
     python benchmarks/sorted_prompts.py --head --repeats 4             # what a fit on the head of the file gives
 
 In every variant the prompts with a high base moment come first. A repeat makes an ``FDPGTrainer`` with a seed of its
-own, whose ``fit_target`` finds the lambda of moment 0.5 from at most 2,048 samples (16,384 for the rare name), and
-measures the moment of this target on 200 prompts chosen at random, 16 fresh samples each. A repeat takes some three
-seconds of a processor (twelve for the rare name).
+own, whose ``fit_target`` finds the lambda of moment 0.5 from at most 2,048 samples (65,536, the default, for the rare
+name), and measures the moment of this target on 200 prompts chosen at random, 16 fresh samples each. A repeat takes
+some three seconds of a processor (half a minute for the rare name).
 
 The error of a repeat is the moment less 0.5. Its standard error is the one behind a run's last words: the spread
 between the prompts measured, which contains the noise of their samples, together with the error of the fit, which
@@ -45,7 +45,7 @@ from contrastive_align.trainers import fdpg
 
 
 WANTED, LONGEST = 0.5, 12
-FIT_SAMPLES, MOST, MOST_IF_RARE = 1024, 2048, 16384
+FIT_SAMPLES, MOST, MOST_IF_RARE = 1024, 2048, 65536
 PROMPTS, PER_PROMPT = 200, 16
 HOUSE = ("door", "window", "lamp", "table", "floor", "light", "gate", "fence", "car")
 
