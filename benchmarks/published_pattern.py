@@ -8,8 +8,9 @@ one trainer with beta 0.1, temperature_alpha 1e-4, learning rate 1e-4 (cosine) a
 run with and without the published first_score_bonus of 0.01, which decides every tie for the first completion.
 
 Each finished run is a line of <out>/runs.jsonl and is not repeated. All settings of a seed are run before the next
-seed, so that the table of an unfinished benchmark compares equal seeds. ``--table`` prints the table of what is there.
-The intervals are 95% intervals over seeds (Student's t).
+seed, so that the table of an unfinished benchmark compares equal seeds. ``--table`` prints the tables of what is there.
+The second one is of differences between settings of equal seeds, which had the same groups in the same order. The
+intervals are 95% intervals over seeds (Student's t).
 """
 
 from __future__ import annotations
@@ -37,6 +38,12 @@ SETTINGS = {  # name -> options of ContrastiveConfig
     "NCA, first_score_bonus=0.01": {"loss_type": "nca", "first_score_bonus": 0.01},
     "InfoNCA, first_score_bonus=0.01": {"loss_type": "info_nca", "first_score_bonus": 0.01},
 }
+PAIRS = (
+    ("NCA", "InfoNCA"),
+    ("NCA", "DPO"),
+    ("NCA, first_score_bonus=0.01", "NCA"),
+    ("InfoNCA, first_score_bonus=0.01", "InfoNCA"),
+)
 MEASURES = ("best", "rest", "accuracy")
 
 
@@ -126,6 +133,23 @@ def table(done: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def differences(done: list[dict]) -> str:
+    """Return the table of pairs of settings: how far the first is above the second, seed by seed."""
+    lines = [
+        "| steps | settings | seeds | best completion | the others | best less others |",
+        "|---|---|---|---|---|---|",
+    ]
+    for steps in sorted({row["steps"] for row in done}):
+        of = {name: {r["seed"]: r for r in done if (r["steps"], r["setting"]) == (steps, name)} for name in SETTINGS}
+        for one, other in PAIRS:
+            seeds = sorted(of[one].keys() & of[other].keys())
+            if seeds:
+                best, rest = ([of[one][s][m] - of[other][s][m] for s in seeds] for m in ("best", "rest"))
+                cells = [interval(best), interval(rest), interval([b - r for b, r in zip(best, rest, strict=True)])]
+                lines.append(f"| {steps} | {one}, less {other} | {len(seeds)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model folder or id; gsm8k-sft-5m for the documented table")
@@ -153,7 +177,7 @@ def main() -> None:
                     done.append(row | {"seconds": round(time.perf_counter() - started, 1)})
                     with file.open("a") as lines:
                         lines.write(json.dumps(done[-1]) + "\n")
-    print(table(done))
+    print(f"{table(done)}\n\n{differences(done)}")
 
 
 if __name__ == "__main__":
