@@ -18,6 +18,7 @@ from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.arguments import Arguments, RunArguments, option, parse
 from contrastive_align.launch.common import check_model_flags, print_on_main
+from contrastive_align.launch.past_run import chats, read_summary
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.models import load_tokenizer
 from contrastive_align.models.loading import (
@@ -74,17 +75,14 @@ def ask_best(args: Arguments, prompt: str) -> list[str]:
         raise UsageError("a trained model is asked: give its folder, --model_name_or_path=output_dir.")
     training = args.training
     condition = Condition.load(folder) if (Path(folder) / FILE).is_file() else None
-    summary = Path(folder) / "summary.json"  # a checkpoint has none
-    run = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
-    text: Text = prompt
-    if run.get("data", {}).get("train", {}).get("conversational"):
-        text = [{"role": "user", "content": text}]
+    run = read_summary(folder)
     model, tokenizer = load_trained(
         folder,
         dtype=args.model.dtype,
         attn_implementation=args.model.attn_implementation,
         trust_remote_code=training.trust_remote_code,
     )
+    text: Text = [{"role": "user", "content": prompt}] if chats(run, tokenizer) else prompt
     ids = tokenise_prompt(text if condition is None else condition.apply_best(text), tokenizer)
     if condition is None:
         print_on_main(f"note: {folder} has no {FILE}, so the prompt is asked as it is")

@@ -192,8 +192,6 @@ class ConditionalRun(Run):
     def describe_data(self) -> dict[str, dict[str, Any]]:
         """Count the rows, and say what of the training data is left out."""
         found, report = super().describe_data(), self.trainer.data_report
-        for split, rows in zip(found, (self.train_rows, self.test_rows), strict=False):
-            found[split]["conversational"] = not isinstance(rows[0]["prompt"], str)
         notes = [f"{report[key]} {text}" for key, text in NOTES.items() if report.get(key)]
         found["train"] |= {"notes": notes, **report}
         return found

@@ -267,9 +267,10 @@ class RewardRun(Run):
                 print_on_main("\n  ".join([f"{split} data: {report['line']}", *report["notes"]]))
 
     def after_saving(self) -> None:
-        """Describe the method again: a resumed run has the temperature of its checkpoint."""
+        """Describe the method again: a resumed run has the temperature of its checkpoint. Record the prompts' form."""
         line, options = self.describe()
         self.summary.method |= {"line": line, **options}
+        self.summary.data["train"]["conversational"] = self.trainer.is_conversational
         if self.trainer.online:
             self.summary.training["rounds"] = rounds_of(self.trainer)
             self.summary.training["tokens_per_second"] = speeds_of(self.trainer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from contrastive_align.conditions.conditions import FILE
 from contrastive_align.data.formats import Text
 from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.ask import load_trained, sample_trained, search_trained
+from contrastive_align.launch.past_run import chats, read_summary
 from contrastive_align.launch.quiet import quiet_run
 from contrastive_align.sampling.decode import seed_of
 
@@ -43,12 +43,8 @@ class Trained:
 
     @property
     def chats(self) -> bool:
-        """Whether prompts are messages: the tokenizer has a chat template and the run, where known, used it."""
-        summary = Path(self.name) / "summary.json"
-        train = {}
-        if summary.is_file():
-            train = json.loads(summary.read_text(encoding="utf-8")).get("data", {}).get("train", {})
-        return bool(self.tokenizer.chat_template) and bool(train.get("conversational", True))
+        """Whether a text is asked as a user's message (see :func:`~contrastive_align.launch.past_run.chats`)."""
+        return chats(read_summary(self.name), self.tokenizer)
 
     def answer(
         self,

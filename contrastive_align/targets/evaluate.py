@@ -115,15 +115,16 @@ def completion_text(completion: Text) -> str:
 def columns_of(rows: Sequence[Mapping[str, Any]], repeat: int | Sequence[int]) -> dict[str, list[Any]]:
     """Return the further columns of a dataset's rows, each entry repeated for the completions of its prompt.
 
-    Columns whose names a reward function receives for other values (``NOT_COLUMNS``) are left out. ``repeat`` is the
-    number of completions of each row, one number for all or a list.
+    Columns whose names a reward function receives for other values (``NOT_COLUMNS``) are left out. What a row lacks is
+    None, as in a dataset. ``repeat`` is the number of completions of each row, one number for all or a list.
 
     >>> columns_of([{"prompt": "a", "topic": "x"}, {"prompt": "b", "topic": "y"}], [2, 1])
     {'topic': ['x', 'x', 'y']}
     """
     counts = [repeat] * len(rows) if isinstance(repeat, int) else repeat
     repeated = [row for row, k in zip(rows, counts, strict=True) for _ in range(k)]
-    return {name: [row[name] for row in repeated] for name in (rows[0] if len(rows) else ()) if name not in NOT_COLUMNS}
+    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_COLUMNS)
+    return {name: [row.get(name) for row in repeated] for name in names}
 
 
 def reward_arguments(
