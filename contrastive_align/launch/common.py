@@ -103,10 +103,16 @@ class Run:
         raise NotImplementedError
 
     def describe_data(self) -> dict[str, dict[str, Any]]:
-        """Describe each split, with its ``line`` and ``notes`` in the table."""
+        """Describe each split, with its ``line`` and ``notes`` in the table, and whether its prompts are messages."""
         name, splits = self.data_name, {"train": self.train_rows, "test": self.test_rows}
         return {
-            split: {"line": f"{name}: {len(rows)} {self.rows_are}", "notes": [], "name": name, "rows": len(rows)}
+            split: {
+                "line": f"{name}: {len(rows)} {self.rows_are}",
+                "notes": [],
+                "name": name,
+                "rows": len(rows),
+                "conversational": not isinstance(rows[0]["prompt"], str),
+            }
             for split, rows in splits.items()
             if rows is not None
         }
