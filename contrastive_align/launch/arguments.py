@@ -36,9 +36,9 @@ from contrastive_align.trainers import ContrastiveConfig
 SEVERAL = r"\[?[\w.:/-]+(,\s*[\w.:/-]+)+\]?"  # names or numbers with commas between
 
 
-def option(default: Any, help: str) -> Any:
-    """Define a field of an arguments class with its line of ``--help``."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, **more: Any) -> Any:
+    """Define a field of an arguments class with its line of ``--help``, and more for argparse, such as ``nargs``."""
+    return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
@@ -71,7 +71,9 @@ class FeedbackArguments(RunArguments):
 
     prompt: str | None = option(None, "A single prompt to sample from, instead of a dataset.")
     reward: list | str | dict | None = option(
-        None, "What scores a completion: file.py:function, a reward-model id, or '{classifier: ..., label: ...}'."
+        None,
+        "What scores a completion: file.py:function, a reward-model id, '{classifier: ..., label: ...}', or several.",
+        nargs="+",
     )
     judge: dict | str | None = option(
         None, "A model that judges completions: a YAML file, or '{model: name, base_url: address, budget: 1000}'."
@@ -87,6 +89,9 @@ class FeedbackArguments(RunArguments):
         super().__post_init__()
         for name in self.SPECS:
             setattr(self, name, read_spec(name, getattr(self, name)))
+        if isinstance(self.reward, list):
+            several = [read_spec("reward", one) for one in self.reward]
+            self.reward = several[0] if len(several) == 1 else several
         if self.reward is not None and self.judge is not None:
             raise ValueError("both reward and judge are given. Give one: what says how good a completion is.")
 

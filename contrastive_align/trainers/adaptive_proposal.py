@@ -17,10 +17,14 @@ from contrastive_align.losses.estimators import RunningLogZ, estimate_divergence
 
 @dataclass(frozen=True)
 class Comparison:
-    """D(target, proposal) - D(target, policy) in nats (tv: a probability), and whether the policy took over."""
+    """D(target, proposal) - D(target, policy) in nats (tv: a probability), whether the policy took over, and the error.
+
+    The standard error is over the prompts, nan from a single one. Both divergences have the same log Z, taken as exact.
+    """
 
     gap: float
     replaced: bool
+    gap_se: float
 
 
 class AdaptiveProposal:
@@ -72,14 +76,14 @@ class AdaptiveProposal:
         self._window.append((list(keys), logs))
         if len(self._window) < self._window.maxlen:
             return None
-        gap = self._gap(log_z)
+        gap, se = self._gap(log_z)
         if gap > 0:
             self.weights = _trained_weights(model, copy=True)
             self.replacements += 1
             self._window.clear()
-        return Comparison(gap, gap > 0)
+        return Comparison(gap, gap > 0, se)
 
-    def _gap(self, log_z: RunningLogZ) -> float:
+    def _gap(self, log_z: RunningLogZ) -> tuple[float, float]:
         rows: dict[str, list[Tensor]] = {}
         for keys, logs in self._window:
             for i, key in enumerate(keys):
@@ -93,13 +97,14 @@ class AdaptiveProposal:
         known = log_z.of(list(joined))
         some = known.isfinite()  # of the other prompts nothing is known, on either side
         if not bool(some.any()):
-            return 0.0
+            return 0.0, math.nan
 
         def divergence(of: Tensor) -> Tensor:
             logs = (of[some], proposal[some], target[some])
             return estimate_divergence(self.criterion, *logs, log_z=known[some], valid=valid[some]).value
 
-        return (divergence(proposal) - divergence(policy)).nan_to_num(nan=0.0).mean().item()
+        gaps = (divergence(proposal) - divergence(policy)).nan_to_num(nan=0.0)
+        return gaps.mean().item(), gaps.std().item() / len(gaps) ** 0.5 if len(gaps) > 1 else math.nan
 
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:

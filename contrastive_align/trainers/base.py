@@ -727,9 +727,7 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
         base_model = model.get_base_model() if is_peft_model(model) else model
         known = self.start_base or get_config_model_id(base_model.config)
         base = unmerged(known) if known else f"a {type(base_model).__name__} given in memory"
-        name, licence = base, licence_of(card_of(base))
-        if base == demo.MODEL_PATH:
-            name, licence = DEMO_MODEL, {"license": demo.LICENCE}
+        name, licence = name_and_licence(base)
         adapter = describe_adapter(model)
         condition = self.asked_with()
         named_inputs = getattr(tokenizer, "model_input_names", ())
@@ -768,6 +766,13 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
             f"predict returns logits, which {type(self).__name__} never builds. trainer.evaluate(dataset) gives the "
             "metrics."
         )
+
+
+def name_and_licence(base: str) -> tuple[str, dict[str, str]]:
+    """Return what a card calls a base, and the licence entries of the base's own card."""
+    if base == demo.MODEL_PATH:
+        return DEMO_MODEL, {"license": demo.LICENCE}
+    return base, licence_of(card_of(base))
 
 
 def disable_functional_dropout(model: nn.Module) -> None:

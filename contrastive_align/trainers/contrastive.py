@@ -32,6 +32,8 @@ from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_label
 from contrastive_align.models.loading import embedding_rows
 from contrastive_align.models.logps import CompletionLogps, beside, completion_logps, per_completion
 from contrastive_align.pool import Pool
+from contrastive_align.sampling.adjust import Adjustment
+from contrastive_align.sampling.decode import seed_of
 from contrastive_align.trainers import evaluation
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset
 from contrastive_align.trainers.configs import AUTO, ContrastiveConfig
@@ -419,6 +421,9 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
         newest = np.flatnonzero(table.round == number)
         samples = self.pool.read(newest[:: max(1, len(newest) // KL_SAMPLES)], number)
         prompts, ids = [self.encode(s.prompt) for s in samples], [s.completion_ids for s in samples]
+        if Adjustment(self.args.temperature, self.args.top_k, self.args.top_p).changes:  # the round is not the policy's
+            seeds = [seed_of(self.args.seed, "kl_start", number, i) for i in range(len(prompts))]
+            ids = [group[0] for group in self.draw_from_policy(prompts, 1, seeds, temperature=1.0, top_k=0, top_p=1.0)]
         nll = []
         for reference in (True, False):
             with self.sampling_from(reference=reference) as model:

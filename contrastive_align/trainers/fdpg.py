@@ -435,7 +435,7 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         keys = [hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16] for ids in prompt_ids]
         log_z = self._log_z_of(keys, target_log_scores - proposal_logps)
         logs = {"policy_logps": policy_logps, "proposal_logps": proposal_logps, "target_log_scores": target_log_scores}
-        found = self._log_groups(rows, completion_ids, keys, phi=phi, base_logps=base_logps, log_z=log_z, **logs)
+        found = self._log_groups(rows, completion_ids, keys, phi=phi, base_logps=base_logps, **logs)
         if drawn is not None and drawn.inside is not None:
             found["inside"] = self.accelerator.gather(drawn.inside.to(base_logps.device))
         more = {"proposal_logps": proposal_logps, "target_log_scores": target_log_scores, "log_z": log_z}
@@ -477,7 +477,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         found = self.adaptive_proposal.compare(self.policy, gather_object(keys), log_z=self.log_z, **everywhere)
         metrics = {"proposal/replaced": float(found is not None and found.replaced)}
         if found is not None:
-            metrics[f"proposal/{self.args.proposal_criterion}_gap"] = found.gap
+            name = f"proposal/{self.args.proposal_criterion}_gap"
+            metrics |= {name: found.gap, f"{name}/se": found.gap_se}
         self.record(metrics, training=True)
 
     # ----------------------------------------------------------------------------------------------- log-probs, loss

@@ -13,6 +13,7 @@ from contrastive_align.losses.estimators import (
     average_estimate,
     estimate_divergence,
     estimate_kl_base,
+    estimate_log_z,
     estimate_moments,
 )
 from contrastive_align.models.logps import CompletionLogps, per_completion
@@ -122,7 +123,6 @@ def distribution_metrics(
     proposal_logps: Tensor,
     base_logps: Tensor,
     target_log_scores: Tensor,
-    log_z: Tensor,
     phi: Tensor,
     names: Sequence[str],
     keys: Sequence[str],
@@ -133,13 +133,14 @@ def distribution_metrics(
 ) -> dict[str, float]:
     """Metrics of K samples of a proposal, the policy's own when online, for each of B prompts.
 
-    Shapes: phi (B, K, J), log_z and keys (B,), all else (B, K).
+    Shapes: phi (B, K, J), keys (B,), all else (B, K).
 
     ``kl_target`` KL(p||pi), ``reverse_kl_target`` KL(pi||p), ``tv_target``, ``js_target``; ``kl_base`` KL(pi||a);
     ``moment/<feature>`` under the policy and ``moment/<feature>/target`` under the target, self-normalised; ``log_z``;
-    beside each ``.../se``, its standard error over the prompts, and beside what is importance-sampled ``.../ess``. Log
-    Z is that of the prompt's N samples so far, and taken as exact, which makes kl near the target low by about
-    Var(u) / 2N nats, u = P / Zq. Averaged over prompts; where there is only one, over all samples.
+    beside each ``.../se``, its standard error over the prompts, and beside what is importance-sampled ``.../ess``. Z is
+    that of these K samples, whose bias of first order in 1 / K is taken off; the loss has a Z of all samples so far,
+    which as an exact one would make kl near the target low. Averaged over the prompts that have a sample with mass
+    under the target, the share of the others being ``groups/no_mass``; where there is one prompt, over all samples.
     ``sampling/target_mass_lost``, where ``inside`` says whether a truncated proposal could draw a sample: the target's
     mass on the others. Of the samples themselves: their lengths, how many ended; ``distinct_2``: different bigrams over
     all; ``repetition``: share of tokens that their completion had before.
@@ -148,14 +149,16 @@ def distribution_metrics(
         policy_logps, proposal_logps, base_logps, target_log_scores = (
             t.reshape(1, -1) for t in (policy_logps, proposal_logps, base_logps, target_log_scores)
         )
-        phi, log_z = phi.reshape(1, -1, phi.size(-1)), log_z[:1]
-    known = torch.isfinite(log_z)
-    metrics = {"log_z": log_z[known].mean().item(), "groups/no_mass": (~known).double().mean().item()}
+        phi = phi.reshape(1, -1, phi.size(-1))
+    known = torch.isfinite(target_log_scores).any(-1)
+    log_z = average_estimate(estimate_log_z(proposal_logps, target_log_scores))
+    metrics = {"log_z": log_z.value.item(), "log_z/se": log_z.se.item()}
+    metrics["groups/no_mass"] = (~known).double().mean().item()
     for name in ("kl", "reverse_kl", "tv", "js"):
         key = "kl_target" if name == "kl" else f"{name}_target"
         if known.any():
             logs = (policy_logps[known], proposal_logps[known], target_log_scores[known])
-            estimate = average_estimate(estimate_divergence(name, *logs, log_z=log_z[known]))
+            estimate = average_estimate(estimate_divergence(name, *logs))
             metrics[key], metrics[f"{key}/se"] = estimate.value.item(), estimate.se.item()
             metrics[f"{key}/ess"] = estimate.ess.item()
     kl_base = average_estimate(estimate_kl_base(policy_logps, base_logps, proposal_logps=proposal_logps))

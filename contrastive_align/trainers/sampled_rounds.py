@@ -239,7 +239,9 @@ class SamplesRounds:
             groups = self._server(ids, per_prompt, list(seeds))
             self.sampling_seconds += time.perf_counter() - began
             return groups
-        groups = self.vllm(ids, per_prompt) if self.vllm is not None else self._draw(ids, per_prompt, list(seeds))
+        groups = (
+            self.vllm(ids, per_prompt) if self.vllm is not None else self.draw_from_policy(ids, per_prompt, list(seeds))
+        )
         self.sampling_seconds += time.perf_counter() - began
         ends, decode = set(self.eos_token_ids), self.processing_class.decode
         return [
@@ -247,8 +249,10 @@ class SamplesRounds:
             for group in groups
         ]
 
-    def _draw(self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int]) -> Sequence[Sequence[list[int]]]:
-        """Completions from the policy itself."""
+    def draw_from_policy(
+        self, prompt_ids: list[list[int]], per_prompt: int, seeds: list[int], **adjusted: float
+    ) -> Sequence[Sequence[list[int]]]:
+        """Draw completions from the policy, adjusted as the options say or otherwise (``temperature`` ...)."""
         with self.sampling_from() as model:  # by all processes, also one without prompts: weights may be gathered
             if not prompt_ids:
                 return []
@@ -261,10 +265,8 @@ class SamplesRounds:
                 pad_token_id=self.processing_class.pad_token_id,
                 seeds=seeds,
                 rows_at_once=self.args.rows_at_once,
-                temperature=self.args.temperature,
-                top_k=self.args.top_k,
-                top_p=self.args.top_p,
                 suppress_ids=self.condition_ids,
+                **{name: getattr(self.args, name) for name in ("temperature", "top_k", "top_p")} | adjusted,
             )
         return drawn.completion_ids
 
@@ -283,7 +285,7 @@ class SamplesRounds:
         self.reward_log, self.sampling_seconds = RewardLog(), 0.0  # without what was logged while measuring
         with self.unchanged_weights():
             try:
-                self.rounds.make(number, self.state.global_step)
+                self.rounds.make(number, (number - 1) * self.steps_per_round)  # resumed, the step is a later one
             except NoSignal as error:
                 if number == 1:
                     raise

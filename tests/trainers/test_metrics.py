@@ -6,8 +6,8 @@ import pytest
 import scipy.stats
 import torch
 
-from contrastive_align.losses import target_labels
-from contrastive_align.trainers.metrics import Averages, group_metrics
+from contrastive_align.losses import divergence_value, target_labels
+from contrastive_align.trainers.metrics import Averages, distribution_metrics, group_metrics
 
 
 def metrics_of(ratios, scores, valid=None, beta=0.1):
@@ -79,3 +79,29 @@ def test_a_nan_of_weight_0_is_left_out():
     averages = Averages()
     averages.add({"x": (torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 0.0]))})
     assert averages.compute()["x"].mean == 1.0
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_the_errors_of_what_f_dpg_logs_cover_the_truth(near):
+    """Two standard errors are too few in one of twenty repeats; of these 80 on a table, in one of eight at most."""
+    noise = torch.Generator().manual_seed(0)
+    base = torch.rand(40, generator=noise, dtype=torch.float64).log().log_softmax(-1)
+    feature = (torch.rand(40, generator=noise) < 0.3).double()
+    score = base + 2 * feature
+    log_z = score.logsumexp(-1)
+    policy = (base + (1.8 if near else 0.5) * feature).log_softmax(-1)
+    names = {"kl": "kl_target", "reverse_kl": "reverse_kl_target", "js": "js_target", "tv": "tv_target"}
+    truth = {key: divergence_value(name, policy, score - log_z).item() for name, key in names.items()}
+    truth |= {"log_z": log_z.item()}
+    prompts, k, repeats = 64, 16, 80
+    misses, sizes = dict.fromkeys(truth, 0), (prompts, k)
+    for _ in range(repeats):
+        y = torch.multinomial(policy.exp(), prompts * k, replacement=True, generator=noise).view(sizes)
+        found = distribution_metrics(
+            policy_logps=policy[y], proposal_logps=policy[y], base_logps=base[y], target_log_scores=score[y],
+            phi=feature[y].unsqueeze(-1), names=["f"], keys=[str(i) for i in range(prompts)], lengths=torch.ones(sizes),
+            ended=torch.ones(sizes), completion_ids=[[[1, 2]] * k] * prompts,
+        )  # fmt: skip
+        for key, value in truth.items():
+            misses[key] += abs(found[key] - value) > 2 * found[f"{key}/se"]
+    assert all(count <= repeats / 8 for count in misses.values()), misses

@@ -14,6 +14,7 @@ from small_trainers import COLUMNS, COMMON, TEXTS, saved_model
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer
 from contrastive_align.losses import group_loss
 from contrastive_align.pool import Pool, Sample
+from contrastive_align.trainers import sampled_rounds
 from contrastive_align.trainers.contrastive import ContrastiveTrainer as Trainer
 from contrastive_align.trainers.group_rounds import GroupRows, GroupSignal, group_metrics, groups_of, passes
 
@@ -152,7 +153,7 @@ def test_auto_temperature_is_found_anew_for_each_round(tmp_path):
 
 @pytest.mark.parametrize("changes", [{"reference": "start"}, {"keep": 1}], ids=str)
 @pytest.mark.parametrize("step", [1, 4])
-def test_a_run_goes_on_in_the_middle_of_a_round_with_the_same_weights(step, changes, tmp_path):
+def test_a_run_goes_on_in_the_middle_of_a_round_with_the_same_weights(step, changes, tmp_path, caplog):
     saving = {"save_strategy": "steps", "save_steps": 1, **changes}
     whole = make(tmp_path / "run", **saving)
     whole.train()
@@ -161,7 +162,16 @@ def test_a_run_goes_on_in_the_middle_of_a_round_with_the_same_weights(step, chan
     again.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
     assert torch.equal(flat(again), flat(whole)) and again.pool.read(range(len(again.pool))) == pool
     numbers = [e["round/number"] for e in again.state.log_history if "round/number" in e]
-    assert numbers == [1, 2, 3]
+    assert numbers == [1, 2, 3] and "was sampled at step" not in caplog.text
+
+
+def test_the_kl_of_a_round_is_that_of_the_policy_at_temperature_1(tmp_path, monkeypatch):
+    drawn, changes = [], {"temperature": 1.5, "num_rounds": 1}
+    draw = sampled_rounds.draw
+    monkeypatch.setattr(sampled_rounds, "draw", lambda *a, **k: drawn.append(k) or draw(*a, **k))
+    make(tmp_path, **changes).train()
+    of_round, of_kl = drawn[:2]
+    assert (of_round["temperature"], of_kl["temperature"], of_kl["per_prompt"]) == (1.5, 1.0, 1)
 
 
 def test_a_prompt_without_signal_is_sampled_again_up_to_a_budget(tmp_path):

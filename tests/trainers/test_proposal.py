@@ -147,7 +147,7 @@ def test_killed_and_resumed_is_not_killed(lora, tokenizer, tmp_path):
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM") if lora else None
     same = {
         "max_steps": 9, "save_steps": 7, "save_strategy": "steps", "proposal": "kept", "proposal_window": 2,
-        "peft_config": config, "learning_rate": 2e-2 if lora else 5e-3,
+        "peft_config": config, "learning_rate": 2e-2 if lora else 5e-3, "seed": 2,
     }  # fmt: skip
     whole = trained(tokenizer, tmp_path / "whole", moment_target(), **same)
     checkpoint = tmp_path / "whole" / "checkpoint-7"
