@@ -369,6 +369,8 @@ class Run:
             "name_or_path": arguments.model_name_or_path,
             "revision": arguments.model_revision,
             "start": self.trainer.start_description,
+            "start_base": self.trainer.start_base,
+            "start_adapter": self.trainer.start_adapter,
             "quantisation": quantisation,
             "quantisation_options": four_bit_options(self.trainer.base_models()[0]),
             "peft": adapter is not None,

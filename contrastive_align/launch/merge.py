@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -22,16 +23,26 @@ from contrastive_align.conditions.conditions import FILE
 from contrastive_align.conditions.tokens import load_with_condition_tokens
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.published import published_copy
-from contrastive_align.demo import MODEL_PATH
 from contrastive_align.demo.task import all_prompts
 from contrastive_align.launch.common import command_line
+from contrastive_align.launch.past_run import chats, read_summary
 from contrastive_align.launch.quiet import quiet_run
 from contrastive_align.launch.step_files import read_rows
 from contrastive_align.launch.usage import UsageError, UsageParser
-from contrastive_align.models.loading import adapter_config_path, base_of, card_of, check_exists, hash_of_adapter, named
-from contrastive_align.report.card import DEMO_MODEL, Card, complete_card, licence_of, results_section
+from contrastive_align.models.loading import (
+    adapter_config_path,
+    base_is_named,
+    base_of,
+    check_exists,
+    hash_of_adapter,
+    is_missing_folder,
+    merge_notes,
+    named,
+)
+from contrastive_align.report.card import Card, complete_card, results_section
 from contrastive_align.report.page import SAMPLES_FILE
 from contrastive_align.report.summary import wrap
+from contrastive_align.trainers.base import name_and_licence
 from contrastive_align.versions import SUPPORTED
 
 
@@ -55,12 +66,14 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
             f"{named(adapter)} is no adapter (no adapter_config.json): there is nothing to merge. Give the output_dir "
             "of a run with --use_peft, or the hub id of an adapter."
         )
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output_dir: '{output}' is a file, expected a folder, or a new name.")
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"--output_dir: {output} is not empty. Give another, or remove it.")
     if args.push_to_hub and not args.hub_model_id:
         raise UsageError("--push_to_hub needs --hub_model_id=owner/name.")
     config = json.loads(Path(config_path).read_text(encoding="utf-8"))
-    summary = _summary(adapter)
+    summary = read_summary(adapter)
     base_name = base_of(config.get("base_model_name_or_path"), adapter)
     revision, four_bit = config.get("revision") or "main", _four_bit(args, summary)
     base = Base(base_name, revision, args.dtype, args.trust_remote_code, four_bit)
@@ -89,11 +102,8 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         _check(found, dtype, four_bit, adapter)
         computed_in = "float64" if doubled else str(dtype).removeprefix("torch.")
         lineage = {
-            "base": base_name,
-            "base_revision": revision,
+            **origin(adapter, base_name, revision, summary),
             "base_quantisation": "4-bit, dequantised before the merge" if four_bit else None,
-            "adapters": [{"adapter": adapter, "sha256": hash_of_adapter(adapter, None)}],
-            "start_adapter": summary.get("model", {}).get("start"),
             "data": {"name": summary.get("data", {}).get("train", {}).get("name")}
             | {"hash": summary.get("facts", {}).get("data_hash")},
             "dtype": str(dtype).removeprefix("torch."),
@@ -105,7 +115,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
         for name in KEPT:
             if (Path(adapter) / name).is_file():
                 shutil.copyfile(Path(adapter) / name, aside / name)
-        _write_card(aside, args, adapter, base_name, summary, plain, tokenizer)
+        _write_card(aside, args, lineage, summary, plain, tokenizer)
         if output.exists():
             output.rmdir()
         aside.rename(output)
@@ -121,6 +131,44 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     if args.push_to_hub:
         push(output, args.hub_model_id, private=args.hub_private_repo)
     return lineage
+
+
+def origin(adapter: str, base: str, revision: str, summary: dict[str, Any]) -> dict[str, Any]:
+    """Return what a merged model was made from, for its lineage.
+
+    Args:
+        adapter: the adapter that is merged.
+        base, revision: the model that it is merged into, which may be the result of earlier merges.
+        summary: of the adapter's run; empty if there is none.
+
+    Returns:
+        ``base`` and ``base_revision`` of the model before all merges; ``adapters``, the merged ones in order, each with
+        its ``sha256``; ``start_adapter``, the one that the last run began from, or None, and whether that run
+        ``continued`` it, so that its weights became those of ``adapter``. An adapter whose files are gone has a
+        ``note``, and the hash that was taken when it was merged, or None.
+    """
+    notes, model = merge_notes(base), summary.get("model", {})
+    start, start_base, of_start = model.get("start_adapter"), model.get("start_base"), model.get("revision")
+    continued = start is not None and start_base == base
+    if start is not None and not continued and not notes:  # the merged base has lost its note
+        notes = [{"base": start_base, "base_revision": None, "adapter": start, "adapter_revision": of_start}]
+    merged = [_with_hash(note["adapter"], note["adapter_revision"], note.get("adapter_sha256")) for note in notes]
+    return {
+        "base": notes[0]["base"] if notes else base,
+        "base_revision": (notes[0]["base_revision"] or "main") if notes else revision,
+        "adapters": [*merged, _with_hash(adapter, None)],
+        "start_adapter": _with_hash(start, of_start) if continued else merged[-1] if merged else None,
+        "continued": continued,
+    }
+
+
+def _with_hash(adapter: str, revision: str | None, noted: str | None = None) -> dict[str, Any]:
+    """Return an adapter's name and hash: the one that was noted when it was merged, or that of its files."""
+    found: dict[str, Any] = {"adapter": adapter, "sha256": noted}
+    if not is_missing_folder(adapter) and adapter_config_path(adapter, revision) is not None:
+        return found | {"sha256": noted or hash_of_adapter(adapter, revision)}
+    how = "the hash was taken when it was merged" if noted else "there is no hash of it"
+    return found | {"note": f"its files are no longer there; {how}"}
 
 
 def computes_in_double(model: Any) -> bool:
@@ -154,7 +202,8 @@ class Base:
         quantised = {}
         if self.four_bit:
             quantised["quantization_config"] = BitsAndBytesConfig(**self.four_bit)
-        model = self.auto().from_pretrained(self.name, **self.options, **quantised)
+        with base_is_named(self.name, adapter):
+            model = self.auto().from_pretrained(self.name, **self.options, **quantised)
         if dequantised:
             model = model.dequantize()
             if self.options["dtype"] == "auto":
@@ -165,11 +214,6 @@ class Base:
             model = PeftModel.from_pretrained(model, adapter)
             tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.options["revision"])
         return model.eval(), tokenizer
-
-
-def _summary(adapter: str) -> dict[str, Any]:
-    path = Path(adapter) / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _four_bit(args: argparse.Namespace, summary: dict[str, Any]) -> dict[str, Any] | None:
@@ -248,9 +292,9 @@ def save_whole(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _write_card(
-    folder: Path, args: argparse.Namespace, adapter: str, base: str, summary: dict, model: Any, tokenizer: Any
+    folder: Path, args: argparse.Namespace, lineage: dict, summary: dict, model: Any, tokenizer: Any
 ) -> None:
-    earlier = Path(adapter) / "README.md"
+    earlier = Path(args.adapter) / "README.md"
     text = earlier.read_text(encoding="utf-8") if earlier.is_file() else "---\nlibrary_name: transformers\n---\n"
     with atomic_write(folder / "README.md") as file:
         file.write(text.encode())
@@ -259,21 +303,25 @@ def _write_card(
         kept = Condition.load(folder)
         condition = (kept.kind, str(next(iter(kept.askable().values()), "")))
     data = summary.get("data", {}).get("train", {}).get("name")
-    sections = [results_section(summary)] if summary.get("table") else []
+    sections = re.findall(r"^## Objective\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)[:1]
+    sections += [results_section(summary)] if summary.get("table") else []
+    base, licence = name_and_licence(lineage["base"])
     complete_card(
         folder / "README.md",
         Card(
             title=(args.hub_model_id or Path(args.output_dir).name).split("/")[-1],
             folder=args.hub_model_id or ".",
-            base=DEMO_MODEL if base == MODEL_PATH else base,
-            base_licence=licence_of(card_of(base)),
+            base=base,
+            base_licence=licence,
+            start_adapter=lineage["start_adapter"] and lineage["start_adapter"]["adapter"],
+            continued=lineage["continued"],
             data=(data,) if data else (),
             condition=condition,
             encoder_decoder=model.config.is_encoder_decoder,
-            chat=bool(summary.get("data", {}).get("train", {}).get("conversational", False)),
+            chat=chats(summary, tokenizer),
             tokenizer_options="",
         ),
-        sections,
+        [section.strip() for section in sections],
         summary=summary,
     )
 

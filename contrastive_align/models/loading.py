@@ -123,11 +123,11 @@ def resolve_start(
     tokenizer_source = model_id if _has_tokenizer(model_id, revision, trust_remote_code) else base_id
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
-    with _base_is_named(base_id, model_id):
+    with base_is_named(base_id, model_id):
         base_config = AutoConfig.from_pretrained(base_id, revision=config.revision, trust_remote_code=trust_remote_code)
     if kwargs.get("quantization_config") is not None or hasattr(base_config, "quantization_config"):
         kwargs |= placement()
-        with _base_is_named(base_id, model_id):
+        with base_is_named(base_id, model_id):
             base = create_model_from_path(base_id, revision=config.revision, **kwargs)
         if tokenizer_source == model_id:
             _add_adapter_rows(base, load_tokenizer(model_id, revision=revision, trust_remote_code=trust_remote_code))
@@ -143,11 +143,22 @@ def resolve_start(
     return Start(str(merged.resolve()), description, str(merged.resolve()), base_id, model_id)
 
 
+def merge_notes(base: str) -> list[dict[str, Any]]:
+    """Return the notes of the merges that a base is the result of, the first merge first; none of a plain model.
+
+    A note has ``base``, ``base_revision``, ``adapter``, ``adapter_revision`` and ``adapter_sha256``.
+    """
+    notes: list[dict[str, Any]] = []
+    while (note := Path(base) / MERGE_NOTE).is_file():
+        notes.insert(0, json.loads(note.read_text()))
+        base = notes[0]["base"]
+    return notes
+
+
 def unmerged(base: str) -> str:
     """Return the model that a base was merged from, and from which that one was, to the first."""
-    while (note := Path(base) / MERGE_NOTE).is_file():
-        base = json.loads(note.read_text())["base"]
-    return base
+    notes = merge_notes(base)
+    return notes[0]["base"] if notes else base
 
 
 def card_of(model_id: str) -> str | None:
@@ -178,7 +189,7 @@ def _merge(
             f"{merged} holds another merged base ({'; '.join(differs)}). Choose another output_dir, or remove that "
             "folder if nothing needs it any more."
         )
-    with _base_is_named(base_id, adapter):
+    with base_is_named(base_id, adapter):
         base = create_model_from_path(base_id, revision=base_revision, **{**model_init_kwargs, "device_map": None})
     revision = adapter_revision if tokenizer_source == adapter else base_revision
     trust = model_init_kwargs["trust_remote_code"]
@@ -285,12 +296,16 @@ def base_of(base: str | None, adapter: str) -> str:
         )
     if os.path.isabs(base) and not os.path.isdir(base):
         base = next((folder for folder in beside if os.path.isdir(folder)), base)
-    check_exists(base)
+    if is_missing_folder(base):
+        raise FileNotFoundError(
+            f"No folder {base!r}, the base of the adapter {adapter} (base_model_name_or_path in its {ADAPTER_CONFIG}). "
+            "Put the base there, or name a folder or hub id that holds it in a copy of that file."
+        )
     return base
 
 
 @contextmanager
-def _base_is_named(base_id: str, adapter: str) -> Iterator[None]:
+def base_is_named(base_id: str, adapter: str) -> Iterator[None]:
     """Name base, adapter and way out in an OSError: transformers names no model when the hub is out of reach."""
     try:
         yield
@@ -311,10 +326,15 @@ def named(model_id: str) -> str:
     return f"{model_id!r}" if os.path.isdir(model_id) else f"{model_id!r} (no such folder in {os.getcwd()})"
 
 
+def is_missing_folder(model_id: str) -> bool:
+    """Return whether a model id looks like a folder, and there is none of this name."""
+    looks_local = os.path.isabs(model_id) or model_id.startswith((".", "~")) or model_id.count("/") > 1
+    return looks_local and not os.path.isdir(model_id)
+
+
 def check_exists(model_id: str) -> None:
     """Raise FileNotFoundError where a model id looks like a folder that is not there."""
-    looks_local = os.path.isabs(model_id) or model_id.startswith((".", "~")) or model_id.count("/") > 1
-    if looks_local and not os.path.isdir(model_id):
+    if is_missing_folder(model_id):
         raise FileNotFoundError(f"No folder {model_id!r}. Give a folder with a model or an adapter, or a hub id.")
 
 

@@ -1,6 +1,7 @@
 """A run can be seen: its console is short, its page is there, preflight stops before the first step."""
 
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ from contrastive_align import demo
 from contrastive_align.data.published import published_copy
 from contrastive_align.launch import cli
 from contrastive_align.launch.common import command_line
-from contrastive_align.launch.merge import proof_rows
+from contrastive_align.launch.merge import origin, proof_rows
 from contrastive_align.launch.record import MovedGroups
+from contrastive_align.models.loading import hash_of_adapter
 from contrastive_align.report.history import read_history
 from contrastive_align.trainers.engines import HoldsWeights
 
@@ -210,3 +212,59 @@ def test_moved_groups_keeps_the_ends():
         keep(batch, ratios, torch.ones(n))
     assert [margin for margin, _, _ in keep.found] == [-2.0, 0.0, 7.0, 9.0]
     assert keep.found[-1][2]["prompt"] == [12] and keep.found[-1][2]["completions"][1][2] == [16, 17]
+
+
+def test_the_lineage_of_an_adapter_on_a_plain_base(run, tmp_path):
+    lineage = cli.main(["merge", str(run[0]), f"--output_dir={tmp_path / 'whole'}"])
+    assert lineage["base"] == demo.MODEL_PATH and lineage["base_revision"] == "main"
+    assert lineage["start_adapter"] is None and not lineage["continued"]
+    assert lineage["adapters"] == [{"adapter": str(run[0]), "sha256": hash_of_adapter(str(run[0]), None)}]
+    card, of_run = (ModelCard.load(folder / "README.md") for folder in (tmp_path / "whole", run[0]))
+    objective = "## Objective\n\n" + of_run.text.split("## Objective\n\n")[1].split("## ")[0]
+    assert "loss" in objective and objective in card.text and card.text.count("## Results") == 1
+
+
+def test_the_lineage_of_an_adapter_on_top_of_an_adapter(run, tmp_path):
+    first, second, whole = tmp_path / "first", tmp_path / "second", tmp_path / "whole"
+    shutil.copytree(run[0], first)
+    argv = ["reward", *FEW, "--max_steps=1", "--report_prompts=0", "--use_peft", "--lora_target_modules=all-linear"]
+    summary = cli.main([*argv, f"--model_name_or_path={first}", f"--output_dir={second}"])
+    assert summary.model["start_base"] == demo.MODEL_PATH and summary.model["start_adapter"] == str(first)
+    lineage = cli.main(["merge", str(second), f"--output_dir={whole}"])
+    assert lineage["base"] == demo.MODEL_PATH and lineage["base_revision"] == "main"
+    hashes = [{"adapter": str(folder), "sha256": hash_of_adapter(str(folder), None)} for folder in (first, second)]
+    assert lineage["adapters"] == hashes and lineage["start_adapter"] == hashes[0]
+    card, of_run = (ModelCard.load(folder / "README.md") for folder in (whole, second))
+    assert "a fine-tuned version of the demo model of contrastive-align" in card.text
+    assert "`first` was merged into it before training" in card.text and "merged_base" not in card.text
+    assert card.data.license == of_run.data.license and card.data.license
+    shutil.rmtree(first)
+    note = "its files are no longer there; the hash was taken when it was merged"
+    found = origin(str(second), str(second / "merged_base"), "main", summary.contents())
+    assert found["adapters"][0] == {**hashes[0], "note": note}
+    (second / "merged_base" / "merged_from.json").unlink()
+    found = origin(str(second), str(second / "merged_base"), "main", summary.contents())
+    note = "its files are no longer there; there is no hash of it"
+    assert found["adapters"][0] == {"adapter": str(first), "sha256": None, "note": note}
+    assert found["base"] == demo.MODEL_PATH
+    continued = origin(str(second), demo.MODEL_PATH, "main", summary.contents())  # on a base in 4 bits
+    assert continued["continued"] and [a["adapter"] for a in continued["adapters"]] == [str(second)]
+    assert continued["start_adapter"]["adapter"] == str(first)
+
+
+def test_a_merge_that_cannot_be_made_is_a_sentence(run, tmp_path, capsys):
+    file, adapter = tmp_path / "afile", tmp_path / "adapter"
+    file.write_text("")
+    shutil.copytree(run[0], adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/no/base"}))
+    named = (
+        f"No folder '/no/base', the base of the adapter {adapter} (base_model_name_or_path in its adapter_config.json)"
+    )
+    for argv, said in (
+        ([str(run[0]), f"--output_dir={file}"], f"--output_dir: '{file}' is a file, expected a folder"),
+        ([str(adapter), f"--output_dir={tmp_path / 'whole'}"], named),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main(["merge", *argv])
+        assert said in " ".join(capsys.readouterr().err.split())
