@@ -97,6 +97,9 @@ class AcceptedAnswers(Trained):
     def choose_beta(self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Text], **options: Any) -> None:
         """Find beta from samples of a random choice of prompts, unless it was given.
 
+        Under truncation acceptance and distance are those given the completions that it leaves: the others have no
+        samples, and their mass under the target is not counted.
+
         Args:
             options: as :meth:`answer` is given.
         """
@@ -105,9 +108,8 @@ class AcceptedAnswers(Trained):
             return
         order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(self.seed)).tolist()
         places = sorted(order[:PROMPTS_FOR_BETA])
-        some, scores, logps, log_z = self._pilot(
-            self._proposal("beta", options), [rows[i] for i in places], [prompts[i] for i in places]
-        )
+        proposal = self._proposal("beta", options)
+        some, scores, logps, log_z = self._pilot(proposal, [rows[i] for i in places], [prompts[i] for i in places])
         if not some.any():
             raise UsageError("No sample has mass under the target: train longer, or measure with fewer constraints.")
         remark = None
@@ -116,10 +118,11 @@ class AcceptedAnswers(Trained):
         else:
             chosen, remark = feasible_beta(scores[some], logps[some], log_z[some], acceptance=self.acceptance)
         self.beta = chosen.beta
+        given = " given what the options leave" if proposal.adjustment.truncates else ""
         self.chosen = (
             f"beta {chosen.beta:.3g}, found on {len(places)} prompts x {PILOT} samples: acceptance "
-            f"{chosen.acceptance_rate:.3f} +- {chosen.acceptance_rate_se:.3f}, TV to the target {chosen.tvd:.3f} +- "
-            f"{chosen.tvd_se:.3f}"
+            f"{chosen.acceptance_rate:.3f} +- {chosen.acceptance_rate_se:.3f}, TV to the target{given} "
+            f"{chosen.tvd:.3f} +- {chosen.tvd_se:.3f}"
         ) + (f"\nnote: {remark}." if remark else "")
 
     def answer(

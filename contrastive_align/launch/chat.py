@@ -10,42 +10,90 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from contrastive_align.launch.past_run import read_summary
 from contrastive_align.launch.trained import Trained
-from contrastive_align.launch.usage import UsageError, UsageParser
+from contrastive_align.launch.usage import UsageError, UsageParser, check_flags
 from contrastive_align.models.loading import adapter_config_path, named
+from contrastive_align.ranges import RANGES, Range
 
 
 GAP = " | "
+LONGEST = 256  # tokens of a completion, where nothing says how many
+NUMBERS = {"max_completion_length": RANGES["max_completion_length"], "temperature": Range(0), "seed": RANGES["seed"]}
 HELP = "/reset begins anew, /quit (or Ctrl-D) ends."
 
 
 def main(argv: Sequence[str]) -> int:
     """Ask both models what is typed, turn by turn; return the number of turns."""
     args = build_parser().parse_args(argv)
+    check_flags(args, NUMBERS)
     names = [args.model_name_or_path]
     if not args.alone:
         names.insert(0, args.before or start_of(args.model_name_or_path))
     options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "seed": args.seed}
     models = [Trained(name, **options) for name in names]
+    contexts = [context for model in models if (context := model.context) is not None]
+    length = args.max_completion_length or max(1, min([LONGEST, *(context // 2 for context in contexts)]))
     print(f"{' and '.join(model.short_name for model in models)}. {HELP}")
-    histories: list[list[dict[str, str]]] = [[] for _ in models]
+    for model in models:
+        if not model.chats:
+            why = "was trained on texts" if model.tokenizer.chat_template else "has no chat template"
+            print(f"note: {model.short_name} {why}, so that it sees the last line alone.")
+    talks = [Talk(model, length) for model in models]
     turns = 0
     while (said := _read()) is not None:
         if said == "/reset":
-            histories = [[] for _ in models]
+            talks = [Talk(model, length) for model in models]
+            continue
+        try:
+            asked = [talk.asked(said) for talk in talks]
+        except ValueError as error:
+            print(f"{error}", flush=True)
             continue
         replies = []
-        for model, history in zip(models, histories, strict=True):
-            history.append({"role": "user", "content": said})
-            prompt = list(history) if model.chats else said
-            (texts,), _ = model.answer(
-                [prompt], [turns], max_new_tokens=args.max_completion_length, temperature=args.temperature
-            )
-            history.append({"role": "assistant", "content": texts[0]})
+        for talk, messages in zip(talks, asked, strict=True):
+            prompt = messages if talk.model.chats else said
+            (texts,), _ = talk.model.answer([prompt], [turns], max_new_tokens=length, temperature=args.temperature)
+            talk.history = [*messages, {"role": "assistant", "content": texts[0]}]
             replies.append(texts[0].strip())
         print(side_by_side("before", "after", *replies) if len(models) > 1 else replies[0], flush=True)
         turns += 1
     return turns
+
+
+class Talk:
+    """A conversation with a model, as much of it as fits into the context.
+
+    Args:
+        length: of the longest answer, in tokens.
+    """
+
+    def __init__(self, model: Trained, length: int) -> None:
+        self.model, self.length = model, length
+        self.history: list[dict[str, str]] = []
+        self.told = False  # that turns were left out
+
+    def asked(self, said: str) -> list[dict[str, str]]:
+        """Return the messages that end with what is said, without the oldest turns where there is no room for them.
+
+        Raises:
+            ValueError: there is no room for what is said alone, or the chat template refuses it.
+        """
+        model, messages = self.model, [*self.history, {"role": "user", "content": said}]
+        while True:
+            tokens = len(model.ids_of(messages if model.chats else said))
+            if model.context is None or model.positions(tokens, self.length) <= model.context:
+                break
+            if len(messages) == 1 or not model.chats:
+                raise ValueError(
+                    f"These are {tokens} tokens; with an answer of up to {self.length} (--max_completion_length) that "
+                    f"is more than the {model.context} of the context of {model.short_name}. Say it in fewer words."
+                )
+            messages = messages[2:]  # a turn, and its answer
+            if not self.told:
+                print(f"note: the oldest turns are left out from now on: {model.short_name} has no room for them.")
+                self.told = True
+        return messages
 
 
 def _read() -> str | None:
@@ -67,11 +115,8 @@ def start_of(name: str) -> str:
     Raises:
         UsageError: neither is there.
     """
-    summary = Path(name) / "summary.json"
-    if summary.is_file():
-        found = json.loads(summary.read_text(encoding="utf-8")).get("model", {}).get("name_or_path")
-        if found:
-            return found
+    if found := read_summary(name).get("model", {}).get("name_or_path"):
+        return found
     config = adapter_config_path(name)
     if config is not None:
         return json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -112,7 +157,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--before", "--compare", help="Model to compare with; by default the one that training started from."
     )
     p.add_argument("--alone", action="store_true", help="Talk to the trained model only.")
-    p.add_argument("--max_completion_length", type=int, default=256, help="Longest completion, in tokens.")
+    p.add_argument(
+        "--max_completion_length",
+        type=int,
+        help=f"Longest completion, in tokens; by default {LONGEST}, at most half of the context.",
+    )
     p.add_argument("--temperature", type=float, default=1.0, help="Sampling temperature; 0 is greedy.")
     p.add_argument(
         "--seed",

@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from contrastive_align.data.files import READERS, FileProblem, kind_of, prompts_of
 from contrastive_align.data.formats import Text
+from contrastive_align.data.rows import RAW, UNREADABLE
 from contrastive_align.launch.accepted import AcceptedAnswers
 from contrastive_align.launch.step_files import check_free, to_line, write_rows
 from contrastive_align.launch.trained import Trained
-from contrastive_align.launch.usage import UsageError, UsageParser
-from contrastive_align.models.loading import context_length
+from contrastive_align.launch.usage import UsageError, UsageParser, check_flags
+from contrastive_align.ranges import RANGES, Range
 from contrastive_align.sampling.decode import seed_of
 
 
@@ -29,10 +31,18 @@ TEMPERATURES = {
     **dict.fromkeys(("stem", "humanities"), 0.1),
 }
 OTHER_TEMPERATURE = 0.7
+WHOLE = {"top_k": 0, "top_p": 1.0}  # flags -> the values that leave out no token
 AT_ONCE = 32  # prompts
 LONGEST = 512  # tokens of a completion, where nothing says how many
 WISHES = ("acceptance", "tv", "qrs_beta")
-LOWEST = {"num_generations": 1, "max_completion_length": 1, "temperature": 0, "top_k": 0, "top_p": 0, "num_beams": 1}
+NUMBERS = {
+    **{name: RANGES[name] for name in ("num_generations", "max_completion_length", "top_k", "top_p", "seed")},
+    "temperature": Range(0),  # 0 is greedy
+    "num_beams": Range(1, whole=True),
+    "acceptance": Range(0, 1, above=True),
+    "tv": Range(0, 1, above=True),
+    "qrs_beta": Range(0, above=True),
+}
 
 
 def main(argv: Sequence[str]) -> list[Any]:
@@ -44,29 +54,29 @@ def main(argv: Sequence[str]) -> list[Any]:
         raise UsageError("expected one of --model_name_or_path=MODEL and --qrs=FOLDER, that of an f-DPG run.")
     if args.compare and args.output:
         raise UsageError("--compare prints both models, and --output writes one. Leave one of them out.")
-    for name, low in LOWEST.items():
-        value = getattr(args, name)
-        if value is not None and value < low:
-            raise UsageError(f"--{name} is {value:g}, expected at least {low}.")
+    check_flags(args, NUMBERS)
     _check_together(args)
     if args.format != "jsonl" and args.num_generations != 1:
         raise UsageError(f"--num_generations={args.num_generations} means nothing to {args.format}: it has one answer.")
     if args.output:
         check_free(Path(args.output), args.overwrite)
     questions = [{"prompt": args.prompt}] if args.prompts is None else read_questions(Path(args.prompts), args.format)
+    _check_distance(args, questions)
     options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code, "seed": args.seed}
     if args.qrs is None:
         model = Trained(args.model_name_or_path, **options)
-        context = context_length(model.model) or 2 * LONGEST
-        args.max_completion_length = args.max_completion_length or min(LONGEST, context // 2)
     else:
         model = AcceptedAnswers(args.qrs, **{name: getattr(args, name) for name in WISHES}, **options)
-        args.max_completion_length = args.max_completion_length or model.max_completion_length
-        first = [prompts_of(model, [first_turn(row)])[0] for row in questions]
-        model.choose_beta(questions, first, **_sampling(args, questions[0]))
-    rows = answers(model, questions, args)
-    if args.compare:
-        show_both(questions, rows, answers(Trained(args.compare, **options), questions, args), args)
+    models = [model, *([Trained(args.compare, **options)] if args.compare else [])]
+    args.max_completion_length = args.max_completion_length or default_length(models, questions)
+    for each in models:
+        check_fits(each, questions, args)
+    if isinstance(model, AcceptedAnswers):
+        first = [prompt_after([], first_turn(row), model) for row in questions]
+        model.choose_beta(as_dataset(questions), first, **_sampling(args, questions[0]))
+    rows, *others = [answers(each, questions, args) for each in models]
+    if others:
+        show_both(questions, rows, *others, [each.short_name for each in models], args.format)
     elif args.output:
         lines = [json.dumps(rows, ensure_ascii=False, indent=2).encode() + b"\n"]
         write_rows(Path(args.output), lines if args.format == "alpaca_eval" else map(to_line, rows))
@@ -74,7 +84,7 @@ def main(argv: Sequence[str]) -> list[Any]:
     else:
         for question, row in zip(questions, rows, strict=True):
             print(f"asked    {first_turn(question)!r}")
-            for text in texts_of(row):
+            for text in texts_of(row, args.format):
                 print(f"sampled  {text!r}")
     if isinstance(model, AcceptedAnswers):
         share = model.accepted / max(1, model.proposed)
@@ -101,35 +111,59 @@ def _check_together(args: argparse.Namespace) -> None:
         )
 
 
+def _check_distance(args: argparse.Namespace, questions: Sequence[dict[str, Any]]) -> None:
+    """Raise UsageError where a distance from the target is wished for, and some completions are never proposed."""
+    if args.tv is None:
+        return
+    found = [f"--{name}={getattr(args, name):g}" for name, whole in WHOLE.items() if getattr(args, name) != whole]
+    if any(temperature_of(row, args) == 0 for row in questions):
+        found.append("--temperature=0" if args.temperature == 0 else "the temperature 0 of some categories of mt_bench")
+    if found:
+        raise UsageError(
+            f"--tv is the distance from the whole target, and {found[0]} leaves completions out, which no beta brings "
+            "back. Leave one of them out, or wish for an --acceptance."
+        )
+
+
 def read_questions(path: Path, form: str) -> list[dict[str, Any]]:
     """Read prompts: JSON (a list) or JSONL, of objects with ``prompt``, ``instruction`` or ``turns``; or lines of text.
 
     Raises:
         FileNotFoundError: no such file.
-        UsageError: a row without a prompt.
+        UsageError: a file that is not UTF-8, a row that is no JSON object, or one without a prompt.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file '{path}' (looked in {Path.cwd()}).")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".txt":
-        rows = [{"prompt": line} for line in text.splitlines() if line.strip()]
-    else:
-        try:
-            rows = (
-                json.loads(text)
-                if text.lstrip().startswith("[")
-                else [json.loads(x) for x in text.splitlines() if x.strip()]
-            )
-        except ValueError as error:
-            raise UsageError(f"{path}: not JSON: {error}.") from None
-    if not isinstance(rows, list) or not rows:
+    try:
+        rows = [{"prompt": line} for line in prompts_of(path)] if path.suffix == ".txt" else list(_json_rows(path))
+    except FileProblem as error:
+        raise UsageError(str(error)) from None
+    if not rows:
         raise UsageError(f"{path} has no rows, expected a list, or one JSON object a line.")
     wanted = "turns" if form == "mt_bench" else "prompt, instruction or turns"
     for number, row in enumerate(rows):
-        if not isinstance(row, dict) or not turns_of(row) or (form == "mt_bench" and "turns" not in row):
-            found = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            raise UsageError(f"{path}, row {number}: {found}, expected {wanted}.")
+        if not turns_of(row) or (form == "mt_bench" and "turns" not in row):
+            raise UsageError(f"{path}, row {number}: the keys {sorted(row)}, expected {wanted}.")
     return rows
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    kind = kind_of(path)
+    for read in READERS["json"](path, kind.compression if kind else None):
+        row = read()
+        if row[UNREADABLE]:
+            raise FileProblem(row[UNREADABLE])
+        yield json.loads(row[RAW])
+
+
+def as_dataset(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give each row the columns of all; what it lacks is None, as in a dataset.
+
+    >>> as_dataset([{"prompt": "a", "topic": "x"}, {"prompt": "b"}])
+    [{'prompt': 'a', 'topic': 'x'}, {'prompt': 'b', 'topic': None}]
+    """
+    nothing = dict.fromkeys(name for row in rows for name in row)
+    return [nothing | row for row in rows]
 
 
 def turns_of(row: dict[str, Any]) -> list[Text]:
@@ -150,8 +184,9 @@ def first_turn(row: dict[str, Any]) -> Text:
 def answers(model: Trained, questions: Sequence[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each question, in the format asked for."""
     found: list[dict[str, Any]] = []
+    columns = as_dataset(questions)
     for start, alike in _batches(questions, args):
-        replies = converse(model, alike, range(start, start + len(alike)), args)
+        replies = converse(model, alike, range(start, start + len(alike)), args, columns[start : start + len(alike)])
         rates = model.rates if isinstance(model, AcceptedAnswers) else [None] * len(alike)
         found += [
             _row(question, number, texts, model, args, rate)
@@ -190,33 +225,74 @@ def _sampling(args: argparse.Namespace, like: dict[str, Any]) -> dict[str, Any]:
     return {**given, "temperature": temperature_of(like, args)}
 
 
-def prompts_of(model: Trained, turns: Sequence[Text]) -> list[Text]:
-    """Return the prompts of first turns: messages for a model that chats, else texts."""
-    chats = [isinstance(asked, str) and model.chats for asked in turns]
-    return [[{"role": "user", "content": t}] if chat else t for t, chat in zip(turns, chats, strict=True)]
+def prompt_after(history: list[dict[str, str]], asked: Text, model: Trained) -> Text:
+    """Add what is asked to a conversation, and return the prompt: messages for a model that chats, else a text."""
+    history += [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
+    plain = isinstance(asked, str) and not model.chats
+    return "\n\n".join(message["content"] for message in history) if plain else list(history)
+
+
+def default_length(models: Sequence[Trained], questions: Sequence[dict[str, Any]]) -> int:
+    """Return the longest completion where none is given: that of a run, or one for which half of the context is left.
+
+    A conversation of n turns has n answers in one context.
+    """
+    first, turns = models[0], max(len(turns_of(row)) for row in questions)
+    if isinstance(first, AcceptedAnswers):
+        return first.max_completion_length
+    contexts = [context for model in models if (context := model.context) is not None]
+    return max(1, min([LONGEST, *(context // (2 * turns) for context in contexts)]))
+
+
+def check_fits(model: Trained, questions: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Raise UsageError where a conversation with answers of full length does not fit into the context.
+
+    Said before anything is sampled: a row that fails later would lose the answers to all others.
+    """
+    room, length = model.context, args.max_completion_length
+    for number, row in enumerate(questions):
+        where = "--prompt" if args.prompts is None else f"{args.prompts}, row {number}"
+        turns, history = turns_of(row), []
+        for asked in turns[:-1]:
+            prompt_after(history, asked, model)
+            history.append({"role": "assistant", "content": "."})
+        try:
+            tokens = len(model.ids_of(prompt_after(history, turns[-1], model)))
+        except ValueError as error:  # of the chat template
+            raise UsageError(f"{where}: {error}") from error
+        n = len(turns)
+        if room is None or model.positions(tokens + (n - 1) * length, length) <= room:
+            continue
+        found = "its prompt has" if n == 1 else f"its {n} turns have"
+        answer = f"an answer of up to {length}" if n == 1 else f"{n} answers of up to {length} each"
+        shorter = (room - tokens) // n
+        fix = f"Give --max_completion_length={shorter} or less, or shorten it" if shorter > 0 else "Shorten it"
+        raise UsageError(
+            f"{where}: {found} {tokens} tokens; with {answer} (--max_completion_length) that is more than the {room} "
+            f"of the context of {model.short_name}. {fix}, or leave the row out."
+        )
 
 
 def converse(
-    model: Trained, rows: Sequence[dict[str, Any]], numbers: Sequence[int], args: argparse.Namespace
+    model: Trained,
+    rows: Sequence[dict[str, Any]],
+    numbers: Sequence[int],
+    args: argparse.Namespace,
+    columns: Sequence[dict[str, Any]],
 ) -> list[list[list[str]]]:
-    """Return for each conversation the answers of each turn (``num_generations`` of a single one)."""
+    """Return for each conversation the answers of each turn (``num_generations`` of a single one).
+
+    Args:
+        columns: the rows with the columns of all questions, for features.
+    """
     turns = [turns_of(row) for row in rows]
     replies: list[list[list[str]]] = [[] for _ in turns]
     history: list[list[dict[str, str]]] = [[] for _ in turns]
     for turn in range(len(turns[0])):
-        prompts: list[Text] = []
-        for said, own in zip(turns, history, strict=True):
-            asked = said[turn]
-            if not isinstance(asked, str):
-                own.extend(asked)
-            else:
-                own.append({"role": "user", "content": asked})
-            plain = isinstance(asked, str) and not model.chats
-            prompts.append("\n\n".join(message["content"] for message in own) if plain else list(own))
         texts, _ = model.answer(
-            prompts,
+            [prompt_after(own, said[turn], model) for said, own in zip(turns, history, strict=True)],
             [(number, turn) for number in numbers],
-            rows=rows,
+            rows=columns,
             per_prompt=args.num_generations,
             **_sampling(args, rows[0]),
             **({} if args.num_beams == 1 else {"num_beams": args.num_beams}),
@@ -258,23 +334,22 @@ def _row(
     return {**question, "generations": texts[-1], **rates, "generator": generator}
 
 
-def texts_of(row: dict[str, Any]) -> list[str]:
-    """Return the answers in a row of any format."""
-    if "choices" in row:
+def texts_of(row: dict[str, Any], form: str) -> list[str]:
+    """Return the answers in a row of a format."""
+    if form == "mt_bench":
         return row["choices"][0]["turns"]
-    return [row["output"]] if "output" in row else row["generations"]
+    return [row["output"]] if form == "alpaca_eval" else row["generations"]
 
 
 def show_both(
-    questions: Sequence[dict[str, Any]], rows: Sequence[dict], others: Sequence[dict], args: argparse.Namespace
+    questions: Sequence[dict[str, Any]], rows: Sequence[dict], others: Sequence[dict], names: Sequence[str], form: str
 ) -> None:
     """Print the answers of two models beside each other."""
     from contrastive_align.launch.chat import side_by_side
 
     for question, one, other in zip(questions, rows, others, strict=True):
         print(f"\n{first_turn(question)}")
-        names = (args.model_name_or_path, args.compare)
-        print(side_by_side(*names, "\n".join(texts_of(one)), "\n".join(texts_of(other))))
+        print(side_by_side(*names, "\n".join(texts_of(one, form)), "\n".join(texts_of(other, form))))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -307,7 +382,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--num_generations", type=int, default=1, help="Number of answers to a prompt; more than 1 in jsonl only."
     )
-    length = f"In tokens; {LONGEST}, at most half of the context; with --qrs that of the run."
+    length = f"In tokens; {LONGEST}, at most half of the context in all turns; with --qrs that of the run."
     p.add_argument("--max_completion_length", type=int, help=length)
     p.add_argument(
         "--temperature",

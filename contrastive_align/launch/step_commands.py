@@ -33,7 +33,6 @@ from contrastive_align.targets.features import resolve_feature
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CONVERTED = "scored_completions.jsonl"
-LOG_LEVELS = ("debug", "info", "warning")
 BATCHES_AT_ONCE = 4  # of sampling, written together
 ROWS_AT_ONCE = 64  # of scoring, written together
 # Flags of ``sample`` that say where the output goes and how fast it comes, not what it contains.
@@ -246,16 +245,13 @@ class _Parser(UsageParser):
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser with one subparser for each step."""
     about = "Conditional training in steps over JSONL files."
-    parser = _Parser(prog="contrastive-align steps", description=about, allow_abbrev=False)
+    parser = _Parser(prog="contrastive-align steps", description=about, allow_abbrev=False, log_level=False)
     steps = parser.add_subparsers(dest="step", required=True, metavar="step")
 
     def step(name: str, run: Any, what: str) -> argparse.ArgumentParser:
-        made = steps.add_parser(name, help=what, description=what, allow_abbrev=False)
+        hands_it_on = run is None  # train
+        made = steps.add_parser(name, help=what, description=what, allow_abbrev=False, log_level=not hands_it_on)
         made.set_defaults(run=run)
-        if run is not None:  # train hands it on
-            made.add_argument(
-                "--log_level", choices=LOG_LEVELS, help="Level of log messages; debug shows the traceback of an error."
-            )
         return made
 
     p = step("sample", sample, "Prompts -> K completions each.")

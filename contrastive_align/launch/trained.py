@@ -15,6 +15,7 @@ from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.launch.ask import load_trained, sample_trained, search_trained
 from contrastive_align.launch.past_run import chats, read_summary
 from contrastive_align.launch.quiet import quiet_run
+from contrastive_align.models.loading import context_length
 from contrastive_align.sampling.decode import seed_of
 
 
@@ -46,6 +47,21 @@ class Trained:
         """Whether a text is asked as a user's message (see :func:`~contrastive_align.launch.past_run.chats`)."""
         return chats(read_summary(self.name), self.tokenizer)
 
+    @property
+    def context(self) -> int | None:
+        """The number of tokens that its positions are made for; None if it is unknown."""
+        return context_length(self.model)
+
+    def ids_of(self, prompt: Text) -> list[int]:
+        """Token ids of a prompt, with the best condition before it."""
+        return tokenise_prompt(prompt if self.condition is None else self.condition.apply_best(prompt), self.tokenizer)
+
+    def positions(self, prompt_tokens: int, completion_tokens: int) -> int:
+        """Return how many tokens of the context a prompt and its completion take."""
+        if self.model.config.is_encoder_decoder:  # each has a context of its own
+            return max(prompt_tokens, completion_tokens)
+        return prompt_tokens + completion_tokens
+
     def answer(
         self,
         prompts: Sequence[Text],
@@ -73,8 +89,7 @@ class Trained:
         tokens = [] if self.condition is None else self.condition.tokens
         if temperature == 0:
             temperature, top_p = 1.0, GREEDY
-        asked = [prompt if self.condition is None else self.condition.apply_best(prompt) for prompt in prompts]
-        ids = [tokenise_prompt(prompt, self.tokenizer) for prompt in asked]
+        ids = [self.ids_of(prompt) for prompt in prompts]
         same = {"per_prompt": per_prompt, "max_new_tokens": max_new_tokens}
         if num_beams > 1:
             return search_trained(self.model, self.tokenizer, ids, tokens, num_beams=num_beams, **same)

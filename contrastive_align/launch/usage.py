@@ -8,10 +8,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Collection
-from typing import NoReturn
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
 
-from contrastive_align.ranges import RANGES
+from contrastive_align.ranges import RANGES, Range
 
 
 SECONDS_TO_BE_ENDED = 3  # a launcher ends the other processes within 0.1 s of the first that failed
@@ -222,11 +222,33 @@ for _option, _guesses in MEANT.items():
         _OPTIONS.setdefault(_guess, []).append(_option)
 
 
+LOG_LEVELS = ("debug", "info", "warning")
+
+
 class UsageParser(argparse.ArgumentParser):
-    """A parser whose errors are UsageErrors."""
+    """A parser whose errors are UsageErrors.
+
+    Args:
+        log_level: whether it has the flag of this name, for which errors print a traceback (see ``launch/errors.py``).
+        options: as of ``ArgumentParser``.
+    """
+
+    def __init__(self, *, log_level: bool = True, **options: Any) -> None:
+        super().__init__(**options)
+        if log_level:
+            text = "Level of log messages; debug shows the traceback of an error."
+            self.add_argument("--log_level", choices=LOG_LEVELS, help=text)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{in_own_words(message)}    (all flags: {self.prog} -h)")
+
+
+def check_flags(args: argparse.Namespace, ranges: Mapping[str, Range]) -> None:
+    """Raise UsageError where a number was given that is outside the range of its flag."""
+    for name, expected in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not expected.takes(value):
+            raise UsageError(f"--{name} is {value!r}, expected {expected}.")
 
 
 def as_flags(text: str) -> str:

@@ -98,12 +98,12 @@ def test_accepted_samples_of_an_encoder_decoder_follow_the_target(tmp_path, caps
         "sample",
         f"--qrs={run}",
         "--prompt=a",
-        "--num_generations=200",
+        "--num_generations=400",
         "--qrs_beta=10",
         "--max_completion_length=1",
     ]
     (row,) = cli.main(argv)
-    assert len(row["generations"]) == 200 and "QRS accepted" in capsys.readouterr().out
+    assert len(row["generations"]) == 400 and "QRS accepted" in capsys.readouterr().out
     with torch.no_grad():
         loaded = AutoModelForSeq2SeqLM.from_pretrained(run)
         inputs = tokenizer("a", return_tensors="pt")["input_ids"]
@@ -111,9 +111,9 @@ def test_accepted_samples_of_an_encoder_decoder_follow_the_target(tmp_path, caps
     lengths = torch.tensor([len(tokenizer.decode([i], skip_special_tokens=True)) for i in range(len(p))]).double()
     target = (p + lengths / 4.0).softmax(-1)
     wanted, spread = float(target @ lengths), float((target @ lengths**2 - (target @ lengths) ** 2) ** 0.5)
-    found = sum(map(len, row["generations"])) / 200
-    assert abs(found - wanted) < 4 * spread / 200**0.5
-    assert abs(found - float(p.exp() @ lengths)) > 4 * spread / 200**0.5
+    found = sum(map(len, row["generations"])) / 400
+    assert abs(found - wanted) < 4 * spread / 400**0.5
+    assert abs(found - float(p.exp() @ lengths)) > 4 * spread / 400**0.5
     (beams,) = cli.main(["sample", f"--model={run}", "--prompt=a", "--num_beams=3", "--num_generations=2"])
     assert len(beams["generations"]) == 2
 
