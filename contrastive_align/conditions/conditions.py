@@ -320,21 +320,24 @@ class _QuantileCondition(Condition):
         return label
 
     def check_signal(self, samples: Sequence[Sample]) -> None:
-        """Raise ValueError where no group that is sorted has a quantile, with how many lack scores or differences."""
+        """Raise ValueError where all that has a quantile is in one, with how many groups lack scores or differences."""
         by_group: dict[int, list[float]] = {}
         for sample in samples:
             scores = by_group.setdefault(sample.prompt_index if self.per_prompt else 0, [])
             scores += [] if sample.score is None else [sample.score]
-        groups = by_group.values()
+        groups, found_labels = by_group.values(), set()
         for scores in groups:
-            if len(scores) >= self.quantiles and (quantiles(scores, n=self.quantiles, ties=self.ties) >= 0).any():
-                return
+            if len(scores) >= self.quantiles:
+                found_labels |= {*quantiles(scores, n=self.quantiles, ties=self.ties).tolist()} - {-1}
+                if len(found_labels) >= min(2, self.quantiles):
+                    return
         n, few = sum(map(len, groups)), sum(len(scores) < self.quantiles for scores in groups)
         tied = sum(len(set(scores)) == 1 for scores in groups if len(scores) >= self.quantiles)
         which = f"Of {len(by_group)} prompts," if self.per_prompt else "Of all samples together (1 group),"
         found = [f"{few} have fewer than {self.quantiles} scored completions, one for each quantile"] if few else []
         found += [f"{tied} have completions that all score the same"] if tied else []
-        found += [f"{rest} have ties in every quantile (ties: drop)"] if (rest := len(groups) - few - tied) else []
+        rest = len(groups) - few - tied
+        found += [f"{rest} have ties in every quantile but one at most (ties: {self.ties})"] if rest else []
         raise ValueError(
             f"There is nothing to learn from: {n} of {len(samples)} samples are scored, and no score says which is "
             f"better. {which} {' and '.join(found)}. Sample more completions of a prompt (num_generations), ask for "

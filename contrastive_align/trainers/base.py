@@ -489,14 +489,13 @@ class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, 
         self.resumed_from = None if checkpoint is None else Path(checkpoint)
         if self.resumed_from is not None or self.reference_is_proven is None:
             self.reference_is_proven = False
-        if self.resumed_from is not None:
-            self.load_state(self.resumed_from)
-            check_functions(self.resumed_from, self.functions())
-        self.check_finite()  # again: weights may have been changed since
         self.start_step, self.first_step_is_finite, self._bad_batch, self._lost = 0, False, None, None
         if self.resumed_from is not None:
             state = (self.resumed_from / TRAINER_STATE_NAME).read_text(encoding="utf-8")
             self.start_step = json.loads(state)["global_step"]
+            self.load_state(self.resumed_from)
+            check_functions(self.resumed_from, self.functions())
+        self.check_finite()  # again: weights may have been changed since
         self.begin_training(going_on=bool(resume_from_checkpoint))
         return checkpoint
 

@@ -481,7 +481,7 @@ class ConditionalTrainer(SamplesRounds, KeepsDigits, PreparesDatasets, Alignment
     def measure(self, dataset: Dataset) -> dict[str, float]:
         """Return the rewards under each condition, or the likelihoods of scored completions."""
         if self.online:
-            self.reward_log = RewardLog()
+            self.reward_log = RewardLog(has_table=False)
             return evaluation.reward_metrics(self.rewards_given(dataset)) | self.reward_log.take_metrics()
         samples, _ = self._read_scored(dataset, self.best_condition())
         return evaluation.likelihood_metrics(samples, self.best_condition(), self.nll_given)

@@ -376,6 +376,11 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
         self.take_prompts(self.train_dataset)
         if args.num_generations < 2:
             raise ValueError(f"num_generations is {args.num_generations}, expected 2 or more: a group is compared.")
+        if scored_dataset is None and args.scored_share != ContrastiveConfig.scored_share:
+            raise ValueError(
+                f"scored_share is {args.scored_share:g}, and there are no scored groups to have a share. Give "
+                "scored_dataset, or leave scored_share out."
+            )
         scored = (
             None if scored_dataset is None else self.prepare_rows(scored_dataset, self.processing_class, args, SCORED)
         )
@@ -443,7 +448,7 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
 
     def measure(self, dataset: Dataset) -> dict[str, float]:
         """Return the mean reward of samples of the prompts, and its standard error."""
-        self.reward_log = RewardLog()
+        self.reward_log = RewardLog(has_table=False)
         return evaluation.mean_and_error("reward", self.rewards_of(dataset)) | self.reward_log.take_metrics()
 
     def rewards_of(self, dataset: Dataset) -> np.ndarray:
@@ -583,10 +588,10 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
         return (STATE_FILE,) if self.online else ()
 
     def save_own_state(self, folder: Path) -> None:
-        """Write the temperature of the labels, and the place in a stream of shards."""
+        """Write the temperature of the labels, what the rounds are like, and the place in a stream of shards."""
         state: dict[str, Any] = {"temperature_alpha": self.temperature_alpha} if self.reads_labels else {}
         if self.online:
-            state["steps_per_round"] = self.steps_per_round
+            state |= {"steps_per_round": self.steps_per_round, "reference": self.args.reference}
         if isinstance(self.train_dataset, ShardedGroups):
             state[STREAM] = stream_state(self, self.train_dataset)
         if state and self.args.should_save:
@@ -604,6 +609,12 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
             check_stream_of_checkpoint(checkpoint, state[STREAM], self, self.train_dataset)
         if self.online:
             self.check_steps_of_round(checkpoint, state.get("steps_per_round", 0))
+            earlier, now = state.get("reference", self.args.reference), self.args.reference
+            if earlier != now and self.start_step % self.steps_per_round:
+                raise ValueError(
+                    f"reference was {earlier} in {checkpoint} and is {now} now, in the middle of a round, which "
+                    f"was begun with the former. Keep reference={earlier}, or go on from the end of a round."
+                )
             return  # the temperature is that of the round's groups
         if not self.reads_labels or self.args.temperature_alpha != AUTO:
             return

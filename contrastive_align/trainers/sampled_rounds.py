@@ -64,7 +64,7 @@ class SamplesRounds:
         Raises:
             ValueError: both are given, or options of completions that are there already.
         """
-        self.judge, self.reward_log = judge, RewardLog()
+        self.judge, self.reward_log = judge, RewardLog(has_table=False)
         if judge is not None and reward_funcs is not None:
             raise ValueError("Both reward_funcs and judge are given, expected one of them.")
         source = "a judge" if judge is not None else "reward_funcs"
@@ -282,7 +282,10 @@ class SamplesRounds:
         Raises:
             NoSignal: nothing tells the samples of the first round apart.
         """
-        self.reward_log, self.sampling_seconds = RewardLog(), 0.0  # without what was logged while measuring
+        self.reward_log, self.sampling_seconds = (
+            RewardLog(has_table=False),
+            0.0,
+        )  # without what was logged while measuring
         with self.unchanged_weights():
             try:
                 self.rounds.make(number, (number - 1) * self.steps_per_round)  # resumed, the step is a later one

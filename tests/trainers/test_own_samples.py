@@ -174,6 +174,24 @@ def test_the_kl_of_a_round_is_that_of_the_policy_at_temperature_1(tmp_path, monk
     assert (of_round["temperature"], of_kl["temperature"], of_kl["per_prompt"]) == (1.5, 1.0, 1)
 
 
+def test_a_column_of_the_reward_function_is_named_where_there_is_no_table(tmp_path, caplog):
+    def with_column(completion_ids, log_extra, **columns):
+        log_extra("lengths", [len(ids) for ids in completion_ids])
+        return reward(completion_ids)
+
+    logging.getLogger("contrastive_align").setLevel(logging.WARNING)
+    make(tmp_path, told={"reward_funcs": with_column}, num_rounds=1).train()
+    assert "log_extra('lengths') is not kept" in caplog.text
+
+
+def test_the_reference_is_not_exchanged_in_the_middle_of_a_round(tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "num_rounds": 2}
+    make(tmp_path, **saving, reference="start").train()
+    changed = make(tmp_path, **saving, reference="round")
+    with pytest.raises(ValueError, match=r"reference was start in .* and is round now, in the middle of a round"):
+        changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_a_prompt_without_signal_is_sampled_again_up_to_a_budget(tmp_path):
     """Its samples say how often: they are numbered on."""
     calls = []
@@ -264,6 +282,7 @@ REFUSED = {
     "batches by tokens": ({}, {"max_tokens_per_batch": 64}, "max_tokens_per_batch=64 is not supported online"),
     "half checkpoints": ({}, {"save_only_model": True, "save_strategy": "steps"}, "save_only_model=True leaves"),
     "another reference": ({}, {"reference": "end"}, "reference is 'end', expected one of round, start"),
+    "a share of nothing": ({}, {"scored_share": 0.25}, "scored_share is 0.25, and there are no scored groups"),
     "scores of the data": ({}, {"score_column": "scores"}, "score_column is of completions that are there"),
 }
 
