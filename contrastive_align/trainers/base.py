@@ -83,6 +83,7 @@ from contrastive_align.trainers.stopping import StopOnSignal
 from contrastive_align.trainers.trials import try_attention, try_options
 from contrastive_align.trl_seam import (
     ListensToSignals,
+    LoadsTiedWeights,
     Members,
     ReadsColumns,
     SavesModels,
@@ -101,7 +102,9 @@ AnyDataset = Dataset | IterableDataset
 EvalDataset = AnyDataset | DatasetDict | IterableDatasetDict | dict[str, AnyDataset]
 
 
-class AlignmentTrainer(HoldsWeights, ListensToSignals, SavesModels, SavesState, ReadsColumns, Members):
+class AlignmentTrainer(
+    HoldsWeights, ListensToSignals, SavesModels, SavesState, LoadsTiedWeights, ReadsColumns, Members
+):
     """What stands before the TRL class in the bases of every trainer of this package.
 
     A trainer calls :meth:`own_args`, :meth:`refuse_arguments` and :meth:`load_start` before TRL's ``__init__``, and

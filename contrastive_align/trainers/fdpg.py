@@ -65,7 +65,7 @@ from contrastive_align.trl_seam import DrawsGroups, Method, nothing_loaded_by_tr
 logger = logging.get_logger(__name__)
 
 FIT_GROWTH = 16  # times the first samples of a fit, which its budget is by default
-FIT_REPORTS = 10.0  # seconds before the second line on its progress
+FIT_REPORTS, FIT_SILENCE = 10.0, 60.0  # seconds between lines on its progress: at first, and at most
 COLLAPSED = 0.5  # share of samples drawn with probability 1 from which on a truncated proposal has collapsed
 LOST_MASS_SAMPLES = 32  # prompts, and samples of each, from which the mass outside a truncated proposal is estimated
 TARGET_FILE = "target.json"
@@ -865,7 +865,7 @@ class _FitProgress:
         now, self.samples = time.perf_counter() - self._begun, samples
         if now < self._next:
             return
-        self._next = max(FIT_REPORTS, 3 * now)
+        self._next = now + min(max(FIT_REPORTS, 2 * now), FIT_SILENCE)
         means, error = phi.mean(1), phi.size(0) ** -0.5
         spread = means.std(0) * error if len(means) > 1 else phi.flatten(0, 1).std(0) * phi.size(1) ** -0.5
         moments = zip(self.target.names, means.mean(0).tolist(), spread.tolist(), strict=True)

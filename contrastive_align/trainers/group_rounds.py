@@ -16,9 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.pool import Pool, Sample, Table
 from contrastive_align.pool.draws import LEFT_OUT
-
-
-QUANTILES = (0.1, 0.5, 0.9)  # of a round's rewards
+from contrastive_align.trainers.evaluation import rewards_of_round
 
 
 @dataclass(frozen=True)
@@ -218,8 +216,6 @@ def group_metrics(number: int, table: Table, per_prompt: int) -> dict[str, float
     if scored.any():
         best = np.full(len(places), -np.inf)
         np.maximum.at(best, of[scored], scores[scored])
-        found = scores[scored]
-        metrics |= {"round/mean_reward": float(found.mean()), "round/reward_std": float(found.std())}
+        metrics |= rewards_of_round(scores[scored])
         metrics["round/best_of_k"] = float(best[np.isfinite(best)].mean())
-        metrics |= {f"round/reward_q{round(100 * q)}": float(np.quantile(found, q)) for q in QUANTILES}
     return metrics

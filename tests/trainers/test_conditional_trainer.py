@@ -86,6 +86,7 @@ def test_prompts_whose_completions_all_score_the_same_are_counted_and_said(tiny_
     assert round_["round/no_signal"] == pytest.approx(1 / len(PROMPTS))
     assert f"of 1 of {len(PROMPTS)} prompts ([0] first) have the same score" in caplog.text
     assert round_["round/left_out"] == round_["round/samples"] / len(PROMPTS)
+    assert round_["round/reward_q10"] <= round_["round/reward_q50"] <= round_["round/reward_q90"]
     for per_prompt in (True, False):
         same = build(tiny_llama(), tmp_path / str(per_prompt), condition={"kind": "phrases", "per_prompt": per_prompt},
                      reward_funcs=lambda completions, **_: [1.0] * len(completions), **options)  # fmt: skip
