@@ -241,6 +241,19 @@ class SavesState:
         self.accelerator.wait_for_everyone()
 
 
+class LoadsTiedWeights:
+    """``_issue_warnings_after_load``: Trainer takes a weight for missing that is another's under a second name.
+
+    A checkpoint holds tied weights once. Needed by all trainers.
+    """
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        weights, missing = dict(self.model.named_parameters(remove_duplicate=False)), set(load_result.missing_keys)
+        loaded = {id(weight) for name, weight in weights.items() if name not in missing}
+        lost = [name for name in load_result.missing_keys if id(weights.get(name)) not in loaded]
+        super()._issue_warnings_after_load(load_result._replace(missing_keys=lost))
+
+
 class PreparesDatasets:
     """``_prepare_dataset``: TRL would tokenise pairs or texts. Needed by the contrastive and conditional trainers."""
 

@@ -7,9 +7,11 @@ import sys
 import textwrap
 
 import pytest
+from safetensors.torch import load_file, save_file
 from small_trainers import COLUMNS
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from contrastive_align import trl_seam
+from contrastive_align import demo, trl_seam
 from contrastive_align.trainers import evaluation
 
 
@@ -71,6 +73,7 @@ def calls_in_a_run(column, folder):
             more = {} if cached is None else {"precompute_ref_log_probs": cached}
             trainer = column.make(folder, told={"eval_dataset": column.rows(4)}, **options, **more)
             trainer.train()
+            trainer._load_from_checkpoint(str(trainer.checkpoint_folder()))
             trainer.end()
     return entered, by_trl
 
@@ -106,6 +109,26 @@ def test_every_other_override_is_entered(column, calls):
     expected = overrides(column, seam=False)
     assert {"compute_loss", "train", "create_model_card"} <= {name for _, name in expected}
     assert {name for _, name in expected - entered} == NOT_ENTERED[column.name]
+
+
+def test_a_tied_weight_is_not_missing_in_a_checkpoint(tmp_path, monkeypatch):
+    class Tied(trl_seam.LoadsTiedWeights, Trainer):
+        pass
+
+    said = []
+    monkeypatch.setattr(trl_seam.trainer_module.logger, "warning", said.append)
+    model = AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH)
+    assert model.config.tie_word_embeddings
+    trainer = Tied(model, TrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True))
+    trainer.save_model(str(tmp_path / "whole"))
+    trainer._load_from_checkpoint(str(tmp_path / "whole"))
+    assert said == []
+    weights = load_file(tmp_path / "whole" / "model.safetensors")
+    del weights["model.norm.weight"]
+    (tmp_path / "lost").mkdir()
+    save_file(weights, tmp_path / "lost" / "model.safetensors")
+    trainer._load_from_checkpoint(str(tmp_path / "lost"))
+    assert said == ["There were missing keys in the checkpoint model loaded: ['model.norm.weight']."]
 
 
 def private_members_read(cls):
