@@ -22,29 +22,19 @@ from contrastive_align.pool import Pool, Sample, Table
 from contrastive_align.report.plots import plot_round
 from contrastive_align.sampling import distinct_n
 from contrastive_align.sampling.decode import seed_of
+from contrastive_align.trainers.group_rounds import rewards_of_round
 from contrastive_align.trainers.rounds import ConditionedPrompts
 
 
 logger = logging.get_logger(__name__)
 
 UNCONDITIONED = "nothing"
-QUANTILES = (0.1, 0.5, 0.9)  # of a round's rewards
 SCORED_TOGETHER = 64  # completions whose log-probs are computed at once
 # (samples, their texts, reference=) -> (N,) negative log-likelihoods in nats, (N,) tokens
 Likelihood = Callable[..., tuple[np.ndarray, np.ndarray]]
 
 
 # ------------------------------------------------------------------------------------------------------------ a round
-
-
-def rewards_of_round(scores: np.ndarray) -> dict[str, float]:
-    """Return the mean, the spread and the quantiles of a round's scores.
-
-    >>> rewards_of_round(np.array([1.0, 2.0, 3.0]))["round/reward_q50"]
-    2.0
-    """
-    of = {f"round/reward_q{round(100 * q)}": float(np.quantile(scores, q)) for q in QUANTILES}
-    return {"round/mean_reward": float(scores.mean()), "round/reward_std": float(scores.std())} | of
 
 
 def round_metrics(number: int, table: Table, condition: Condition, *, online: bool) -> dict[str, float]:

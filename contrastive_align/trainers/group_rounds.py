@@ -16,7 +16,9 @@ from torch.utils.data import Dataset as TorchDataset
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.pool import Pool, Sample, Table
 from contrastive_align.pool.draws import LEFT_OUT
-from contrastive_align.trainers.evaluation import rewards_of_round
+
+
+QUANTILES = (0.1, 0.5, 0.9)  # of a round's rewards
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,16 @@ class GroupRows(TorchDataset):
         """Keep log-probs of the distinct groups, so that a run that goes on in the round has its reference."""
         with atomic_write(self.reference_file) as file:
             file.write(json.dumps({"groups": self.distinct(), "logps": logps}).encode())
+
+
+def rewards_of_round(scores: np.ndarray) -> dict[str, float]:
+    """Return the mean, the spread and the quantiles of a round's scores.
+
+    >>> rewards_of_round(np.array([1.0, 2.0, 3.0]))["round/reward_q50"]
+    2.0
+    """
+    of = {f"round/reward_q{round(100 * q)}": float(np.quantile(scores, q)) for q in QUANTILES}
+    return {"round/mean_reward": float(scores.mean()), "round/reward_std": float(scores.std())} | of
 
 
 def group_metrics(number: int, table: Table, per_prompt: int) -> dict[str, float]:
