@@ -1,4 +1,4 @@
-"""Does the doctor name what is wrong? 15 diseases made with the bundled model, 3 seeds each, and 20 healthy runs.
+"""Does the doctor name what is wrong? 16 diseases made with the bundled model, 3 seeds each, and 20 healthy runs.
 
     python benchmarks/doctor.py --out scratch/doctor            # about 20 minutes on two cores
     python benchmarks/doctor.py --out scratch/fresh --first_seed 100
@@ -18,7 +18,7 @@ from pathlib import Path
 from contrastive_align import demo
 from contrastive_align.launch import cli
 from contrastive_align.report.doctor import diagnose
-from contrastive_align.report.history import read_history
+from contrastive_align.report.page import RunView
 
 
 SHORT = ["--max_eval_samples=60", "--logging_steps=5", "--warmup_steps=3", "--report_prompts=16"]
@@ -95,6 +95,7 @@ def diseases(folder):
     """Disease -> the command that makes it."""
     sft = ["--loss_type=sft", "--learning_rate=2e-3", "--max_steps=30", "--report_prompts=10", "--max_train_samples=96"]
     return {
+        "diverged": ["reward", "--learning_rate=1000", "--max_grad_norm=0", "--max_steps=12", *SHORT],
         "likelihood_displacement": [
             "preference",
             "--loss_type=DPO",
@@ -202,20 +203,23 @@ def run(argv, folder):
     started, said = time.perf_counter(), io.StringIO()
     if not (folder / "summary.json").is_file():  # a benchmark that was stopped goes on
         _make(argv, folder, said)
-    summary = json.loads((folder / "summary.json").read_text())
-    history = read_history(folder)
-    return summary, history, diagnose(summary, history), time.perf_counter() - started
+    view = RunView.read(folder)  # a run that diverges leaves no summary.json
+    return view.summary, view.history, diagnose(view.summary, view.history).findings, time.perf_counter() - started
 
 
 def _make(argv, folder, said):
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        cli.main([*argv, f"--output_dir={folder}"])
+        try:
+            cli.main([*argv, f"--output_dir={folder}"])
+        except SystemExit:
+            if not folder.name.startswith("diverged"):
+                raise
 
 
 def recorded(summary, history):
     """The numbers that rules read, few enough for a fixture."""
     parts = ("facts", "metrics", "metrics_on", "samples")
-    found = {part: summary[part] for part in parts}
+    found = {part: summary.get(part, {}) for part in parts}
     method = ("temperature_alpha", "learning_rate", "num_generations", "prompts_per_generation")
     found["method"] = {name: summary["method"][name] for name in method if name in summary["method"]}
     train = summary["data"].get("train", {})

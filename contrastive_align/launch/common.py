@@ -32,9 +32,9 @@ from contrastive_align.launch.record import AFTER, BEFORE, HeldOut, Recorder, ch
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.models.cpu.freed_memory import keep_freed_memory
 from contrastive_align.models.describe import count_parameters, describe_adapter, four_bit_options, quantisation_of
-from contrastive_align.models.loading import ADAPTER_CONFIG
+from contrastive_align.models.loading import ADAPTER_CONFIG, not_finite
 from contrastive_align.report import Summary, card
-from contrastive_align.report.doctor import as_dicts, diagnose, verdict
+from contrastive_align.report.doctor import as_dicts, diagnose
 from contrastive_align.report.page import PAGE
 from contrastive_align.report.summary import wrap, wrapped_table
 from contrastive_align.trainers import ContrastiveConfig
@@ -234,9 +234,19 @@ class Run:
         summary, recorder = self.summary, self.recorder
         recorder.sample(AFTER)
         summary.samples = recorder.changes
-        findings = diagnose(summary.contents(), recorder.history)
-        summary.doctor = as_dicts(findings)
-        summary.verdict = verdict(findings)
+        diagnosis = diagnose(summary.contents(), recorder.history)
+        summary.doctor = as_dicts(diagnosis.findings)
+        summary.verdict = diagnosis.lines
+
+    def _look_at_failure(self, error: Exception) -> None:
+        """Write the page of a run that an error stopped, with what the doctor says of it."""
+        recorder, state, model = self.recorder, self.trainer.state, self.trainer.model
+        lost = not_finite((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        recorder.summary = self.summary.contents()
+        recorder.summary["facts"] |= {"weights_not_finite": len(lost)} if lost else {}
+        said = without_secrets((str(error) or type(error).__name__).strip().splitlines()[0])
+        with contextlib.suppress(OSError):  # such as the full disk that stopped the run
+            recorder.write_page(unfinished=f"{state.global_step} of {state.max_steps}", stopped=said)
 
     def after_saving(self) -> None:
         """Write further files beside the model, and add to ``summary.training`` and ``summary.saved``."""
@@ -333,7 +343,11 @@ class Run:
         self.before_training()
         self.recorder.summary = summary.contents()
         started = time.perf_counter()
-        self.train(checkpoint)
+        try:
+            self.train(checkpoint)
+        except Exception as error:
+            self._look_at_failure(error)
+            raise
         if trainer.state.global_step < trainer.state.max_steps:
             self._stop_if_asked()
         summary.training = {"steps": trainer.state.global_step, "seconds": round(time.perf_counter() - started, 1)}

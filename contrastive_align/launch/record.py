@@ -24,6 +24,7 @@ from contrastive_align.models.loading import eos_token_ids
 from contrastive_align.report import Change
 from contrastive_align.report.history import LOG_FILE, History, read_entries
 from contrastive_align.report.page import PAGE, SAMPLES_FILE, RunView, write_page
+from contrastive_align.report.summary import UNFINISHED_FILE
 from contrastive_align.sampling.decode import draw, score, seed_of
 
 
@@ -253,13 +254,16 @@ class Recorder(TrainerCallback):
             if samples.is_file() and self.held_out.texts:
                 found = json.loads(samples.read_text(encoding="utf-8")).get("stages", [])
                 size, first = min(SHOWN, len(self.held_out.texts)), 1 if self.stages else 0
-                self.stages += [s for s in found if first <= s["step"] <= state.global_step and len(s["texts"]) == size]
+                kept_stages = [s for s in found if first <= s["step"] <= state.global_step and len(s["texts"]) == size]
+                named = [f"step {s['step']}" if s["name"] == AFTER else s["name"] for s in kept_stages]
+                self.stages += [{**s, "name": name} for s, name in zip(kept_stages, named, strict=True)]
         self.history = History([*own, *kept])
         if self.writes:
             with atomic_write(file) as out:
                 out.writelines(_line(entry) for entry in [*own, *kept])
             (self.folder / PAGE).unlink(missing_ok=True)
             samples.unlink(missing_ok=True)
+            self._keep_unfinished({"unfinished": f"{state.global_step} of {state.max_steps}"})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write the entry."""
@@ -295,8 +299,13 @@ class Recorder(TrainerCallback):
 
     # --------------------------------------------------------------------------------------------------- the page
 
-    def write_page(self, *, unfinished: str = "") -> None:
-        """Write ``samples.json`` and ``report.html`` from what is known."""
+    def write_page(self, *, unfinished: str = "", stopped: str = "") -> None:
+        """Write ``samples.json`` and ``report.html`` from what is known, and until the end ``unfinished.json``.
+
+        Args:
+            unfinished: the step of a run that is not at its end, such as "4 of 40".
+            stopped: the error that ended it there.
+        """
         if not self.writes:
             return
         started = time.perf_counter()
@@ -304,9 +313,17 @@ class Recorder(TrainerCallback):
         samples |= {"stages": self.stages, "moved": self.moved}
         with atomic_write(self.folder / SAMPLES_FILE) as file:
             file.write(json.dumps(samples, ensure_ascii=False).encode())
-        summary = {**self.summary, **({"unfinished": unfinished} if unfinished else {})}
+        more = {name: said for name, said in (("unfinished", unfinished), ("stopped", stopped)) if said}
+        summary = self._keep_unfinished(more) if more else self.summary
         write_page([RunView(self.folder.resolve().name, summary, self.history, samples)], self.folder / PAGE)
         self.seconds += time.perf_counter() - started
+
+    def _keep_unfinished(self, more: dict[str, str]) -> dict[str, Any]:
+        """Write what is known of a run that is not at its end, so that its page can be rebuilt; return it."""
+        summary = {**self.summary, **more}
+        with atomic_write(self.folder / UNFINISHED_FILE) as file:
+            file.write(json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n")
+        return summary
 
     def _about(self) -> str:
         shown, all_of = min(SHOWN, len(self.held_out.texts)), len(self.held_out.texts)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contrastive_align.launch.usage import UsageError, UsageParser
-from contrastive_align.report.doctor import verdict
-from contrastive_align.report.page import PAGE, RunView, write_page
+from contrastive_align.report.page import PAGE, RunView, unique_names, write_page
 
 
 COMPARISON = "comparison.html"
@@ -26,9 +25,9 @@ def main(argv: Sequence[str]) -> Path:
     if path.suffix != ".html":
         raise UsageError(f"--output is '{path}', expected a name that ends in .html.")
     write_page(runs, path)
-    for run in runs:
-        for line in verdict(run.findings):
-            print(f"{run.name}: {line}" if len(runs) > 1 else line)
+    for name, run in zip(unique_names([run.name for run in runs]), runs, strict=True):
+        for line in run.diagnosis.lines:
+            print(f"{name}: {line}" if len(runs) > 1 else line)
     print(path)
     return path
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from contrastive_align.report.charts import COLOURS, Chart, Line
-from contrastive_align.report.history import Curve, History, Point
+from contrastive_align.report.history import Curve, History, Point, in_order
 
 
 LONG = 40  # points from which on neighbours are joined
@@ -186,20 +187,57 @@ def charts_of_run(history: History, wanted: Mapping[str, float | None] | None = 
     return charts
 
 
-def charts_of_runs(histories: Mapping[str, History]) -> list[Chart]:
-    """Return a chart for each metric that at least one of several runs logged, with a line for each run."""
-    charts = []
+def charts_of_runs(
+    histories: Mapping[str, History], wanted: Mapping[str, Mapping[str, float | None]] | None = None
+) -> list[Chart]:
+    """Return a chart for each metric that at least one of several runs logged more than once, with a line for each run.
+
+    Args:
+        histories: run -> its curves.
+        wanted: run -> of features, by name: their moments under the run's target.
+    """
+    charts, places = [], {run: place for place, run in enumerate(histories)}
     for view in VIEWS:
         names = dict.fromkeys(pair for history in histories.values() for pair in _expand(view, history))
         if view.metrics == RANKS:  # the best of many
             names = dict.fromkeys(list(names)[:1])
         for name, label in names:
-            curves = {run: history[name] for run, history in histories.items() if name in history}
-            lines = [Line.of(run, curve, list(histories).index(run)) for run, curve in curves.items()]
+            logged = {run: history for run, history in histories.items() if name in history}
+            lines = [Line.of(run, _with_errors(history, name), places[run]) for run, history in logged.items()]
+            if all(len(line.points) < 2 for line in lines):  # single measurements are in the table
+                continue
             title = view.title if len(names) == 1 else f"{view.title}: {label}"
-            about = view.about_run(next(history for history in histories.values() if name in history))
-            charts.append(Chart(title, about, lines, x=view.x, most=view.most))
+            about = _about_runs({run: view.about_run(history) for run, history in logged.items()})
+            goals = {run: (wanted or {}).get(run, {}).get(name.removeprefix("moment/")) for run in logged}
+            levels = _wanted_of_runs(goals, places) if name.startswith("moment/") else []
+            charts.append(Chart(title, about, lines, wanted=levels, x=view.x, most=view.most))
     return charts
+
+
+def _about_runs(said: Mapping[str, str]) -> str:
+    """Join what a chart shows of several runs: once where it is the same of all."""
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return " ".join(f"{run}: {about}" for run, about in said.items())
+
+
+def _wanted_of_runs(goals: Mapping[str, float | None], places: Mapping[str, int]) -> list[tuple[str, float, int]]:
+    """Return the dotted lines of several runs: one for each wanted value, in the colour of its first run."""
+    runs: dict[float, list[str]] = {}
+    for run, goal in goals.items():
+        if goal is not None:
+            runs.setdefault(goal, []).append(run)
+    levels = []
+    for goal, names in runs.items():
+        by = f" by {', '.join(names)}" if len(runs) > 1 else ""
+        levels.append((f"wanted{by}: {goal:g}", goal, places[names[0]] % COLOURS))
+    return levels
+
+
+def acceptance_charts_of_runs(tradeoffs: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Chart]:
+    """Return the chart of :func:`acceptance_chart` for each run that estimated it."""
+    charts = {run: acceptance_chart(tradeoff) for run, tradeoff in tradeoffs.items()}
+    return [replace(chart, title=f"{chart.title}: {run}") for run, chart in charts.items() if chart is not None]
 
 
 def acceptance_chart(tradeoff: Sequence[Mapping[str, float]]) -> Chart | None:
@@ -230,6 +268,8 @@ def _expand(view: View, history: History) -> list[tuple[str, str]]:
             continue
         prefix = metric[:-1]
         names = [n for n in history.names(prefix) if not n.endswith(("/se", "/ess", "/target"))]
+        if len({re.sub(r"\d+", "", name) for name in names}) == 1:  # they differ in a number alone
+            names.sort(key=in_order)
         pairs += [(name, f"{label}{name.removeprefix(prefix)}") for name in names]
     return pairs
 

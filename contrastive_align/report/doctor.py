@@ -1,7 +1,7 @@
 """The doctor: rules that read what a run measured and say what is normal, what is wrong and what to change.
 
 A rule reads ``summary.json`` and the curves, and returns a :class:`Finding` or None. It speaks where the evidence is
-beyond what chance does, and is silent where the run did not measure what it needs.
+beyond what chance does. It names what it reads, so that "nothing was found" is told apart from "nothing was measured".
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -39,27 +39,58 @@ class Finding:
     source: str
 
 
+CONTRASTIVE, FDPG, CONDITIONAL = METHODS = ("contrastive", "fdpg", "conditional")
+
+
 @dataclass(frozen=True)
 class Rule:
-    """A rule: its name, title, threshold with its source, and the function that looks at a run."""
+    """A rule of the doctor.
+
+    Attributes:
+        name, title, level: of its findings.
+        threshold, source: see :class:`Finding`.
+        reads: what it reads, as :meth:`Case.has` takes it: alternatives, of which it needs one, in full.
+        look: the function that looks at a run.
+        methods: those whose runs it is meant for.
+    """
 
     name: str
     title: str
     threshold: str
     source: str
+    reads: Sequence[Sequence[str]]
     look: Callable[[Case], tuple[str, dict[str, float]] | None]
     level: str = "warning"
+    methods: Sequence[str] = METHODS
+
+    def can_look(self, case: Case) -> bool:
+        """Whether the run measured what the rule reads."""
+        return any(all(case.has(place) for place in places) for places in self.reads)
+
+    def applies_to(self, case: Case) -> bool:
+        """Whether the rule is meant for the run's method and loss."""
+        labels = any("facts:label_entropy" in places for places in self.reads)
+        return case.method in (*self.methods, "") and not (labels and case.fact("reads_labels") is False)
 
 
 RULES: list[Rule] = []
 OWN = "the definition: the smallest change that would matter to a reader of the samples"
 
 
-def rule(name: str, title: str, threshold: str, source: str, level: str = "warning") -> Callable:
+def rule(
+    name: str,
+    title: str,
+    threshold: str,
+    source: str,
+    *,
+    reads: Sequence[Sequence[str]],
+    level: str = "warning",
+    methods: Sequence[str] = METHODS,
+) -> Callable:
     """Register a function as a rule."""
 
     def register(look: Callable) -> Callable:
-        RULES.append(Rule(name, title, threshold, source, look, level))
+        RULES.append(Rule(name, title, threshold, source, reads, look, level, methods))
         return look
 
     return register
@@ -85,6 +116,40 @@ class Case:
         change.se = math.nan if change.se is None else change.se
         return change
 
+    @property
+    def method(self) -> str:
+        """One of ``METHODS``, by the trainer's name or by what was measured; empty where it is not known."""
+        trainer = str(self.summary.get("method", {}).get("trainer", "")).lower()
+        names = {*self.summary.get("metrics", {}), *self.history.curves}
+        signs = {
+            FDPG: names & {"kl_target", "log_z", "groups/no_mass"},
+            CONDITIONAL: names & {"nll", "round/kl_start"} or any(n.startswith("reward_given/") for n in names),
+            CONTRASTIVE: names & {"logps/best", "logps/best_delta", "rewards/margins"},
+        }
+        named = [method for method in METHODS if trainer.startswith(method)]
+        return next(iter([*named, *(method for method, found in signs.items() if found)]), "")
+
+    def has(self, place: str) -> bool:
+        """Whether a number is known, by where it is and its name.
+
+        ``metrics:loss`` and ``samples:kl`` were measured before and after, ``log:loss`` was logged, ``facts:x`` and
+        ``method:x`` are of ``summary.json``, ``train:x`` counts training rows, and ``on:x`` is in what was measured on.
+        A metric that ends in ``*`` stands for two or more that begin so.
+        """
+        kind, name = place.split(":", 1)
+        if kind in ("metrics", "samples"):
+            if not name.endswith("*"):
+                return self.change(name, of=kind) is not None
+            found = [n for n in self.summary.get(kind, {}) if n.startswith(name[:-1]) and not n.endswith("/nothing")]
+            return sum(self.change(n, of=kind) is not None for n in found) > 1
+        if kind == "log":
+            return name in self.history
+        if kind == "on":
+            return name in self.summary.get("metrics_on", "")
+        values = {"facts": self.summary.get("facts", {}), "method": self.summary.get("method", {})}
+        values["train"] = self.summary.get("data", {}).get("train", {})
+        return values[kind].get(name) is not None
+
     def option(self, name: str) -> str:
         """Return an option of the method as text."""
         value = self.summary.get("method", {}).get(name)
@@ -95,22 +160,54 @@ class Case:
         return self.summary.get("facts", {}).get(name)
 
 
-def diagnose(summary: Mapping[str, Any], history: History) -> list[Finding]:
-    """Return what the rules find, warnings first."""
-    case, found = Case(summary, history), []
+@dataclass
+class Diagnosis:
+    """What the rules found in a run.
+
+    Attributes:
+        findings: warnings first.
+        rules: those that apply to the run's method.
+        blind: those of them that could not look, because the run did not measure what they read.
+        unfinished: whether the run goes on or was broken off.
+    """
+
+    findings: list[Finding]
+    rules: list[Rule]
+    blind: list[Rule]
+    unfinished: bool = False
+
+    @property
+    def healthy(self) -> str:
+        """The sentence on a run without a warning; empty where there is one."""
+        if any(finding.level == "warning" for finding in self.findings):
+            return ""
+        looked, there_are, so_far = len(self.rules) - len(self.blind), len(self.rules), " so far" * self.unfinished
+        if not looked:
+            return f"None of the doctor's {there_are} rules could look: nothing that they read was measured{so_far}."
+        if self.blind:
+            return f"{looked} of {there_are} rules could look, and found nothing wrong{so_far}."
+        return f"The doctor's {there_are} rules found nothing wrong{so_far}."
+
+    @property
+    def lines(self) -> list[str]:
+        """The findings as lines for the console; one line where there is none."""
+        said = [f"{f.level.upper() if f.level == 'warning' else f.level} ({f.rule}): {f.says}" for f in self.findings]
+        return [self.healthy, *said] if self.healthy else said
+
+
+def diagnose(summary: Mapping[str, Any], history: History) -> Diagnosis:
+    """Let every rule look that applies to the run."""
+    case, findings, rules, blind = Case(summary, history), [], [], []
     for each in RULES:
-        result = each.look(case)
+        result, can_look = each.look(case), each.can_look(case)
         if result is not None:
-            found.append(Finding(each.name, each.level, result[0], result[1], each.threshold, each.source))
-    return sorted(found, key=lambda finding: finding.level != "warning")
-
-
-def verdict(findings: list[Finding]) -> list[str]:
-    """Return the findings as lines for the console; one line where there is none."""
-    if not any(finding.level == "warning" for finding in findings):
-        healthy = [f"The doctor's {len(RULES)} rules found nothing wrong."]
-        return healthy + [f"note ({f.rule}): {f.says}" for f in findings]
-    return [f"{f.level.upper() if f.level == 'warning' else f.level} ({f.rule}): {f.says}" for f in findings]
+            findings.append(Finding(each.name, each.level, result[0], result[1], each.threshold, each.source))
+        elif not can_look and each.applies_to(case):
+            blind.append(each)
+        if result is not None or can_look or each.applies_to(case):
+            rules.append(each)
+    findings.sort(key=lambda finding: finding.level != "warning")
+    return Diagnosis(findings, rules, blind, bool(summary.get("unfinished")))
 
 
 def as_dicts(findings: list[Finding]) -> list[dict[str, Any]]:
@@ -126,7 +223,39 @@ def _rose(change: Change | None, by: float) -> bool:
     return change is not None and change.after - change.before >= by and interval(change)[0] > 0
 
 
+@rule(
+    "diverged",
+    "Diverged",
+    "a loss, the last norm of the gradient, or a weight of a run that an error stopped is NaN or infinite",
+    "the definition: no later step brings such a weight back.",
+    reads=[("log:loss",), ("log:grad_norm",)],
+)
+def _diverged(case: Case) -> tuple[str, dict[str, float]] | None:
+    curves, lost = case.history.curves, {}
+    for name in ("loss", "nll", "eval_loss"):
+        if name in curves and curves[name].not_finite:
+            lost[name] = float(curves[name].not_finite)
+    if "grad_norm" in curves and not curves["grad_norm"].ends_finite:  # with a gradient scaler, single steps have none
+        lost["grad_norm"] = float(curves["grad_norm"].not_finite)
+    if weights := case.fact("weights_not_finite"):
+        lost["tensors of weights"] = float(weights)
+    change = case.summary.get("metrics", {}).get("loss", {})
+    if not lost and change.get("before") is not None and change.get("after") is None and change.get("n"):
+        lost["loss after training"] = 1.0
+    if not lost:
+        return None
+    found = ", ".join(f"{name}: {count:g}" for name, count in lost.items())
+    return (
+        f"Losses, gradients and weights should be finite; the run has values that are not ({found}), so that it "
+        f"diverged. Lower --learning_rate (it is {case.option('learning_rate')}), warm up (--warmup_steps), or clip "
+        "gradients (--max_grad_norm=1).",
+        lost,
+    )
+
+
 # ------------------------------------------------------------------------------------------------ groups and their loss
+
+_LABELS = ("facts:label_entropy", "facts:least_label_entropy", "facts:largest_label_entropy")
 
 
 @rule(
@@ -134,6 +263,8 @@ def _rose(change: Change | None, by: float) -> bool:
     "Likelihood displacement",
     "the best completion loses at least 1 nat, beyond chance, and the others lose, too",
     "Razin et al. 2024, arXiv:2410.08847; Pal et al. 2024, arXiv:2402.13228. One nat is a factor of e in probability.",
+    reads=[("metrics:logps/best", "metrics:logps/rest")],
+    methods=[CONTRASTIVE],
 )
 def _likelihood_displacement(case: Case) -> tuple[str, dict[str, float]] | None:
     best, rest = case.change("logps/best"), case.change("logps/rest")
@@ -155,6 +286,8 @@ def _likelihood_displacement(case: Case) -> tuple[str, dict[str, float]] | None:
     "samples grow by at least 30%, beyond chance, and either end 25% longer than the best completions of the data or "
     "the scores follow length (rank correlation in groups of 0.5 or more)",
     "Singhal et al. 2023, arXiv:2310.03716; Park et al. 2024, arXiv:2403.19159.",
+    reads=[("samples:length", "facts:best_length"), ("samples:length", "facts:score_length_correlation")],
+    methods=[CONTRASTIVE],
 )
 def _length(case: Case) -> tuple[str, dict[str, float]] | None:
     length = case.change("length", of="samples")
@@ -180,6 +313,7 @@ def _length(case: Case) -> tuple[str, dict[str, float]] | None:
     "No signal",
     "more than half of the groups (contrastive), prompts (f-DPG) or samples (conditional) say nothing",
     "the definition: a group with equal scores has no gradient that tells its completions apart.",
+    reads=[("train:groups",), ("log:groups/no_mass",), ("log:round/no_signal",)],
 )
 def _no_signal(case: Case) -> tuple[str, dict[str, float]] | None:
     train, history = case.summary.get("data", {}).get("train", {}), case.history
@@ -212,6 +346,8 @@ def _no_signal(case: Case) -> tuple[str, dict[str, float]] | None:
     "the labels' mean entropy is in the lowest 2% of its range, and a tenth of the groups have 3 or more scores",
     "the definition: labels softmax(scores / temperature_alpha) that are one-hot read the order of the best alone.",
     level="note",
+    reads=[("facts:graded_groups", *_LABELS)],
+    methods=[CONTRASTIVE],
 )
 def _one_hot_labels(case: Case) -> tuple[str, dict[str, float]] | None:
     graded, place = case.fact("graded_groups"), _place_of_label_entropy(case)
@@ -231,6 +367,8 @@ def _one_hot_labels(case: Case) -> tuple[str, dict[str, float]] | None:
     "Temperature too high",
     "the labels' mean entropy is in the highest 3% of its range",
     "the definition: equal labels ask for equal probabilities. 'auto' aims at half of the largest entropy.",
+    reads=[_LABELS],
+    methods=[CONTRASTIVE],
 )
 def _temperature_high(case: Case) -> tuple[str, dict[str, float]] | None:
     place = _place_of_label_entropy(case)
@@ -259,6 +397,7 @@ def _place_of_label_entropy(case: Case) -> float | None:
     "Learning rate too high",
     "the loss ends above that of the untouched model, beyond chance, on training data, too",
     "the untouched model is a point of the same loss: a run that ends above it has overshot.",
+    reads=[("metrics:loss", "log:loss"), ("metrics:kl_target",), ("log:nll",)],
 )
 def _learning_rate_high(case: Case) -> tuple[str, dict[str, float]] | None:
     rate = case.option("learning_rate")
@@ -300,6 +439,7 @@ _LOSSES = (
     "than a tenth (f-DPG), the best and the worst condition differ by less than a twentieth of the reward's spread "
     "(conditional)",
     "a margin of 0.05 moves the probability between two completions by one in eighty (report/words.py).",
+    reads=[("metrics:rewards/margins",), ("metrics:kl_target",), ("metrics:reward_given/*", "metrics:mean_reward")],
 )
 def _learning_rate_low(case: Case) -> tuple[str, dict[str, float]] | None:
     rate = case.option("learning_rate")
@@ -342,6 +482,8 @@ def _learning_rate_low(case: Case) -> tuple[str, dict[str, float]] | None:
     "sync_ref_model, or log-probs of the reference on the evaluation set that differ by more than 0.1% + 0.01 nats "
     "between two evaluations",
     "the definition: implied rewards and KL are measured against one fixed model.",
+    reads=[("facts:reference_moves",), ("log:eval_logps/best", "log:eval_logps/best_delta")],
+    methods=[CONTRASTIVE],
 )
 def _reference_moved(case: Case) -> tuple[str, dict[str, float]] | None:
     what = "A fixed reference makes implied rewards and margins comparable over the run"
@@ -370,6 +512,8 @@ def _reference_moved(case: Case) -> tuple[str, dict[str, float]] | None:
     "Overfitting",
     "the evaluation loss ends above its lowest by more than 2 standard errors while the training loss is below both",
     "the definition of early stopping (Prechelt 1998), with the evaluation's own noise as its patience.",
+    reads=[("metrics:loss", "log:loss", "on:evaluation split")],
+    methods=[CONTRASTIVE],
 )
 def _overfitting(case: Case) -> tuple[str, dict[str, float]] | None:
     change, history = case.change("loss"), case.history
@@ -396,6 +540,7 @@ def _overfitting(case: Case) -> tuple[str, dict[str, float]] | None:
     "End of text lost",
     "the share of samples that end by themselves falls by at least 0.2, beyond chance",
     OWN,
+    reads=[("samples:eos_rate",), ("log:completions/eos_rate",), ("log:round/finished",)],
 )
 def _eos_lost(case: Case) -> tuple[str, dict[str, float]] | None:
     change = case.change("eos_rate", of="samples")
@@ -419,6 +564,7 @@ def _eos_lost(case: Case) -> tuple[str, dict[str, float]] | None:
     "Repetition",
     "the share of tokens in 3-grams that their text had before rises by at least 0.1, beyond chance",
     "Holtzman et al. 2019, arXiv:1904.09751: human text hardly repeats; degenerate text does.",
+    reads=[("samples:repetition",)],
 )
 def _repetition(case: Case) -> tuple[str, dict[str, float]] | None:
     change = case.change("repetition", of="samples")
@@ -441,6 +587,8 @@ MOST_KL = 1.0  # nats per token
     "as far as the target itself)",
     "Gao et al. 2022, arXiv:2210.10760: beyond some KL the true reward falls. The best of n samples has KL log n - "
     "(n - 1) / n, 10 nats at n = 60,000.",
+    reads=[("samples:kl", "samples:length")],
+    methods=[CONTRASTIVE, FDPG],
 )
 def _kl_large(case: Case) -> tuple[str, dict[str, float]] | None:
     kl, length = case.change("kl", of="samples"), case.change("length", of="samples")
@@ -463,6 +611,7 @@ def _kl_large(case: Case) -> tuple[str, dict[str, float]] | None:
 
 
 SCATTER = 0.5  # nats
+_DRAWN = ("method:num_generations", "method:prompts_per_generation")
 
 
 @rule(
@@ -474,6 +623,8 @@ SCATTER = 0.5  # nats
     "Kong 1992: the variance of a weighted mean is that of as many independent samples as the ESS. Owen 2013, Monte "
     "Carlo theory, 9.2: a self-normalised mean is biased towards the proposal by about 1 / ESS. Log Z is estimated "
     f"with a variance of about 1 / ESS, so {SCATTER:g} nats are {1 / SCATTER**2:.0f} samples.",
+    reads=[("log:moment/target/ess", *_DRAWN), ("log:log_z",)],
+    methods=[FDPG],
 )
 def _ess_low(case: Case) -> tuple[str, dict[str, float]] | None:
     advice = (
@@ -512,6 +663,8 @@ def _ess_low(case: Case) -> tuple[str, dict[str, float]] | None:
     "Proposal stale",
     "the weights of policy over proposal are worth less than a quarter of a step's samples in the last half of the run",
     "Kong 1992, as above; sequential Monte Carlo resamples from a half on (Del Moral et al. 2006).",
+    reads=[("log:reverse_kl_target/ess", *_DRAWN)],
+    methods=[FDPG],
 )
 def _proposal_stale(case: Case) -> tuple[str, dict[str, float]] | None:
     found = _effective(case, "reverse_kl_target/ess", 0.5)
@@ -536,6 +689,8 @@ def _effective(case: Case, name: str, share: float = 0.2) -> tuple[float, float]
     "Conditions that do not order",
     "a better condition gives less reward than the next, beyond 1.96 standard errors of their difference",
     "the definition: conditions are sorted best first, so that their rewards must fall.",
+    reads=[("metrics:reward_given/*",)],
+    methods=[CONDITIONAL],
 )
 def _conditions_order(case: Case) -> tuple[str, dict[str, float]] | None:
     for (better, one), (worse, other) in itertools.pairwise(_given(case)):

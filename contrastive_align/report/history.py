@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,11 +54,13 @@ class Curve:
         self.points: list[Point] = []
         self.n = 0
         self.not_finite = 0
+        self.ends_finite = True  # whether the last value is
         self._size = 1  # values of a full point
 
     def add(self, step: float, value: float) -> None:
         """Append a value; one that is not finite is counted only."""
-        if not math.isfinite(value):
+        self.ends_finite = math.isfinite(value)
+        if not self.ends_finite:
             self.not_finite += 1
             return
         self.n += 1
@@ -113,9 +116,10 @@ class History:
             self.add(entry)
 
     def add(self, entry: Mapping[str, Any]) -> None:
-        """Add one entry of the trainer's log."""
+        """Add one entry of the trainer's log, in which null stands for a value that is not finite."""
         step = entry.get("step", 0)
         for name, value in entry.items():
+            value = math.nan if value is None else value
             if name not in _NOT_METRICS and isinstance(value, int | float) and not isinstance(value, bool):
                 self.curves.setdefault(name, Curve()).add(step, value)
 
@@ -131,15 +135,48 @@ class History:
 
 
 def read_history(folder: str | os.PathLike) -> History:
-    """Read ``log.jsonl`` of a run or, where no command wrote it, the newest checkpoint's ``trainer_state.json``."""
+    """Read ``log.jsonl`` of a run or, where no command wrote it, the last checkpoint's ``trainer_state.json``.
+
+    Raises:
+        ValueError: a ``trainer_state.json`` that is cut.
+    """
     folder = Path(folder)
     if (folder / LOG_FILE).is_file():
         return History(read_entries(folder / LOG_FILE))
-    states = [*folder.glob("trainer_state.json"), *folder.glob("checkpoint-*/trainer_state.json")]
-    if not states:
-        return History()
-    newest = max(states, key=lambda path: path.stat().st_mtime)
-    return History(json.loads(newest.read_text(encoding="utf-8"))["log_history"])
+    checkpoints = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: in_order(path.parent.name))
+    states = [read_json(path) for path in (*checkpoints[-1:], *folder.glob("trainer_state.json"))]
+    last = max(states, key=lambda state: state.get("global_step") or 0, default={})
+    return History(entry for entry in last.get("log_history", []) if isinstance(entry, dict))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping.
+
+    Raises:
+        ValueError: it is cut, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is cut or no JSON ({error}), expected the file of a run. Make the run again, or move the file "
+            "away to see the rest."
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} holds a {type(found).__name__}, expected a mapping, as a run writes it. Move the file away to see "
+            "the rest."
+        )
+    return found
+
+
+def in_order(name: str) -> list[Any]:
+    """Return a key that sorts names by the numbers in them.
+
+    >>> sorted(["rank_10", "rank_2"], key=in_order)
+    ['rank_2', 'rank_10']
+    """
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r"(\d+)", name))]
 
 
 def read_entries(path: Path) -> Iterator[dict[str, Any]]:

@@ -18,11 +18,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from contrastive_align.data.atomic import atomic_write
-from contrastive_align.report.charts import swatch
-from contrastive_align.report.curves import acceptance_chart, charts_of_run, charts_of_runs, wanted_moments
-from contrastive_align.report.doctor import RULES, Finding, diagnose
-from contrastive_align.report.history import History, read_history
-from contrastive_align.report.summary import Change, TargetChange, show
+from contrastive_align.report.charts import Chart, swatch
+from contrastive_align.report.curves import (
+    acceptance_chart,
+    acceptance_charts_of_runs,
+    charts_of_run,
+    charts_of_runs,
+    wanted_moments,
+)
+from contrastive_align.report.doctor import RULES, Diagnosis, diagnose
+from contrastive_align.report.history import History, read_history, read_json
+from contrastive_align.report.summary import SUMMARY_FILE, UNFINISHED_FILE, Change, TargetChange, show, with_notes
 from contrastive_align.report.texts import clean
 from contrastive_align.report.words import interval
 
@@ -40,25 +46,30 @@ class RunView:
     summary: Mapping[str, Any]
     history: History = field(default_factory=History)
     samples: Mapping[str, Any] = field(default_factory=dict)
+    folder: str = ""  # as it was given; empty for a run that is going on
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> RunView:
         """Read a run's folder, or that of a checkpoint or of a trainer without a command.
 
         Raises:
-            FileNotFoundError: it holds neither ``summary.json`` nor a log.
+            FileNotFoundError: it holds neither ``summary.json`` nor ``unfinished.json`` nor a log.
+            ValueError: a file that is cut, or not one of a run.
         """
-        folder = Path(folder)
-        history = read_history(folder)
-        summary = _read_json(folder / "summary.json")
+        path = Path(folder)
+        history = read_history(path)
+        file = next((path / name for name in (SUMMARY_FILE, UNFINISHED_FILE) if (path / name).is_file()), None)
+        summary = _read_parts(file, _SUMMARY) if file else {}
         if not summary and not history.curves:
             raise FileNotFoundError(
                 f"{folder} holds no run: expected summary.json, log.jsonl or a checkpoint's trainer_state.json."
             )
-        return cls(folder.resolve().name, summary, history, _read_json(folder / SAMPLES_FILE))
+        samples = path / SAMPLES_FILE
+        found = _read_parts(samples, _SAMPLES) if samples.is_file() else {}
+        return cls(path.resolve().name, summary, history, found, str(folder))
 
     @cached_property
-    def findings(self) -> list[Finding]:
+    def diagnosis(self) -> Diagnosis:
         """What the doctor says."""
         return diagnose(self.summary, self.history)
 
@@ -77,7 +88,7 @@ class RunView:
         if found.get("reference"):
             rows.append(("reference", found["reference"]))
         for split, report in found.get("data", {}).items():
-            rows.append((f"{split} data", "; ".join([report["line"], *report["notes"]])))
+            rows.append((f"{split} data", with_notes(report["line"], report["notes"])))
         if found.get("engine"):
             rows.append(("engine", found["engine"]["line"]))
         if found.get("training"):
@@ -128,11 +139,74 @@ def _prefixed(changes: Mapping[str, Any]) -> dict[str, Any]:
     return {f"samples/{name}": change for name, change in changes.items()}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else {}
+@dataclass(frozen=True)
+class _Part:
+    """What the page expects of a part of a file: its type, its keys, and those of each mapping inside."""
+
+    kind: type
+    keys: frozenset[str] = frozenset()
+    each: frozenset[str] | None = None
+
+    def describes(self, value: Any) -> bool:
+        inner = value.values() if isinstance(value, dict) else value
+        return (
+            isinstance(value, self.kind)
+            and (not self.keys or self.keys <= value.keys())
+            and (self.each is None or all(isinstance(one, dict) and self.each <= one.keys() for one in inner))
+        )
+
+    def __str__(self) -> str:
+        keys = self.keys if self.each is None else self.each
+        of = "" if self.each is None else " of mappings"
+        return {dict: "a mapping", list: "a list", str: "a text"}[self.kind] + of + f" with {sorted(keys)}" * bool(keys)
+
+
+_MAPPING, _LINE = _Part(dict), _Part(dict, frozenset({"line"}))
+_CHANGES = _Part(dict, each=frozenset({"before", "after", "se", "n"}))
+_STAGE = frozenset({"name", "step", "texts", "rewards", "lengths", "ended"})
+# Each part may be left out.
+_SUMMARY = {
+    **dict.fromkeys(("method", "model", "engine"), _LINE),
+    **dict.fromkeys(("training", "versions", "preflight", "facts", "settings", "distributions"), _MAPPING),
+    **dict.fromkeys(("state", "metrics_on", "reference", "command"), _Part(str)),
+    **dict.fromkeys(("metrics", "samples"), _CHANGES),
+    "data": _Part(dict, each=frozenset({"line", "notes"})),
+    "table": _Part(list),
+    "tradeoff": _Part(list, each=frozenset({"rate", "kl", "tvd", "kl_se", "tvd_se"})),
+}
+_SAMPLES = {
+    **dict.fromkeys(("about", "reward_name"), _Part(str)),
+    "prompts": _Part(list),
+    "moved": _MAPPING,
+    "stages": _Part(list, each=_STAGE),
+}
+_AWAY = "Give the output_dir of a run, or move this file away to see the rest."
+
+
+def _read_parts(path: Path, parts: Mapping[str, _Part]) -> dict[str, Any]:
+    """Read a file of a run, without the parts that are empty, and check what the page reads of it.
+
+    Raises:
+        ValueError: it is cut, or not of a run.
+    """
+    found = {name: value for name, value in read_json(path).items() if value not in (None, {}, [])}
+    for name, part in parts.items():
+        if name in found and not part.describes(found[name]):
+            shown = _plain(found[name])[:80]
+            raise ValueError(f"{path} is not that of a run: expected '{name}' to be {part}, found {shown}. {_AWAY}")
+    if "stages" in parts and "stages" in found:
+        missing = [name for name in ("about", "prompts", "reward_name") if name not in found]
+        if missing:
+            raise ValueError(f"{path} is not that of a run: it has samples, but lacks '{missing[0]}'. {_AWAY}")
+        n = len(found["prompts"])
+        for stage in found["stages"]:
+            sizes = {len(stage[key]) for key in ("texts", "rewards", "lengths", "ended")}
+            if sizes != {n}:
+                raise ValueError(
+                    f"{path} is not that of a run: expected {n} samples in stage '{stage['name']}', one for each "
+                    f"prompt, found {min(sizes)}. {_AWAY}"
+                )
+    return found
 
 
 def write_page(runs: Sequence[RunView], path: str | os.PathLike) -> Path:
@@ -149,11 +223,7 @@ def render(runs: Sequence[RunView]) -> str:
     names = unique_names([run.name for run in runs])
     template = _environment().get_template("page.html.jinja")
     several = len(runs) > 1
-    charts = (
-        runs[0].charts
-        if not several
-        else charts_of_runs({name: run.history for name, run in zip(names, runs, strict=True)})
-    )
+    charts = charts_beside(dict(zip(names, runs, strict=True))) if several else runs[0].charts
     differing = settings_that_differ([run.summary for run in runs]) if several else []
     return template.render(
         runs=list(zip(names, runs, strict=True)),
@@ -164,6 +234,13 @@ def render(runs: Sequence[RunView]) -> str:
         rules=RULES,
         title=" and ".join(names) if len(names) < 4 else f"{len(names)} runs",
     )
+
+
+def charts_beside(runs: Mapping[str, RunView]) -> list[Chart]:
+    """Return the charts of several runs, by name."""
+    histories = {name: run.history for name, run in runs.items()}
+    charts = charts_of_runs(histories, {name: wanted_moments(run.summary) for name, run in runs.items()})
+    return charts + acceptance_charts_of_runs({name: run.summary.get("tradeoff", []) for name, run in runs.items()})
 
 
 def unique_names(names: Sequence[str]) -> list[str]:

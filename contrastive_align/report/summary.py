@@ -19,6 +19,8 @@ TIMES = (
     "seconds_measuring",
     "tokens_per_second",
 )  # of ``training``: two runs of one command differ in nothing else
+SUMMARY_FILE = "summary.json"
+UNFINISHED_FILE = "unfinished.json"  # what is known of a run that goes on or was broken off, for its page
 CONSOLE = 120  # characters of a line
 SHORT = 32  # characters of what stands in the corner of a table
 COLUMNS = ("base", "target", "tuned", "tuned+QRS")
@@ -105,11 +107,12 @@ class Summary:
     verdict: list[str] = field(default_factory=list)  # the findings in words
 
     def write(self, output_dir: str | os.PathLike) -> Path:
-        """Write ``summary.json`` atomically and return its path. NaN becomes null."""
-        path = Path(output_dir) / "summary.json"
+        """Write ``summary.json`` atomically, remove ``unfinished.json``, and return the path. NaN becomes null."""
+        path = Path(output_dir) / SUMMARY_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
             file.write(json.dumps(self.contents(), indent=2, ensure_ascii=False).encode() + b"\n")
+        path.with_name(UNFINISHED_FILE).unlink(missing_ok=True)
         return path
 
     def contents(self) -> dict[str, Any]:
@@ -124,7 +127,7 @@ class Summary:
         for name, report in self.data.items():
             counts, how, columns = report["line"].partition(", read as ")
             said = "" if read.setdefault(columns, name) != name else how + columns  # once
-            text = "; ".join([counts + said, *report["notes"]])
+            text = with_notes(counts + said, report["notes"])
             beside = f"{rows[-1][1]}; {name} data: {text}"
             if name != next(iter(self.data)) and len(beside) <= CONSOLE - len("first step  "):  # both on one line
                 rows[-1] = (rows[-1][0], beside)
@@ -193,6 +196,16 @@ def wrapped_table(rows: Sequence[tuple[str, str]]) -> str:
         wrapped = wrap(text, CONSOLE - width - 2) or [""]
         lines += [f"{name if i == 0 else '':{width}}  {line}".rstrip() for i, line in enumerate(wrapped)]
     return "\n".join(lines)
+
+
+def with_notes(line: str, notes: Sequence[str]) -> str:
+    """Join what is said of a split of the data; full stops between the parts are left out.
+
+    >>> with_notes("4 groups", ["columns not read: a.", "5 completions cut"])
+    '4 groups; columns not read: a; 5 completions cut'
+    """
+    *first, last = [line, *notes]
+    return "; ".join([*(part.removesuffix(".") for part in first), last])
 
 
 def wrap(text: str, width: int = 0) -> list[str]:

@@ -16,7 +16,7 @@ from contrastive_align.data.published import published_copy
 from contrastive_align.launch import cli
 from contrastive_align.launch.common import command_line
 from contrastive_align.launch.merge import origin, proof_rows
-from contrastive_align.launch.record import MovedGroups
+from contrastive_align.launch.record import MovedGroups, Recorder
 from contrastive_align.models.loading import hash_of_adapter
 from contrastive_align.report.history import read_history
 from contrastive_align.trainers.engines import HoldsWeights
@@ -185,6 +185,44 @@ def test_under_an_engine_the_start_is_sampled_once_it_has_the_weights(tmp_path, 
     again = json.loads((tmp_path / "samples.json").read_text())["stages"]
     assert [stage["name"] for stage in again] == ["before", "step 2", "after"] and again == first
     assert "start" not in summary.preflight and not summary.samples  # the start is gone
+
+
+def test_a_run_that_is_broken_off_keeps_its_page(tmp_path, monkeypatch):
+    evaluated = Recorder.on_evaluate
+
+    def break_off(self, args, state, control, **kwargs):
+        evaluated(self, args, state, control, **kwargs)
+        if state.global_step == 4:
+            raise KeyboardInterrupt  # as if killed: nothing is written after it
+
+    monkeypatch.setattr(Recorder, "on_evaluate", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(
+            ["reward", *FEW, "--max_steps=6", "--eval_strategy=steps", "--eval_steps=2", f"--output_dir={tmp_path}"]
+        )
+    assert not (tmp_path / "summary.json").exists()
+    page = (tmp_path / "report.html").read_text()
+    assert "The run is at step 4 of 6" in page and "policy = reference" in page and " so far." in page
+    assert cli.main(["report", str(tmp_path)]).read_text() == page
+
+
+def test_a_run_that_diverges_is_not_called_healthy(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["reward", *FEW, "--learning_rate=1000", "--max_grad_norm=0", f"--output_dir={tmp_path}"])
+    page = (tmp_path / "report.html").read_text()
+    assert "The run stopped at step " in page and "<h3>Diverged</h3>" in page and "nothing wrong" not in page
+    capsys.readouterr()
+    assert cli.main(["report", str(tmp_path)]).read_text() == page
+    assert capsys.readouterr().out.startswith("WARNING (diverged): ")
+
+
+def test_a_finished_run_that_goes_on_has_one_end(tmp_path):
+    argv = ["reward", *FEW, "--save_strategy=steps", "--save_steps=4", f"--output_dir={tmp_path}"]
+    cli.main(argv)
+    assert not (tmp_path / "unfinished.json").exists()
+    cli.main([*argv, "--max_steps=6", "--resume_from_checkpoint=true"])
+    stages = json.loads((tmp_path / "samples.json").read_text())["stages"]
+    assert [stage["name"] for stage in stages] == ["before", "step 2", "step 4", "after"]
 
 
 def test_secrets_are_not_repeated():

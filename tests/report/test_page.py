@@ -12,10 +12,10 @@ import pytest
 from contrastive_align.launch import report
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.report import TargetChange
-from contrastive_align.report.curves import charts_of_run
+from contrastive_align.report.curves import charts_of_run, charts_of_runs
 from contrastive_align.report.history import LOG_FILE, History, read_history
-from contrastive_align.report.page import SAMPLES_FILE, RunView, render, write_page
-from contrastive_align.report.summary import show
+from contrastive_align.report.page import SAMPLES_FILE, RunView, charts_beside, render, write_page
+from contrastive_align.report.summary import UNFINISHED_FILE, show
 from contrastive_align.report.words import interval
 
 
@@ -175,3 +175,99 @@ def test_a_trainer_without_a_command_has_a_page_too(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="holds no run"):
         report.main([str(tmp_path / "empty")])
+
+
+def test_the_last_checkpoint_is_that_of_the_last_step(tmp_path):
+    for step in (10, 9):  # the earlier one is written last
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        state = {"global_step": step, "log_history": [{"step": s, "loss": 1.0} for s in range(1, step + 1)]}
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    assert read_history(tmp_path)["loss"].n == 10
+
+
+def test_a_rebuilt_page_counts_what_was_not_finite(tmp_path):
+    (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 2.0}\n')
+    page = report.main([str(tmp_path)]).read_text()
+    assert "training (1 not finite)" in page and "<h3>Diverged</h3>" in page and "nothing wrong" not in page
+
+
+def test_console_and_page_say_alike_what_could_not_look(tmp_path, capsys):
+    (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n')
+    page = report.main([str(tmp_path)]).read_text()
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said == "1 of 16 rules could look, and found nothing wrong." and said in page
+    assert "Not measured here: Likelihood displacement, " in page
+
+
+def test_the_page_of_a_run_that_was_broken_off_keeps_what_is_known(tmp_path):
+    (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n')
+    (tmp_path / UNFINISHED_FILE).write_text(json.dumps(summary(unfinished="2 of 40")))
+    page = report.main([str(tmp_path)]).read_text()
+    assert "The run is at step 2 of 40" in page and "Before the first step" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("summary.json", '{"met', "is cut or no JSON"),
+        (SAMPLES_FILE, '{"prompts": ["a', "is cut or no JSON"),
+        (UNFINISHED_FILE, "", "is cut or no JSON"),
+        ("checkpoint-2/trainer_state.json", "{", "is cut or no JSON"),
+        ("summary.json", "[1, 2]", "holds a list, expected a mapping"),
+        ("summary.json", '{"method": {"name": "nca"}}', r"expected 'method' to be a mapping with \['line'\], found"),
+        ("summary.json", '{"metrics": {"accuracy": 0.9}}', "expected 'metrics' to be a mapping of mappings with"),
+        ("summary.json", '{"metrics": [0.9]}', "expected 'metrics' to be a mapping of mappings with"),
+        ("summary.json", '{"facts": "none"}', "expected 'facts' to be a mapping, found none"),
+        (SAMPLES_FILE, '{"stages": [{"name": "before"}]}', "expected 'stages' to be a list of mappings with"),
+        (SAMPLES_FILE, json.dumps({**samples(), "prompts": ["a", "b"]}), "expected 2 samples in stage"),
+    ],
+)
+def test_a_file_that_is_not_of_a_run_is_named(tmp_path, name, text, said):
+    (tmp_path / "checkpoint-2").mkdir()
+    if "checkpoint" not in name:
+        (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 1.0}\n')
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=said) as error:
+        RunView.read(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path / name} ") and " away to see the rest." in str(error.value)
+
+
+def test_ranks_are_in_the_order_of_their_numbers():
+    history = History({"step": step} | {f"rewards/rank_{k}": 1.0 for k in (0, 1, 10, 11, 2)} for step in (1, 2))
+    (chart,) = charts_of_run(history)
+    assert [line.label for line in chart.lines] == ["rank 0", "rank 1", "rank 2", "rank 10", "rank 11"]
+
+
+def fdpg_view(goal, *, errors=True):
+    entries = [{"step": s, "moment/x": 0.1 * s, **({"moment/x/se": 0.05} if errors else {})} for s in (1, 2, 3)]
+    change = {"before": 0.1, "after": 0.3, "se": 0.01, "n": 9, "target": goal}
+    tradeoff = [{"rate": r, "kl": 0.1, "tvd": 0.1, "kl_se": 0.0, "tvd_se": 0.0} for r in (0.1, 0.5)]
+    return RunView("run", {"metrics": {"moment/x": change}, "tradeoff": tradeoff}, History(entries))
+
+
+def test_several_runs_have_the_bands_the_aims_and_the_acceptance_of_each():
+    moments, *acceptance = charts_beside({"a": fdpg_view(0.5), "b": fdpg_view(0.9)})
+    assert moments.wanted == [("wanted by a: 0.5", 0.5, 0), ("wanted by b: 0.9", 0.9, 1)]
+    assert all(point.low < point.mean < point.high for line in moments.lines for point in line.points)
+    assert [chart.title for chart in acceptance] == ["Acceptance and divergence: a", "Acceptance and divergence: b"]
+    alike, *_ = charts_beside({"a": fdpg_view(0.5), "b": fdpg_view(0.5)})
+    assert alike.wanted == [("wanted: 0.5", 0.5, 0)]
+
+
+def test_a_chart_of_several_runs_says_of_each_what_holds_for_it():
+    log = [{"step": s, "loss": 1.0, **({"eval_loss": 1.0} if s == 3 else {})} for s in (1, 2, 3)]
+    (loss,) = charts_of_runs(
+        {"a": History(log), "b": History([{**entry, "kl_target": 1.0} for entry in log[:1]] + log)}
+    )
+    assert loss.title == "Loss: training"  # and none of single dots
+    assert loss.about.startswith("a: Training and evaluation") and " b: Only its gradient means" in loss.about
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("first/reward", "second/reward"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / LOG_FILE).write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n')
+    page = report.main(["first/reward", "second/reward"]).read_text()
+    assert "<strong>reward (2)</strong> (<code>second/reward</code>)" in page
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["reward", "reward (2)"]
