@@ -76,6 +76,11 @@ def what_to_say(table: Table, read: Callable[[Options], Any]) -> str:
         return f"{found} No column is known to be the prompt: add it, or name it with columns='prompt=NAME'."
     if next(OneARow.find(table), None) and _known_prompt(table):
         return f"{found} One answer a prompt without a score is what trl.SFTTrainer trains on."
+    if _known_prompt(table) and len(table.names) == 1:
+        return (
+            f"{found} Prompts alone are for training on the policy's own samples: say what a good one is, with "
+            "--reward=file.py:function (in Python reward_funcs=[function])."
+        )
     return f"{found} Say which column is which, for instance columns='{_example(table)}'."
 
 

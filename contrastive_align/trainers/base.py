@@ -170,13 +170,20 @@ class AlignmentTrainer(
 
     @classmethod
     def refuse_arguments(
-        cls, model: str | PreTrainedModel, processing_class: Any, peft_config: Any = None, **given: Any
+        cls,
+        model: str | PreTrainedModel,
+        processing_class: Any,
+        peft_config: Any = None,
+        train_dataset: Any = None,
+        **given: Any,
     ) -> None:
-        """Refuse arguments of the TRL class that have no meaning here.
+        """Refuse arguments of the TRL class that have no meaning here, and training data without a row.
 
         Raises:
             ValueError: naming the argument and the way out.
         """
+        if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
+            raise ValueError("train_dataset has no rows, expected at least one. Was all of it filtered out?")
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} is not supported by {cls.__name__}: {ARGUMENTS_NOT_SUPPORTED[name]}.")

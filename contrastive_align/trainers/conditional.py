@@ -137,6 +137,7 @@ class ConditionalTrainer(SamplesRounds, KeepsDigits, PreparesDatasets, Alignment
             model,
             processing_class,
             peft_config,
+            train_dataset,
             data_collator=data_collator,
             compute_loss_func=compute_loss_func,
             compute_metrics=compute_metrics,

@@ -165,7 +165,7 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
         scored_dataset: Dataset | None = None,
     ):
         args = self.own_args(args, model)
-        self.refuse_arguments(model, processing_class, peft_config, compute_metrics=compute_metrics)
+        self.refuse_arguments(model, processing_class, peft_config, train_dataset, compute_metrics=compute_metrics)
         self._take_feedback(reward_funcs, judge, args, train_dataset, sampler, scored_dataset, quantization_config)
         if args.max_tokens_per_batch is not None and isinstance(train_dataset, IterableDataset):
             raise ValueError(

@@ -142,7 +142,8 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
         target: Target | None = None,
     ):
         args = self.own_args(args, model)
-        self.refuse_arguments(model, processing_class, peft_config, reward_processing_classes=reward_processing_classes)
+        told = {"reward_processing_classes": reward_processing_classes}
+        self.refuse_arguments(model, processing_class, peft_config, train_dataset, **told)
         check_enough_prompts(train_dataset, args)
         self.target = target_of(target, reward_funcs, args)
         start = self.load_start(model, args, processing_class, quantization_config, peft_config)

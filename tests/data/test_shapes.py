@@ -346,3 +346,8 @@ def test_a_tool_call_that_is_none_is_a_bad_row(turn, said):
     with pytest.raises(BadRow) as caught:
         groups([{"prompt": P, "chosen": turn, "rejected": {"from": "gpt", "value": B}}])
     assert said in str(caught.value)
+
+
+def test_prompts_alone_are_told_of_own_samples():
+    with pytest.raises(ValueError, match=r"own samples: say what a good one is, with --reward=file\.py:function"):
+        groups([{"prompt": P}])

@@ -912,3 +912,9 @@ def test_an_evaluation_on_cpu_keeps_the_memory_it_freed(column, run, monkeypatch
     monkeypatch.setattr(freed_memory, "_set_malloc_options", lambda options: told.append(options) or True)
     run.trainer.evaluate(column.rows(4))
     assert told == [freed_memory._KEEP, freed_memory._RESTORE]
+
+
+@pytest.mark.parametrize("column", [*COLUMNS, OWN_SAMPLES], ids=str)
+def test_training_data_without_a_row_is_refused(column, tmp_path):
+    with pytest.raises(ValueError, match=r"train_dataset has no rows, expected at least one"):
+        column.make(tmp_path, told={"train_dataset": column.rows().select([])})
