@@ -41,9 +41,14 @@ def feasible_beta(scores: Tensor, logps: Tensor, log_z: Tensor, *, acceptance: f
     chosen = choose_beta(scores, logps, acceptance=acceptance, log_z=log_z, at_most=True)
     if chosen.acceptance_rate >= acceptance - 1e-9:
         return chosen, None
-    return chosen, (
-        f"QRS accepts {chosen.acceptance_rate:.3g} and not the wished {acceptance:g}: the target allows no more of the "
-        "tuned policy's samples. Train longer for more"
+    return chosen, accepts_less(f"{chosen.acceptance_rate:.3g}", acceptance)
+
+
+def accepts_less(rate: str, wished: float) -> str:
+    """Say that QRS accepts samples at a lower rate than the wished one, and why."""
+    return (
+        f"QRS accepts {rate} and not the wished {wished:g}: the target allows no more of the tuned policy's samples. "
+        "Train longer for more"
     )
 
 

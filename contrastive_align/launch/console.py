@@ -37,6 +37,7 @@ class LiveLine(TrainerCallback):
         self.bar: Any = None
         self.evaluating: Any = None
         self.values: dict[str, float] = {}
+        self.rate: float | None = None  # tokens/s
         self._started, self._first_step, self._first_tokens, self._next = 0.0, 0, None, 0.0
 
     @classmethod
@@ -51,7 +52,7 @@ class LiveLine(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._started, self._first_step, self._next = time.perf_counter(), state.global_step, 0.0
         if state.is_world_process_zero and self.shows_bar:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=BAR)
+            self.bar = _Bar(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, bar_format=BAR)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -78,7 +79,8 @@ class LiveLine(TrainerCallback):
             self._first_tokens = (float(logs["num_tokens"]), time.perf_counter())
         text = self.text(state, logs)
         if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=True)
+            self.bar.text = text
+            self.bar.refresh()
         elif not self.shows_bar and state.global_step >= max(1.0, self._next) and "loss" in logs:
             self._next = state.global_step + state.max_steps / LINES
             print(f"step {state.global_step}/{state.max_steps}  {text}  {self._left(state)}"[:120], flush=True)
@@ -88,8 +90,9 @@ class LiveLine(TrainerCallback):
         parts = [f"{word} {self.values[name]:.4g}" for name, word in SHOWN.items() if name in self.values]
         if self._first_tokens is not None and logs.get("num_tokens", 0) > self._first_tokens[0]:
             tokens, then = self._first_tokens
-            rate = (float(logs["num_tokens"]) - tokens) / max(1e-9, time.perf_counter() - then)
-            parts.append(f"{rate:,.0f} tokens/s")
+            self.rate = (float(logs["num_tokens"]) - tokens) / max(1e-9, time.perf_counter() - then)
+        if self.rate is not None:  # entries of an evaluation do not count tokens
+            parts.append(f"{self.rate:,.0f} tokens/s")
         return "  ".join(parts)
 
     def _left(self, state: Any) -> str:
@@ -105,4 +108,15 @@ class LiveLine(TrainerCallback):
             self.bar = None
 
 
-BAR = "step {n_fmt}/{total_fmt} {bar:12} {postfix}  {remaining} left"
+class _Bar(tqdm):
+    """A bar with a text of ours in its format: before ``{postfix}`` tqdm writes a comma."""
+
+    text = ""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """Add the text to what the format may name."""
+        return {**super().format_dict, "text": self.text}
+
+
+BAR = "step {n_fmt}/{total_fmt} {bar:12} {text}  {remaining} left"

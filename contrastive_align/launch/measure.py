@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from contrastive_align import losses
-from contrastive_align.launch.accepted import feasible_beta
+from contrastive_align.launch.accepted import accepts_less, feasible_beta
+from contrastive_align.launch.common import print_on_main
 from contrastive_align.report import Number, TargetChange, in_words, moved, warn_if_above_start
 from contrastive_align.report.summary import show
 from contrastive_align.sampling import (
@@ -37,6 +39,8 @@ METRICS = {label: f"{name}_target" for name, label in TO_TARGET.items()} | {TO_B
 SAMPLES_PER_PROMPT = 50
 RATES = tuple(round(0.1 * i, 1) for i in range(1, 10))  # acceptance rates of the trade-off
 BUDGET = 5  # times the expected number of proposals, after which QRS gives up on a prompt
+PROPOSALS = 10  # at most, for each sample of another distribution; at a low rate fewer are accepted
+FIRST_REPORT, NEXT_REPORT = 10.0, 60.0  # seconds until QRS says how far it is, and between two lines
 
 
 def measure(
@@ -197,24 +201,40 @@ class _Measured:
             raise ValueError("no prompt has a sample with mass under the target.")
         log_z, logps, scores = self.log_z[some], self.logps[some], self.scores[some]
         chosen, remark = feasible_beta(scores, logps, log_z, acceptance=acceptance)
-        beta, acceptance = chosen.beta, min(acceptance, chosen.acceptance_rate)
-        remarks += [remark] if remark else []
+        beta, wished, n = chosen.beta, acceptance, self.per_prompt
+        expected = min(acceptance, chosen.acceptance_rate)
+        budget = min(math.ceil(BUDGET * n / expected), PROPOSALS * n)
         sampler = QuasiRejectionSampler(
-            self.target, proposal, beta, log_z=log_z, batch_size=max(1, math.ceil(self.per_prompt / acceptance / 2))
+            self.target,
+            _WithProgress(proposal, budget * len(rows)),
+            beta,
+            log_z=log_z,
+            batch_size=min(n, max(1, math.ceil(n / expected / 2))),
         )
         result = sampler.sample(
             [row["prompt"] for row in rows],
-            self.per_prompt,
-            budget=math.ceil(BUDGET * self.per_prompt / acceptance),
+            n,
+            budget=budget,
             columns=columns_of(rows, 1),
             keywords=self.keywords,
             generator=torch.Generator().manual_seed(proposal.seed),
         )
+        rate, proposed, found = result.acceptance_rate, int(result.proposed.sum()), len(result.samples)
+        if not found:
+            raise ValueError(f"none of {proposed} proposals was accepted.")
+        accepted = Number(rate, math.sqrt(rate * (1 - rate) / proposed))
+        remarks += [accepts_less(str(accepted), wished)] if remark else []
+        if result.exhausted.any():
+            without = int((result.accepted == 0).sum())
+            remarks.append(
+                f"QRS stopped at {budget} proposals a prompt: {int(result.exhausted.sum())} of {len(rows)} prompts "
+                f"have fewer than {n} accepted samples{f', {without} of them none' if without else ''}; {found} of "
+                f"{n * len(rows)} samples in all"
+            )
         p_beta = torch.minimum(scores - log_z.unsqueeze(1), math.log(beta) + logps)
         divergences = _divergences(p_beta, scores, self.base_logps[some], proposal_logps=logps, normalise=True)
-        rate, proposed = result.acceptance_rate, int(result.proposed.sum())
-        accepted = {"acceptance": Number(rate, math.sqrt(rate * (1 - rate) / proposed)), "beta": Number(beta)}
-        return _means_over_prompts(result, self.target.names) | divergences | _texts(result.samples) | accepted
+        moments, texts = _means_over_prompts(result, self.target.names), _texts(result.samples)
+        return moments | divergences | texts | {"acceptance": accepted, "beta": Significant(beta)}
 
     def _moments(self, logps: Tensor) -> dict[str, Number]:
         mean = losses.average_estimate(losses.estimate_moments(self.phi, logps, self.logps))
@@ -272,6 +292,34 @@ class Count(Number):
 
     def __str__(self) -> str:
         return str(self.value)
+
+
+class Significant(Number):
+    """Print four significant digits, of a number that may be small."""
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}"
+
+
+class _WithProgress:
+    """A proposal that says how far quasi-rejection sampling is, where it takes long."""
+
+    def __init__(self, proposal: PolicyProposal, most: int) -> None:
+        self.proposal, self.most, self.proposed = proposal, most, 0
+        self._begun, self._next = time.perf_counter(), FIRST_REPORT
+
+    def sample(self, prompts: Sequence[Any], n: int) -> Samples:
+        """Return ``n`` proposals for each prompt."""
+        samples = self.proposal.sample(prompts, n)
+        self.proposed += len(samples)
+        now = time.perf_counter() - self._begun
+        if now >= self._next:
+            self._next = now + NEXT_REPORT
+            left = now / self.proposed * (self.most - self.proposed)
+            print_on_main(
+                f"Measuring QRS: {self.proposed:,} of at most {self.most:,} proposals, {left:.0f} s more at most."
+            )
+        return samples
 
 
 def _proposal(trainer: FDPGTrainer, model: Any, seed: int, base: Any) -> PolicyProposal:

@@ -29,13 +29,16 @@ def quiet_imports() -> None:
 def quiet_run(*, on_cpu: bool) -> None:
     """Drop what libraries say while a trainer is built."""
     from datasets.utils import logging as datasets_logging
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, which accelerate imports, warns that it looked
-    if not sys.stderr.isatty():  # bars would be lines of a file
-        transformers_logging.disable_progress_bar()
-        datasets_logging.disable_progress_bar()
+    # The command has one live line of its own.
+    transformers_logging.disable_progress_bar()  # the hub's as well
+    datasets_logging.disable_progress_bar()
+    if sys.stderr.isatty():  # a download may take an hour
+        enable_progress_bars()
 
 
 class _Without(logging.Filter):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForCon
 
 from contrastive_align import Constraint, FDPGConfig, Target, demo
 from contrastive_align.launch import cli
+from contrastive_align.launch import measure as measuring
 from contrastive_align.launch.arguments import parse
 from contrastive_align.launch.datasets import load_prompts, repeat
 from contrastive_align.launch.fdpg import FDPGArguments
@@ -271,7 +273,29 @@ def test_qrs_takes_the_acceptance_that_there_is_and_meets_a_pointwise_constraint
     qrs = summary.distributions["tuned+QRS"]
     assert qrs["moment/contains:please"].value == 1 and 0.05 < qrs["acceptance"].value < 0.3
     assert abs(qrs["KL(p||pi)"].value) < 0.05 and qrs["TV"].value < 0.1 and qrs["beta"].value > 0
-    assert "and not the wished 0.5" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"QRS accepts {qrs['acceptance']} and not the wished 0.5" in said  # as the table has it
+
+
+def test_a_rare_constraint_costs_qrs_no_more_than_a_multiple_of_the_other_samples(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measuring, "FIRST_REPORT", 0.0)
+    code = tmp_path / "features.py"
+    body = "return ['please' in c and len(c) % 5 == 0 for c in completions]"
+    code.write_text(f"def rare(completions, **columns):\n    {body}\n")
+    rare = f"--features=[{{function: '{code}:rare', moment: 1.0, pointwise: true}}]"
+    flags = ["--max_steps=1", "--fit_samples=512", "--max_completion_length=16", "--eval_samples=400"]
+    summary = main([*SMALL, *flags, rare, "--eval_prompts=4", f"--output_dir={tmp_path / 'out'}"])
+    qrs, said = summary.distributions["tuned+QRS"], " ".join(capsys.readouterr().out.split())
+    assert qrs["acceptance"].value < 0.05 and 0 < qrs["samples"].value < 400
+    qrs_proposals = int(re.findall(r"Measuring QRS: ([\d,]+) of at most", said)[-1].replace(",", ""))
+    assert qrs_proposals <= 10 * 400
+    assert f"QRS accepts {qrs['acceptance']} and not the wished 0.5" in said
+    assert re.search(r"QRS stopped at 1000 proposals a prompt: \d of \d prompts have fewer than 100 accepted", said)
+    assert f"{qrs['samples']} of " in said and "beta 0.0000" not in said
+
+
+def test_a_small_beta_has_significant_digits():
+    assert [str(measuring.Significant(beta)) for beta in (3.2e-5, 0.012345, 1.5)] == ["3.2e-05", "0.01235", "1.5"]
 
 
 def test_a_target_that_misses_its_moment_where_it_is_measured_is_named():
