@@ -228,11 +228,11 @@ def _rose(change: Change | None, by: float) -> bool:
     "Diverged",
     "a loss, the last norm of the gradient, or a weight of a run that an error stopped is NaN or infinite",
     "the definition: no later step brings such a weight back.",
-    reads=[("log:loss",), ("log:grad_norm",)],
+    reads=[("log:loss",), ("log:train_loss",), ("log:grad_norm",)],
 )
 def _diverged(case: Case) -> tuple[str, dict[str, float]] | None:
     curves, lost = case.history.curves, {}
-    for name in ("loss", "nll", "eval_loss"):
+    for name in ("loss", "nll", "eval_loss", "train_loss"):
         if name in curves and curves[name].not_finite:
             lost[name] = float(curves[name].not_finite)
     if "grad_norm" in curves and not curves["grad_norm"].ends_finite:  # with a gradient scaler, single steps have none

@@ -129,6 +129,11 @@ class History:
     def __getitem__(self, name: str) -> Curve:
         return self.curves[name]
 
+    @property
+    def last_step(self) -> float:
+        """The last step at which a finite value was logged; 0 where none was."""
+        return max((curve.points[-1].last for curve in self.curves.values() if curve.points), default=0)
+
     def names(self, prefix: str = "") -> list[str]:
         """Return the metrics that begin so and have a finite value."""
         return [name for name in self.curves if name.startswith(prefix) and name in self]

@@ -60,6 +60,8 @@ class RunView:
         history = read_history(path)
         file = next((path / name for name in (SUMMARY_FILE, UNFINISHED_FILE) if (path / name).is_file()), None)
         summary = _read_parts(file, _SUMMARY) if file else {}
+        if written := re.fullmatch(r"(\d+) of (\d+)", summary.get("unfinished", "")):  # the log may go on after it
+            summary["unfinished"] = f"{max(int(written[1]), history.last_step):g} of {written[2]}"
         if not summary and not history.curves:
             raise FileNotFoundError(
                 f"{folder} holds no run: expected summary.json, log.jsonl or a checkpoint's trainer_state.json."
@@ -168,7 +170,7 @@ _STAGE = frozenset({"name", "step", "texts", "rewards", "lengths", "ended"})
 _SUMMARY = {
     **dict.fromkeys(("method", "model", "engine"), _LINE),
     **dict.fromkeys(("training", "versions", "preflight", "facts", "settings", "distributions"), _MAPPING),
-    **dict.fromkeys(("state", "metrics_on", "reference", "command"), _Part(str)),
+    **dict.fromkeys(("state", "metrics_on", "reference", "command", "unfinished", "stopped"), _Part(str)),
     **dict.fromkeys(("metrics", "samples"), _CHANGES),
     "data": _Part(dict, each=frozenset({"line", "notes"})),
     "table": _Part(list),

@@ -57,7 +57,9 @@ def test_every_rule_has_a_disease():
     assert {rule.name for rule in RULES} == set(DISEASES) and len(RULES) == 16
 
 
-@pytest.mark.parametrize("entry", [{"loss": None}, {"loss": float("nan")}, {"loss": 0.5, "grad_norm": None}])
+@pytest.mark.parametrize(
+    "entry", [{"loss": None}, {"train_loss": None}, {"loss": float("nan")}, {"loss": 0.5, "grad_norm": None}]
+)
 def test_a_value_that_is_not_finite_is_divergence(entry):
     history = History([{"step": 1, "loss": 0.7, "grad_norm": 1.0}, {"step": 2, **entry}])
     (found,) = diagnose({}, history).findings

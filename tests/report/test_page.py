@@ -201,7 +201,7 @@ def test_console_and_page_say_alike_what_could_not_look(tmp_path, capsys):
 
 def test_the_page_of_a_run_that_was_broken_off_keeps_what_is_known(tmp_path):
     (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n')
-    (tmp_path / UNFINISHED_FILE).write_text(json.dumps(summary(unfinished="2 of 40")))
+    (tmp_path / UNFINISHED_FILE).write_text(json.dumps(summary(unfinished="0 of 40")))
     page = report.main([str(tmp_path)]).read_text()
     assert "The run is at step 2 of 40" in page and "Before the first step" in page
 
