@@ -40,6 +40,7 @@ def test_the_embedded_default(tmp_path, capsys, preference):
     summary = main(["--loss_type=NCA", f"--output_dir={tmp_path}", *SMALL], preference=preference)
     written = json.loads((tmp_path / "summary.json").read_text())
     assert written["method"]["loss_type"] == ["nca"] and written["model"]["name_or_path"] == demo.MODEL_PATH
+    assert written["data"]["train"]["conversational"] is True  # a template that adds a line end, as prompts
     assert written["data"]["train"]["groups"] == 32 and sum(written["data"]["train"]["groups_by_k"].values()) == 32
     reward, best = written["metrics"]["mean_reward"], written["metrics"]["logps/best"]
     assert {"before", "after", "se", "n"} <= reward.keys() and reward["n"] == best["n"] == 8

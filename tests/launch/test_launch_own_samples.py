@@ -49,6 +49,7 @@ def test_a_reward_and_prompts_alone_mean_own_samples(data, tmp_path):
     cli.main(["preference", *flags, "--loss_type=DPO", "--num_rounds=1", f"--output_dir={tmp_path}/out"])
     found = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert found["method"]["online"] and found["method"]["loss_type"] == ["dpo"]
+    assert found["data"]["train"]["conversational"] is False
     assert found["data"]["train"]["rows"] == 12 and found["data"]["scored"]["groups"] == 12
 
 

@@ -7,11 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from contrastive_align import demo
-from contrastive_align.launch import cli
+from contrastive_align.launch import chat, cli, merge, report, sample
 from contrastive_align.launch.accepted import AcceptedAnswers
+from contrastive_align.launch.past_run import chats, read_summary
+from contrastive_align.launch.sample import read_questions
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.targets import Target
 
@@ -130,8 +138,134 @@ def test_what_contradicts_is_refused(tmp_path):
         ("--qrs=a", "--acceptance=0.5", "--tv=0.1"): "both decide beta",
         ("--model=a", "--num_beams=2", "--temperature=0.5"): "--temperature has no meaning",
         ("--model=a", "--num_beams=2", "--num_generations=3"): "at least --num_generations=3",
+        ("--qrs=a", "--qrs_beta=0"): "--qrs_beta is 0.0, expected a finite number above 0.",
+        ("--qrs=a", "--qrs_beta=nan"): "--qrs_beta is nan, expected a finite number above 0.",
+        ("--qrs=a", "--acceptance=1.5"): "--acceptance is 1.5, expected a finite number above 0, up to 1.",
+        ("--qrs=a", "--acceptance=nan"): "--acceptance is nan, expected",
+        ("--qrs=a", "--tv=-1"): "--tv is -1.0, expected a finite number above 0, up to 1.",
+        ("--model=a", "--temperature=nan"): "--temperature is nan, expected a finite number of 0 or more.",
+        ("--model=a", "--top_p=nan"): "--top_p is nan, expected",
+        ("--qrs=a", "--tv=0.05", "--top_k=1"): "--top_k=1 leaves completions out",
+        ("--qrs=a", "--tv=0.05", "--top_p=0.9"): "--top_p=0.9 leaves completions out",
+        ("--qrs=a", "--tv=0.05", "--temperature=0"): "--temperature=0 leaves completions out",
         (f"--qrs={tmp_path}",): "has no target.json: --qrs takes the output_dir",
     }.items():
         with pytest.raises(UsageError) as error:
             cli.main(["sample", "--prompt=a", *argv])
         assert found in error.value.message
+
+
+TEXT_REWARD = """
+def length(prompts, completions, topic, **columns):
+    assert all(isinstance(text, str) for text in [*prompts, *completions]), prompts
+    assert set(topic) <= {"a lawn", None}, topic
+    return [float(len(text)) for text in completions]
+"""
+
+
+def test_prompts_of_qrs_keep_their_form_and_rows_may_lack_columns(tmp_path, capsys):
+    """The bundled model has a chat template, and its run was on texts, of which the reward reads the length."""
+    (tmp_path / "rewards.py").write_text(TEXT_REWARD)
+    model = AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH)
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_PATH)
+    assert tokenizer.chat_template
+    run = saved_run(tmp_path, model, tokenizer, f"{tmp_path / 'rewards.py'}:length", beta=20.0)
+    rows = [{"prompt": PROMPTS[0], "topic": "a lawn"}, {"prompt": PROMPTS[1], "length": 3}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = ["sample", f"--qrs={run}", f"--prompts={tmp_path / 'rows.jsonl'}", "--max_completion_length=2"]
+    found = cli.main([*argv, "--top_k=50", f"--compare={demo.MODEL_PATH}"])
+    said = capsys.readouterr().out
+    assert [set(row) for row in found] == [{*row, "generations", "acceptance_rate", "generator"} for row in rows]
+    assert "run" in said and " | model" in said and "TV to the target given what the options leave" in said
+
+
+def test_one_function_says_whether_a_run_chats(tmp_path, folder):
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_PATH)
+    summary = read_summary(folder / "runs/fdpg")
+    assert summary["data"]["train"]["conversational"] is False and not chats(summary, tokenizer)
+    del summary["data"]["train"]["conversational"]  # of an earlier version
+    assert not chats(summary, tokenizer)
+    assert chats({"data": {"train": {"conversational": True}}, "method": summary["method"]}, tokenizer)
+    assert read_summary(folder / "runs/fdpg" / "checkpoint-1") == read_summary(folder / "runs/fdpg")
+    assert read_summary(tmp_path) == {}
+
+
+def test_columns_of_a_question_hide_no_answer(tmp_path, capsys):
+    rows = [{"prompt": PROMPTS[0], "output": "its own"}, {"prompt": PROMPTS[1], "choices": ["A", "B"]}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = cli.main(["sample", f"--model={demo.MODEL_PATH}", f"--prompts={tmp_path / 'rows.json'}"])
+    said = [line.removeprefix("sampled  ") for line in capsys.readouterr().out.splitlines() if "sampled" in line]
+    assert said == [repr(row["generations"][0]) for row in found] and "'its own'" not in said
+
+
+def test_files_of_prompts_are_read_as_training_reads_them(tmp_path):
+    odd = "one\u2028two\u0085three"
+    for name, text in {
+        "a.jsonl": json.dumps({"prompt": odd}, ensure_ascii=False),
+        "a.json": json.dumps([{"prompt": odd}], ensure_ascii=False),
+        "a.txt": odd,
+        "a.questions": json.dumps({"prompt": odd}),
+    }.items():
+        (tmp_path / name).write_text(f"\ufeff{text}\r\n", encoding="utf-8")
+        assert read_questions(tmp_path / name, "jsonl") == [{"prompt": odd}], name
+    for data, said in {
+        b'{"prompt": "caf\xe9"}': "latin.jsonl is not UTF-8 text",
+        b'{"prompt": "a"}\n{"prompt": }': "latin.jsonl, row 1 (line 2): not JSON",
+        b"[1]": "latin.jsonl, row 0 (line 1): the row is 1, expected an object",
+        b'{"question": "a"}': "latin.jsonl, row 0: the keys ['question'], expected prompt",
+        b"\n": "latin.jsonl has no rows",
+    }.items():
+        (tmp_path / "latin.jsonl").write_bytes(data)
+        with pytest.raises(UsageError) as error:
+            read_questions(tmp_path / "latin.jsonl", "jsonl")
+        assert said in error.value.message
+
+
+def test_two_turns_fit_by_default_and_a_row_that_does_not_is_named(tmp_path, monkeypatch):
+    turns = [{"turns": [PROMPTS[0], PROMPTS[1]], "category": "stem"}] * 2
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, turns)))
+    argv = ["sample", f"--model={demo.MODEL_PATH}", f"--prompts={file}"]
+    assert len(cli.main([*argv, "--format=mt_bench"])) == 2
+    long = {"prompt": " ".join(PROMPTS * 20)}
+    file.write_text("\n".join(map(json.dumps, [turns[0], long])))
+    monkeypatch.setattr(sample, "converse", lambda *_: pytest.fail("sampled before all rows were checked"))
+    with pytest.raises(UsageError) as error:
+        cli.main(argv)
+    said = "tokens; with an answer of up to 128 (--max_completion_length)"  # a quarter of the context
+    assert f"{file}, row 1: its prompt has" in error.value.message and said in error.value.message
+    file.write_text(json.dumps(turns[0]))
+    with pytest.raises(UsageError) as error:
+        cli.main([*argv, "--max_completion_length=300"])
+    fits = re.search(r"row 0: its 2 turns have .* Give --max_completion_length=(\d+) or less", error.value.message)
+    monkeypatch.undo()
+    cli.main([*argv, f"--max_completion_length={fits[1]}"])
+
+
+def conversation(monkeypatch, *lines):
+    said = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(said, "/quit"))
+
+
+def test_chat_goes_on_where_the_context_ends(tmp_path, monkeypatch, capsys):
+    conversation(monkeypatch, *[line.strip() for line in PROMPTS * 3], " ".join(PROMPTS * 20).replace("\n", " "), "Hi.")
+    assert cli.main(["chat", f"--model={demo.MODEL_PATH}", "--alone"]) == 10
+    out = capsys.readouterr().out
+    assert out.count("note: the oldest turns are left out from now on") == 1
+    assert "that is more than the" in out and "--max_completion_length" in out
+    tokenizer = AutoTokenizer.from_pretrained(demo.MODEL_PATH)
+    tokenizer.chat_template = None
+    AutoModelForCausalLM.from_pretrained(demo.MODEL_PATH).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    conversation(monkeypatch, "Hi.", "And?")
+    cli.main(["chat", f"--model={tmp_path}", "--alone", "--max_completion_length=2"])
+    assert capsys.readouterr().out.count("has no chat template, so that it sees the last line alone") == 1
+
+
+def test_every_parser_takes_log_level(tmp_path, capsys):
+    required = {chat: ["--model=a"], merge: ["a", "--output_dir=b"], report: ["a"], sample: []}
+    for module, argv in required.items():
+        assert module.build_parser().parse_args([*argv, "--log_level=debug"]).log_level == "debug"
+    with pytest.raises(UsageError) as error:
+        cli.main(["sample", "--model=a", f"--prompts={tmp_path / 'none.txt'}", "--log_level=debug"])
+    assert "no file" in error.value.message and "Traceback" in capsys.readouterr().err

@@ -152,6 +152,7 @@ def test_the_columns_of_rows_are_those_a_reward_function_is_not_given_by_another
     rows = [{**dict.fromkeys(NOT_COLUMNS, "no"), "topic": topic, "n": n} for n, topic in enumerate("ab")]
     assert columns_of(rows, 2) == {"topic": ["a", "a", "b", "b"], "n": [0, 0, 1, 1]}
     assert columns_of(rows, [0, 3]) == {"topic": ["b"] * 3, "n": [1] * 3}
+    assert columns_of([{"a": 1}, {"b": 2}], [1, 2]) == {"a": [1, None, None], "b": [None, 2, 2]}  # as in a dataset
     assert columns_of([], 2) == {}
 
 
