@@ -45,6 +45,9 @@ from contrastive_align.trl_seam import ignore_bool_buffers
 from contrastive_align.versions import SUPPORTED
 
 
+CHECKED = 4  # prompts that the start is checked on where the page shows none
+
+
 class Run:
     """One run of a training command, from its parsed arguments to ``summary.json``.
 
@@ -130,6 +133,9 @@ class Run:
         name = self.args.model.model_name_or_path
         return "the bundled demo model" if name == demo.MODEL_PATH else self.trainer.start_description
 
+    def leave_nothing(self) -> None:
+        """Remove the empty folders that a run makes which does not train (to be overridden)."""
+
     def before_training(self) -> None:
         """Measure the model at the start."""
 
@@ -182,11 +188,13 @@ class Run:
     def _look_before(self) -> None:
         """Sample the start, and check what can be checked before the first step."""
         trainer, summary = self.trainer, self.summary
-        most = self.args.script.report_prompts
-        if most and trainer.is_sharded and trainer.model.config.is_encoder_decoder:
+        most = shown = self.args.script.report_prompts
+        if shown and trainer.is_sharded and trainer.model.config.is_encoder_decoder:
             self.args.notes.append("no samples for report.html: the weights of an encoder-decoder model are sharded")
             most = 0
-        rewards, name = self.rewards_of()
+        elif not shown and not trainer.uses_engine:  # under which sampling costs more than a check is worth
+            most = CHECKED
+        rewards, name = self.rewards_of() if shown else (None, "")
         held_out = self.held_out(most) if most else HeldOut([], [], [], "")
         tokens = getattr(trainer, "condition_ids", ())
         self.recorder = Recorder(trainer, held_out, rewards=rewards, reward_name=name, suppress=tokens)
@@ -207,6 +215,8 @@ class Run:
         ):
             if said:
                 summary.preflight[name] = said
+        if not shown:
+            self.recorder.forget_start()
 
     def _look_at_start(self) -> None:
         """Sample the start under an engine, and say what could not be said in the table before training."""
@@ -245,8 +255,7 @@ class Run:
         recorder.summary = self.summary.contents()
         recorder.summary["facts"] |= {"weights_not_finite": len(lost)} if lost else {}
         said = without_secrets((str(error) or type(error).__name__).strip().splitlines()[0])
-        with contextlib.suppress(OSError):  # such as the full disk that stopped the run
-            recorder.write_page(unfinished=f"{state.global_step} of {state.max_steps}", stopped=said)
+        recorder.write_page(unfinished=f"{state.global_step} of {state.max_steps}", stopped=said)
 
     def after_saving(self) -> None:
         """Write further files beside the model, and add to ``summary.training`` and ``summary.saved``."""
@@ -336,6 +345,7 @@ class Run:
             print_on_main("\n".join(wrap(f"note: {note}")))
         if args.script.preflight_only:
             trainer.end()
+            self.leave_nothing()
             return summary
         trainer.add_callback(RemoveEarlierSummary())
         LiveLine.install(trainer)
@@ -346,7 +356,8 @@ class Run:
         try:
             self.train(checkpoint)
         except Exception as error:
-            self._look_at_failure(error)
+            with contextlib.suppress(Exception):  # of a full disk or a lost device: the first error is told
+                self._look_at_failure(error)
             raise
         if trainer.state.global_step < trainer.state.max_steps:
             self._stop_if_asked()
