@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -151,6 +152,11 @@ class ConditionalRun(Run):
             self.rounds = math.ceil(steps / trainer.steps_per_round)
             self.args.notes.append(f"max_steps={steps} decides, not num_rounds: training ends in round {self.rounds}")
         return trainer
+
+    def leave_nothing(self) -> None:
+        """Remove the folder of a pool without a round."""
+        with contextlib.suppress(OSError):  # it holds rounds, or another process has removed it
+            self.trainer.pool.folder.rmdir()
 
     def _build_trainer(self) -> ConditionalTrainer:
         args, script, training, condition = self.args, self.args.script, self.args.training, self.condition

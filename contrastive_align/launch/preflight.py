@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from contrastive_align.launch.record import BEFORE, Recorder
+from contrastive_align.launch.record import Recorder
 from contrastive_align.losses.contrastive import group_loss, target_labels
 from contrastive_align.models.loading import eos_token_ids
 from contrastive_align.trainers import ContrastiveTrainer
@@ -160,10 +160,9 @@ def checks_in_words(trainer: Any, recorder: Recorder) -> str:
 
 def sample_in_words(recorder: Recorder, most: int = 100) -> str:
     """Show a prompt and what the start makes of it, in one line."""
-    if recorder.first is None or not recorder.stages:
+    if recorder.first is None:
         return ""
-    stage = next(stage for stage in recorder.stages if stage["name"] == BEFORE)
-    prompt, text = (" ".join(part.split()) for part in (recorder.held_out.texts[0], stage["texts"][0]))
+    prompt, text = (" ".join(part.split()) for part in (recorder.held_out.texts[0], recorder.first.texts[0][0]))
     half = most // 2
     prompt = prompt if len(prompt) <= half else f"...{prompt[-half:]}"
     return f"{prompt!r} -> {text[:half] + '...' if len(text) > half else text!r}"

@@ -236,6 +236,11 @@ class Recorder(TrainerCallback):
                 if key in last
             }
 
+    def forget_start(self) -> None:
+        """Drop the prompts and their samples, so that the log and the page have none."""
+        self.held_out, self.first, self.stages = HeldOut([], [], [], ""), None, []
+        self.history = History()
+
     changes: dict[str, Any] = {}  # noqa: RUF012 (replaced, never changed)
 
     # ------------------------------------------------------------------------------------------------- the trainer

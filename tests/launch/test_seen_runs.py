@@ -306,3 +306,25 @@ def test_a_merge_that_cannot_be_made_is_a_sentence(run, tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main(["merge", *argv])
         assert said in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("command", ["fdpg", "conditional"])
+def test_preflight_checks_also_where_the_page_shows_no_samples(command, tmp_path, capsys):
+    small = ["--max_train_samples=8", "--per_device_train_batch_size=8", "--max_completion_length=8"]
+    own = {
+        "fdpg": ["--num_generations=4"],
+        "conditional": ["--prompts_per_round=4", "--num_generations=5", "--draws_per_round=16"],
+    }
+    argv = [command, *small, *own[command], f"--output_dir={tmp_path / 'out'}", "--preflight_only"]
+    summary = cli.main([*argv, "--report_prompts=0"])
+    assert {"first step", "memory", "checks", "sample"} <= set(summary.preflight)
+    assert "tokens a batch" in summary.preflight["first step"] and "policy = reference" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_report_prompts_the_page_and_the_log_have_no_samples(tmp_path):
+    argv = ["reward", *FEW[:-1], "--max_steps=1", "--report_prompts=0", f"--output_dir={tmp_path}"]
+    assert "policy = reference" in cli.main(argv).preflight["checks"]
+    assert "samples/" not in (tmp_path / "log.jsonl").read_text()
+    found = json.loads((tmp_path / "samples.json").read_text())
+    assert found["prompts"] == found["stages"] == []
