@@ -83,7 +83,7 @@ class AcceptedAnswers(Trained):
         loading = {name: value for name, value in options.items() if name in ("dtype", "trust_remote_code")}
         self.base = None  # a model with its adapter off
         if not is_peft_model(self.model) or start.get("adapter"):
-            base, _ = load_trained(start["start"], **loading)
+            base, _ = load_trained(start.get("start_adapter") or start["start"], **loading)
             self.base = base.to(self.model.device).eval()
         measured = self.run.get("distributions", {}).get("tuned+QRS", {}).get("beta", {})
         if acceptance is tv is qrs_beta is None:
