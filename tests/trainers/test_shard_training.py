@@ -218,8 +218,9 @@ def test_missing_and_stale_log_probs_are_sentences(make, folder, tiny_llama):
     refused(r"part-2\.jsonl\.parquet are stale")
     with pytest.raises(ValueError, match="ref_log_probs_folder is given without precompute_ref_log_probs"):
         make(ref_log_probs_folder=str(written.parent))
+    whole = Dataset.from_list([{"prompt": "a", "completions": ["b", "c"], "scores": [0, 1]}])
     with pytest.raises(ValueError, match="ref_log_probs_folder holds the log-probs of shards that are streamed"):
-        make(Dataset.from_list([]), precompute_ref_log_probs=True, ref_log_probs_folder=str(written.parent))
+        make(whole, precompute_ref_log_probs=True, ref_log_probs_folder=str(written.parent))
 
 
 @pytest.mark.parametrize(
