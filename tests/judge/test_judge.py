@@ -712,6 +712,15 @@ def test_a_refusal_ends_the_waits_of_others_and_keeps_the_answers_in_flight(make
         assert again(["p"], ["slow"])[0] is not None and counts(again, "cached") == (1,)
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT as a terminal has it: a shell's background job begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_stops_the_asking(make):
     def behaviour(text, attempt):
         if text == "p|3":
