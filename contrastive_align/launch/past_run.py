@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from contrastive_align.report.history import read_json
 
 
 SUMMARY = "summary.json"
@@ -15,11 +16,14 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     """Read the summary of a run: the folder's, or for a checkpoint that of the run around it; empty if there is none.
 
     A run writes it at its end.
+
+    Raises:
+        ValueError: the file is cut, or holds no mapping.
     """
     folder = Path(folder)
     around = [folder.parent] if folder.name.startswith("checkpoint-") else []
     found = next((path for place in (folder, *around) if (path := place / SUMMARY).is_file()), None)
-    return {} if found is None else json.loads(found.read_text(encoding="utf-8"))
+    return {} if found is None else read_json(found)
 
 
 def chats(run: Mapping[str, Any], tokenizer: Any) -> bool:

@@ -51,7 +51,10 @@ def exponential_noise(seeds: Tensor, step: int, vocabulary: int) -> Tensor:
 
 
 def mix_(numbers: Tensor) -> Tensor:
-    """Mix int64 numbers in place, one to one: neighbours become as different as any two."""
+    """Replace int64 numbers by random-looking ones, in place: equal ones by equal ones, others by others.
+
+    Numbers that differ by 1 differ in about half of their bits afterwards, as unrelated ones do.
+    """
     spare = torch.empty_like(numbers)
     for shift, factor in ROUNDS:
         torch.bitwise_right_shift(numbers, shift, out=spare)
