@@ -12,7 +12,7 @@ from small_trainers import COLUMNS
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from contrastive_align import demo, trl_seam
-from contrastive_align.trainers import evaluation
+from contrastive_align.rounds import measures
 
 
 NEVER = {"predict", "push_to_hub"}  # one raises, of the other there is a test of its own
@@ -66,7 +66,7 @@ def calls_in_a_run(column, folder):
         for name in OF_TRL_ALONE:
             if name in vars(column.trl_trainer):
                 patch.setattr(column.trl_trainer, name, lambda *_, **__: pytest.fail("TRL's own loss or samples ran"))
-        patch.setattr(evaluation, "draw_round", lambda *_: None)
+        patch.setattr(measures, "draw_round", lambda *_: None)
         options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
         options["remove_unused_columns"] = True  # which TRL's online trainers do not by default
         for cached in (True, False) if column.is_contrastive else (None,):

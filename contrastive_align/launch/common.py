@@ -39,8 +39,7 @@ from contrastive_align.report.page import PAGE
 from contrastive_align.report.summary import wrap, wrapped_table
 from contrastive_align.trainers import ContrastiveConfig
 from contrastive_align.trainers.base import hold_folders, newest_whole_checkpoint
-from contrastive_align.trainers.processes import keep_to_the_end
-from contrastive_align.trainers.stopping import StopOnSignal, Stopped
+from contrastive_align.trainers.processes import StopOnSignal, Stopped, keep_to_the_end
 from contrastive_align.trl_seam import ignore_bool_buffers
 from contrastive_align.versions import SUPPORTED
 

@@ -14,8 +14,8 @@ from contrastive_align.launch.common import picture_saved
 from contrastive_align.launch.datasets import take
 from contrastive_align.launch.own_rounds import rounds_of
 from contrastive_align.report import Change, Summary, in_words, moved, plot_rewards, spread, warn_if_above_start
+from contrastive_align.rounds.measures import UNCONDITIONED
 from contrastive_align.trainers import ConditionalTrainer
-from contrastive_align.trainers.evaluation import UNCONDITIONED
 
 
 GIVEN = "reward_given/"

@@ -21,6 +21,7 @@ from contrastive_align import demo
 from contrastive_align.data import BadRow, DataReport, Group, prepare_groups
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.columns import read_options
+from contrastive_align.data.labels import ANY_TEMPERATURE, auto_temperature, scores_of
 from contrastive_align.data.reading import groups_of
 from contrastive_align.launch.arguments import Arguments, RunArguments, option, parse
 from contrastive_align.launch.datasets import load_splits
@@ -29,7 +30,6 @@ from contrastive_align.losses import label_entropy, target_labels
 from contrastive_align.models import load_tokenizer
 from contrastive_align.models.loading import embedding_rows
 from contrastive_align.trainers import ContrastiveConfig
-from contrastive_align.trainers.labels import ANY_TEMPERATURE, auto_temperature, scores_of
 
 
 SHOWN = 3

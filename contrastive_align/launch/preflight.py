@@ -14,11 +14,11 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from contrastive_align.data.labels import scores_of
 from contrastive_align.launch.record import Recorder
-from contrastive_align.losses.contrastive import group_loss, target_labels
+from contrastive_align.losses.contrastive import add_first_score_bonus, group_loss, target_labels
 from contrastive_align.models.loading import eos_token_ids
 from contrastive_align.trainers import ContrastiveTrainer
-from contrastive_align.trainers.labels import add_first_score_bonus, scores_of
 
 
 LOOKED_AT = 4096  # rows of the training data

@@ -16,7 +16,7 @@ from contrastive_align.launch.common import Run, model_arguments, print_on_main
 from contrastive_align.launch.datasets import load_splits
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.trainers import ContrastiveTrainer
-from contrastive_align.trainers.stored_reference import ReferenceJob, base_of, folder_of, identity_of
+from contrastive_align.trainers.reference import ReferenceJob, base_of, folder_of, identity_of
 
 
 @dataclass

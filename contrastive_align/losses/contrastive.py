@@ -87,6 +87,17 @@ def is_preference(scores: Tensor, *, valid: Tensor | None = None) -> Tensor:
     return (valid.sum(-1) == 2) & (valid & (scores == 1)).any(-1) & (valid & (scores == 0)).any(-1)
 
 
+def add_first_score_bonus(scores: Tensor, valid: Tensor, bonus: float) -> Tensor:
+    """Return the scores (B, K) with ``bonus`` added to each group's first, except in preferences.
+
+    >>> add_first_score_bonus(torch.tensor([[3.0, 3.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool), 0.5)
+    tensor([[3.5000, 3.0000, 1.0000]])
+    """
+    scores = scores.clone()
+    scores[:, 0] += bonus * ~is_preference(scores, valid=valid)
+    return scores
+
+
 def nca(
     log_ratios: Tensor,
     scores: Tensor,

@@ -73,13 +73,12 @@ from contrastive_align.report.card import (
 from contrastive_align.trainers.configs import ARGUMENTS_NOT_SUPPORTED
 from contrastive_align.trainers.engines import HoldsWeights
 from contrastive_align.trainers.first_step import cause_of
-from contrastive_align.trainers.processes import EndsWorkers, on_main
+from contrastive_align.trainers.processes import EndsWorkers, StopOnSignal, on_main
 from contrastive_align.trainers.reference import (
     REFERENCE_FILE,
     check_reference_at_start,
     check_reference_of_checkpoint,
 )
-from contrastive_align.trainers.stopping import StopOnSignal
 from contrastive_align.trainers.trials import try_attention, try_options
 from contrastive_align.trl_seam import (
     ListensToSignals,

@@ -29,12 +29,12 @@ from contrastive_align.models.head import head_parameters, logit_scale, logit_so
 from contrastive_align.models.logps import beside, completion_logps, completion_objective
 from contrastive_align.models.token_loss import token_loss
 from contrastive_align.pool import Pool, Sample, Table
-from contrastive_align.trainers import evaluation, rounds
+from contrastive_align.rounds import measures, rounds
+from contrastive_align.rounds.samplers import check_vllm_options, check_vllm_tokens
+from contrastive_align.targets.reward_log import RewardLog
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset, keep_adapter_as_reference
 from contrastive_align.trainers.configs import ConditionalConfig
-from contrastive_align.trainers.reward_log import RewardLog
 from contrastive_align.trainers.sampled_rounds import BeginsRounds, SamplesRounds
-from contrastive_align.trainers.samplers import check_vllm_options, check_vllm_tokens
 from contrastive_align.trl_seam import (
     KeepsDigits,
     Method,
@@ -483,9 +483,9 @@ class ConditionalTrainer(SamplesRounds, KeepsDigits, PreparesDatasets, Alignment
         """Return the rewards under each condition, or the likelihoods of scored completions."""
         if self.online:
             self.reward_log = RewardLog(has_table=False)
-            return evaluation.reward_metrics(self.rewards_given(dataset)) | self.reward_log.take_metrics()
+            return measures.reward_metrics(self.rewards_given(dataset)) | self.reward_log.take_metrics()
         samples, _ = self._read_scored(dataset, self.best_condition())
-        return evaluation.likelihood_metrics(samples, self.best_condition(), self.nll_given)
+        return measures.likelihood_metrics(samples, self.best_condition(), self.nll_given)
 
     def rewards_given(self, dataset: Dataset, *, conditions: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """Return the mean reward of each prompt's completions under each condition.
@@ -500,7 +500,7 @@ class ConditionalTrainer(SamplesRounds, KeepsDigits, PreparesDatasets, Alignment
             is logged).
         """
         with self.unchanged_weights():
-            return evaluation.rewards_given(self, dataset, conditions)
+            return measures.rewards_given(self, dataset, conditions)
 
     def nll_given(
         self, samples: Sequence[Sample], texts: Sequence[str | None], *, reference: bool = False
@@ -518,25 +518,25 @@ class ConditionalTrainer(SamplesRounds, KeepsDigits, PreparesDatasets, Alignment
             for s, text in zip(samples, texts, strict=True)
         ]
         with self.sampling_from(reference=reference) as model:
-            return evaluation.negative_log_likelihoods(self, model, prompts, [s.completion_ids for s in samples])
+            return measures.negative_log_likelihoods(self, model, prompts, [s.completion_ids for s in samples])
 
     def _log_round(self, number: int, table: Table, through: int, speed: dict[str, float]) -> None:
-        logs = evaluation.round_metrics(number, table, self.condition, online=self.online) | speed
-        newest = evaluation.newest_samples(number, table, online=self.online)
+        logs = measures.round_metrics(number, table, self.condition, online=self.online) | speed
+        newest = measures.newest_samples(number, table, online=self.online)
         if self.online and self.condition.free_words:
             samples = self.pool.read(np.flatnonzero(newest & (table.label >= 0)), number)
             asked_with = self.best_condition(number - 1) if number > 1 else None
-            counts = evaluation.count_cut_words(
+            counts = measures.count_cut_words(
                 number, samples, self.conditioned, asked_with, warn=not self._cut_words_told
             )
             self._cut_words_told = self._cut_words_told or any(counts.values())
             logs |= counts
         some = np.flatnonzero(newest)[:: max(1, int(newest.sum()) // 512)]
         logs |= self.reward_log.take_metrics()
-        logs |= evaluation.text_metrics(self.pool.read(some, through), self.nll_given if self.has_reference else None)
+        logs |= measures.text_metrics(self.pool.read(some, through), self.nll_given if self.has_reference else None)
         self.log_measured(logs)
         if self.args.should_save:
-            evaluation.draw_round(number, table, self.condition, self.args.output_dir)
+            measures.draw_round(number, table, self.condition, self.args.output_dir)
 
     # --------------------------------------------------------------------------------------------- resuming and saving
 

@@ -25,39 +25,34 @@ from contrastive_align.data import DataReport, GroupCollator, prepare_groups
 from contrastive_align.data.atomic import atomic_write
 from contrastive_align.data.columns import read_options
 from contrastive_align.data.files import files_of
+from contrastive_align.data.labels import ANY_TEMPERATURE, auto_temperature, warn_of_labels
 from contrastive_align.data.rows import BadRow
 from contrastive_align.data.shards import ShardedGroups
 from contrastive_align.data.tokenise import render_messages
-from contrastive_align.losses.contrastive import LOSSES, group_loss, reads_labels
+from contrastive_align.losses.contrastive import LOSSES, add_first_score_bonus, group_loss, reads_labels
 from contrastive_align.models.loading import embedding_rows
 from contrastive_align.models.logps import CompletionLogps, beside, completion_logps, per_completion
 from contrastive_align.pool import Pool
+from contrastive_align.rounds import measures
+from contrastive_align.rounds.groups import GroupRows, GroupSignal, group_metrics
+from contrastive_align.rounds.samplers import check_vllm_options
 from contrastive_align.sampling.adjust import Adjustment
 from contrastive_align.sampling.decode import seed_of
-from contrastive_align.trainers import evaluation
+from contrastive_align.targets.reward_log import RewardLog
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset
-from contrastive_align.trainers.configs import AUTO, ContrastiveConfig
-from contrastive_align.trainers.group_rounds import GroupRows, GroupSignal, group_metrics
-from contrastive_align.trainers.labels import (
-    ANY_TEMPERATURE,
-    add_first_score_bonus,
-    auto_temperature,
-    warn_of_labels,
-)
-from contrastive_align.trainers.metrics import Averages, Mean, batch_metrics
-from contrastive_align.trainers.reference import cached_reference_logps, reference_cache_file
-from contrastive_align.trainers.reward_log import RewardLog
-from contrastive_align.trainers.sampled_rounds import BeginsRounds, SamplesRounds
-from contrastive_align.trainers.samplers import check_vllm_options
-from contrastive_align.trainers.shard_batches import (
+from contrastive_align.trainers.batches import (
     READ,
     STREAM,
+    GroupWeights,
     check_stream_of_checkpoint,
+    loader_by_tokens,
     shard_loader,
     stream_state,
 )
-from contrastive_align.trainers.stored_reference import attach_logps
-from contrastive_align.trainers.token_batches import GroupWeights, loader_by_tokens
+from contrastive_align.trainers.configs import AUTO, ContrastiveConfig
+from contrastive_align.trainers.metrics import Averages, Mean, batch_metrics
+from contrastive_align.trainers.reference import attach_logps, cached_reference_logps, reference_cache_file
+from contrastive_align.trainers.sampled_rounds import BeginsRounds, SamplesRounds
 from contrastive_align.trl_seam import (
     CachesReference,
     KeepsDigits,
@@ -414,7 +409,7 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
             return
         groups = [self.rows.group(*drawn) for drawn in self.rows.distinct()]
         with self.sampling_from() as model:
-            logps = evaluation.group_logps(self, model, groups)
+            logps = measures.group_logps(self, model, groups)
         if self.accelerator.is_main_process:
             self.rows.write_reference(logps)
         self.accelerator.wait_for_everyone()
@@ -432,8 +427,8 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
         nll = []
         for reference in (True, False):
             with self.sampling_from(reference=reference) as model:
-                nll.append(evaluation.negative_log_likelihoods(self, model, prompts, ids)[0])
-        found |= evaluation.mean_and_error("round/kl_start", nll[0] - nll[1])
+                nll.append(measures.negative_log_likelihoods(self, model, prompts, ids)[0])
+        found |= measures.mean_and_error("round/kl_start", nll[0] - nll[1])
         if self.reads_labels:
             found["round/temperature_alpha"] = self.temperature_alpha
         return found
@@ -449,7 +444,7 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
     def measure(self, dataset: Dataset) -> dict[str, float]:
         """Return the mean reward of samples of the prompts, and its standard error."""
         self.reward_log = RewardLog(has_table=False)
-        return evaluation.mean_and_error("reward", self.rewards_of(dataset)) | self.reward_log.take_metrics()
+        return measures.mean_and_error("reward", self.rewards_of(dataset)) | self.reward_log.take_metrics()
 
     def rewards_of(self, dataset: Dataset) -> np.ndarray:
         """Return the mean reward of ``num_generations`` samples of each prompt, NaN where none is scored.
@@ -458,7 +453,7 @@ class ContrastiveTrainer(SamplesRounds, KeepsDigits, CachesReference, PreparesDa
         """
         with self.unchanged_weights():
             long = self.too_long(dataset, "eval_dataset")
-            return evaluation.sampled_rewards(self, dataset, long, {"reward": None})["reward"]
+            return measures.sampled_rewards(self, dataset, long, {"reward": None})["reward"]
 
     # -------------------------------------------------------------------------------------------------- reference
 

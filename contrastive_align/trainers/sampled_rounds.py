@@ -19,16 +19,16 @@ from contrastive_align.data.tokenise import tokenise_prompt
 from contrastive_align.models.loading import eos_token_ids
 from contrastive_align.pool import Pool
 from contrastive_align.registry import hash_of_user
+from contrastive_align.rounds import rounds
+from contrastive_align.rounds.long_prompts import rows_of_long_prompts, without_rows
+from contrastive_align.rounds.rounds import NoSignal
+from contrastive_align.rounds.samplers import AdapterServer, VLLMSampler
 from contrastive_align.sampling.decode import draw
 from contrastive_align.targets.evaluate import Feature
 from contrastive_align.targets.features import weighted_sum
-from contrastive_align.trainers import rounds
+from contrastive_align.targets.reward_log import RewardLog
 from contrastive_align.trainers.configs import OF_SCORED
-from contrastive_align.trainers.long_prompts import rows_of_long_prompts, without_rows
 from contrastive_align.trainers.processes import on_main
-from contrastive_align.trainers.reward_log import RewardLog
-from contrastive_align.trainers.rounds import NoSignal
-from contrastive_align.trainers.samplers import AdapterServer, VLLMSampler
 
 
 logger = logging.get_logger(__name__)
@@ -146,7 +146,7 @@ class SamplesRounds:
         return self.steps_per_round * step
 
     def open_rounds(self, condition: Any, pool: Pool, *, resample: int = 0) -> None:
-        """Make what samples the rounds (see :class:`~contrastive_align.trainers.rounds.Rounds`), and load vLLM."""
+        """Make what samples the rounds (see :class:`~contrastive_align.rounds.rounds.Rounds`), and load vLLM."""
         self.rounds = rounds.Rounds(
             policy=self.generate,
             feedback=self.feedback,

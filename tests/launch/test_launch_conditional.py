@@ -21,7 +21,7 @@ from contrastive_align.launch.conditional_measure import words_on
 from contrastive_align.launch.feedback_flags import build_judge
 from contrastive_align.launch.usage import UsageError
 from contrastive_align.report import Change, plot_rewards, plot_round
-from contrastive_align.trainers.stopping import Stopped
+from contrastive_align.trainers.processes import Stopped
 
 
 def main(argv):

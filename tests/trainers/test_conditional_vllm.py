@@ -24,9 +24,9 @@ from vllm_worker import run
 
 from contrastive_align import ConditionalConfig, ConditionalTrainer
 from contrastive_align.conditions.tokens import add_condition_tokens
+from contrastive_align.rounds.samplers import base_kept
 from contrastive_align.sampling.server import ServerSampler
 from contrastive_align.trainers.configs import option_of
-from contrastive_align.trainers.samplers import base_kept
 
 
 SERVER = {"use_vllm": True, "vllm_mode": "server", "condition": "phrases"}

@@ -265,7 +265,7 @@ def test_by_tokens_the_seed_of_the_data_decides(make):
 
 def test_groups_above_the_token_budget_are_reported(make, caplog):
     logging.getLogger("transformers").propagate = True
-    for name in ("transformers", "contrastive_align.trainers.token_batches"):
+    for name in ("transformers", "contrastive_align.trainers.batches"):
         logging.getLogger(name).propagate = True
     trainer = make(max_tokens_per_batch=70, max_steps=1)
     sizes = [len(row["prompt_ids"]) + sum(map(len, row["completion_ids"])) for row in trainer.train_dataset]

@@ -14,9 +14,9 @@ from small_trainers import COLUMNS, COMMON, TEXTS, saved_model
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer
 from contrastive_align.losses import group_loss
 from contrastive_align.pool import Pool, Sample
+from contrastive_align.rounds.groups import GroupRows, GroupSignal, group_metrics, groups_of, passes
 from contrastive_align.trainers import sampled_rounds
 from contrastive_align.trainers.contrastive import ContrastiveTrainer as Trainer
-from contrastive_align.trainers.group_rounds import GroupRows, GroupSignal, group_metrics, groups_of, passes
 
 
 CONTRASTIVE = COLUMNS[0]

@@ -32,7 +32,8 @@ from contrastive_align.data.folder_lock import LOCK_FILE, FolderInUse
 from contrastive_align.models.cpu import freed_memory
 from contrastive_align.models.logps import completion_logps
 from contrastive_align.models.noise import ROUNDING
-from contrastive_align.trainers import base, evaluation
+from contrastive_align.rounds import measures
+from contrastive_align.trainers import base
 from contrastive_align.trainers.base import FUNCTIONS_FILE
 from contrastive_align.trainers.contrastive import STATE_FILE
 from contrastive_align.trainers.encoder_decoder import encoder_decoder_logps
@@ -60,7 +61,7 @@ def not_needed(column):
 @pytest.fixture(autouse=True, scope="module")
 def no_plots():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, "draw_round", lambda *_: None)  # a second for each round
+        patch.setattr(measures, "draw_round", lambda *_: None)  # a second for each round
         yield
 
 

@@ -20,10 +20,10 @@ from contrastive_align.data import GroupCollator
 from contrastive_align.models.logps import completion_logps
 from contrastive_align.pool import Pool, Sample, Table
 from contrastive_align.report.plots import plot_round
+from contrastive_align.rounds.groups import rewards_of_round
+from contrastive_align.rounds.rounds import ConditionedPrompts
 from contrastive_align.sampling import distinct_n
 from contrastive_align.sampling.decode import seed_of
-from contrastive_align.trainers.group_rounds import rewards_of_round
-from contrastive_align.trainers.rounds import ConditionedPrompts
 
 
 logger = logging.get_logger(__name__)

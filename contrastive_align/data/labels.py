@@ -1,4 +1,4 @@
-"""The labels of the groups: the scores that they are made of, and their temperature."""
+"""The labels of a dataset's groups: the scores that they are made of, and their temperature."""
 
 from __future__ import annotations
 
@@ -8,19 +8,12 @@ from torch import Tensor
 from transformers.utils import logging
 
 from contrastive_align.data.collate import to_table
-from contrastive_align.losses.contrastive import is_preference, target_labels, temperature_for_entropy
+from contrastive_align.losses.contrastive import add_first_score_bonus, target_labels, temperature_for_entropy
 
 
 logger = logging.get_logger(__name__)
 
 ANY_TEMPERATURE = 1.0  # where no label depends on it
-
-
-def add_first_score_bonus(scores: Tensor, valid: Tensor, bonus: float) -> Tensor:
-    """Return the scores (B, K) with ``bonus`` added to each group's first, except in preferences."""
-    scores = scores.clone()
-    scores[:, 0] += bonus * ~is_preference(scores, valid=valid)
-    return scores
 
 
 def auto_temperature(dataset: Dataset, *, first_score_bonus: float) -> float:

@@ -27,10 +27,10 @@ from contrastive_align.data import GroupCollator
 from contrastive_align.data.formats import Text
 from contrastive_align.pool import Pool, Sample
 from contrastive_align.pool.prompts import check_prompts, remember_prompts
+from contrastive_align.rounds.groups import GroupSignal
+from contrastive_align.rounds.long_prompts import rows_of_long_prompts, surely_fits
 from contrastive_align.sampling.decode import seed_of
 from contrastive_align.targets.evaluate import Feature, call_feature, reward_arguments
-from contrastive_align.trainers.group_rounds import GroupSignal
-from contrastive_align.trainers.long_prompts import rows_of_long_prompts, surely_fits
 
 
 logger = logging.get_logger(__name__)

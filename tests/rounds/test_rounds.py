@@ -7,8 +7,8 @@ from datasets import Dataset
 
 from contrastive_align.conditions import resolve_condition
 from contrastive_align.pool import Pool
+from contrastive_align.rounds.rounds import JudgeFeedback, RewardFeedback, Rounds
 from contrastive_align.targets import resolve_feature
-from contrastive_align.trainers.rounds import JudgeFeedback, RewardFeedback, Rounds
 
 
 WORDS = ["please wait", "wait", "now", "please", "go"]
