@@ -81,7 +81,9 @@ class FeedbackArguments(RunArguments):
     sampler: dict | str | None = option(
         None, "A server that samples, for LoRA runs only: '{base_url: address, model: name}'."
     )
-    eval_prompts: int = option(100, "Held-out prompts whose samples are scored before and after; 0: none.")
+    eval_prompts: int = option(
+        100, "Held-out prompts whose samples are scored before and after (with a judge 16 by default); 0: none."
+    )
 
     SPECS: ClassVar[tuple[str, ...]] = ("reward", "judge", "sampler")  # given as text, or as a YAML file
 

@@ -260,7 +260,7 @@ def _split_accelerate(argv: list[str]) -> tuple[list[str], list[str]]:
     if taken and config is None:
         raise UsageError(
             f"{taken[0]} belongs to --accelerate_config, which is not given. Add --accelerate_config=multi_gpu, or "
-            "another that contrastive-align --help names."
+            "another that contrastive-align reward --help names."
         )
     return left, ["--config_file", config, *taken] if config else []
 

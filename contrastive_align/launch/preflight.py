@@ -46,10 +46,12 @@ def largest_and_mean(sizes: np.ndarray, per_batch: int) -> tuple[int, int] | Non
 
     >>> largest_and_mean(np.array([1, 5, 3, 3]), 2)
     (8, 6)
+    >>> largest_and_mean(np.array([2, 4]), 8)
+    (6, 6)
     """
     if not len(sizes):
         return None
-    return int(np.sort(sizes)[-per_batch:].sum()), round(float(sizes.mean()) * per_batch)
+    return int(np.sort(sizes)[-per_batch:].sum()), round(float(sizes.mean()) * min(per_batch, len(sizes)))
 
 
 def steps_in_words(trainer: Any, steps: int | None, tokens: tuple[int, int] | None) -> str:
