@@ -90,6 +90,11 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def refused_table(refused: Mapping[str, tuple[str, str]]) -> str:
+    rows = ((f"`{option}`", cell(why), cell(way_out)) for option, (why, way_out) in refused.items())
+    return table(("option", "why", "the way out"), rows)
+
+
 def option_table(options: Mapping[str, Option]) -> str:
     def default(option: Option) -> str:
         return "TRL's" if option.default is None else f"`{option.default}`"
@@ -111,8 +116,15 @@ def configuration() -> str:
         parts += [f"## {name}", f"For {what}. It extends `trl.{base}`."]
         parts.append(option_table(options_of("trainers/configs.py", name)))
         parts.append(f"Refused options of `trl.{base}`, at any value but their default:")
-        rows = ((f"`{option}`", cell(why), cell(way_out)) for option, (why, way_out) in refused.items())
-        parts.append(table(("option", "why", "the way out"), rows))
+        parts.append(refused_table(refused))
+        if name == "ContrastiveConfig":
+            parts += ["Refused with `online=True` besides:", refused_table(configs.NOT_SUPPORTED_ONLINE)]
+    parts += [
+        "## Refused arguments of the trainers",
+        "A trainer takes the arguments of its class of TRL, except these (`data_collator` in `ConditionalTrainer` only):",
+    ]
+    arguments = configs.ARGUMENTS_NOT_SUPPORTED.items()
+    parts.append(table(("argument", "why, and the way out"), ((f"`{name}`", cell(why)) for name, why in arguments)))
     for name, (file, what) in ARGUMENTS.items():
         parts += [f"## {name}", f"Flags of {what}, beside those of the config."]
         parts.append(option_table(options_of(file, name)))
