@@ -121,7 +121,7 @@ def configuration() -> str:
             parts += ["Refused with `online=True` besides:", refused_table(configs.NOT_SUPPORTED_ONLINE)]
     parts += [
         "## Refused arguments of the trainers",
-        "A trainer takes the arguments of its class of TRL, except these (`data_collator` in `ConditionalTrainer` only):",
+        "A trainer takes the arguments of its class of TRL, except these (`data_collator`: `ConditionalTrainer` only):",
     ]
     arguments = configs.ARGUMENTS_NOT_SUPPORTED.items()
     parts.append(table(("argument", "why, and the way out"), ((f"`{name}`", cell(why)) for name, why in arguments)))
