@@ -102,7 +102,7 @@ def _attend(row: PackedRow, query: Tensor, key: Tensor, value: Tensor, scaling, 
     window = window if window is not None and window < row.longest else None
     tensors = row.on(query.device)
     calls = [Call(tensors.own, True, scale, window, softcap)]
-    if row.prompt_tokens:
+    if row.prompt_tokens and window != 1:  # which holds a query's own key alone
         calls.append(Call(tensors.to_prompts, False, scale, window, softcap))
     with torch.autocast(device, enabled=False):
         return _SharedPromptAttention.apply(query, key, value, row.prompt_tokens, tensors.without_prompt, calls)[None]

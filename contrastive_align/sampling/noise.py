@@ -14,6 +14,7 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, odd
 # Shifts and factors of SplitMix64's finaliser: Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators.
 ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1))
 RANDOM_BITS = 63
+UNIT = 2.0**-RANDOM_BITS * (1 - 2.0**-24)  # float32 rounds the largest numbers to 2^63, of which 2^-63 makes u = 1
 AT_ONCE = 2**16  # numbers that are mixed together on a CPU, within its cache
 
 
@@ -33,8 +34,9 @@ def exponential_noise(seeds: Tensor, step: int, vocabulary: int) -> Tensor:
         vocabulary: V, the number of tokens.
 
     Returns:
-        (n, V) float32, Exponential(1), never 0. Near 0 in steps of 2^-63: the smallest clocks win, and from float32's
-        own steps of 2^-24 tokens with a smaller probability would hardly be drawn.
+        (n, V) float32, Exponential(1), never 0, and never infinite: in float32 u is at most 1 - 2^-24. Near 0 in steps
+        of 2^-63: the smallest clocks win, and from float32's own steps of 2^-24 tokens with a smaller probability would
+        hardly be drawn.
     """
     keys = mix_(seeds + _signed(GOLDEN * (step + 1)))
     noise = torch.empty(len(keys), vocabulary, device=keys.device)
@@ -47,7 +49,7 @@ def exponential_noise(seeds: Tensor, step: int, vocabulary: int) -> Tensor:
         bits = mix_(keys[i : i + size, None] + counters)
         bits.bitwise_right_shift_(1).bitwise_and_(2**RANDOM_BITS - 1).bitwise_or_(1)
         noise[i : i + size] = bits
-    return noise.mul_(2.0**-RANDOM_BITS).neg_().log1p_().neg_()
+    return noise.mul_(UNIT).neg_().log1p_().neg_()
 
 
 def mix_(numbers: Tensor) -> Tensor:

@@ -1,11 +1,15 @@
 """The noise of :mod:`contrastive_align.sampling.noise` as one Triton kernel, for CUDA devices."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from contrastive_align.sampling import noise as noise_on_a_cpu
+
 
 BLOCK = 1024
+UNIT = tl.constexpr(noise_on_a_cpu.UNIT)
 
 
 @triton.jit
@@ -17,7 +21,7 @@ def _fill(keys, noise, vocabulary, block: tl.constexpr):
     z = (z ^ (z >> 30)) * tl.full((1,), 0xBF58476D1CE4E5B9, tl.uint64)
     z = (z ^ (z >> 27)) * tl.full((1,), 0x94D049BB133111EB, tl.uint64)
     z = ((z ^ (z >> 31)) >> 1) | 1
-    u = z.to(tl.int64).to(tl.float32) * 1.0842021724855044e-19  # 2^-63
+    u = z.to(tl.int64).to(tl.float32) * UNIT
     series = u * (1 + u * (0.5 + u * (0.3333333333333333 + u * 0.25)))  # of -log(1 - u), whose difference would round
     found = tl.where(u < 0.015625, series, -tl.log(1 - u))
     tl.store(noise + row * vocabulary + token, found, mask=token < vocabulary)
@@ -26,4 +30,5 @@ def _fill(keys, noise, vocabulary, block: tl.constexpr):
 def fill(keys: Tensor, noise: Tensor) -> None:
     """Fill noise (n, V) float32 from the keys (n,) int64 of its rows."""
     rows, vocabulary = noise.shape
-    _fill[(rows, triton.cdiv(vocabulary, BLOCK))](keys, noise, vocabulary, BLOCK)
+    with torch.cuda.device_of(noise):  # Triton launches on the current device, wherever its tensors are
+        _fill[(rows, triton.cdiv(vocabulary, BLOCK))](keys, noise, vocabulary, BLOCK)

@@ -70,7 +70,7 @@ def with_gradients(attend, tensors, slope):
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize("options", [{}, {"sliding_window": 50}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 50}, {"sliding_window": 1}, {"softcap": 3.0}], ids=str)
 def test_output_and_gradients_equal_a_softmax_with_the_whole_mask(lengths, heads, options):
     tensors, layout, sees = row(lengths, heads, window=options.get("sliding_window"))
     tensors = 3 * tensors[0], *tensors[1:]  # scores far apart: the weights of the parts too
@@ -84,7 +84,7 @@ def test_output_and_gradients_equal_a_softmax_with_the_whole_mask(lengths, heads
     slope = torch.randn_like(tensors[0].transpose(1, 2))
     results = (with_gradients(attend, tensors, slope) for attend in (masked, shared))
     for want, found in zip(*results, strict=True):
-        assert (want - found).abs().max() < 1e-11 * want.abs().max()
+        assert (want - found).abs().max() <= 1e-11 * want.abs().max() + 1e-13  # in a window of 1 some are 0
 
 
 CALLS = {

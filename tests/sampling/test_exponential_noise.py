@@ -32,6 +32,28 @@ def test_it_is_the_formula():
             assert found[row, token].item() == pytest.approx(by_hand(seed, 7, token), rel=1e-6)
 
 
+def seed_of(bits: int, step: int, token: int) -> int:
+    """The seed of which a token's 64 random bits are these."""
+
+    def unmixed(z: int) -> int:
+        for shift, factor in reversed(ROUNDS):
+            z = mixed = z * pow(factor, -1, 2**64) % 2**64
+            for _ in range(64 // shift):
+                z = mixed ^ (z >> shift)
+        return z
+
+    seed = unmixed((unmixed(bits) - GOLDEN * (token + 1)) % 2**64) - GOLDEN * (step + 1)
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def test_it_is_finite_where_float32_rounds_to_1():
+    """An infinite clock would let a token win that cannot be drawn, where only one token can."""
+    for bits in (2**64 - 1, 2**64 - 2**39):
+        found = exponential_noise(torch.tensor([seed_of(bits, 3, 17)]), 3, 20)[0, 17].item()
+        assert found == pytest.approx(24 * math.log(2), rel=1e-6)
+    assert exponential_noise(torch.tensor([seed_of(0, 3, 17)]), 3, 20)[0, 17].item() == pytest.approx(2.0**-63)
+
+
 def test_it_is_exponential_and_fine_near_zero():
     n = 2**22
     noise = exponential_noise(torch.tensor([0, 1]), 0, n // 2).flatten()
@@ -68,13 +90,17 @@ def test_a_row_keeps_its_noise_wherever_it_is():
 
 
 TRITON = """
+import contextlib, sys
 import torch
 from contrastive_align.sampling.noise import GOLDEN, _signed, exponential_noise, mix_
 from contrastive_align.sampling.triton_noise import fill
-seeds = torch.tensor([0, 1, 2**63 - 1])
+seeds = torch.tensor([0, 1, int(sys.argv[1])])
+entered = []
+torch.cuda.device_of = lambda tensor: (entered.append(tensor.data_ptr()), contextlib.nullcontext())[1]
 found = torch.full((4, 3000), -1.0)
 fill(mix_(seeds + _signed(GOLDEN * 6)), found[:3])
 wanted = exponential_noise(seeds, 5, 3000)
+assert entered == [found.data_ptr()]  # on the device of the tensors, which may not be the current one
 assert (found[3] == -1).all() and (found[:3] > 0).all()
 print((found[:3] / wanted - 1).abs().max().item())
 """
@@ -84,6 +110,7 @@ print((found[:3] / wanted - 1).abs().max().item())
 def test_the_kernel_of_a_gpu_gives_the_same():
     root = Path(__file__).parents[2]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}  # set before Triton is imported
-    done = subprocess.run([sys.executable, "-c", TRITON], env=environment, capture_output=True, text=True)
+    told = [sys.executable, "-c", TRITON, str(seed_of(2**64 - 1, 5, 17))]
+    done = subprocess.run(told, env=environment, capture_output=True, text=True)
     assert not done.returncode, done.stderr
     assert float(done.stdout) < 4e-6
