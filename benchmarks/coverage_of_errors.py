@@ -1,6 +1,6 @@
 """How often two standard errors cover the truth, on a table of 40 outcomes where everything is known.
 
-    python benchmarks/coverage_of_errors.py [REPEATS]        (4,000 by default: about eight minutes on a core; no model)
+    python benchmarks/coverage_of_errors.py [REPEATS]        (4,000 by default: about ten minutes on a core; no model)
 
 The mean over prompts of every estimate that a run prints, with importance weights (samples of another proposal) and
 without. A normal interval of two standard errors covers 95.4%; over 4,000 repeats that number has an error of 0.3%.
@@ -22,7 +22,7 @@ from contrastive_align.losses import (
 
 
 OUTCOMES = 40
-SHAPES = ((100, 100), (200, 50))  # prompts, samples of each
+SHAPES = ((100, 100), (200, 50), (200, 16))  # prompts, samples of each
 
 
 def coverage(prompts: int, samples: int, repeats: int, *, seed: int = 0) -> dict[str, tuple[float, float]]:
@@ -55,7 +55,7 @@ def coverage(prompts: int, samples: int, repeats: int, *, seed: int = 0) -> dict
 
 
 def main(repeats: int) -> None:
-    """Print the table of both shapes."""
+    """Print the table of all shapes."""
     for prompts, samples in SHAPES:
         print(f"{prompts} prompts x {samples} samples, {repeats} repeats")
         for name, (covered, mean) in coverage(prompts, samples, repeats).items():
