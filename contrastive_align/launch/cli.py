@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -179,15 +180,22 @@ def _main(command: str, *given: str) -> Any:
 
 
 def command_line(argv: Sequence[str] | None = None) -> None:
-    """Be the console script: its exit status is not what a command returns, and Ctrl-C is no traceback."""
+    """Be the console script: its exit status is not what a command returns, and Ctrl-C is no traceback.
+
+    Where whoever reads the output has read enough, as ``head`` does, the command ends without a word, as by SIGPIPE.
+    """
     ended = SystemExit()
     try:
         main(argv)
+        sys.stdout.flush()
     except SystemExit as error:
         ended = error
     except KeyboardInterrupt:
         print("\nStopped by Ctrl-C.", file=sys.stderr)
         ended = SystemExit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is flushed as Python ends
+        ended = SystemExit(141)
     if "torch.distributed" in sys.modules:
         import_module("contrastive_align.trainers.processes").end_one_of_several(ended.code)
     if ended.code is not None:

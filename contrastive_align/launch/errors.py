@@ -65,6 +65,8 @@ def in_sentences(argv: Sequence[str]) -> Iterator[None]:
             traceback.print_exception(error.__cause__)
             error.__cause__ = None  # one command may run another
         raise
+    except BrokenPipeError:  # of the output: for the console script
+        raise
     except Exception as error:
         if _is_callers(error, imported):
             raise

@@ -227,3 +227,12 @@ def test_the_package_imports_its_names_when_they_are_used():
         "assert c.FDPGConfig.__name__ == 'FDPGConfig'; assert not hasattr(c, 'nothing')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_reader_who_has_read_enough_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "contrastive_align", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
