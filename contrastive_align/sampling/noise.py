@@ -41,7 +41,7 @@ def exponential_noise(seeds: Tensor, step: int, vocabulary: int) -> Tensor:
     keys = mix_(seeds + _signed(GOLDEN * (step + 1)))
     noise = torch.empty(len(keys), vocabulary, device=keys.device)
     if keys.is_cuda and find_spec("triton") is not None:
-        _triton_kernel()(keys, noise)
+        _triton_kernel()(keys, noise, UNIT)
         return noise
     counters = torch.arange(1, vocabulary + 1, device=keys.device).mul_(_signed(GOLDEN))
     size = max(1, AT_ONCE // vocabulary) if keys.device.type == "cpu" else len(keys)

@@ -30,8 +30,8 @@ from contrastive_align.models.logps import beside, completion_logps, completion_
 from contrastive_align.models.token_loss import token_loss
 from contrastive_align.pool import Pool, Sample, Table
 from contrastive_align.rounds import measures, rounds
+from contrastive_align.rounds.reward_log import RewardLog
 from contrastive_align.rounds.samplers import check_vllm_options, check_vllm_tokens
-from contrastive_align.targets.reward_log import RewardLog
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset, keep_adapter_as_reference
 from contrastive_align.trainers.configs import ConditionalConfig
 from contrastive_align.trainers.sampled_rounds import BeginsRounds, SamplesRounds

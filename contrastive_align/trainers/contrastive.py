@@ -35,10 +35,10 @@ from contrastive_align.models.logps import CompletionLogps, beside, completion_l
 from contrastive_align.pool import Pool
 from contrastive_align.rounds import measures
 from contrastive_align.rounds.groups import GroupRows, GroupSignal, group_metrics
+from contrastive_align.rounds.reward_log import RewardLog
 from contrastive_align.rounds.samplers import check_vllm_options
 from contrastive_align.sampling.adjust import Adjustment
 from contrastive_align.sampling.decode import seed_of
-from contrastive_align.targets.reward_log import RewardLog
 from contrastive_align.trainers.base import AlignmentTrainer, AnyDataset, EvalDataset
 from contrastive_align.trainers.batches import (
     READ,

@@ -32,6 +32,7 @@ from contrastive_align.losses.estimators import RunningLogZ
 from contrastive_align.models.loading import decoder_start_token
 from contrastive_align.models.logps import beside, completion_logps, completion_objective, per_completion
 from contrastive_align.rounds.long_prompts import rows_of_long_prompts, surely_fits, without_rows
+from contrastive_align.rounds.reward_log import RewardLog
 from contrastive_align.rounds.samplers import hand_over_without_rounding
 from contrastive_align.sampling.adjust import Adjustment, Support, adjusted_logps
 from contrastive_align.sampling.decode import Drawn, draw, seed_of
@@ -39,7 +40,6 @@ from contrastive_align.targets import Target
 from contrastive_align.targets.evaluate import reward_arguments
 from contrastive_align.targets.features import weighted_sum
 from contrastive_align.targets.fit import PER_PROMPT, fit_adaptively
-from contrastive_align.targets.reward_log import RewardLog
 from contrastive_align.trainers.adaptive_proposal import AdaptiveProposal, WindowBaseline
 from contrastive_align.trainers.base import (
     AlignmentTrainer,

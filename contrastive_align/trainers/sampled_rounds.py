@@ -21,12 +21,12 @@ from contrastive_align.pool import Pool
 from contrastive_align.registry import hash_of_user
 from contrastive_align.rounds import rounds
 from contrastive_align.rounds.long_prompts import rows_of_long_prompts, without_rows
+from contrastive_align.rounds.reward_log import RewardLog
 from contrastive_align.rounds.rounds import NoSignal
 from contrastive_align.rounds.samplers import AdapterServer, VLLMSampler
 from contrastive_align.sampling.decode import draw
 from contrastive_align.targets.evaluate import Feature
 from contrastive_align.targets.features import weighted_sum
-from contrastive_align.targets.reward_log import RewardLog
 from contrastive_align.trainers.configs import OF_SCORED
 from contrastive_align.trainers.processes import on_main
 

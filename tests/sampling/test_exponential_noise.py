@@ -92,13 +92,13 @@ def test_a_row_keeps_its_noise_wherever_it_is():
 TRITON = """
 import contextlib, sys
 import torch
-from contrastive_align.sampling.noise import GOLDEN, _signed, exponential_noise, mix_
+from contrastive_align.sampling.noise import GOLDEN, UNIT, _signed, exponential_noise, mix_
 from contrastive_align.sampling.triton_noise import fill
 seeds = torch.tensor([0, 1, int(sys.argv[1])])
 entered = []
 torch.cuda.device_of = lambda tensor: (entered.append(tensor.data_ptr()), contextlib.nullcontext())[1]
 found = torch.full((4, 3000), -1.0)
-fill(mix_(seeds + _signed(GOLDEN * 6)), found[:3])
+fill(mix_(seeds + _signed(GOLDEN * 6)), found[:3], UNIT)
 wanted = exponential_noise(seeds, 5, 3000)
 assert entered == [found.data_ptr()]  # on the device of the tensors, which may not be the current one
 assert (found[3] == -1).all() and (found[:3] > 0).all()
