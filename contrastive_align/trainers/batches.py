@@ -25,6 +25,11 @@ logger = logging.get_logger(__name__)
 READ = "read"  # of a batch: what was read for it
 WEIGHTS = "row_weights"  # of a batch: 0 for a group that stands in where no row of a batch holds one
 STREAM = "stream"  # of a checkpoint's own state
+# What Trainer sets on its loader beside the order: taken over as it is.
+LOADER_OPTIONS = (
+    "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
+    "prefetch_factor", "persistent_workers", "in_order",
+)  # fmt: skip
 
 
 @dataclass
@@ -125,13 +130,6 @@ def check_stream_of_checkpoint(checkpoint: Path, then: dict[str, Any], trainer: 
         )
 
 
-# What Trainer sets on its loader beside the order: taken over as it is.
-LOADER_OPTIONS = (
-    "collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context",
-    "prefetch_factor", "persistent_workers", "in_order",
-)  # fmt: skip
-
-
 def loader_by_tokens(trainer: Any, loader: DataLoader) -> tuple[Any, TokenBatchSampler]:
     """Trainer's loader with its batches made by tokens (``max_tokens_per_batch``), and their sampler."""
     args, ranks = trainer.args, trainer.get_tp_size()
@@ -143,7 +141,7 @@ def loader_by_tokens(trainer: Any, loader: DataLoader) -> tuple[Any, TokenBatchS
         rows,
         max_tokens=args.max_tokens_per_batch,
         max_groups=trainer.micro_batch_size,
-        seed=args.seed if args.data_seed is None else args.data_seed,
+        seed=_seed(args),
         accumulation=args.gradient_accumulation_steps,
         ranks=trainer.accelerator.num_processes // ranks,
         rank=trainer.accelerator.process_index // ranks,
