@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ from transformers.utils import logging
 
 from contrastive_align.data.collate import GroupCollator
 from contrastive_align.models.head import add_head
+from contrastive_align.models.layer_by_layer import RecordedLayers
 from contrastive_align.models.logps import completion_logps, per_completion
-from contrastive_align.models.noise import gap_per_token, measure_noise, other_batches
-from contrastive_align.models.shared_prompt import ATTENTION_NAME, LastMlp, record_options
+from contrastive_align.models.noise import MOST_ROWS, Batch, gap_per_token, measure_noise, other_batches, places
+from contrastive_align.models.packed_row import PackedRow
+from contrastive_align.models.shared_prompt import ATTENTION_NAME, AttentionOptions, LastMlp, record_options
 
 
 logger = logging.get_logger(__name__)
@@ -25,6 +29,8 @@ LAYOUTS = ("auto", "shared", "padded")
 # what these models' own passes show, and in 16 bits the dtype's epsilon.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 NOISE = 3  # times the model's own rounding; right layouts of 11 bfloat16 models of 4 to 48 layers had 0.5 to 1.2
+LAYER_NOISE = 2  # times that of a layer by itself, which is much steadier; right ones had 0.9 to 1.3
+LAYER_ROWS = 4  # that are computed one by one to measure it
 MODEL_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, IndexError)  # raised by models without the layout
 # Nats that a completion's log-prob may move by with the words of another. Experts share a kernel's rounding; else 0.
 LEAK_TOLERANCE = 1e-5
@@ -54,8 +60,8 @@ def choose_layout(
     Under ``"shared"`` and ``"auto"`` the model's attention is set to :mod:`contrastive_align.models.shared_prompt`, and
     set back if that does not work. Comparing log-probs finds models without such attention (linear attention, state
     space), models that drop its keywords, and ALiBi, which would be wrong without an error. In 16 bits a small float32
-    model of the same class is compared as well, and what may differ here is measured: the model's own log-probs in a
-    batch against those row by row, and under eager attention.
+    model of the same class is compared as well, then each attention layer of this model by itself, and what may differ
+    is measured: the model's own pass over a batch against those row by row, and under eager attention.
 
     Args:
         model: a causal language model with :func:`~contrastive_align.models.head.add_head`, or a PEFT model of one.
@@ -131,7 +137,13 @@ def _find_difference(model: PreTrainedModel, autocast: torch.dtype | None) -> st
         model.eval()
         expected = _own_logps(model, batch)
     rounding = _largest_shift(expected, _own_logps(model, changed))
-    own_noise = _own_noise(model, batch, expected)
+    own_noise = measure_noise(
+        expected[batch["valid"]],
+        batch["completion_mask"].sum(1),
+        lambda one: (_own_logps(model, one)[one["valid"]], one["completion_mask"].sum(1)),
+        _own_ways(model, batch),
+    )
+    own_attention = model.config._attn_implementation
     if problem := _set_shared_attention(model):
         return problem
     # Windows are longer than this batch, so its log-probs cannot show them. Dropout is that of training.
@@ -140,19 +152,21 @@ def _find_difference(model: PreTrainedModel, autocast: torch.dtype | None) -> st
     with record_options() as options:
         model(input_ids=batch["input_ids"][:1], attention_mask=batch["attention_mask"][:1], use_cache=False)
     model.train(training)
-    if lost := options.mask_windows - options.windows:
-        return f"a window of {' and '.join(map(str, lost))} tokens reaches its masks, but not its attention"
-    if options.dropouts:
-        return f"its attention has a dropout of {max(options.dropouts):g}, which packed rows do not have"
+    if problem := _find_lost_option(options):
+        return problem
     found = completion_logps(model, batch, layout="shared")
     gap = _gap(found.logps, expected, batch)
-    tolerance = max(NOISE * own_noise, TOLERANCE.get(model.dtype, 0.0), _epsilon(model, autocast))
+    epsilon = _epsilon(model, autocast)
+    tolerance = max(NOISE * own_noise, TOLERANCE.get(model.dtype, 0.0), epsilon)
     if not gap <= tolerance:  # also true for NaN
         return f"its log-probs differ by {gap:.2g} nats per token, its own from each other by {own_noise:.2g}"
     # In 16 bits the comparison may miss layers that mix neighbouring tokens of the row, such as short convolutions.
     leak = _largest_shift(found.logps, completion_logps(model, changed, layout="shared").logps)
     if not leak <= max(LEAK_TOLERANCE, 10 * rounding):
         return f"a completion's log-prob moves by {leak:.2g} nats with the words of another"
+    if _rounds_coarsely(model, autocast):
+        if problem := _find_wrong_layer(model, batch, options.layers, own_attention, epsilon):
+            return problem
     if last_mlp := LastMlp.add_to(model):
         try:
             found = completion_logps(model, batch, layout="shared")
@@ -164,29 +178,59 @@ def _find_difference(model: PreTrainedModel, autocast: torch.dtype | None) -> st
     return None
 
 
+def _find_lost_option(options: AttentionOptions) -> str | None:
+    """Return what the model's masks or attention weights have that a packed row would lose, or None."""
+    if lost := options.mask_windows - options.windows:
+        return f"a window of {' and '.join(map(str, lost))} tokens reaches its masks, but not its attention"
+    for of_mask, of_call in options.unlike:
+        return f"attention is given a mask with a window of {of_mask} tokens, and itself one of {of_call}"
+    if options.dropouts:
+        return f"its attention has a dropout of {max(options.dropouts):g}, which packed rows do not have"
+    return None
+
+
+def _find_wrong_layer(
+    model: PreTrainedModel, batch: Batch, layers: list[nn.Module], own_attention: str, epsilon: float
+) -> str | None:
+    """Return which attention layer differs from the model's own by more than this layer's rounding, or None."""
+    width, packed = batch["input_ids"].size(1), PackedRow.of_batch(batch).on(model.device).tokens
+
+    def own_passes(batches: list[Batch]) -> Iterator[tuple[Callable[[], Tensor], Tensor]]:
+        return zip((partial(_own_logps, model, one) for one in batches), places(batches, width), strict=True)
+
+    model.set_attn_implementation(own_attention)
+    recorded = RecordedLayers(layers, partial(_own_logps, model, batch), batch["attention_mask"])
+    ways = _own_ways(model, batch, LAYER_ROWS)
+    noise = torch.stack([recorded.gaps(own_passes(batches)) for batches in ways]).amax(0)
+    model.set_attn_implementation(ATTENTION_NAME)
+    gaps = recorded.gaps([(partial(completion_logps, model, batch, layout="shared"), packed)])
+    wrong = ~(gaps <= (LAYER_NOISE * noise).clamp(min=epsilon))  # also true for NaN
+    if not wrong.any():
+        return None
+    i = int(wrong.nonzero()[0])
+    what = f"the output of its attention {i}" if i else "what its first attention receives"
+    return f"{what} differs by {gaps[i]:.2g} of its norm, that of its own forward from itself by {noise[i]:.2g}"
+
+
 def _gap(found: Tensor, expected: Tensor, batch: dict[str, Tensor]) -> float:
     """Return the root mean square of the difference of a token's log-prob, between log-probs (B, K)."""
     valid = batch["valid"]
     return gap_per_token(found[valid], expected[valid], batch["completion_mask"].sum(1)).item()
 
 
-def _own_noise(model: PreTrainedModel, batch: dict[str, Tensor], expected: Tensor) -> float:
-    """Return how far the model's own log-probs are from themselves: row by row, and under eager attention."""
-    lengths = batch["completion_mask"].sum(1)
-
-    def score(one: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return _own_logps(model, one)[one["valid"]], one["completion_mask"].sum(1)
-
-    noise = measure_noise(expected[batch["valid"]], lengths, score, other_batches(batch)[:1])
+def _own_ways(model: PreTrainedModel, batch: Batch, rows: int = MOST_ROWS) -> Iterator[list[Batch]]:
+    """Yield batches that the model computes by itself in another way: row by row, and under eager attention."""
+    yield other_batches(batch, rows)[0]
     own_attention = model.config._attn_implementation
     try:
         model.set_attn_implementation("eager")
-        noise = max(noise, _gap(_own_logps(model, batch), expected, batch))
+        _own_logps(model, batch)
     except MODEL_ERRORS:
         pass
+    else:
+        yield [batch]
     finally:
         model.set_attn_implementation(own_attention)
-    return noise
 
 
 def _largest_shift(before: Tensor, after: Tensor) -> float:

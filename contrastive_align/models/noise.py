@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ def gap_per_token(found: Tensor, expected: Tensor, lengths: Tensor) -> Tensor:
 
 
 def measure_noise(
-    logps: Tensor, lengths: Tensor, score: Callable[[Batch], tuple[Tensor, Tensor]], ways: list[list[Batch]]
+    logps: Tensor, lengths: Tensor, score: Callable[[Batch], tuple[Tensor, Tensor]], ways: Iterable[list[Batch]]
 ) -> float:
     """Return how far a model's log-probs are from themselves where they are computed in other ways, in nats per token.
 
@@ -63,3 +63,12 @@ def other_batches(batch: Batch, rows: int = MOST_ROWS) -> list[list[Batch]]:
     singles = [{**{name: batch[name][i : i + 1, :n] for name in names}, "valid": alone} for i, n in enumerate(sizes)]
     twice = {name: F.pad(batch[name].repeat(2, 1), (0, WIDER)) for name in names}
     return [singles, [{**twice, "valid": batch["valid"].repeat(2, 1)}]]
+
+
+def places(batches: Iterable[Batch], width: int) -> Iterator[Tensor]:
+    """Yield the indices (n,) of each batch's tokens in a flattened batch of ``width``, whose first rows these are."""
+    row = 0
+    for batch in batches:
+        rows, columns = batch["input_ids"].shape
+        yield ((row + torch.arange(rows))[:, None] * width + torch.arange(columns)).flatten()
+        row += rows

@@ -229,10 +229,12 @@ class LastMlp:
 
 
 class AttentionOptions(NamedTuple):
-    """What a model's masks and its attention calls were told, other than 0 and None."""
+    """What a model's masks and its calls of attention were told, other than 0 and None."""
 
+    layers: list[nn.Module]  # that called it
     mask_windows: set[int]  # or chunk sizes
     windows: set[int]
+    unlike: set[tuple[int | None, int | None]]  # windows of a call's mask and of the call, where these differ
     dropouts: set[float]
 
 
@@ -242,16 +244,31 @@ def record_options() -> Iterator[AttentionOptions]:
 
     A packed row has no mask, so a window that reaches the masks only would be lost.
     """
-    found = AttentionOptions(set(), set(), set())
+    found, masks = AttentionOptions([], set(), set(), set(), set()), []
 
     def mask(*args, local_size: int | None = None, **kwargs) -> Tensor | None:
         found.mask_windows.update({local_size} - {None})
-        return sdpa_mask(*args, local_size=local_size, **kwargs)
+        made = sdpa_mask(*args, local_size=local_size, **kwargs | {"allow_is_causal_skip": False})
+        masks.append((made, local_size))
+        return made
 
-    def attend(*args, sliding_window: int | None = None, dropout: float = 0.0, **kwargs) -> tuple[Tensor, None]:
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        sliding_window: int | None = None,
+        dropout: float = 0.0,
+        **kwargs,
+    ) -> tuple[Tensor, None]:
         found.windows.update({sliding_window} - {None})
         found.dropouts.update({dropout} - {0.0})
-        return shared_prompt_attention(*args, sliding_window=sliding_window, dropout=dropout, **kwargs)
+        found.unlike.update((w, sliding_window) for made, w in masks if made is attention_mask and w != sliding_window)
+        if module not in found.layers:
+            found.layers.append(module)
+        options = {"sliding_window": sliding_window, "dropout": dropout, **kwargs}
+        return shared_prompt_attention(module, query, key, value, attention_mask, **options)
 
     try:
         _register(attend, mask)

@@ -453,12 +453,60 @@ def window_of_a_layer(window):
     return wrong
 
 
+def scale_of_a_layer(factor, layer):
+    def wrong(model):
+        def scale(module, args, kwargs):
+            module.scaling = module.head_dim**-0.5 * (factor if "shared_prompt" in kwargs else 1)
+
+        model.model.layers[layer].self_attn.register_forward_pre_hook(scale, with_kwargs=True)
+
+    return wrong
+
+
+def positions_of_a_layer(by, layer, tokens):
+    def wrong(model):
+        def shift(module, args, kwargs):
+            if "shared_prompt" not in kwargs:
+                return None
+            cos, sin = (t.clone() for t in kwargs["position_embeddings"])
+            for t in (cos, sin):
+                t[:, tokens] = t[:, tokens].roll(by, 1)
+            return args, {**kwargs, "position_embeddings": (cos, sin)}
+
+        model.model.layers[layer].self_attn.register_forward_pre_hook(shift, with_kwargs=True)
+
+    return wrong
+
+
+def lost_values(layer, token):
+    def wrong(model):
+        attention, shared = model.model.layers[layer].self_attn, []
+        attention.register_forward_pre_hook(
+            lambda m, args, kwargs: shared.append("shared_prompt" in kwargs), with_kwargs=True
+        )
+
+        def lose(module, args, values):
+            if shared[-1]:
+                values = values.clone()
+                values[:, token] = 0
+            return values
+
+        attention.v_proj.register_forward_hook(lose)
+
+    return wrong
+
+
 BRANCHES, SOME_BRANCHES = slice(16, None), slice(19, 31)  # of the row that is tried
 WRONG = {f"a leak of {share:.0%} at {to}": leak(share, to) for share in (0.01, 0.03, 0.1, 1.0)
          for to in (slice(None), SOME_BRANCHES)}  # fmt: skip
 WRONG |= {f"positions {by:+} at {tokens}": shifted_positions(by, tokens) for by in (1, 2, 5)
           for tokens in (BRANCHES, SOME_BRANCHES, slice(0, 5))}  # fmt: skip
 WRONG |= {f"a window of {window}": window_of_a_layer(window) for window in (None, 3, 40)}
+WRONG |= {f"a scale of {factor} times in layer {layer}": scale_of_a_layer(factor, layer)
+          for factor, layer in ((1.03, 0), (0.8, 11))}  # fmt: skip
+WRONG |= {f"positions {by:+} at {tokens} of layer 5": positions_of_a_layer(by, 5, tokens)
+          for by, tokens in ((1, SOME_BRANCHES), (1, slice(0, 5)))}  # fmt: skip
+WRONG |= {f"value {token} of layer {layer}, lost": lost_values(layer, token) for layer, token in ((3, 2), (11, 30))}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -468,6 +516,17 @@ def test_a_model_that_is_wrong_on_purpose_is_found(what, dtype):
     model = build(*ARCHITECTURES["gemma2"]) if "window" in what else deep(12)
     WRONG[what](model)
     assert choose_layout(add_head_over_plain(model.to(dtype)), "auto") == "padded"
+
+
+@pytest.mark.parametrize("window", [None, 32, 96])
+def test_a_window_that_one_layer_of_many_has_otherwise(window, caplog):
+    """Windows are longer than what is tried, and other layers have the right one."""
+    model = add_head_over_plain(build(hf.Gemma3TextConfig, {**ARCHITECTURES["gemma3"][1], "sliding_window": 64}))
+    model.model.layers[3].self_attn.sliding_window = window
+    logging.getLogger("contrastive_align.models.layout").propagate = True
+    with caplog.at_level(logging.WARNING):
+        assert choose_layout(model, "auto") == "padded"
+    assert f"a mask with a window of 64 tokens, and itself one of {window}" in caplog.text
 
 
 def test_dropout_of_attention_weights_is_padded(caplog):

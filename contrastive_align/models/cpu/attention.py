@@ -33,6 +33,9 @@ class CpuKernel(Kernel):
         self, query: Tensor, key: Tensor, value: Tensor, call: Call
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         query, key, value = (_by_heads(t) for t in (query, key, value))
+        if call.window is None and len(call.documents.spans) == 1:  # nothing to put together
+            output, log_sums = _flash(query, key, value, **_options(call))
+            return output[0].transpose(0, 1), log_sums[0], ()
         _, heads, n, size = query.shape
         output = query.new_empty(1, n, heads, size).transpose(1, 2)
         log_sums = query.new_empty(1, heads, n, dtype=torch.promote_types(query.dtype, torch.float32))
@@ -54,21 +57,25 @@ class CpuKernel(Kernel):
         state: tuple[Tensor, ...],
         call: Call,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        def of_part(q: slice, k: slice, dropout_p: float, is_causal: bool, **options: Any) -> tuple[Tensor, ...]:
+            tensors = of_grad[:, :, q], of_query[:, :, q], of_key[:, :, k], of_value[:, :, k], of_output[:, :, q]
+            return _flash_backward(*tensors, log_sums[None, :, q], dropout_p, is_causal, **options)
+
+        of_grad, of_query, of_key, of_value, of_output = (_by_heads(t) for t in (grad, query, key, value, output))
+        if call.window is None and len(call.documents.spans) == 1:
+            dq, dk, dv = (t[0].transpose(0, 1) for t in of_part(slice(None), slice(None), **_options(call)))
+            return dq, dk, dv
         grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        dq, dk, dv = (_by_heads(t) for t in grads)
-        grad, query, key, value, output = (_by_heads(t) for t in (grad, query, key, value, output))
-        for q, k, options in _parts(call, query):
-            tensors = grad[:, :, q], query[:, :, q], key[:, :, k], value[:, :, k], output[:, :, q]
-            dropout, causal = options.pop("dropout_p"), options.pop("is_causal")
-            found = _flash_backward(*tensors, log_sums[None, :, q], dropout, causal, **options)
-            for whole, part, more in zip((dq, dk, dv), (q, k, k), found, strict=True):
+        wholes = [_by_heads(t) for t in grads]
+        for q, k, options in _parts(call, of_query):
+            for whole, part, more in zip(wholes, (q, k, k), of_part(q, k, **options), strict=True):
                 whole[:, :, part] += more
         return grads
 
 
 def _parts(call: Call, query: Tensor) -> Iterator[tuple[slice, slice, dict[str, Any]]]:
     """Yield queries, keys and options of the kernel's calls: documents, or blocks of them if there is a window."""
-    options = {"dropout_p": 0.0, "is_causal": call.causal and call.window is None, "scale": call.scale}
+    options = _options(call)
     if call.window is None:
         for a, b, c, d in call.documents.spans:
             if a < b and c < d:
@@ -77,6 +84,11 @@ def _parts(call: Call, query: Tensor) -> Iterator[tuple[slice, slice, dict[str, 
     for q, k, hidden in masked_blocks(call, query.device):
         mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         yield q, k, {**options, "attn_mask": mask}
+
+
+def _options(call: Call) -> dict[str, Any]:
+    """Return the options of the kernel that are the same for all parts. Causal, within a window, is its mask's."""
+    return {"dropout_p": 0.0, "is_causal": call.causal and call.window is None, "scale": call.scale}
 
 
 def _by_heads(x: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""Each attention layer by itself: what it returns for the same tokens where these are computed in another way.
+
+Rounding adds up over layers, and in 16 bits it hides from the log-probs what one layer does wrong. Given what an
+earlier pass gave it, a layer differs by its own rounding alone: by 0.3% of its output in bfloat16, whatever the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+Run = Callable[[], Any]
+
+
+class RecordedLayers:
+    """What a pass over a padded batch gave to each attention layer, and what these returned.
+
+    Args:
+        layers: modules of which the first argument is hidden states (B, T, D), and the first result too.
+        run: the pass.
+        counts: (B, T), whether a token is looked at.
+    """
+
+    def __init__(self, layers: list[nn.Module], run: Run, counts: Tensor) -> None:
+        self._layers, self._counts = layers, counts.flatten().bool().cpu()
+        self._inputs: list[Tensor] = []  # of each call, each (B * T, D)
+        self._outputs: list[Tensor] = []
+
+        def keep(hidden: Tensor) -> Tensor:
+            self._inputs.append(hidden.flatten(0, 1))
+            return hidden
+
+        with _hooks(layers, keep, lambda output: self._outputs.append(output.flatten(0, 1))):
+            run()
+
+    def gaps(self, runs: Iterable[tuple[Run, Tensor]]) -> Tensor:
+        """Return how far another pass, or several of a part each, is from this one, as shares of this one's norm.
+
+        Every call of a layer receives what it received here, so that no layer sees the rounding of another.
+
+        Args:
+            runs: each a pass, and which of this one's tokens it computes: indices (n,) of the flattened batch.
+
+        Returns:
+            (calls + 1,): of the first layer's inputs, before they are replaced, and of every call's outputs.
+        """
+        squares = sum(self._squares(run, tokens.cpu()) for run, tokens in runs)
+        return (squares[0] / squares[1].clamp(min=torch.finfo(squares.dtype).tiny)).sqrt()
+
+    def _squares(self, run: Run, tokens: Tensor) -> Tensor:
+        """Return the squared norms of what differs and of what was recorded, (2, calls + 1)."""
+        counts, found, calls = self._counts[tokens], [], 0
+
+        def compare(output: Tensor, recorded: Tensor) -> None:
+            ours, theirs = (t[counts].cpu().double() for t in (output.flatten(0, 1), recorded[tokens]))
+            found.append(torch.stack([(ours - theirs).square().sum(), theirs.square().sum()]))
+
+        def give(hidden: Tensor) -> Tensor:
+            nonlocal calls
+            recorded = self._inputs[calls]
+            if not calls:
+                compare(hidden, recorded)
+            calls += 1
+            return recorded[tokens].view_as(hidden)
+
+        with _hooks(self._layers, give, lambda output: compare(output, self._outputs[calls - 1])):
+            run()
+        if calls < len(self._inputs):
+            raise RuntimeError(f"{calls} calls of attention instead of {len(self._inputs)}")
+        return torch.stack(found, 1)
+
+
+@contextmanager
+def _hooks(layers: list[nn.Module], give: Callable[[Tensor], Tensor], read: Callable[[Tensor], None]) -> Iterator[None]:
+    """Replace the hidden states that the layers receive by what ``give`` returns, and give ``read`` their outputs."""
+
+    def before(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if args:
+            return (give(args[0]), *args[1:]), kwargs
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": give(kwargs["hidden_states"])}
+        return None
+
+    def after(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if args or "hidden_states" in kwargs:
+            read(output[0] if isinstance(output, tuple) else output)
+
+    hooks = []
+    try:
+        for layer in layers:
+            hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            hooks.append(layer.register_forward_hook(after, with_kwargs=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
