@@ -96,7 +96,8 @@ def _attend(row: PackedRow, query: Tensor, key: Tensor, value: Tensor, scaling, 
     device = query.device.type
     if torch.is_autocast_enabled(device) and query.dtype != torch.float64:  # as torch's own attention does
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
-    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+    # Not t[0], whose gradient would be a copy with heads first.
+    query, key, value = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     window = window if window is not None and window < row.longest else None

@@ -230,6 +230,14 @@ def test_less_precision(dtype):
         assert found.dtype == dtype and (found - want).norm() < 1.4 * (own - want).norm()
 
 
+def test_gradients_lie_in_memory_as_their_tensors_do():
+    """Projections leave tokens first; a gradient with heads first would be copied twice on its way back to them."""
+    row = PackedRow([Segment(30, (20, 10))], width=50)
+    tensors = [torch.randn(1, 60, heads, 8).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
+    grads = torch.autograd.grad(shared_prompt_attention(None, *tensors, None, shared_prompt=row)[0].sum(), tensors)
+    assert [g.stride()[1:] for g in grads] == [t.stride()[1:] for t in tensors]
+
+
 def test_under_autocast_tensors_take_its_dtype():
     """Queries and keys in float32, as a rotary embedding leaves them, values in bfloat16."""
     (q, k, v), layout, _ = row([(300, (40, 70))], dtype=torch.float32)
