@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from contrastive_align.models.cpu.head import score_tokens
+from contrastive_align.models.packed_row import PackedRow
 from contrastive_align.trl_seam import maybe_gather_lm_head_ctx
 
 
@@ -58,7 +59,7 @@ def add_head(model: PreTrainedModel) -> None:
         hidden = self.base_model(*args, **kwargs).last_hidden_state
         shift_labels = shift_labels.to(hidden.device)  # of a model over several devices, the last one
         shift_labels = shift_labels.flatten()
-        scored = (shift_labels != -100).nonzero()[:, 0]  # once: a device is waited for where a shape depends on values
+        scored = scored_positions(shift_labels, kwargs.get("shared_prompt"))
         hidden, labels = hidden.flatten(0, -2)[scored], shift_labels[scored]
 
         def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
@@ -73,6 +74,14 @@ def add_head(model: PreTrainedModel) -> None:
 
     forward.is_head = True
     model.forward = types.MethodType(forward, model)
+
+
+def scored_positions(shift_labels: Tensor, row: PackedRow | None) -> slice | Tensor:
+    """Return which of the labels (n,) are no -100: a packed row's are those of its branches.
+
+    Elsewhere the device is waited for, as a shape depends on its values.
+    """
+    return slice(row.prompt_tokens, None) if row is not None else (shift_labels != -100).nonzero()[:, 0]
 
 
 def remove_head(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from contrastive_align.models.head import scored_positions
 from contrastive_align.models.shared_prompt import pack
 
 
@@ -58,9 +59,10 @@ def completion_logps(
     _check_attention(model, inputs)
     lengths = batch["completion_mask"][:, 1:].sum(1)
     # Of completion tokens, completion after completion, under both layouts.
-    scored = (inputs["shift_labels"].flatten() != -100).nonzero()[:, 0]
+    labels = inputs["shift_labels"].flatten()
+    scored = scored_positions(labels, inputs.get("shared_prompt"))
     completions = torch.arange(len(lengths), device=lengths.device)
-    completion_index = torch.repeat_interleave(completions, lengths, output_size=len(scored))
+    completion_index = torch.repeat_interleave(completions, lengths, output_size=len(labels[scored]))
     moved = {"valid": batch["valid"], "lengths": lengths, "scored": scored, "completion_index": completion_index}
     moved = beside(outputs.log_probs, moved)
     values = {name: getattr(outputs, name) for name in ("log_probs", "entropy", "mean_logits", "is_top1")}

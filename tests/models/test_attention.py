@@ -1,19 +1,26 @@
 """The attention of a packed row against a softmax with the whole mask; every kernel against plain sums."""
 
 import contextlib
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from contrastive_align.models import kernel, kernels
+from contrastive_align.data import GroupCollator
+from contrastive_align.models import kernel, kernels, packed_row
 from contrastive_align.models.cpu.attention import CpuKernel
+from contrastive_align.models.head import add_head
 from contrastive_align.models.kernel import Call
 from contrastive_align.models.kernels import cuda
 from contrastive_align.models.kernels.reference import ReferenceKernel
+from contrastive_align.models.logps import completion_logps, completion_objective
 from contrastive_align.models.packed_row import Documents, PackedRow, Segment
-from contrastive_align.models.shared_prompt import shared_prompt_attention
+from contrastive_align.models.shared_prompt import ATTENTION_NAME, shared_prompt_attention
+from contrastive_align.models.token_loss import token_loss
+from contrastive_align.trl_seam import add_fused_lm_head
 
 
 ROWS = {
@@ -154,14 +161,19 @@ class Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def meta_is_cuda(monkeypatch):
+    """Tensors without memory take the way of those on a GPU. Whatever reads a value of one raises."""
+    monkeypatch.setattr(cuda, "_is_nvidia", lambda device, since: device.type == "meta")
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # which meta tensors do not have
+    monkeypatch.setattr(torch, "autocast", lambda device, *args, **kwargs: contextlib.nullcontext())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("k", [2, 16, 64])
 @pytest.mark.parametrize("heads, kv_heads", [(32, 8), (32, 32)])
-def test_two_calls_a_layer_on_cuda_and_bytes_that_are_kept_once(heads, kv_heads, k, dtype, monkeypatch):
+def test_two_calls_a_layer_on_cuda_and_bytes_that_are_kept_once(heads, kv_heads, k, dtype, meta_is_cuda):
     """On tensors without memory: which of torch's kernels would run on a GPU, with which shapes, and what they keep."""
-    monkeypatch.setattr(cuda, "_is_nvidia", lambda device, since: device.type == "meta")
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which meta tensors do not have
-    monkeypatch.setattr(torch, "autocast", lambda device, enabled: contextlib.nullcontext())
     row = PackedRow([Segment(1023, (512,) * k), Segment(200, (30, 7))], width=2000)
     n, d, kept = sum(s.prompt + sum(s.branches) for s in row.segments), 128, {}
 
@@ -188,6 +200,54 @@ def test_two_calls_a_layer_on_cuda_and_bytes_that_are_kept_once(heads, kv_heads,
         assert to_prompts == [(n - prompts, heads, d), *2 * [(prompts, kv_heads, d)], *2 * [(2 + 1,)]]
     once = q.element_size() * d * n * (2 * heads + 2 * kv_heads) + 4 * heads * n
     assert sum(size for size, _ in kept.values()) <= 1.15 * once
+
+
+def ids(n):
+    return torch.arange(3, 3 + n).tolist()
+
+
+LAYERS, WORDS = 3, 128_000
+
+
+def log_probs(model, batch):
+    """The head is TRL's, with the tiles that it has where there is no Triton."""
+    found = completion_logps(model, batch, layout="shared")
+    assert found.logps.shape == batch["valid"].shape and found.logps.dtype == torch.float32
+    assert {x.shape for x in (*found.tokens.values(), found.completion_index)} == {(197,)}
+    return found.logps.sum()
+
+
+def conditional_loss(model, batch):
+    def objective(hidden, labels, weight, bias, scale, softcap):
+        terms = dict(kl_coef=0.0, entropy_coef=0.0, kl_direction="reverse")
+        return token_loss(hidden, weight, bias, labels, scale=scale, softcap=softcap, **terms).loss
+
+    return completion_objective(model, batch, objective, layout="shared")
+
+
+@pytest.mark.parametrize("loss", [log_probs, conditional_loss])
+def test_a_pass_on_cuda_reads_no_value_of_it(loss, meta_is_cuda):
+    """A whole model on tensors without memory, forward and backward, its head included."""
+    rows = [(300, (100, 57)), (40, (10,) * 4)]
+    groups = [
+        {"prompt_ids": ids(p), "completion_ids": [ids(n) for n in lengths], "scores": [0.0] * len(lengths)}
+        for p, lengths in rows
+    ]
+    batch = GroupCollator(0)(groups)
+    row = PackedRow.of_batch(batch)
+    batch = {name: tensor.to("meta") for name, tensor in batch.items()}
+    packed_row._rows[batch["completion_mask"]] = batch["attention_mask"], batch["valid"], row
+    shape = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 256}
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=LAYERS, vocab_size=WORDS)).bfloat16()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    add_head(model)
+    model.set_attn_implementation(ATTENTION_NAME)
+    with Count() as count:
+        loss(model, batch).backward()
+    calls = Counter(name for name, _ in count.calls)
+    assert calls == {"_flash_attention_forward": 2 * LAYERS, "_flash_attention_backward": 2 * LAYERS}
+    assert model.lm_head.weight.grad.shape == (WORDS, 512)
 
 
 def test_calls_of_a_layer_do_not_grow_with_the_batch(monkeypatch):
