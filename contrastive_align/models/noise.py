@@ -11,7 +11,9 @@ from torch import Tensor
 
 ROUNDING = 1e-4  # nats per token; log-probs are float32 at least, and deep float32 models move by 1e-6 to 1e-5
 MOST_ROWS = 16  # that are computed one by one
-WIDER = 8  # columns of padding: padded rows take another attention kernel than whole ones, or sum in another order
+# Columns of padding. Padded rows take another attention kernel than whole ones, or sum in another order where their
+# length passes a multiple of what a kernel adds at once: 16 numbers of a CPU's registers, 64 keys of a tile.
+WIDER = 72
 Batch = dict[str, Tensor]
 
 
@@ -50,18 +52,20 @@ def measure_noise(
     return max(gaps)
 
 
-def other_batches(batch: Batch, rows: int = MOST_ROWS) -> list[list[Batch]]:
+def other_batches(batch: Batch, rows: int = MOST_ROWS, room: int = WIDER) -> list[list[Batch]]:
     """Return the completions of a padded batch in other batches: one by one, and twice with more padding.
 
     Args:
         batch: what :class:`~contrastive_align.data.GroupCollator` returns.
         rows: the most that are taken one by one.
+        room: the most columns that may be added.
     """
     names = ("input_ids", "attention_mask", "completion_mask")
     sizes = batch["attention_mask"][:rows].sum(1).tolist()
     alone = torch.ones_like(batch["valid"][:1, :1])
     singles = [{**{name: batch[name][i : i + 1, :n] for name in names}, "valid": alone} for i, n in enumerate(sizes)]
-    twice = {name: F.pad(batch[name].repeat(2, 1), (0, WIDER)) for name in names}
+    wider = max(0, min(WIDER, room))
+    twice = {name: F.pad(batch[name].repeat(2, 1), (0, wider)) for name in names}
     return [singles, [{**twice, "valid": batch["valid"].repeat(2, 1)}]]
 
 

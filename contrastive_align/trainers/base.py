@@ -325,7 +325,8 @@ class AlignmentTrainer(
 
     def other_batches(self, batch: dict[str, Tensor], rows: int) -> list[list[dict[str, Tensor]]]:
         """Return the completions of a batch in other batches, of the first ``rows`` one by one."""
-        return other_batches(batch, rows)
+        context = context_length(self.model) or 2**31
+        return other_batches(batch, rows, context - batch["input_ids"].size(1))
 
     def prove_reference(
         self, policy: Tensor, reference: Tensor, lengths: Tensor, batch: dict[str, Tensor], *, same_batch: bool = True
