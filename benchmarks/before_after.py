@@ -2,12 +2,13 @@
 
     git worktree add ../older COMMIT
     CONTRASTIVE_ALIGN_DATA=path/to/data CONTRASTIVE_ALIGN_MODELS=path/to/models \
-        python benchmarks/before_after.py --before ../older --workload synthetic qa --k 2 4 16 [--memory]
+        python benchmarks/before_after.py --before ../older --workload synthetic qa --k 2 4 16 [--memory 5]
 
 Each checkout is a process with its own copy of the package and of ``measure.py``, and the model and groups of
 ``speed.py``. They take turns step by step on the same groups, now one first, now the other, and wait for each other, so
 that what else the machine does falls on both alike. A row is the median of the ratios after / before, with the 95%
-interval that order statistics give for a median, whatever the distribution. ``--memory`` adds a process for each peak.
+interval that order statistics give for a median, whatever the distribution. ``--memory`` adds pairs of processes for
+the peaks: into how many pieces the heap falls differs from one to the next by some percent, so one pair says little.
 """
 
 from __future__ import annotations
@@ -76,6 +77,16 @@ def seconds(checkouts: list[Path], task: dict) -> list[list[float]]:
     return [times[2:] for times in found]
 
 
+def peak_pair(checkouts: list[Path], task: dict) -> list[int]:
+    """Return the peak of each checkout, in a process of its own."""
+    peaks = []
+    for checkout in checkouts:
+        measuring = start(checkout, task, "--memory", "1")
+        peaks.append(json.loads(answer(measuring))["peak"])
+        measuring.communicate()
+    return peaks
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Return the narrowest order statistics that contain the median with at least 95%; the extremes of few values.
 
@@ -100,11 +111,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=9, help="pairs that count, after two more")
     parser.add_argument("--groups", type=int, default=4, help="groups a step")
     parser.add_argument("--size", default="56m")
-    parser.add_argument("--memory", action="store_true", help="the peaks too")
+    parser.add_argument("--memory", type=int, default=0, metavar="PAIRS", help="the peaks too, of so many pairs")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        worker(json.loads(args.worker), memory=args.memory)
+        worker(json.loads(args.worker), memory=bool(args.memory))
         return
     if args.before is None or not (args.before / "benchmarks" / "measure.py").is_file():
         parser.error(f"--before: {args.before} has no benchmarks/measure.py. Give the folder of a checkout.")
@@ -113,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     from workloads import find_tokenizer
 
     checkouts = [args.before.resolve(), HERE]
-    print("| workload | K | after / before | its 95% interval | seconds before, after | peak after / before |")
+    print("| workload | K | after / before | its 95% interval | seconds before, after | peak after / before (range) |")
     print("|---|---|---|---|---|---|", flush=True)
     for workload in args.workload:
         for k in args.k:
@@ -124,12 +135,8 @@ def main(argv: list[str] | None = None) -> None:
             low, high = interval(ratios)
             cells = [workload, str(k), f"{statistics.median(ratios):.3f}", f"{low:.3f} to {high:.3f}"]
             cells.append(f"{statistics.median(before):.2f}, {statistics.median(after):.2f}")
-            peaks = []
-            for checkout in checkouts if args.memory else []:
-                measuring = start(checkout, task, "--memory")
-                peaks.append(json.loads(answer(measuring))["peak"])
-                measuring.communicate()
-            cells.append(f"{peaks[1] / peaks[0]:.3f}" if peaks else "")
+            peaks = sorted(b / a for a, b in (peak_pair(checkouts, task) for _ in range(args.memory)))
+            cells.append(f"{statistics.median(peaks):.3f} ({peaks[0]:.3f} to {peaks[-1]:.3f})" if peaks else "")
             print(f"| {' | '.join(cells)} |", flush=True)
 
 

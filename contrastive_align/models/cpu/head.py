@@ -86,7 +86,7 @@ class _ScoreTokens(torch.autograd.Function):
         slope = None
         if hidden_grad:
             at_label = head.weight[labels] * (sums.others * head.softcap_slope(sums.chosen))[:, None]
-            slope = ((at_label - sums.slope) / totals[:, None]).to(head.dtype)
+            slope = sums.slope.neg_().add_(at_label).div_(totals[:, None]).to(head.dtype)
         ctx.save_for_backward(hidden, weight, bias, labels, sums.chosen, sums.offset, sums.others, slope)
         ctx.scale, ctx.softcap, ctx.dtype, ctx.kept = scale, softcap, head.dtype, tiles.kept
         return shifted - log_totals, entropy, mean_logits, is_top1
