@@ -336,7 +336,7 @@ class Run:
             command=args.command_line,
             settings=given_settings(args),
         )
-        if (Path(folder) / "summary.json").is_file() and not checkpoint:
+        if (Path(folder) / "summary.json").is_file() and not (checkpoint or args.script.preflight_only):
             args.notes.append(f"{folder} holds an earlier run, which this one replaces")
         self._look_before()
         print_on_main(self._opening())

@@ -160,7 +160,7 @@ class Recorder(TrainerCallback):
         self.best_ids: Callable[[HeldOut], list[list[int]]] | None = None
         self.once_prepared: Callable[[], None] | None = None  # called when an engine has taken the weights
         self.seconds = 0.0  # spent on pages
-        self._training = False
+        self._training = self._began = False
         self._next = 0.0
         self.held_out, self.max_new = self._fitting(held_out)
 
@@ -249,7 +249,7 @@ class Recorder(TrainerCallback):
         """Keep of an earlier log what a resumed run goes on from."""
         if self.once_prepared is not None and not state.global_step:
             self.once_prepared()
-        self._training, self._next = True, state.max_steps / TIMES
+        self._training, self._began, self._next = True, True, state.max_steps / TIMES
         file, samples = self.folder / LOG_FILE, self.folder / SAMPLES_FILE
         own = [{**self.first.means(), "step": 0}] if self.first is not None else []
         kept: list[dict[str, Any]] = []
@@ -298,7 +298,7 @@ class Recorder(TrainerCallback):
     def _keep(self, entry: dict[str, Any]) -> None:
         entry = {key: value.item() if hasattr(value, "item") else value for key, value in entry.items()}
         self.history.add(entry)
-        if self.writes and (self._training or self.folder.joinpath(LOG_FILE).is_file()):
+        if self.writes and self._began:  # the file of a run before is not this one's
             with (self.folder / LOG_FILE).open("ab") as file:
                 file.write(_line(entry))
 

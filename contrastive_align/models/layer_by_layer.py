@@ -32,10 +32,10 @@ class RecordedLayers:
         self._outputs: list[Tensor] = []
 
         def keep(hidden: Tensor) -> Tensor:
-            self._inputs.append(hidden.flatten(0, 1))
+            self._inputs.append(_copy(hidden))
             return hidden
 
-        with _hooks(layers, keep, lambda output: self._outputs.append(output.flatten(0, 1))):
+        with _hooks(layers, keep, lambda output: self._outputs.append(_copy(output))):
             run()
 
     def gaps(self, runs: Iterable[tuple[Run, Tensor]]) -> Tensor:
@@ -73,6 +73,11 @@ class RecordedLayers:
         if calls < len(self._inputs):
             raise RuntimeError(f"{calls} calls of attention instead of {len(self._inputs)}")
         return torch.stack(found, 1)
+
+
+def _copy(hidden: Tensor) -> Tensor:
+    """(B, T, D) -> (B * T, D). A model may add its residual to an attention's output in place."""
+    return hidden.flatten(0, 1).clone()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -137,12 +139,13 @@ def _find_difference(model: PreTrainedModel, autocast: torch.dtype | None) -> st
         model.eval()
         expected = _own_logps(model, batch)
     rounding = _largest_shift(expected, _own_logps(model, changed))
-    own_noise = measure_noise(
-        expected[batch["valid"]],
-        batch["completion_mask"].sum(1),
-        lambda one: (_own_logps(model, one)[one["valid"]], one["completion_mask"].sum(1)),
-        _own_ways(model, batch),
-    )
+    with contextlib.closing(_own_ways(model, batch)) as ways:
+        own_noise = measure_noise(
+            expected[batch["valid"]],
+            batch["completion_mask"].sum(1),
+            lambda one: (_own_logps(model, one)[one["valid"]], one["completion_mask"].sum(1)),
+            ways,
+        )
     own_attention = model.config._attn_implementation
     if problem := _set_shared_attention(model):
         return problem
@@ -200,8 +203,9 @@ def _find_wrong_layer(
 
     model.set_attn_implementation(own_attention)
     recorded = RecordedLayers(layers, partial(_own_logps, model, batch), batch["attention_mask"])
-    ways = _own_ways(model, batch, LAYER_ROWS)
-    noise = torch.stack([recorded.gaps(own_passes(batches)) for batches in ways]).amax(0)
+    with contextlib.closing(_own_ways(model, batch, LAYER_ROWS)) as ways:
+        noise = torch.stack([recorded.gaps(own_passes(batches)) for batches in ways])
+    noise = noise.nan_to_num(0.0, 0.0).amax(0)  # a way that overflows says nothing
     model.set_attn_implementation(ATTENTION_NAME)
     gaps = recorded.gaps([(partial(completion_logps, model, batch, layout="shared"), packed)])
     wrong = ~(gaps <= (LAYER_NOISE * noise).clamp(min=epsilon))  # also true for NaN
@@ -219,18 +223,40 @@ def _gap(found: Tensor, expected: Tensor, batch: dict[str, Tensor]) -> float:
 
 
 def _own_ways(model: PreTrainedModel, batch: Batch, rows: int = MOST_ROWS) -> Iterator[list[Batch]]:
-    """Yield batches that the model computes by itself in another way: row by row, and under eager attention."""
+    """Yield batches that the model computes by itself in another way: row by row, and under eager attention.
+
+    A model of which eager attention is its own keeps the scores in float32. To be closed where it isn't exhausted.
+    """
     yield other_batches(batch, rows)[0]
     own_attention = model.config._attn_implementation
+    scores = _PreciseScores() if own_attention == "eager" else contextlib.nullcontext()
     try:
         model.set_attn_implementation("eager")
-        _own_logps(model, batch)
+        with scores:
+            _own_logps(model, batch)
+            yield [batch]
     except MODEL_ERRORS:
         pass
-    else:
-        yield [batch]
     finally:
         model.set_attn_implementation(own_attention)
+
+
+class _PreciseScores(TorchFunctionMode):
+    """Eager attention that keeps its scores in float32, as the kernels of a packed row do.
+
+    In 16 bits the eager attention of transformers rounds them, and by itself in the same way in every batch.
+    """
+
+    def __torch_function__(self, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function in (torch.matmul, Tensor.matmul, Tensor.__matmul__) and _multiplies_keys(*args):
+            with torch.autocast(args[0].device.type, enabled=False):
+                return function(*(t.to(torch.promote_types(t.dtype, torch.float32)) for t in args))
+        return function(*args, **(kwargs or {}))
+
+
+def _multiplies_keys(left: Any = None, right: Any = None) -> bool:
+    """Return whether these are queries (B, H, n, D) and transposed keys (B, H, D, n)."""
+    return all(isinstance(t, Tensor) and t.dim() == 4 for t in (left, right)) and right.stride(-2) == 1
 
 
 def _largest_shift(before: Tensor, after: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -39,6 +40,8 @@ def measure_noise(
 ) -> float:
     """Return how far a model's log-probs are from themselves where they are computed in other ways, in nats per token.
 
+    A way that overflows, as eager attention may in float16, says nothing.
+
     Args:
         logps, lengths: log-probs (N,) in nats, and the numbers of their tokens (N,).
         score: a batch -> both of its rows.
@@ -49,7 +52,7 @@ def measure_noise(
         found = torch.cat([score(batch)[0] for batch in batches])
         n = min(len(found), len(logps))
         gaps.append(gap_per_token(found[:n], logps[:n], lengths[:n]).item())
-    return max(gaps)
+    return max(filter(math.isfinite, gaps))
 
 
 def other_batches(batch: Batch, rows: int = MOST_ROWS, room: int = WIDER) -> list[list[Batch]]:

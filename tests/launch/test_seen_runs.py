@@ -172,6 +172,16 @@ def test_preflight_stops_before_the_first_step(command, tmp_path, capsys):
     assert "policy = reference" in capsys.readouterr().out
 
 
+def test_preflight_changes_no_file_of_an_earlier_run(tmp_path, capsys):
+    argv = ["reward", *FEW, f"--output_dir={tmp_path}"]
+    cli.main(argv)
+    files = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    cli.main([*argv, "--preflight_only"])
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == files
+    assert "replaces" not in capsys.readouterr().out
+
+
 def test_under_an_engine_the_start_is_sampled_once_it_has_the_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(HoldsWeights, "uses_engine", True)
     argv = ["reward", *FEW, "--save_strategy=steps", "--save_steps=2", f"--output_dir={tmp_path}"]
