@@ -93,7 +93,7 @@ def _hooks(layers: list[nn.Module], give: Callable[[Tensor], Tensor], read: Call
 
     def after(layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if args or "hidden_states" in kwargs:
-            read(output[0] if isinstance(output, tuple) else output)
+            read(output if isinstance(output, Tensor) else output[0])
 
     hooks = []
     try:

@@ -23,6 +23,7 @@ from contrastive_align.models.head import add_head
 from contrastive_align.models.kernels import reference
 from contrastive_align.models.layout import _own_logps, choose_layout
 from contrastive_align.models.logps import completion_logps
+from contrastive_align.models.noise import measure_noise
 from contrastive_align.models.packed_row import PackedRow, Segment
 from contrastive_align.models.shared_prompt import ATTENTION_NAME, pack, shared_prompt_attention
 
@@ -396,16 +397,25 @@ def test_an_embedding_may_have_more_words_than_the_head():
     assert choose_layout(add_head_over_plain(model), "shared") == "shared"
 
 
-def deep(layers, width=64, seed=0):
-    """A random Llama that neither dies out nor explodes, however deep."""
+def rescale(model, seed=0):
+    """Draw weights with which a model neither dies out nor explodes, however deep."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
-        hf.LlamaConfig(**SHAPE | {"hidden_size": width, "num_hidden_layers": layers, "vocab_size": 1000})
-    )
     with torch.no_grad():
         for p in model.parameters():
             if p.dim() > 1:
                 p.normal_(std=p.size(-1) ** -0.5)
+    return model
+
+
+def deep(layers, width=64, seed=0):
+    """A random Llama."""
+    model = rescale(
+        AutoModelForCausalLM.from_config(
+            hf.LlamaConfig(**SHAPE | {"hidden_size": width, "num_hidden_layers": layers, "vocab_size": 1000})
+        ),
+        seed,
+    )
+    with torch.no_grad():
         model.lm_head.weight.mul_(3)
     return model
 
@@ -516,6 +526,53 @@ def test_a_model_that_is_wrong_on_purpose_is_found(what, dtype):
     model = build(*ARCHITECTURES["gemma2"]) if "window" in what else deep(12)
     WRONG[what](model)
     assert choose_layout(add_head_over_plain(model.to(dtype)), "auto") == "padded"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_eager_attention_that_rounds_its_scores_is_no_difference(name, dtype):
+    """Eager attention, the only one that Gemma 2 has, rounds in the same way in every batch; a kernel does not."""
+    model = rescale(build(*ARCHITECTURES[name]), seed=2)
+    model.set_attn_implementation("eager")
+    assert choose_layout(add_head_over_plain(model.to(dtype)), "auto") == "shared"
+    with pytest.raises(ValueError, match="differs? by"):
+        model.set_attn_implementation("eager")
+        scale_of_a_layer(1.03, 1)(model)
+        choose_layout(model, "shared")
+
+
+def test_eager_attention_that_overflows_says_nothing():
+    model = deep(2)
+    attention = model.model.layers[1].self_attn
+    attention.q_proj.weight.data.mul_(1500)
+    attention.k_proj.weight.data.mul_(100)
+    attention.scaling = 1e-6
+    assert choose_layout(add_head_over_plain(model.to(torch.float16)), "auto") == "shared"
+    lengths, infinite = torch.tensor([1]), torch.tensor([torch.inf])
+    assert measure_noise(torch.zeros(1), lengths, lambda batch: (infinite, lengths), [[{}]]) == 0
+
+
+def test_an_attention_whose_output_is_changed_in_place():
+    """It returns a list, too."""
+
+    class Attention(hf.models.llama.modeling_llama.LlamaAttention):
+        def forward(self, *args, **kwargs):
+            return list(super().forward(*args, **kwargs))
+
+    class InPlace(hf.models.llama.modeling_llama.LlamaDecoderLayer):
+        def forward(self, hidden_states, **kwargs):
+            hidden, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+            hidden += hidden_states
+            return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+    model = add_head_over_plain(deep(12).to(torch.bfloat16))
+    for layer in model.model.layers:
+        layer.__class__, layer.self_attn.__class__ = InPlace, Attention
+    assert choose_layout(model, "shared") == "shared"
+    model.set_attn_implementation("sdpa")
+    scale_of_a_layer(1.03, 0)(model)
+    with pytest.raises(ValueError, match="the output of its attention 1 differs"):
+        choose_layout(model, "shared")
 
 
 @pytest.mark.parametrize("window", [None, 32, 96])
