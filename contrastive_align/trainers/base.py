@@ -325,8 +325,12 @@ class AlignmentTrainer(
 
     def other_batches(self, batch: dict[str, Tensor], rows: int) -> list[list[dict[str, Tensor]]]:
         """Return the completions of a batch in other batches, of the first ``rows`` one by one."""
+        return other_batches(batch, rows, self.free_columns(batch))
+
+    def free_columns(self, batch: dict[str, Tensor]) -> int:
+        """Return how many columns of padding a batch may be given within the model's context."""
         context = context_length(self.model) or 2**31
-        return other_batches(batch, rows, context - batch["input_ids"].size(1))
+        return context - max(batch[name].size(1) for name in ("input_ids", "labels") if name in batch)
 
     def prove_reference(
         self, policy: Tensor, reference: Tensor, lengths: Tensor, batch: dict[str, Tensor], *, same_batch: bool = True

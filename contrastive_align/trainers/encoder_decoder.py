@@ -104,8 +104,11 @@ def encoder_decoder_logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return per_completion(log_probs.new_zeros(n).index_add(0, completion_index, log_probs), batch["valid"])
 
 
-def other_encoder_decoder_batches(batch: dict[str, Tensor], rows: int) -> list[list[dict[str, Tensor]]]:
-    """Return the completions of a batch in other batches: the first ``rows`` one by one, and twice with padding."""
+def other_encoder_decoder_batches(batch: dict[str, Tensor], rows: int, room: int) -> list[list[dict[str, Tensor]]]:
+    """Return the completions of a batch in other batches: the first ``rows`` one by one, and twice with padding.
+
+    ``room`` is the most columns of padding.
+    """
     encoder, decoder = ("input_ids", "attention_mask"), ("decoder_input_ids", "labels")
     singles = []
     for i, n in enumerate(batch["labels"][:rows].ne(-100).sum(1).tolist()):
@@ -115,8 +118,9 @@ def other_encoder_decoder_batches(batch: dict[str, Tensor], rows: int) -> list[l
         one |= {name: batch[name][i : i + 1, :n] for name in decoder}
         valid = torch.ones_like(batch["valid"][:1, :1])
         singles.append({**one, "prompt_of": torch.zeros_like(prompt), "valid": valid})
-    twice = {name: F.pad(batch[name].repeat(2, 1), (0, WIDER)) for name in (*encoder, "decoder_input_ids")}
-    twice["labels"] = F.pad(batch["labels"].repeat(2, 1), (0, WIDER), value=-100)
+    wider = max(0, min(WIDER, room))
+    twice = {name: F.pad(batch[name].repeat(2, 1), (0, wider)) for name in (*encoder, "decoder_input_ids")}
+    twice["labels"] = F.pad(batch["labels"].repeat(2, 1), (0, wider), value=-100)
     twice["prompt_of"] = torch.cat([batch["prompt_of"], batch["prompt_of"] + len(batch["input_ids"])])
     return [singles, [{**twice, "valid": batch["valid"].repeat(2, 1)}]]
 

@@ -585,7 +585,9 @@ class FDPGTrainer(DrawsGroups, AlignmentTrainer, RLOOTrainer):
 
     def other_batches(self, batch: dict[str, Tensor], rows: int) -> list[list[dict[str, Tensor]]]:
         """Return the completions of a batch in other batches, of the first ``rows`` one by one."""
-        return other_encoder_decoder_batches(batch, rows) if "labels" in batch else super().other_batches(batch, rows)
+        if "labels" in batch:
+            return other_encoder_decoder_batches(batch, rows, self.free_columns(batch))
+        return super().other_batches(batch, rows)
 
     def reference_group(self) -> dict[str, Any] | None:
         """Return the first group that was drawn."""

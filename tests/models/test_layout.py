@@ -535,7 +535,7 @@ def test_eager_attention_that_rounds_its_scores_is_no_difference(name, dtype):
     model = rescale(build(*ARCHITECTURES[name]), seed=2)
     model.set_attn_implementation("eager")
     assert choose_layout(add_head_over_plain(model.to(dtype)), "auto") == "shared"
-    with pytest.raises(ValueError, match="differs? by"):
+    with pytest.raises(ValueError, match=r"differs? by"):
         model.set_attn_implementation("eager")
         scale_of_a_layer(1.03, 1)(model)
         choose_layout(model, "shared")

@@ -17,6 +17,7 @@ from transformers import (
 
 from contrastive_align import FDPGTrainer
 from contrastive_align.losses import divergence_value
+from contrastive_align.models.noise import WIDER
 from contrastive_align.trainers.base import disable_functional_dropout
 from contrastive_align.trainers.encoder_decoder import (
     EncoderDecoderCollator,
@@ -113,6 +114,15 @@ def test_log_probs_are_the_models_own(kind):
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         assert p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-4), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_is_measured_within_the_positions_of_a_model(kind, tmp_path):
+    trainer = make(build(kind), tmp_path)
+    batch = trainer.batch_of({"prompt_ids": [3, 4, 5, 2], "completion_ids": [[3, 2], [4, 5, 3, 3, 2]]})
+    wider = trainer.other_batches(batch, 2)[1][0]["labels"].size(1)
+    assert wider == 5 + (WIDER if kind == "t5" else 32 - 5)
+    assert trainer.rounding_on(batch, gap=1.0) < 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
