@@ -117,7 +117,11 @@ def _find_problem(model: PreTrainedModel, autocast: torch.dtype | None) -> str |
         return "it is an encoder-decoder"
     own_attention, was_training = model.config._attn_implementation, model.training
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, autocast, enabled=autocast is not None):
+        with (
+            torch.no_grad(),
+            torch.autocast(model.device.type, autocast, enabled=autocast is not None),
+            torch.compiler.set_stance("force_eager"),  # compiled modules ignore hooks that are added later
+        ):
             problem = _find_difference(model, autocast)
     except MODEL_ERRORS as error:
         problem = f"{type(error).__name__} ({str(error).splitlines()[0] if str(error) else ''})"

@@ -552,6 +552,20 @@ def test_eager_attention_that_overflows_says_nothing():
     assert measure_noise(torch.zeros(1), lengths, lambda batch: (infinite, lengths), [[{}]]) == 0
 
 
+@pytest.mark.parametrize("what", ["model", "layers"])
+def test_a_compiled_model_is_tried_without_its_graphs(what):
+    """They ignore hooks that are added after they were made."""
+    model = add_head_over_plain(deep(2).to(torch.bfloat16))
+    batch = GroupCollator(0)(groups())
+    for module in [model] if what == "model" else model.model.layers:
+        module.compile(backend="eager")
+    with torch.no_grad():
+        expected = _own_logps(model, batch)
+        assert choose_layout(model, "auto") == "shared"
+        found = completion_logps(model, batch, layout="shared").logps
+    assert torch.allclose(found, expected, atol=0.5)
+
+
 def test_an_attention_whose_output_is_changed_in_place():
     """It returns a list, too."""
 
