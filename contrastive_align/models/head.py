@@ -77,9 +77,9 @@ def add_head(model: PreTrainedModel) -> None:
 
 
 def scored_positions(shift_labels: Tensor, row: PackedRow | None) -> slice | Tensor:
-    """Return which of the labels (n,) are no -100: a packed row's are those of its branches.
+    """Return the positions of the labels (n,) other than -100. In a packed row, these are its branches.
 
-    Elsewhere the device is waited for, as a shape depends on its values.
+    In padded rows the host waits for the device, because the number of positions depends on values.
     """
     return slice(row.prompt_tokens, None) if row is not None else (shift_labels != -100).nonzero()[:, 0]
 

@@ -1,7 +1,7 @@
-"""Each attention layer by itself: what it returns for the same tokens where these are computed in another way.
+"""Compare the attention layers of two passes over the same tokens, each layer by itself.
 
-Rounding adds up over layers, and in 16 bits it hides from the log-probs what one layer does wrong. Given what an
-earlier pass gave it, a layer differs by its own rounding alone: by 0.3% of its output in bfloat16, whatever the depth.
+Rounding adds up over layers, and in 16 bits it hides the fault of one layer from the log-probs. A layer that receives
+the inputs of the other pass differs by its own rounding alone: by 0.3% of its output in bfloat16, at any depth.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Run = Callable[[], Any]
 
 
 class RecordedLayers:
-    """What a pass over a padded batch gave to each attention layer, and what these returned.
+    """The inputs and outputs of each attention layer in a pass over a padded batch.
 
     Args:
         layers: modules of which the first argument is hidden states (B, T, D), and the first result too.
         run: the pass.
-        counts: (B, T), whether a token is looked at.
+        counts: (B, T), 1 for the tokens to compare, 0 for padding.
     """
 
     def __init__(self, layers: list[nn.Module], run: Run, counts: Tensor) -> None:
@@ -39,21 +39,26 @@ class RecordedLayers:
             run()
 
     def gaps(self, runs: Iterable[tuple[Run, Tensor]]) -> Tensor:
-        """Return how far another pass, or several of a part each, is from this one, as shares of this one's norm.
+        """Return how far the layers of other passes are from those of this one, relative to the norm of this one's.
 
-        Every call of a layer receives what it received here, so that no layer sees the rounding of another.
+        Every call of a layer receives its inputs of this pass, so that no layer sees the rounding of another.
 
         Args:
-            runs: each a pass, and which of this one's tokens it computes: indices (n,) of the flattened batch.
+            runs: passes over parts of this one's tokens, each with the indices (n,) of its tokens in the flattened
+                batch.
 
         Returns:
-            (calls + 1,): of the first layer's inputs, before they are replaced, and of every call's outputs.
+            (calls + 1,): the distance of the first layer's inputs, before they are replaced, then that of the outputs
+            of every call.
+
+        Raises:
+            RuntimeError: the layers are called less often than in this pass.
         """
         squares = sum(self._squares(run, tokens.cpu()) for run, tokens in runs)
         return (squares[0] / squares[1].clamp(min=torch.finfo(squares.dtype).tiny)).sqrt()
 
     def _squares(self, run: Run, tokens: Tensor) -> Tensor:
-        """Return the squared norms of what differs and of what was recorded, (2, calls + 1)."""
+        """Return the squared norms of the differences and of the recorded tensors, (2, calls + 1)."""
         counts, found, calls = self._counts[tokens], [], 0
 
         def compare(output: Tensor, recorded: Tensor) -> None:
@@ -82,7 +87,7 @@ def _copy(hidden: Tensor) -> Tensor:
 
 @contextmanager
 def _hooks(layers: list[nn.Module], give: Callable[[Tensor], Tensor], read: Callable[[Tensor], None]) -> Iterator[None]:
-    """Replace the hidden states that the layers receive by what ``give`` returns, and give ``read`` their outputs."""
+    """Pass the hidden states that the layers receive through ``give``, and their outputs to ``read``."""
 
     def before(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if args:

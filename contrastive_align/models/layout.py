@@ -186,11 +186,11 @@ def _find_difference(model: PreTrainedModel, autocast: torch.dtype | None) -> st
 
 
 def _find_lost_option(options: AttentionOptions) -> str | None:
-    """Return what the model's masks or attention weights have that a packed row would lose, or None."""
+    """Return which window of the model's masks, or which dropout, a packed row would lose, or None."""
     if lost := options.mask_windows - options.windows:
         return f"a window of {' and '.join(map(str, lost))} tokens reaches its masks, but not its attention"
     for of_mask, of_call in options.unlike:
-        return f"attention is given a mask with a window of {of_mask} tokens, and itself one of {of_call}"
+        return f"an attention call has a mask with a window of {of_mask} tokens, but a sliding_window of {of_call}"
     if options.dropouts:
         return f"its attention has a dropout of {max(options.dropouts):g}, which packed rows do not have"
     return None
@@ -199,7 +199,7 @@ def _find_lost_option(options: AttentionOptions) -> str | None:
 def _find_wrong_layer(
     model: PreTrainedModel, batch: Batch, layers: list[nn.Module], own_attention: str, epsilon: float
 ) -> str | None:
-    """Return which attention layer differs from the model's own by more than this layer's rounding, or None."""
+    """Return which call of attention differs from that of the model's own pass by more than its rounding, or None."""
     width, packed = batch["input_ids"].size(1), PackedRow.of_batch(batch).on(model.device).tokens
 
     def own_passes(batches: list[Batch]) -> Iterator[tuple[Callable[[], Tensor], Tensor]]:
@@ -217,7 +217,7 @@ def _find_wrong_layer(
         return None
     i = int(wrong.nonzero()[0])
     what = f"the output of its attention {i}" if i else "what its first attention receives"
-    return f"{what} differs by {gaps[i]:.2g} of its norm, that of its own forward from itself by {noise[i]:.2g}"
+    return f"{what} differs by {gaps[i]:.1%} of its norm, and between the model's own passes by {noise[i]:.1%}"
 
 
 def _gap(found: Tensor, expected: Tensor, batch: dict[str, Tensor]) -> float:
@@ -229,7 +229,7 @@ def _gap(found: Tensor, expected: Tensor, batch: dict[str, Tensor]) -> float:
 def _own_ways(model: PreTrainedModel, batch: Batch, rows: int = MOST_ROWS) -> Iterator[list[Batch]]:
     """Yield batches that the model computes by itself in another way: row by row, and under eager attention.
 
-    A model of which eager attention is its own keeps the scores in float32. To be closed where it isn't exhausted.
+    A model whose own attention is eager keeps its scores in float32 for that. Close the generator to set it back.
     """
     yield other_batches(batch, rows)[0]
     own_attention = model.config._attn_implementation

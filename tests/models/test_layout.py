@@ -597,7 +597,7 @@ def test_a_window_that_one_layer_of_many_has_otherwise(window, caplog):
     logging.getLogger("contrastive_align.models.layout").propagate = True
     with caplog.at_level(logging.WARNING):
         assert choose_layout(model, "auto") == "padded"
-    assert f"a mask with a window of 64 tokens, and itself one of {window}" in caplog.text
+    assert f"a mask with a window of 64 tokens, but a sliding_window of {window}" in caplog.text
 
 
 def test_dropout_of_attention_weights_is_padded(caplog):

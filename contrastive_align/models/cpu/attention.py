@@ -87,7 +87,7 @@ def _parts(call: Call, query: Tensor) -> Iterator[tuple[slice, slice, dict[str, 
 
 
 def _options(call: Call) -> dict[str, Any]:
-    """Return the options of the kernel that are the same for all parts. Causal, within a window, is its mask's."""
+    """Return the kernel's options that all parts share. Under a window, the mask of each part makes it causal."""
     return {"dropout_p": 0.0, "is_causal": call.causal and call.window is None, "scale": call.scale}
 
 
