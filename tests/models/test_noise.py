@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from contrastive_align.data import GroupCollator
 from contrastive_align.models.layout import set_layout
 from contrastive_align.models.logps import completion_logps
-from contrastive_align.models.noise import gap_per_token, measure_noise, other_batches
+from contrastive_align.models.noise import WIDER, gap_per_token, measure_noise, other_batches
 from contrastive_align.trl_seam import add_fused_lm_head
 
 
@@ -44,9 +44,15 @@ def test_other_batches_have_the_same_completions(tiny_llama, wanted):
         logps, lengths = score(batch)
         ways = other_batches(batch, rows=4)
         assert measure_noise(logps, lengths, score, ways) < 1e-12
-        assert sizes == [(5, 7), (1, 7), (1, 4), (1, 5), (1, 4), (10, 15)]
+        assert sizes == [(5, 7), (1, 7), (1, 4), (1, 5), (1, 4), (10, 7 + WIDER)]
         shift = torch.tensor(
             [0.0, 0.0, 0.0, 0.0, 0.3]
         )  # the last completion is not among those alone, but twice in the wide batch
         assert measure_noise(logps + shift, lengths, score, ways[:1]) < 1e-12
         assert measure_noise(logps + shift, lengths, score, ways) == pytest.approx(0.3 / 5**0.5)
+
+
+@pytest.mark.parametrize(("room", "width"), [(0, 7), (-3, 7), (2, 9), (1000, 7 + WIDER)])
+def test_more_padding_within_the_room_there_is(room, width):
+    (twice,) = other_batches(GroupCollator(0)(GROUPS), rows=4, room=room)[1]
+    assert {tuple(twice[name].shape) for name in ("input_ids", "attention_mask", "completion_mask")} == {(10, width)}
