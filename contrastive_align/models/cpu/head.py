@@ -123,7 +123,8 @@ class _ScoreTokens(torch.autograd.Function):
                         grad_bias[words] -= rows[part, 0] @ e
             tiles.give_back()
             if of_weight:
-                grad_weight = grad_weight.index_add_(0, labels, rounded * at_label).to(weight.dtype)
+                of_labels = torch.mul(rounded, at_label, out=scaled)
+                grad_weight = grad_weight.index_add_(0, labels, of_labels).to(weight.dtype)
             if of_bias:
                 grad_bias = grad_bias.index_add_(0, labels, at_label[:, 0]).to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, *(None,) * 6
