@@ -29,6 +29,8 @@ ROWS = {
     "an empty prompt among others": [(60, (9, 4)), (0, (2, 3)), (1, (1, 2))],
     "no prompt at all": [(0, (9, 4)), (0, (2,))],
     "of one branch": [(260, (30,))],
+    "of one branch of nothing": [(260, (0,))],
+    "one group, branches of nothing": [(260, (0, 5, 0))],
     "branches of nothing": [(300, (0, 4)), (280, (5, 0, 7)), (270, (6, 0)), (260, (0,))],
     "blocks of the kernel": [(1030, (800, 600))],
 }

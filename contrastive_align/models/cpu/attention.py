@@ -33,7 +33,7 @@ class CpuKernel(Kernel):
         self, query: Tensor, key: Tensor, value: Tensor, call: Call
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         query, key, value = (_by_heads(t) for t in (query, key, value))
-        if call.window is None and len(call.documents.spans) == 1:  # nothing to put together
+        if _is_one_part(call):  # nothing to put together
             output, log_sums = _flash(query, key, value, **_options(call))
             return output[0].transpose(0, 1), log_sums[0], ()
         _, heads, n, size = query.shape
@@ -62,7 +62,7 @@ class CpuKernel(Kernel):
             return _flash_backward(*tensors, log_sums[None, :, q], dropout_p, is_causal, **options)
 
         of_grad, of_query, of_key, of_value, of_output = (_by_heads(t) for t in (grad, query, key, value, output))
-        if call.window is None and len(call.documents.spans) == 1:
+        if _is_one_part(call):
             dq, dk, dv = (t[0].transpose(0, 1) for t in of_part(slice(None), slice(None), **_options(call)))
             return dq, dk, dv
         grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
@@ -84,6 +84,13 @@ def _parts(call: Call, query: Tensor) -> Iterator[tuple[slice, slice, dict[str, 
     for q, k, hidden in masked_blocks(call, query.device):
         mask = query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
         yield q, k, {**options, "attn_mask": mask}
+
+
+def _is_one_part(call: Call) -> bool:
+    """Return whether a single call of the kernel computes all: one document, which is not empty, and no window."""
+    return (
+        call.window is None and len(call.documents.spans) == 1 and min(call.documents.max_q, call.documents.max_k) > 0
+    )
 
 
 def _options(call: Call) -> dict[str, Any]:
