@@ -17,11 +17,12 @@ from transformers.utils import logging
 
 from contrastive_align.data.collate import GroupCollator
 from contrastive_align.models.head import add_head
+from contrastive_align.models.last_layer import LastLayer
 from contrastive_align.models.layer_by_layer import RecordedLayers
 from contrastive_align.models.logps import completion_logps, per_completion
 from contrastive_align.models.noise import MOST_ROWS, Batch, gap_per_token, measure_noise, other_batches, places
 from contrastive_align.models.packed_row import PackedRow
-from contrastive_align.models.shared_prompt import ATTENTION_NAME, AttentionOptions, LastMlp, record_options
+from contrastive_align.models.shared_prompt import ATTENTION_NAME, AttentionOptions, record_options
 
 
 logger = logging.get_logger(__name__)
@@ -134,6 +135,7 @@ def _find_problem(model: PreTrainedModel, autocast: torch.dtype | None) -> str |
 
 def _find_difference(model: PreTrainedModel, autocast: torch.dtype | None) -> str | None:
     """Return how the shared layout differs from the model's own forward on a small batch, or None."""
+    LastLayer.remove_from(model)  # of an earlier choice: all layers are tried on all tokens
     batch, changed = _small_batches(model)
     # In evaluation mode some 4-bit layers on CPU repack their weights for another kernel, so the comparison runs in
     # training mode, unless dropout would blur it.
@@ -174,14 +176,14 @@ def _find_difference(model: PreTrainedModel, autocast: torch.dtype | None) -> st
     if _rounds_coarsely(model, autocast):
         if problem := _find_wrong_layer(model, batch, options.layers, own_attention, epsilon):
             return problem
-    if last_mlp := LastMlp.add_to(model):
+    if last_layer := LastLayer.add_to(model):
         try:
             found = completion_logps(model, batch, layout="shared")
-            serves = last_mlp.shared_prompt is None and _gap(found.logps, expected, batch) <= tolerance
+            serves = last_layer.shared_prompt is None and _gap(found.logps, expected, batch) <= tolerance
         except MODEL_ERRORS:
             serves = False
         if not serves:
-            last_mlp.remove()
+            LastLayer.remove_from(model)
     return None
 
 

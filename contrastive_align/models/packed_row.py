@@ -50,6 +50,7 @@ class RowTensors(NamedTuple):
 
     tokens: Tensor  # (n,) each token's index in the flattened padded batch
     own: Documents  # all prompts, then all branches, each attending to itself
+    branches: Documents  # all branches, each attending to itself
     to_prompts: Documents  # the branches of each group, attending to its prompt
     without_prompt: Tensor | None  # (branch tokens,) bool: the group's shared prompt is empty; None if none is
 
@@ -105,7 +106,8 @@ class PackedRow:
                 behind.append(torch.arange(length))
                 start += self.width
         lengths = [s.prompt for s in self.segments]
-        own = [n for n in (*lengths, *(n for s in self.segments for n in s.branches)) if n]
+        branch_lengths = [n for s in self.segments for n in s.branches if n]
+        own = [*filter(None, lengths), *branch_lengths]
         of_groups = [sum(s.branches) for s in self.segments]
         without_prompt = None
         if not all(lengths):
@@ -114,6 +116,7 @@ class PackedRow:
         return RowTensors(
             to_device(torch.cat(prompts + branches), device),
             Documents.of(own, own, device),
+            Documents.of(branch_lengths, branch_lengths, device),
             Documents.of(of_groups, lengths, device, to_device(torch.cat(behind), device)),
             without_prompt,
         )

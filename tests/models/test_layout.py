@@ -1,5 +1,6 @@
 """The shared-prompt layout gives what rows of their own give, on every architecture, or is refused."""
 
+import contextlib
 import copy
 import logging
 import math
@@ -16,11 +17,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.data import GroupCollator
-from contrastive_align.models import kernel, kernels
+from contrastive_align.models import kernel, kernels, shared_prompt
 from contrastive_align.models.cpu import head
 from contrastive_align.models.cpu.head import _ScoreTokens
 from contrastive_align.models.head import add_head
 from contrastive_align.models.kernels import reference
+from contrastive_align.models.last_layer import LastLayer
 from contrastive_align.models.layout import _own_logps, choose_layout
 from contrastive_align.models.logps import completion_logps
 from contrastive_align.models.noise import measure_noise
@@ -137,23 +139,44 @@ def test_log_probs_and_gradients_equal_rows_of_their_own(name, variant, monkeypa
         assert gap < 1e-5, layout
 
 
-def test_the_last_mlp_computes_branches_only():
+def tokens_per_module(model, layout, monkeypatch):
+    """How many tokens each module of a layer received in a pass, by the module's name, and the attention's queries."""
+    found = {name: [] for name in ("q_proj", "k_proj", "o_proj", "up_proj", "queries")}
+
+    def find_kernel(query, key, value, call):
+        if call.causal:
+            found["queries"].append(query.size(0))
+        return kernels.find_kernel(query, key, value, call)
+
+    with monkeypatch.context() as patch, contextlib.ExitStack() as hooks:
+        patch.setattr(shared_prompt, "find_kernel", find_kernel)
+        for name, module in model.named_modules():
+            if (name := name.rpartition(".")[2]) in found:
+                hook = module.register_forward_pre_hook(lambda _, args, name=name: found[name].append(args[0].size(1)))
+                hooks.callback(hook.remove)
+        completion_logps(model, GroupCollator(0)(groups()), layout=layout)
+    return found
+
+
+def test_the_last_layer_computes_branches_only(monkeypatch):
     model = add_head_over_plain(build(*ARCHITECTURES["qwen2"]))
-    assert choose_layout(model, "shared") == "shared"
-    rows = []
-    for layer in model.model.layers:
-        layer.mlp.up_proj.register_forward_hook(lambda module, args, output: rows.append(output.size(1)))
     batch = GroupCollator(0)(groups())
-    completion_logps(model, batch, layout="shared")
-    completions = int(batch["completion_mask"].sum())
-    assert rows == [completions + 8 + 0 + 19] * 2 + [completions]
-    rows.clear()
-    completion_logps(copy.deepcopy(model), batch, layout="shared")  # a copy's hooks read the copy's attention
-    assert rows[-1] == completions
-    rows.clear()
-    completion_logps(model, batch, layout="padded")
-    assert set(rows) == {batch["input_ids"].size(1)}
-    assert not hasattr(build_with_experts().model.layers[-1].mlp, "last_mlp")
+    branches = int(batch["completion_mask"].sum())
+    everything = branches + 8 + 0 + 19
+    for dtype in (torch.float32, torch.bfloat16):  # the second time, the hooks of the first are there
+        assert choose_layout(model.to(dtype), "shared") == "shared"
+        for each in (model, copy.deepcopy(model)):  # a copy's hooks read the copy's attention
+            tokens = tokens_per_module(each, "shared", monkeypatch)
+            assert tokens.pop("k_proj") == [everything] * 3
+            assert all(found == [everything, everything, branches] for found in tokens.values()), tokens
+    copied = copy.deepcopy(model)
+    LastLayer.remove_from(copied)
+    assert all(found == [everything] * 3 for found in tokens_per_module(copied, "shared", monkeypatch).values())
+    assert tokens_per_module(model, "shared", monkeypatch)["up_proj"] == [everything, everything, branches]
+    padded = tokens_per_module(model, "padded", monkeypatch)
+    assert padded.pop("queries") == []
+    assert all(found == [batch["input_ids"].size(1)] * 3 for found in padded.values())
+    assert not hasattr(build_with_experts(), "last_layer")
 
 
 def build_with_experts():
@@ -162,7 +185,7 @@ def build_with_experts():
     return model
 
 
-def test_a_last_mlp_that_needs_its_prompts_keeps_them():
+def test_a_last_layer_that_needs_its_prompts_keeps_them():
     class Whole(hf.models.llama.modeling_llama.LlamaMLP):
         def forward(self, x):
             if x.size(1) != self.seen:
@@ -174,6 +197,7 @@ def test_a_last_mlp_that_needs_its_prompts_keeps_them():
     mlp.__class__ = Whole
     attention.register_forward_hook(lambda module, args, output: setattr(mlp, "seen", output[0].size(1)))
     assert choose_layout(model, "shared") == "shared"
+    assert not hasattr(model, "last_layer") and not attention.o_proj._forward_pre_hooks
     batch = GroupCollator(0)(groups())
     found = completion_logps(model, batch, layout="shared").logps
     assert torch.allclose(found, _own_logps(model, batch), rtol=1e-5, atol=1e-5)

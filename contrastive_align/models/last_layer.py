@@ -1,0 +1,71 @@
+"""The last layer of a packed row, of which only the branches are read.
+
+A prompt reaches its branches through keys and values. In the last layer nothing reads what else a prompt computes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from contrastive_align.models.packed_row import PackedRow
+
+
+PROJECTIONS = ("q_proj", "o_proj")  # in most attentions; one that has other names computes these for prompts, too
+
+
+class LastLayer:
+    """Hooks that compute the last layer for branches only, but for keys and values: 0 takes the place of prompts.
+
+    The query and output projections and the MLP receive branches only, and so do the queries of the attention.
+    With 8 layers and prompts as long as all their completions together, that is 3% of a step's products.
+    """
+
+    def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
+        self.shared_prompt: PackedRow | None = None  # what the attention received, until the MLP has read it
+        self._hooks = [attention.register_forward_pre_hook(self._read, with_kwargs=True)]
+        for module in (*(getattr(attention, name, None) for name in PROJECTIONS), mlp):
+            if isinstance(module, nn.Module):
+                self._hooks.append(module.register_forward_pre_hook(self._take_branches))
+                self._hooks.append(module.register_forward_hook(self._put_back))
+        self._hooks.append(mlp.register_forward_hook(self._end))
+
+    @classmethod
+    def add_to(cls, model: PreTrainedModel) -> LastLayer | None:
+        """Return None, and change nothing, if the model has no such layers, or experts: their loss counts prompts."""
+        config = model.config.get_text_config()
+        stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers]
+        attention, mlp = (getattr(stacks[0][-1], name, None) if stacks else None for name in ("self_attn", "mlp"))
+        if attention is None or mlp is None or any("expert" in k for k in config.to_dict()):
+            return None
+        model.last_layer = cls(attention, mlp)
+        return model.last_layer
+
+    @classmethod
+    def remove_from(cls, model: PreTrainedModel) -> None:
+        """Remove the hooks, if there are any: the model then computes all tokens in all layers."""
+        if isinstance(last_layer := model.__dict__.pop("last_layer", None), cls):
+            for hook in last_layer._hooks:
+                hook.remove()
+
+    @torch.compiler.disable
+    def _read(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        self.shared_prompt = kwargs.get("shared_prompt")
+        return None if self.shared_prompt is None else (args, {**kwargs, "branches_only": True})
+
+    @torch.compiler.disable
+    def _take_branches(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        if self.shared_prompt is None:
+            return None
+        (hidden,) = args
+        return (hidden[:, self.shared_prompt.prompt_tokens :],)
+
+    @torch.compiler.disable
+    def _put_back(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor | None:
+        return None if self.shared_prompt is None else F.pad(output, (0, 0, self.shared_prompt.prompt_tokens, 0))
+
+    @torch.compiler.disable
+    def _end(self, mlp: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        self.shared_prompt = None
