@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).resolve().parents[1]
-CHOICES = {"workload": ["synthetic", "qa", "gsm8k"], "k": [2, 4, 8, 16]}
+WORKLOADS = "synthetic, qa, gsm8k, or fixed:PROMPT:SHORTEST:LONGEST in tokens"
 
 
 def worker(task: dict, *, memory: bool) -> None:
@@ -105,8 +106,8 @@ def interval(values: list[float]) -> tuple[float, float]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, help="the older checkout")
-    for name, values in CHOICES.items():
-        parser.add_argument(f"--{name}", nargs="+", type=type(values[0]), choices=values, default=values[:2])
+    parser.add_argument("--workload", nargs="+", default=["synthetic", "qa"], help=WORKLOADS)
+    parser.add_argument("--k", nargs="+", type=int, choices=range(2, 17), default=[2, 4], metavar="2..16")
     parser.add_argument("--layout", default="shared", choices=["shared", "padded"])
     parser.add_argument("--steps", type=int, default=9, help="pairs that count, after two more")
     parser.add_argument("--groups", type=int, default=4, help="groups a step")
@@ -117,11 +118,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.worker:
         worker(json.loads(args.worker), memory=bool(args.memory))
         return
+    if unknown := [w for w in args.workload if not re.fullmatch(r"synthetic|qa|gsm8k|fixed(:\d+){3}", w)]:
+        parser.error(f"--workload: found {' and '.join(unknown)}, expected {WORKLOADS}")
     if args.before is None or not (args.before / "benchmarks" / "measure.py").is_file():
         parser.error(f"--before: {args.before} has no benchmarks/measure.py. Give the folder of a checkout.")
     sys.path.insert(0, str(Path(__file__).parent))
     from measure import Task
-    from workloads import find_tokenizer
+    from workloads import REAL, find_tokenizer
 
     checkouts = [args.before.resolve(), HERE]
     print("| workload | K | after / before | its 95% interval | seconds before, after | peak after / before (range) |")
@@ -129,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     for workload in args.workload:
         for k in args.k:
             task = Task(workload, rows=[(args.layout, k)], steps=args.steps, groups=args.groups, size=args.size)
-            task = asdict(task) | ({} if workload == "synthetic" else {"tokenizer": find_tokenizer()})
+            task = asdict(task) | ({"tokenizer": find_tokenizer()} if workload in REAL else {})
             before, after = seconds(checkouts, task)
             ratios = [b / a for a, b in zip(before, after, strict=True)]
             low, high = interval(ratios)

@@ -17,10 +17,10 @@ PROJECTIONS = ("q_proj", "o_proj")  # in most attentions; one that has other nam
 
 
 class LastLayer:
-    """Hooks that compute the last layer for branches only, but for keys and values: 0 takes the place of prompts.
+    """Hooks that compute the last layer for branches only; 0 takes the place of what it would return for prompts.
 
-    The query and output projections and the MLP receive branches only, and so do the queries of the attention.
-    With 8 layers and prompts as long as all their completions together, that is 3% of a step's products.
+    The projections of queries and outputs, the queries of the attention, and the MLP are those of branches. Keys and
+    values are those of all tokens.
     """
 
     def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
