@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from contrastive_align.models.packed_row import PackedRow
@@ -25,12 +26,14 @@ class LastLayer:
 
     def __init__(self, attention: nn.Module, mlp: nn.Module) -> None:
         self.shared_prompt: PackedRow | None = None  # what the attention received, until the MLP has read it
-        self._hooks = [attention.register_forward_pre_hook(self._read, with_kwargs=True)]
-        for module in (*(getattr(attention, name, None) for name in PROJECTIONS), mlp):
-            if isinstance(module, nn.Module):
-                self._hooks.append(module.register_forward_pre_hook(self._take_branches))
-                self._hooks.append(module.register_forward_hook(self._put_back))
-        self._hooks.append(mlp.register_forward_hook(self._end))
+        self._of_mlp = [attention.register_forward_pre_hook(self._read, with_kwargs=True), *self._cut(mlp)]
+        self._of_mlp.append(mlp.register_forward_hook(self._end))
+        self._of_attention = [attention.register_forward_pre_hook(self._say_so, with_kwargs=True)]
+        for module in (getattr(attention, name, None) for name in PROJECTIONS):
+            self._of_attention += self._cut(module) if isinstance(module, nn.Module) else []
+
+    def _cut(self, module: nn.Module) -> list[RemovableHandle]:
+        return [module.register_forward_pre_hook(self._take_branches), module.register_forward_hook(self._put_back)]
 
     @classmethod
     def add_to(cls, model: PreTrainedModel) -> LastLayer | None:
@@ -47,12 +50,20 @@ class LastLayer:
     def remove_from(cls, model: PreTrainedModel) -> None:
         """Remove the hooks, if there are any: the model then computes all tokens in all layers."""
         if isinstance(last_layer := model.__dict__.pop("last_layer", None), cls):
-            for hook in last_layer._hooks:
+            for hook in last_layer._of_mlp + last_layer._of_attention:
                 hook.remove()
 
+    def spare_attention(self) -> None:
+        """Let the attention compute all tokens: one that is compiled is the same in all layers, and without hooks."""
+        for hook in self._of_attention:
+            hook.remove()
+
     @torch.compiler.disable
-    def _read(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _read(self, attention: nn.Module, args: tuple, kwargs: dict) -> None:
         self.shared_prompt = kwargs.get("shared_prompt")
+
+    @torch.compiler.disable
+    def _say_so(self, attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         return None if self.shared_prompt is None else (args, {**kwargs, "branches_only": True})
 
     @torch.compiler.disable

@@ -43,6 +43,7 @@ from contrastive_align.data.published import published_copy
 from contrastive_align.models.cpu.four_bit import use_training_kernel
 from contrastive_align.models.cpu.freed_memory import freed_memory_kept
 from contrastive_align.models.describe import describe_adapter, four_bit_options
+from contrastive_align.models.last_layer import LastLayer
 from contrastive_align.models.layout import set_layout
 from contrastive_align.models.loading import (
     MERGED_BASE,
@@ -942,6 +943,8 @@ def compile_layers(trainer: Trainer, models: Sequence[PreTrainedModel]) -> bool:
                 f"torch_compile: {type(model).__name__} has no layers of transformers' GradientCheckpointingLayer, "
                 "whose parts are what is compiled. Leave it out."
             )
+        if isinstance(last_layer := getattr(model, "last_layer", None), LastLayer):
+            last_layer.spare_attention()
         for part in parts:
             part.compile(**options)  # in place: its class and the names of its weights stay
     return True
