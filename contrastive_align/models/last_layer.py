@@ -44,6 +44,8 @@ class LastLayer:
         if attention is None or mlp is None or any("expert" in k for k in config.to_dict()):
             return None
         model.last_layer = cls(attention, mlp)
+        if getattr(attention, "_compiled_call_impl", None) is not None:
+            model.last_layer.spare_attention()
         return model.last_layer
 
     @classmethod

@@ -147,6 +147,18 @@ def test_samplers(tiny_llama, tmp_path, compiled, make):
     assert 0 < compiled() < 20
 
 
+def test_attention_that_the_user_compiled(tiny_llama, tmp_path, compiled):
+    losses = []
+    for compiles in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama())
+        for layer in model.model.layers if compiles else []:
+            layer.self_attn.compile(backend="aot_eager", dynamic=True)
+        trainer = contrastive(model, str(tmp_path), layout="shared")
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert compiled() > 0 and losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 def test_accelerates_own_setting_is_heard(tiny_llama, tmp_path, compiled, monkeypatch):
     """``accelerate launch --dynamo_backend``."""
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
