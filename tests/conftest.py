@@ -19,12 +19,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from contrastive_align import demo
 
 
-@pytest.fixture(scope="session", autouse=True)
-def imported_modules_are_not_searched_for_garbage():
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_is_not_searched_for_garbage():
     """Trainer collects garbage at the end of every train(), which takes longer than a step of a tiny model."""
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import torch
 from datasets import Dataset
-from processes import end_processes
+from processes import run_worker
 from test_conditional_trainer import PROMPTS, build
 
 from contrastive_align import ConditionalTrainer, ContrastiveConfig, ContrastiveTrainer
@@ -83,5 +83,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
-    end_processes()
+    run_worker(main)

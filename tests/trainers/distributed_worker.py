@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
-from processes import end_processes
+from processes import run_worker
 
 from contrastive_align import ContrastiveConfig, ContrastiveTrainer, demo
 from contrastive_align.data.atomic import atomic_write
@@ -157,5 +157,4 @@ def main(model: str, out: str, out_of_one: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    end_processes()
+    run_worker(main, *sys.argv[1:])

@@ -11,7 +11,7 @@ from pathlib import Path
 import test_encoder_decoder
 import test_fdpg_trainer
 import torch
-from processes import end_processes
+from processes import run_worker
 from test_fdpg_trainer import make_tokenizer, moment_target, trained
 
 from contrastive_align import FDPGTrainer
@@ -70,5 +70,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
-    end_processes()
+    run_worker(main)

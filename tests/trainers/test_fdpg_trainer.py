@@ -103,13 +103,14 @@ def trained(
     return trainer
 
 
-# Forty small steps bring the policy near; the others are trained to the end.
+# What ends within 0.02 of the target. Forty small steps only bring the policy near.
+WHOLE = {"max_steps": 240, "num_generations": 128, "per_device_train_batch_size": 128, "learning_rate": 3e-3}
 SHORT = {"max_steps": 40, "num_generations": 64, "per_device_train_batch_size": 64, "learning_rate": 7e-3}
 
 
 @pytest.mark.parametrize(
     ("divergence", "changes", "near"),
-    [("js", {}, 0.02), ("kl", {}, 0.02), ("alpha:0.5", SHORT, 0.1), ("alpha:-1", SHORT, 0.1)],
+    [("js", WHOLE, 0.02), ("kl", WHOLE, 0.02), ("alpha:0.5", SHORT, 0.1), ("alpha:-1", SHORT, 0.1)],
 )
 def test_the_policy_becomes_the_target(divergence, changes, near, tokenizer, tmp_path):
     base = build()
@@ -125,8 +126,7 @@ def test_the_policy_becomes_the_target(divergence, changes, near, tokenizer, tmp
 
     trainer = trained(
         tokenizer, tmp_path, target, model=base, data=PROMPTS.select([0] * 8), divergence=divergence,
-        lr_scheduler_type="linear", logging_steps=10,
-        **{"max_steps": 240, "num_generations": 512, "per_device_train_batch_size": 512, **changes},
+        lr_scheduler_type="linear", logging_steps=10, **changes,
     )  # fmt: skip
     log_pi = exact_logps(trainer.model, prompt)
     before = divergence_value("tv", base_logps, log_p).item()

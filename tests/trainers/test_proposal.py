@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig
-from test_fdpg_trainer import PROMPTS, SPACE, build, exact_logps, has_a, make_tokenizer, moment_target, trained
+from test_fdpg_trainer import PROMPTS, SPACE, WHOLE, build, exact_logps, has_a, make_tokenizer, moment_target, trained
 
 from contrastive_align.losses import RunningLogZ, divergence_value
 from contrastive_align.trainers import fdpg as trainer_module
@@ -88,8 +88,7 @@ def test_the_policy_becomes_the_target(tokenizer, tmp_path):
     log_p = target.log_scores(base_logps, phi).log_softmax(0)
     trainer = trained(
         tokenizer, tmp_path, target, model=base, data=PROMPTS.select([0] * 8), proposal="kept", proposal_criterion="js",
-        max_steps=240, num_generations=512, per_device_train_batch_size=512,
-        lr_scheduler_type="linear", logging_steps=15,
+        lr_scheduler_type="linear", logging_steps=15, **WHOLE,
     )  # fmt: skip
     assert divergence_value("tv", exact_logps(trainer.model, prompt), log_p).item() < 0.02
     assert trainer.adaptive_proposal.replacements >= 1

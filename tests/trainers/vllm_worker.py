@@ -10,7 +10,7 @@ from dataclasses import asdict
 import vllm_stand_in
 from accelerate.utils import gather_object
 from datasets import Dataset
-from processes import end_processes
+from processes import run_worker
 from test_conditional_trainer import PROMPTS, build, samples
 
 
@@ -49,5 +49,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
-    end_processes()
+    run_worker(main)
