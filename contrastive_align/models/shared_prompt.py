@@ -63,7 +63,7 @@ def shared_prompt_attention(
         query: (1, H, n, D).
         key, value: (1, H or fewer, n, D).
         shared_prompt: the layout of the row.
-        branches_only: whether nothing reads what the prompts' queries find, which is 0 then.
+        branches_only: whether nothing reads what the prompts' queries find, which are left out then.
 
     Returns:
         (1, n, H, D), and None in place of attention weights.
@@ -107,9 +107,10 @@ def _attend(
     window = window if window is not None and window < row.longest else None
     tensors = row.on(query.device)
     p = row.prompt_tokens
-    own, without = (tensors.branches, p) if branches_only else (tensors.own, 0)  # tokens at the start without queries
+    empty = not tensors.branches.spans
+    own, without = (tensors.branches, p) if branches_only and not empty else (tensors.own, 0)  # tokens without queries
     parts = [Part(Call(own, True, scale, window, softcap), slice(None), slice(without, None))]
-    if p and window != 1:  # which holds a query's own key alone
+    if p and not empty and window != 1:  # which holds a query's own key alone
         parts.append(Part(Call(tensors.to_prompts, False, scale, window, softcap), slice(p - without, None), slice(p)))
     if without:
         query = query[without:]

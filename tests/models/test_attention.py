@@ -96,6 +96,23 @@ def test_output_and_gradients_equal_a_softmax_with_the_whole_mask(lengths, heads
         assert (want - found).abs().max() <= 1e-11 * want.abs().max() + 1e-12  # in a window of 1 some are 0
 
 
+@pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 50}, {"sliding_window": 1}, {"softcap": 3.0}], ids=str)
+def test_branches_alone_give_what_they_give_beside_their_prompts(lengths, options):
+    tensors, layout, _ = row(lengths, window=options.get("sliding_window"))
+    slope = torch.randn_like(tensors[0].transpose(1, 2))
+    slope[:, : layout.prompt_tokens] = 0.0
+
+    def attend(branches_only):
+        given = {"scaling": 0.3, "shared_prompt": layout, "branches_only": branches_only, **options}
+        return with_gradients(lambda *t: shared_prompt_attention(None, *t, None, **given)[0], tensors, slope)
+
+    (want, *wanted), (output, *gradients) = attend(False), attend(True)
+    assert torch.allclose(want[:, layout.prompt_tokens :], output[:, layout.prompt_tokens :], atol=1e-12)
+    for want, found in zip(wanted, gradients, strict=True):
+        assert (want - found).abs().max() <= 1e-11 * want.abs().max() + 1e-12
+
+
 CALLS = {
     "causal": (True, None, None),
     "causal, a window": (True, 5, None),

@@ -161,6 +161,24 @@ def test_output_and_gradients_on_cuda(lengths, dtype, size, value_size, heads, o
         assert x.dtype == dtype and (x.double() - y).abs().max() <= rounding * y.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lengths", [*SMALL.values(), [(9, (0, 0))]], ids=[*SMALL, "branches of nothing"])
+def test_branches_alone_on_cuda(lengths, dtype, on_cuda):
+    tensors, layout, sees = row(lengths, (6, 2), 8, seed=1)
+    tensors, p = [t.to(dtype).requires_grad_() for t in tensors], layout.prompt_tokens
+    given = {"scaling": 0.3, "shared_prompt": layout, "branches_only": True}
+    found = shared_prompt_attention(None, *tensors, None, **given)[0][:, p:]
+    slope = torch.randn_like(found)
+    grads = torch.autograd.grad(found, tensors, slope)
+    calls, name = 2 if p and slope.numel() else 1, "_flash" if dtype == torch.bfloat16 else "_efficient"
+    assert on_cuda == calls * [name] + calls * [f"{name}_backward"]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    wanted = whole(*exact, sees)[0].transpose(1, 2)[:, p:]
+    rounding = 1e-5 if dtype == torch.float32 else 3e-2
+    for x, y in zip((found, *grads), (wanted, *torch.autograd.grad(wanted, exact, slope.double())), strict=True):
+        assert x.dtype == dtype and (x.double() - y).abs().sum() <= rounding * y.abs().sum()
+
+
 @pytest.mark.parametrize("window", [1, 5, 40])
 def test_windows_of_documents_on_cuda(window, on_cuda):
     """Those of branches to their prompt have no kernel of torch's."""
