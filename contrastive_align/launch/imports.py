@@ -11,15 +11,15 @@ from contextlib import contextmanager
 
 
 def wait_briefly() -> None:
-    """Let OpenMP's threads (GNU's, as in torch for Linux) spin 20,000 times before they sleep; call it before torch.
+    """Let OpenMP's threads (GNU's, as in torch for Linux) spin 1,000 times before they sleep; call it before torch.
 
     They meet at the end of each operation. By default one that waits for the other spins for milliseconds, on a core
-    that the other may need: beside six busy processes on two cores, f-DPG's first line came after 65 s, and comes
-    after 7 to 10. On two free cores the demo takes as long as before (12 s; threads that sleep at once: 16 to 20).
-    Either variable of the user's own stays in force.
+    that the other may need: beside two busy processes on two cores that takes twice as long. On two free cores threads
+    that sleep at once take half as long again (benchmarks/waiting_threads.py). Either variable of the user's own stays
+    in force.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 @contextmanager

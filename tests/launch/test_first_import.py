@@ -12,7 +12,7 @@ from contrastive_align.launch.imports import uncollected, wait_briefly
 
 @pytest.mark.parametrize(
     ("given", "found"),
-    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None)],
 )
 def test_threads_wait_briefly_unless_the_user_says_how(monkeypatch, given, found):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
@@ -49,7 +49,7 @@ def test_the_first_import_is_not_searched_for_garbage_until_the_end():
             "cli.main(['--version'])\n"
             "atexit.register(lambda: print('frozen at the end:', gc.get_freeze_count()))\n"
             "cli._load('report', 'main')\n"
-            "assert 'torch' not in sys.modules and os.environ['GOMP_SPINCOUNT'] == '20000'\n"
+            "assert 'torch' not in sys.modules and os.environ['GOMP_SPINCOUNT'] == '1000'\n"
             "cli._load('usage', 'UsageError')\n"
             "assert gc.isenabled() and gc.get_freeze_count() > 1000",
         ],
